@@ -1,0 +1,62 @@
+# Every target sets up $(VENV) by itself on first use, and again when the requirements change.
+VENV ?= .venv
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+ARGS ?=
+export PYTHON CONSTRAINTS
+
+requirements := pyproject.toml tools/setup_venv.sh $(wildcard $(CONSTRAINTS))
+base := $(VENV)/.specrl-base
+dev := $(VENV)/.specrl-dev
+resolved := $(VENV)/.specrl-resolved
+
+.PHONY: help quickstart bench test check check-static check-ranges format setup constraints clean
+.NOTPARALLEL:
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@echo; echo "Variables: ARGS='...' (for quickstart, bench, test), VENV=$(VENV), PYTHON=$(PYTHON), CONSTRAINTS=$(CONSTRAINTS)"
+
+quickstart: $(base)  ## train a draft against the clock and see it win, on this machine
+	$(VENV)/bin/specrl quickstart $(ARGS)
+
+bench: $(base)  ## measure speculative against plain decoding on this machine
+	$(VENV)/bin/specrl bench $(ARGS)
+
+test: $(dev)  ## run the tests
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: check-static check-ranges test  ## everything that must hold before a commit: the two below, and the tests
+
+check-static: $(dev)  ## ruff (format and lint), mypy, import-linter
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+check-ranges: $(resolved)  ## whether the version ranges resolve, SGLang's pins included (again when they change)
+
+format: $(dev)  ## let ruff format the code and repair what it can
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+setup: $(dev)  ## only set up the virtual environment
+
+constraints: $(dev)  ## record the versions installed now in constraints.txt
+	@{ sed '/^[^#]/,$$d' constraints.txt; $(VENV)/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:  ## remove the virtual environment, caches and build products (results stay)
+	rm -rf $(VENV) build dist *.egg-info .coverage .*_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(base): $(requirements)
+	@tools/setup_venv.sh $(VENV)
+	@touch $@
+
+$(dev): $(requirements)
+	@tools/setup_venv.sh $(VENV) dev
+	@touch $(base) $@
+
+$(resolved): $(dev) tools/check_resolve.py
+	$(VENV)/bin/python tools/check_resolve.py && touch $@ || [ $$? -eq 3 ]  # 3: no package index to ask

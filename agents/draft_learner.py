@@ -1,0 +1,140 @@
+"""The online learner of a draft: traces in, versioned weights out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specrl.agents.sequences import Assembler, Replay, collate
+from specrl.agents.unroll import unroll
+from specrl.models.draft import Draft
+from specrl.models.rope import rope_table
+from specrl.rounds import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerConfig:
+    """How a draft learns online.
+
+    Args:
+        learning_rate: of AdamW.
+        weight_decay: of AdamW, on matrices.
+        betas: of AdamW.
+        clip: largest gradient norm.
+        batch_size: sequences per update.
+        passes: length of the training-time test, at least 1.
+        pass_decay: weight of pass k is pass_decay ** k.
+        updates_per_request: updates for every finished request.
+        temperature: at which target and draft distributions are compared; None: each request's own (1 if greedy).
+        average: decay per update of the weights' running average, which is what serves; 0: the latest weights.
+        replay: sequences kept.
+        half_life: how many requests back the weight of a draw halves.
+        dtype: of the products in the forward and backward pass, 'float32' or 'bfloat16'.
+    """
+
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    batch_size: int = 4
+    passes: int = 3
+    pass_decay: float = 0.8
+    updates_per_request: float = 1.5
+    temperature: float | None = 1.0
+    average: float = 0.98
+    replay: int = 512
+    half_life: float = 64.0
+    dtype: str = "float32"
+
+
+class OnlineLearner:
+    """Learns a draft from the target's own traffic (see `DraftLearner` in `specrl.agents.base`).
+
+    Args:
+        draft: where to start from.
+        embedding: [V, H] the target's embedding, which the draft shares and never changes.
+        config: how.
+        seed: of the draws from the replay.
+    """
+
+    def __init__(self, draft: Draft, embedding: Tensor, config: LearnerConfig, seed: int = 0) -> None:
+        self.config, self._shape = config, draft.config
+        self._embedding = embedding.detach().float()
+        fixed = ("d2t", "t2d")
+        self._fixed = {n: t for n, t in draft.tensors.items() if n in fixed}
+        self.parameters = {n: t.clone().requires_grad_() for n, t in draft.tensors.items() if n not in fixed}
+        self._served = {n: t.detach().clone() for n, t in self.parameters.items()}
+        matrices = [p for p in self.parameters.values() if p.ndim == 2]
+        vectors = [p for p in self.parameters.values() if p.ndim == 1]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+        self._rotation = rope_table(self._shape.rope, self._shape.head_dim, self._shape.max_position_embeddings)
+        self._target_ids = draft.target_ids
+        self._assembler, self.replay = Assembler(), Replay(config.replay, config.half_life, seed)
+        self.updates = self.requests = 0
+        self._owed = 0.0
+        self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+
+    def learn(self, traces: list[Trace]) -> Mapping[str, float]:
+        """Take traces, make the updates their finished requests are due; means over those updates."""
+        new = self._assembler.add(traces)
+        self.replay.extend(new)
+        self.requests += len(new)
+        self._owed += len(new) * self.config.updates_per_request
+        sums: dict[str, float] = {}
+        began, count = time.perf_counter(), 0
+        while self._owed >= 1.0 and len(self.replay):
+            self._owed -= 1.0
+            count += 1
+            for name, value in self.update(self.replay.draw(self.config.batch_size)).items():
+                sums[name] = sums.get(name, 0.0) + value
+        means = {name: value / count for name, value in sums.items()}
+        return {**means, "updates": float(count), "train_s": time.perf_counter() - began}
+
+    def update(self, sequences: list) -> dict[str, float]:
+        """One optimiser step on a batch of sequences."""
+        c = self.config
+        tokens, features, logits, valid = collate(sequences)
+        embeddings = self._embedding[tokens[:, 1:]]
+        targets = logits[:, 1:].float()  # slot t predicts token t + 2, which logits[t + 1] speak of
+        inside = valid[:, 1:]
+        heat = self._temperatures(sequences)
+        p = torch.softmax(targets / heat, -1)
+        if self._target_ids is not None:
+            p = p[..., self._target_ids]
+        loss, accept = torch.zeros(()), torch.zeros(c.passes)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            drafts = unroll(self.parameters, self._shape, embeddings, features[:, :-1].float(), self._rotation, c.passes)
+            for k, drafted in enumerate(drafts):
+                here = inside.clone()
+                here[:, :k] = False
+                drafted, wanted = drafted[here].float(), p[here]
+                logq = torch.log_softmax(drafted / heat.expand(*inside.shape, 1)[here], -1)
+                loss = loss - c.pass_decay**k * (wanted * logq).sum(-1).mean()
+                with torch.no_grad():
+                    accept[k] = torch.minimum(wanted, logq.exp()).sum(-1).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), c.clip)
+        self.optimizer.step()
+        self.updates += 1
+        with torch.no_grad():
+            keep = min(c.average, self.updates / (self.updates + 10.0))
+            for name, served in self._served.items():
+                served.lerp_(self.parameters[name], 1.0 - keep)
+        return {"loss": loss.item(), "gradient_norm": float(norm), **{f"alpha_{k + 1}": a for k, a in enumerate(accept.tolist())}}
+
+    def _temperatures(self, sequences: list) -> Tensor:
+        own = [s.temperature or 1.0 for s in sequences]
+        return torch.tensor(own if self.config.temperature is None else [self.config.temperature] * len(own))[:, None, None]
+
+    def weights(self) -> tuple[int, Mapping[str, Tensor]]:
+        """Version (the updates made) and the weights to serve, by SGLang's names."""
+        return self.updates, {**self._served, **self._fixed}

@@ -1,0 +1,32 @@
+"""Reinforcement learning for speculative decoding, rewarded by the clock."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from specrl.plan import Plan, parse_plans
+from specrl.rounds import PlainSample, Round, Trace
+
+if TYPE_CHECKING:
+    from specrl.engines.local import LocalEngine
+    from specrl.models.draft import load_draft, new_draft
+    from specrl.models.target import load_target
+
+__version__ = "0.1.0"
+__all__ = ["LocalEngine", "PlainSample", "Plan", "Round", "Trace", "load_draft", "load_target", "new_draft", "parse_plans"]
+
+_LAZY = {
+    "LocalEngine": "specrl.engines.local",
+    "load_draft": "specrl.models.draft",
+    "new_draft": "specrl.models.draft",
+    "load_target": "specrl.models.target",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch only when it is asked for."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'specrl' has no attribute {name!r}")

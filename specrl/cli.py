@@ -1,0 +1,122 @@
+"""The command line: `specrl <command>`.
+
+A command is a function with typed keyword parameters; its signature and docstring make its options and its help,
+and its line in `COMMANDS` makes it known. Only the module of the command that runs is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import specrl
+from specrl.apps.options import build_parser, did_you_mean, read_options
+
+
+class Command(NamedTuple):
+    """Where a command's function is, and what it does in a line."""
+
+    target: str  # 'module:function'
+    help: str
+
+
+COMMANDS = {
+    "doctor": Command("specrl.apps.doctor:doctor", "what this machine can do, and what would slow it down"),
+    "bench": Command("specrl.apps.bench:bench", "speculative against plain decoding, by plan and batch size"),
+}
+
+_HELP = """\
+usage: specrl <command> [--help] [options]
+
+{about}
+
+commands:
+{commands}
+
+Every command explains itself with --help, reads --config file.yaml (options given beside it win), shows what it
+would run with --print_config, and writes its results, with its configuration, to --output_dir.
+
+example:
+  specrl doctor
+"""
+
+
+def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
+    """Run a command line and return the exit status: 0, 2 for wrong input, 130 when interrupted.
+
+    Wrong input is one line on standard error; SPECRL_DEBUG=1 in the environment shows the traceback.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    known = {name: command for name, command in commands.items() if _exists(command)}
+    first = words[0] if words else "--help"
+    prog = f"specrl {first}" if first in known else "specrl"
+    try:
+        if first in known:
+            run(prog, known[first], words[1:])
+        elif first in ("-h", "--help"):
+            print(_help(known), end="")
+        elif first == "--version":
+            print(f"specrl {specrl.__version__}")
+        else:
+            meant = did_you_mean(first, [*known, "--help", "--version"]) or "; see 'specrl --help'"
+            raise ValueError(f"a command must be one of {', '.join(known)}, but got {first!r}{meant}")
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        if os.environ.get("SPECRL_DEBUG") == "1":
+            raise
+        print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(prog: str, command: Command, words: Sequence[str]) -> None:
+    """Read the options of a command and call its function.
+
+    A function with a parameter `output_dir` gets runs/<command>-<time> where none is named, with the resolved
+    configuration in config.yaml.
+
+    Raises:
+        ValueError: the options do not fit.
+    """
+    from specrl.apps.malloc import keep_large_blocks
+    from specrl.apps.output import OutputDir
+
+    keep_large_blocks()
+    module, _, name = command.target.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    options, text = read_options(build_parser(prog, function), function, words)
+    if "output_dir" in options:
+        started = datetime.now().strftime("%Y%m%d-%H%M%S")
+        options["output_dir"] = options["output_dir"] or Path("runs", f"{prog.split()[-1]}-{started}-{os.getpid()}")
+        OutputDir(options["output_dir"]).write_text("config.yaml", text)
+    function(**options)
+
+
+def _exists(command: Command) -> bool:
+    return importlib.util.find_spec(command.target.partition(":")[0]) is not None
+
+
+def _help(commands: Mapping[str, Command]) -> str:
+    width = max(map(len, commands))
+    lines = "\n".join(f"  {name:{width}}  {command.help}" for name, command in commands.items())
+    return _HELP.format(about=specrl.__doc__, commands=lines)
+
+
+def _one_line(error: Exception) -> str:
+    named = isinstance(error, OSError) and error.strerror and error.filename
+    message = f"{error.strerror}: {error.filename}" if named else str(error)  # type: ignore[attr-defined]
+    return " ".join(message.split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Clocks: all time in specrl is read through one of these."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Seconds on a monotonic axis of arbitrary origin."""
+
+    def now(self) -> float:
+        """Seconds now, after all work given to the device so far is done."""
+        ...
+
+
+class WallClock:
+    """The machine's monotonic clock, read after the device has finished its queue.
+
+    Args:
+        device: 'cpu' (nothing to wait for) or a CUDA device, synchronised before every reading.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        if str(device).startswith("cuda"):
+            import torch
+
+            self._wait = lambda: torch.cuda.synchronize(device)
+        else:
+            self._wait = None  # type: ignore[assignment]
+
+    def now(self) -> float:
+        """Seconds of `time.perf_counter`, device-synchronised."""
+        if self._wait is not None:
+            self._wait()
+        return time.perf_counter()
+
+
+class VirtualClock:
+    """A clock that moves only when told to: deterministic time for simulation and tests."""
+
+    def __init__(self, start_s: float = 0.0) -> None:
+        self._now_s = start_s
+
+    def now(self) -> float:
+        """Virtual seconds."""
+        return self._now_s
+
+    def advance(self, seconds: float) -> None:
+        """Let `seconds` (not negative) pass."""
+        if not seconds >= 0.0:
+            raise ValueError(f"a clock only moves forward: seconds must be at least 0, but got {seconds}")
+        self._now_s += seconds

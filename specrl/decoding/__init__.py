@@ -1,0 +1,1 @@
+"""Drafting, lossless acceptance and the batch session."""

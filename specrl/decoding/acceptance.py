@@ -1,0 +1,87 @@
+"""Lossless acceptance: which drafts stand, and the token the target adds.
+
+Both of SGLang's kinds. Whatever was drafted, the committed tokens are distributed as the target's own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specrl.decoding.sampling import Temperatures, argmax, distribution, sample
+
+_TINY = 1e-30  # picks the target's own distribution where the residual is numerically empty
+
+
+class Accepted(NamedTuple):
+    """The outcome of a verification of B requests."""
+
+    correct: Tensor  # [B] int64, drafts accepted
+    bonus: Tensor  # [B] int64, the target's own token after them
+
+
+def accept_chain(chosen: Tensor, drafted: Tensor) -> Accepted:
+    """Target-only acceptance of a chain: a draft stands where the target itself chose it.
+
+    Args:
+        chosen: [B, s + 1] int64, the target's token after each verified token (sampled or greedy).
+        drafted: [B, s] int64.
+    """
+    agree = chosen[:, :-1] == drafted
+    correct = agree.long().cumprod(-1).sum(-1)
+    return Accepted(correct, chosen.gather(1, correct[:, None])[:, 0])
+
+
+def accept_tree(chosen: list[list[int]], tokens: list[list[int]], parents: list[list[int]]) -> list[list[int]]:
+    """Target-only acceptance of a tree: walk from the committed token along what the target chose.
+
+    Args:
+        chosen: per request the target's token after each of its n nodes.
+        tokens: per request the n nodes' tokens, row 0 the committed one.
+        parents: per request the row that each node continues, -1 for row 0.
+
+    Returns:
+        Per request the rows on the accepted path, beginning with 0.
+    """
+    paths = []
+    for choices, nodes, above in zip(chosen, tokens, parents, strict=True):
+        children = {(above[i], nodes[i]): i for i in range(len(nodes) - 1, 0, -1)}
+        path = [0]
+        while (following := children.get((path[-1], choices[path[-1]]))) is not None:
+            path.append(following)
+        paths.append(path)
+    return paths
+
+
+def reject_chain(
+    logits: Tensor, drafted: Tensor, proposals: Tensor, temperatures: Temperatures, generator: torch.Generator
+) -> Accepted:
+    """Rejection sampling of a chain (Leviathan et al., 2023, algorithm 1; Chen et al., 2023).
+
+    Draft x_i, sampled from q_i, stands with probability min(1, p_i(x_i) / q_i(x_i)); the first that falls is
+    replaced by a sample of norm(max(0, p_i - q_i)), and after the last one a sample of p is added.
+
+    Args:
+        logits: [B, s + 1, V] float32, the target's.
+        drafted: [B, s] int64.
+        proposals: [B, s, V] float32, the distributions q that the drafts were sampled from (one-hot where
+            greedy).
+        temperatures: of the requests.
+        generator: for the coins and the samples.
+    """
+    batch, steps = drafted.shape
+    if temperatures.all_greedy:
+        return accept_chain(argmax(logits), drafted)
+    p = distribution(logits, temperatures)
+    index = drafted[..., None]
+    coins = torch.rand(batch, steps, generator=generator, device=logits.device)
+    stands = coins * proposals.gather(-1, index)[..., 0] < p[:, :-1].gather(-1, index)[..., 0]
+    correct = stands.long().cumprod(-1).sum(-1)
+    rows = torch.arange(batch, device=logits.device)
+    ours = p[rows, correct]  # [B, V]
+    fell = (correct < steps)[:, None]
+    theirs = proposals[rows, correct.clamp(max=steps - 1)] * fell
+    residual = torch.add((ours - theirs).clamp_min_(0.0), ours, alpha=_TINY)
+    return Accepted(correct, sample(residual, generator))

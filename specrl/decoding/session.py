@@ -1,0 +1,455 @@
+"""A batch of live requests: propose, verify, commit, replace what is finished.
+
+Invariants between rounds, for each request of L known tokens x_0 .. x_{L-1}:
+the target's cache holds slots 0 .. L-2; the draft's cache holds slots 0 .. D-1, slot t made of (features of
+x_t, x_{t+1}); features of slots D .. L-2 wait in a buffer, at least one. So plan 0 costs the capture of its
+features only, and the next plan that speculates pays for reading them (docs/decisions/0002-plan-zero.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specrl.clock import Clock
+from specrl.decoding.acceptance import accept_chain, accept_tree, reject_chain
+from specrl.decoding.proposal import Proposal, Start, propose_chain, propose_tree, tree_mask
+from specrl.decoding.sampling import Temperatures, choose
+from specrl.engines.base import Request
+from specrl.models.draft import ServingDraft
+from specrl.models.target import Target
+from specrl.plan import Plan
+from specrl.rounds import Completion, Ints, PlainSample, Round, Trace
+
+MOST_NODES = 64  # tokens one plan may verify, slots it may draft into, and features that may wait for the draft
+
+
+@dataclass(slots=True)
+class _Live:
+    """A live request on the host."""
+
+    id: int
+    request: Request
+    generated: list[int] = field(default_factory=list)
+
+    def keep(self, tokens: list[int], eos: frozenset[int]) -> tuple[list[int], bool]:
+        """What of `tokens` the request takes, and whether it ends with it."""
+        left = self.request.max_new_tokens - len(self.generated)
+        kept = tokens[:left]
+        if not self.request.ignore_eos and not eos.isdisjoint(kept):
+            end = next(i for i, token in enumerate(kept) if token in eos)
+            return kept[: end + 1], True
+        return kept, len(kept) == left
+
+
+class LocalSession:
+    """Closed-loop decoding of one target at fixed concurrency (see `specrl.engines.base.Session`).
+
+    Args:
+        target: the model.
+        draft: its draft, or None for plain decoding, whose only plan is 0.
+        requests: endless.
+        batch_size: live requests.
+        max_batch_size: the most that `resize` may ask for.
+        max_context: tokens a request may reach.
+        seed: of all sampling.
+        clock: that times the rounds.
+        use_rejection_sampling: sample chains from the draft and accept by rejection sampling (SGLang's option
+            of that name); else, and for every tree, drafts are the draft's best tokens and stand where the
+            target itself chooses them.
+        trace: keep traces for `drain`.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        draft: ServingDraft | None,
+        requests: Iterator[Request],
+        *,
+        batch_size: int,
+        max_batch_size: int,
+        max_context: int,
+        seed: int,
+        clock: Clock,
+        use_rejection_sampling: bool = True,
+        trace: bool = False,
+    ) -> None:
+        most = target.config.max_position_embeddings
+        if not 1 <= batch_size <= max_batch_size:
+            raise ValueError(f"batch_size must be in [1, max_batch_size={max_batch_size}], but got {batch_size}")
+        if not 2 <= max_context <= most:
+            raise ValueError(f"max_context must be in [2, {most}], the target's positions, but got {max_context}")
+        self.target, self.draft, self.clock = target, draft, clock
+        self._requests, self._max_context, self._trace = requests, max_context, trace
+        self._rejection = use_rejection_sampling
+        self._taps = draft.config.taps if draft is not None else ()
+        self._eos = frozenset(target.config.eos_token_ids)
+        device, capacity = target.device, max_context + MOST_NODES
+        self._cache = target.new_cache(max_batch_size, capacity)
+        if draft is not None:
+            self._draft_cache = draft.new_cache(max_batch_size, capacity)
+            width = 3 * target.config.hidden_size
+            self._all_pending = torch.zeros(max_batch_size, MOST_NODES, width, dtype=target.dtype, device=device)
+        self._all_tokens = torch.zeros(max_batch_size, capacity + 1, dtype=torch.int64)
+        self._known = self._all_tokens.numpy()
+        self._all_length = np.zeros(max_batch_size, dtype=np.int64)  # L
+        self._all_read = np.zeros(max_batch_size, dtype=np.int64)  # D
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._probe_generator = torch.Generator(device).manual_seed(seed)
+        self._arange = torch.arange(MOST_NODES + 1, device=device)
+        self._traces: list[Trace] = []
+        self._ended_at_prefill: list[Completion] = []
+        self._served = 0
+        self._admitted: list[_Live] = []  # those beyond batch_size are parked
+        self._closed = False
+        self.prefill_s = 0.0
+        self.resize(batch_size)
+
+    @property
+    def batch_size(self) -> int:
+        """Live requests."""
+        return self._size
+
+    @property
+    def context_lengths(self) -> Ints:
+        """Tokens known of each live request: [B] int64."""
+        return self._length.copy()
+
+    @torch.inference_mode()
+    def resize(self, batch_size: int) -> None:
+        """Decode `batch_size` requests from the next round on; more are prefilled, or the last ones parked.
+
+        A parked request keeps its state and goes on when there is room again. Prefill seconds add up in
+        `prefill_s`.
+
+        Raises:
+            ValueError: more than the session was made for, or none.
+        """
+        self._check_open()
+        most = len(self._all_length)
+        if not 1 <= batch_size <= most:
+            raise ValueError(f"batch_size must be in [1, {most}], the session's max_batch_size, but got {batch_size}")
+        began = self.clock.now()
+        for row in range(len(self._admitted), batch_size):
+            self._admitted.append(self._admit(row))
+        self.prefill_s += self.clock.now() - began
+        self._size = batch_size
+        self._live = self._admitted[:batch_size]
+        self._length, self._read = self._all_length[:batch_size], self._all_read[:batch_size]
+        self._tokens = self._all_tokens[:batch_size]
+        if self.draft is not None:
+            self._pending = self._all_pending[:batch_size]
+            self._pending_rows = (torch.arange(batch_size, device=self.target.device) * MOST_NODES)[:, None]
+        self._heat()
+
+    @torch.inference_mode()
+    def round(self, plan: Plan) -> Round:
+        """Propose `plan`, verify and commit for every live request.
+
+        Raises:
+            ValueError: a plan that speculates in a session without a draft, or one too large.
+        """
+        self._check(plan)
+        began, context = self.clock.now(), self._length.copy()
+        proposal = self._propose(plan)
+        drafted = self.clock.now()
+        slots = self._at(self._length - 1)[:, None] + self._arange[: plan.num_draft_tokens]
+        length = int(self._length.max()) - 1 + plan.num_draft_tokens
+        decoded = self.target.decode(
+            proposal.tokens,
+            self._cache,
+            slots,
+            length=length,
+            positions=None if proposal.depths is None else slots[:, :1] + proposal.depths,
+            seen=None if proposal.seen is None else tree_mask(proposal.seen, slots[:, 0], length),
+            taps=self._taps,
+        )
+        correct, committed, path = self._accept(plan, proposal, decoded.logits)
+        verified = self.clock.now()
+        if decoded.features is not None:
+            self._keep_features(decoded.features, path)
+        ids = np.array([live.id for live in self._live])
+        counts, ended = self._commit(committed)
+        if self._trace and decoded.features is not None:
+            self._record(plan, proposal, decoded.features, decoded.logits, path, correct, ids, context, ended)
+        done = self.clock.now()
+        finished = tuple(self._replace(row) for row in ended) + tuple(self._ended_at_prefill)
+        self._ended_at_prefill.clear()
+        prefill_s = self.clock.now() - done if ended else 0.0
+        return Round(
+            plan=plan,
+            request_ids=ids,
+            tokens=counts,
+            correct_drafts=correct,
+            context_lengths=context,
+            draft_s=drafted - began,
+            verify_s=verified - drafted,
+            other_s=done - verified,
+            prefill_s=prefill_s,
+            draft_version=self._version(),
+            finished=finished,
+        )
+
+    @torch.inference_mode()
+    def measure_plain(self) -> PlainSample:
+        """Time one plain step on the live requests; its token is thrown away and its slot written again later."""
+        self._check_open()
+        began = self.clock.now()
+        proposal = self._propose(Plan(0))
+        slots = self._at(self._length - 1)[:, None]
+        logits = self.target.decode(proposal.tokens, self._cache, slots, length=int(self._length.max())).logits
+        chosen = choose(logits[:, 0], self._temperatures, self._probe_generator).tolist()
+        for live, token in zip(self._live, chosen, strict=True):
+            live.keep([token], self._eos)
+        return PlainSample(self.batch_size, float(self._length.mean()), self.clock.now() - began)
+
+    def drain(self) -> list[Trace]:
+        """Take the traces kept so far."""
+        traces, self._traces = self._traces, []
+        return traces
+
+    def close(self) -> None:
+        """End the session and let go of its caches; idempotent."""
+        self._closed = True
+        self._traces = []
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the session is closed; start another one")
+
+    def _check(self, plan: Plan) -> None:
+        self._check_open()
+        if plan.num_steps and self.draft is None:
+            raise ValueError(f"plain decoding has no draft, so its only plan is 0, but got {plan}")
+        if max(plan.num_draft_tokens, (plan.num_steps - 1) * plan.topk) > MOST_NODES:
+            raise ValueError(f"a plan may draft and verify at most {MOST_NODES} tokens per request, but got {plan}")
+
+    def _version(self) -> int:
+        return 0 if self.draft is None else self.draft.version
+
+    def _at(self, values: Ints) -> Tensor:
+        return torch.from_numpy(values).to(self.target.device)
+
+    def _heat(self) -> None:
+        temperatures = [live.request.temperature for live in self._live]
+        self._temperatures = Temperatures.of(temperatures, self.target.device)
+
+    def _last(self) -> Tensor:
+        """The last committed token of each request: [B] int64."""
+        return self._tokens.gather(1, torch.from_numpy(self._length - 1)[:, None])[:, 0].to(self.target.device)
+
+    def _propose(self, plan: Plan) -> Proposal:
+        if plan.num_steps == 0:
+            last = self._last()[:, None]
+            return Proposal(last, torch.full_like(last, -1), None, None, None)
+        assert self.draft is not None
+        hidden = self._catch_up()
+        start = Start(hidden, self._at(self._length - 1), int(self._length.max()) - 1, self._last())
+        if plan.is_chain:
+            sampled = self._temperatures if self._rejection else None
+            return propose_chain(
+                self.draft,
+                self._draft_cache,
+                start,
+                plan.num_steps,
+                self.target.config.vocab_size,
+                sampled,
+                self._generator,
+            )
+        return propose_tree(self.draft, self._draft_cache, start, plan)
+
+    def _catch_up(self, leave: int = 0) -> Tensor:
+        """Let the draft read all waiting features but the last `leave`; its state after the last: [B, H]."""
+        assert self.draft is not None
+        waiting = self._length - 1 - self._read - leave  # [B], at least 1 unless some are left
+        width = int(waiting.max())
+        slots = self._at(self._read)[:, None] + self._arange[:width]
+        tokens = self._tokens.to(self.target.device).gather(1, slots + 1)
+        hidden = self.draft.decode(
+            tokens,
+            self.draft.fuse(self._pending[:, :width]),
+            self._draft_cache,
+            slots,
+            length=int(self._read.max()) + width,
+        )
+        self._read += waiting
+        last = self._at(np.maximum(waiting - 1, 0))
+        return hidden[self._arange[: len(last)], last]
+
+    def _accept(self, plan: Plan, proposal: Proposal, logits: Tensor) -> tuple[Ints, list[list[int]], Tensor | None]:
+        """Correct drafts [B], committed tokens of each request, and the accepted rows [B, s + 1] of a tree."""
+        if proposal.distributions is not None:
+            accepted = reject_chain(
+                logits, proposal.tokens[:, 1:], proposal.distributions, self._temperatures, self._generator
+            )
+        else:
+            chosen = choose(logits, self._temperatures, self._generator)  # [B, n]
+            if not plan.is_chain:
+                return self._accept_tree(plan, proposal, chosen)
+            accepted = accept_chain(chosen, proposal.tokens[:, 1:])
+        correct, bonus = accepted.correct.cpu().numpy(), accepted.bonus.tolist()
+        drafted = proposal.tokens[:, 1:].tolist()
+        return correct, [[*d[:c], b] for d, c, b in zip(drafted, correct.tolist(), bonus, strict=True)], None
+
+    def _accept_tree(self, plan: Plan, proposal: Proposal, chosen: Tensor) -> tuple[Ints, list[list[int]], Tensor]:
+        choices, tokens = chosen.tolist(), proposal.tokens.tolist()
+        paths = accept_tree(choices, tokens, proposal.parents.tolist())
+        committed = [
+            [*(nodes[i] for i in path[1:]), after[path[-1]]]
+            for path, nodes, after in zip(paths, tokens, choices, strict=True)
+        ]
+        correct = np.array([len(path) - 1 for path in paths], dtype=np.int64)
+        rows = torch.tensor([path + [-1] * (plan.num_steps + 1 - len(path)) for path in paths])
+        moved = [
+            (row, self._length[row] - 1 + node, self._length[row] - 1 + depth)
+            for row, path in enumerate(paths)
+            for depth, node in enumerate(path)
+            if node != depth
+        ]
+        if moved:
+            self._cache.move(*torch.tensor(np.array(moved), device=self.target.device).unbind(1))
+        return correct, committed, rows.to(self.target.device)
+
+    def _keep_features(self, features: Tensor, path: Tensor | None) -> None:
+        """Let the verified tokens' features [B, n, 3H] wait for the draft, in the order of the accepted path."""
+        waiting = self._length - 1 - self._read
+        if int(waiting.max()) + features.shape[1] > MOST_NODES:
+            self._catch_up_early()
+            waiting = self._length - 1 - self._read
+        if path is not None:
+            index = path.clamp(min=0)[..., None].expand(-1, -1, features.shape[-1])
+            features = features.gather(1, index)
+        rows = self._pending_rows + self._at(waiting)[:, None] + self._arange[: features.shape[1]]
+        self._pending.view(-1, features.shape[-1]).index_put_((rows,), features)
+
+    def _catch_up_early(self) -> None:
+        """Make room in the buffer: read all but each request's last waiting features, and move those to the front."""
+        waiting = self._length - 1 - self._read
+        rows = (self._pending_rows[:, 0] + self._at(waiting - 1)).unsqueeze(1)
+        last = self._pending.view(-1, self._pending.shape[-1])[rows]  # [B, 1, 3H]
+        if int(waiting.max()) > 1:
+            self._catch_up(leave=1)
+        self._pending[:, :1] = last
+
+    def _commit(self, committed: list[list[int]]) -> tuple[Ints, list[int]]:
+        """Append what each request keeps; tokens kept [B] and the rows that ended."""
+        counts, ended = np.empty(len(committed), dtype=np.int64), []
+        for row, (live, tokens) in enumerate(zip(self._live, committed, strict=True)):
+            kept, ends = live.keep(tokens, self._eos)
+            length = self._length[row]
+            self._known[row, length : length + len(kept)] = kept
+            live.generated.extend(kept)
+            self._length[row] = length + len(kept)
+            counts[row] = len(kept)
+            if ends:
+                ended.append(row)
+        return counts, ended
+
+    def _record(
+        self,
+        plan: Plan,
+        proposal: Proposal,
+        features: Tensor,
+        logits: Tensor,
+        path: Tensor | None,
+        correct: Ints,
+        ids: Ints,
+        context: Ints,
+        ended: list[int],
+    ) -> None:
+        if path is None:
+            rows = self._arange[: plan.num_steps + 1]
+            path = torch.where(rows <= self._at(correct)[:, None], rows, -1)
+        self._traces.append(
+            Trace(
+                request_ids=ids,
+                positions=context - 1,
+                tokens=proposal.tokens,
+                features=features,
+                logits=logits,
+                parents=proposal.parents,
+                path=path,
+                draft_version=self._version(),
+                plan=plan,
+                temperatures=tuple(live.request.temperature for live in self._live),
+                finished=tuple(self._live[row].id for row in ended),
+            )
+        )
+
+    def _replace(self, row: int) -> Completion:
+        """Hand out a finished request and prefill the next one in its place."""
+        done = self._live[row]
+        self._live[row] = self._admitted[row] = self._admit(row)
+        self._heat()
+        return Completion(done.id, done.request.prompt, tuple(done.generated))
+
+    def _admit(self, row: int) -> _Live:
+        """Prefill requests into cache row `row` until one lives on: its first token is sampled here."""
+        while True:
+            live = _Live(self._served, self._checked(next(self._requests)))
+            self._served += 1
+            if not self._prefill(row, live):
+                return live
+            done = Completion(live.id, live.request.prompt, tuple(live.generated))
+            self._ended_at_prefill.append(done)
+
+    def _checked(self, request: Request) -> Request:
+        known, most = len(request.prompt), request.max_new_tokens
+        if known + most > self._max_context:
+            raise ValueError(
+                f"prompt and max_new_tokens must fit max_context={self._max_context}, but got {known} + {most} "
+                f"tokens; shorten them or raise max_context"
+            )
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self.target.config.vocab_size:
+            raise ValueError(
+                f"prompt tokens must be in [0, {self.target.config.vocab_size}), but got "
+                f"{min(request.prompt)}..{max(request.prompt)}; was the text encoded with another tokenizer?"
+            )
+        return request
+
+    def _prefill(self, row: int, live: _Live) -> bool:
+        """Read the prompt, sample the first token; whether the request ends with it."""
+        request, length = live.request, len(live.request.prompt)
+        tokens = torch.tensor([request.prompt], device=self.target.device)
+        decoded = self.target.prefill(tokens, self._cache, first=row, taps=self._taps)
+        heat = Temperatures.of([request.temperature], self.target.device)
+        token = int(choose(decoded.logits[:, -1], heat, self._generator))
+        kept, ends = live.keep([token], self._eos)
+        live.generated.extend(kept)
+        self._known[row, : length + 1] = [*request.prompt, token]
+        self._all_length[row], self._all_read[row] = length + 1, length - 1
+        if self.draft is not None:
+            assert decoded.features is not None
+            self._all_pending[row, 0] = decoded.features[0, -1]
+            if length > 1:
+                self._prefill_draft(row, tokens[:, 1:], decoded.features[:, :-1])
+            if self._trace:
+                self._record_prefill(live, tokens, decoded.features, decoded.logits, ends)
+        return ends
+
+    def _prefill_draft(self, row: int, tokens: Tensor, features: Tensor) -> None:
+        assert self.draft is not None
+        count = tokens.shape[1]
+        slots = torch.arange(count, device=self.target.device)[None]
+        self.draft.decode(tokens, self.draft.fuse(features), self._draft_cache, slots, length=count, first=row)
+
+    def _record_prefill(self, live: _Live, tokens: Tensor, features: Tensor, logits: Tensor, ends: bool) -> None:
+        rows = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        self._traces.append(
+            Trace(
+                request_ids=np.array([live.id]),
+                positions=np.zeros(1, dtype=np.int64),
+                tokens=tokens,
+                features=features,
+                logits=logits,
+                parents=rows - 1,
+                path=rows,
+                draft_version=self._version(),
+                temperatures=(live.request.temperature,),
+                finished=(live.id,) if ends else (),
+            )
+        )

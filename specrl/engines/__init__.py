@@ -1,0 +1,1 @@
+"""Engines: where rounds are decoded and timed."""

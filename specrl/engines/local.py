@@ -1,0 +1,106 @@
+"""The local engine: decoding in this process with torch, on a CPU or one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from specrl.clock import Clock, WallClock
+from specrl.decoding.session import MOST_NODES, LocalSession
+from specrl.engines.base import Workload
+from specrl.models.draft import Draft, ServingDraft
+from specrl.models.target import Target
+from specrl.plan import Plan
+
+_DEFAULT_CONTEXT = 2048
+
+
+class LocalEngine:
+    """A target in this process, with or without a draft (see `specrl.engines.base.Engine`).
+
+    Args:
+        target: the model (`specrl.load_target`).
+        draft: its draft; None: plain decoding only.
+        max_context: tokens a request may reach, prompt included; None: the target's positions, at most 2048.
+        use_rejection_sampling: sample chains from the draft and accept by rejection sampling; else drafts are
+            the draft's best tokens and stand where the target itself chooses them (SGLang's default).
+        clock: that times the rounds; None: the machine's, synchronised with the target's device.
+
+    Raises:
+        ValueError: the draft was made for another target.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        draft: Draft | None = None,
+        *,
+        max_context: int | None = None,
+        use_rejection_sampling: bool = True,
+        clock: Clock | None = None,
+    ) -> None:
+        self.target = target
+        self._serving = None if draft is None else ServingDraft(draft, target)
+        self.max_context = max_context or min(_DEFAULT_CONTEXT, target.config.max_position_embeddings)
+        self._rejection = use_rejection_sampling
+        self._clock = clock or WallClock(target.device)
+        self._sessions: list[LocalSession] = []
+
+    @property
+    def clock(self) -> Clock:
+        """The clock its rounds are timed on."""
+        return self._clock
+
+    @property
+    def draft_version(self) -> int:
+        """Version of the draft weights that serve; 0 before any was loaded."""
+        return 0 if self._serving is None else self._serving.version
+
+    def supports(self, plan: Plan) -> bool:
+        """Whether a session can run `plan`: any with a draft, up to 64 tokens; 0 without one."""
+        if self._serving is None:
+            return plan.num_steps == 0
+        return max(plan.num_draft_tokens, (plan.num_steps - 1) * plan.topk) <= MOST_NODES
+
+    def start(
+        self,
+        workload: Workload,
+        *,
+        batch_size: int,
+        seed: int,
+        max_batch_size: int | None = None,
+        plain: bool = False,
+        trace: bool = False,
+    ) -> LocalSession:
+        """Prefill `batch_size` requests of `workload` and be ready for the first round."""
+        session = LocalSession(
+            self.target,
+            None if plain else self._serving,
+            workload.requests(seed),
+            batch_size=batch_size,
+            max_batch_size=max_batch_size or batch_size,
+            max_context=self.max_context,
+            seed=seed,
+            clock=self._clock,
+            use_rejection_sampling=self._rejection,
+            trace=trace,
+        )
+        self._sessions.append(session)
+        return session
+
+    def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
+        """Serve these draft weights (SGLang's names) from the next round on.
+
+        Raises:
+            ValueError: the engine has no draft, or the weights do not fit the one that serves.
+        """
+        if self._serving is None:
+            raise ValueError("the engine decodes without a draft, so none can be loaded; start it with one (new_draft)")
+        self._serving.load(weights, version=version)
+
+    def close(self) -> None:
+        """Close every session; idempotent."""
+        for session in self._sessions:
+            session.close()
+        self._sessions.clear()

@@ -1,0 +1,1 @@
+"""Target, draft and their caches."""

@@ -1,0 +1,255 @@
+"""The EAGLE3 draft: its weights as SGLang reads them, and the form that serves.
+
+EAGLE-3 (Li et al., 2025, arXiv:2503.01840): one decoder layer that reads the target's hidden states at three
+depths, fused by `fc`, next to the embedding of the following token, and that goes on reading its own output.
+
+Slot t of a request holds (features of token t, embedding of token t + 1) and predicts token t + 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specrl.models.cache import KVCache, place
+from specrl.models.checkpoint import check_tensors, expected_draft_tensors, read_tensors, save_tensors, write_atomic
+from specrl.models.config import DraftConfig, default_taps, read_draft_config, write_draft_config
+from specrl.models.layer import Layer, Norm, interleave
+from specrl.models.linear import Linear
+from specrl.models.rope import rope_table
+from specrl.models.target import BEYOND, Target
+
+_INIT_STD = 0.02
+
+
+class Draft:
+    """An EAGLE3 draft's weights by SGLang's names, float32, on the CPU unless moved by their owner.
+
+    Args:
+        config: its shape.
+        tensors: every tensor of `expected_draft_tensors(config)`.
+
+    Raises:
+        ValueError: a tensor is missing, extra, misshapen or not finite, or the vocabulary map is not one.
+    """
+
+    def __init__(self, config: DraftConfig, tensors: Mapping[str, Tensor]) -> None:
+        check_tensors(tensors, expected_draft_tensors(config), what="draft", optional=("t2d",))
+        self.config = config
+        self.tensors = {name: t if name in ("d2t", "t2d") else t.float() for name, t in tensors.items()}
+        if "d2t" in self.tensors:
+            self.tensors["d2t"] = self.tensors["d2t"].to(torch.int64)
+            self.tensors["t2d"] = _membership(self.tensors["d2t"], config)
+        self.target_ids = vocabulary_ids(self.tensors, config)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor by its SGLang name (no copies)."""
+        return dict(self.tensors)
+
+    def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json and model.safetensors atomically; nothing of the target's is in them."""
+        tensors = {n: t if n in ("d2t", "t2d") else t.to(dtype) for n, t in self.tensors.items()}
+
+        def write(into: Path) -> None:
+            write_draft_config(self.config, into)
+            save_tensors(into / "model.safetensors", tensors, {"format": "pt"})
+
+        write_atomic(Path(directory), write)
+
+
+def vocabulary_ids(tensors: Mapping[str, Tensor], config: DraftConfig) -> Tensor | None:
+    """Target ids of the draft's vocabulary [Vd] int64 (`i + d2t[i]`); None when it is the target's whole one."""
+    if "d2t" not in tensors:
+        return None
+    offsets = tensors["d2t"].to(torch.int64)
+    return torch.arange(config.draft_vocab_size, device=offsets.device) + offsets
+
+
+def _membership(d2t: Tensor, config: DraftConfig) -> Tensor:
+    """t2d [V] bool from the offsets, refusing what is not a map into the vocabulary."""
+    ids = torch.arange(config.draft_vocab_size) + d2t.cpu()
+    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size or len(ids.unique()) != len(ids):
+        raise ValueError(
+            f"d2t must hold offsets that map {config.draft_vocab_size} draft ids to different ids in "
+            f"[0, {config.vocab_size}), but got ids {int(ids.min())}..{int(ids.max())}; target id = i + d2t[i]"
+        )
+    member = torch.zeros(config.vocab_size, dtype=torch.bool)
+    member[ids] = True
+    return member
+
+
+def new_draft(
+    target: Target,
+    *,
+    draft_vocab_size: int | None = None,
+    vocabulary: Tensor | None = None,
+    intermediate_size: int | None = None,
+    taps: tuple[int, int, int] | None = None,
+    seed: int = 0,
+) -> Draft:
+    """A draft for `target` from random initialisation; only the head starts as a copy of the target's rows.
+
+    Args:
+        target: whose embedding the draft will share and whose features it will read.
+        draft_vocab_size: entries of the draft's vocabulary; None: the target's.
+        vocabulary: [Vd] int64 target ids, ascending; None: the first `draft_vocab_size`.
+        intermediate_size: width of the MLP; None: the target's.
+        taps: layers whose inputs are fused; None: SGLang's default [2, n // 2, n - 3].
+        seed: of the initialisation.
+
+    Raises:
+        ValueError: a size or vocabulary that does not fit the target.
+    """
+    t = target.config
+    size = len(vocabulary) if vocabulary is not None else draft_vocab_size or t.vocab_size
+    if not 1 <= size <= t.vocab_size or (draft_vocab_size and size != draft_vocab_size):
+        raise ValueError(
+            f"draft_vocab_size must be in [1, {t.vocab_size}] and equal to the length of vocabulary, but got {size}"
+        )
+    config = DraftConfig(
+        vocab_size=t.vocab_size,
+        draft_vocab_size=size,
+        hidden_size=t.hidden_size,
+        target_hidden_size=t.hidden_size,
+        intermediate_size=intermediate_size or t.intermediate_size,
+        num_heads=t.num_heads,
+        num_kv_heads=t.num_kv_heads,
+        head_dim=t.head_dim,
+        rms_norm_eps=t.rms_norm_eps,
+        rope=t.rope,
+        max_position_embeddings=t.max_position_embeddings,
+        taps=taps or default_taps(t.num_layers),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, shape in expected_draft_tensors(config).items():
+        if name not in ("d2t", "t2d"):
+            tensors[name] = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * _INIT_STD
+    ids = torch.arange(size) if vocabulary is None else vocabulary.to(torch.int64)
+    if size < t.vocab_size:
+        tensors["d2t"] = ids - torch.arange(size)
+        tensors["t2d"] = torch.zeros(t.vocab_size, dtype=torch.bool)
+    tensors["lm_head.weight"] = target.head_weight.float().cpu()[ids].clone()
+    tensors["norm.weight"] = target.norm_weight.float().cpu().clone()
+    return Draft(config, tensors)
+
+
+def load_draft(path: str | Path) -> Draft:
+    """Load an EAGLE3 draft directory in SGLang's layout (config.json, model.safetensors).
+
+    Raises:
+        ValueError: a configuration or tensor that SGLang would not read as meant, by name.
+    """
+    return Draft(read_draft_config(Path(path)), read_tensors(Path(path)))
+
+
+class ServingDraft:
+    """A draft's weights fused for decoding; rebuilt at every load of new weights.
+
+    Args:
+        draft: the weights.
+        target: whose embedding it shares, and whose device and dtype it computes in.
+
+    Raises:
+        ValueError: the draft was made for a target of another shape.
+    """
+
+    def __init__(self, draft: Draft, target: Target) -> None:
+        c, t = draft.config, target.config
+        for name, ours, theirs in (
+            ("vocab_size", c.vocab_size, t.vocab_size),
+            ("hidden_size", c.hidden_size, t.hidden_size),
+            ("target_hidden_size", c.target_hidden_size, t.hidden_size),
+        ):
+            if ours != theirs:
+                raise ValueError(f"the draft's {name} must be the target's {theirs}, but got {ours}; is it for another model?")
+        if max(c.taps) >= t.num_layers:
+            raise ValueError(f"the draft's taps {c.taps} must be layers of the target, which has {t.num_layers}")
+        self.config, self.device, self.dtype = c, target.device, target.dtype
+        self._norm = Norm(c.hidden_size, c.rms_norm_eps, self.dtype, self.device)
+        self._embedding = self._norm(target.embedding)  # [V, H], normalised once
+        self.table = rope_table(c.rope, c.head_dim, c.max_position_embeddings + BEYOND).to(self.device)
+        self.target_ids = None if draft.target_ids is None else draft.target_ids.to(self.device)
+        self.load(draft.tensors, version=0)
+
+    def load(self, tensors: Mapping[str, Tensor], *, version: int) -> None:
+        """Fuse and serve these weights.
+
+        Raises:
+            ValueError: a tensor that is missing, extra, misshapen or not finite, or another vocabulary than the
+                one that serves (which is fixed for a server's life). What served before goes on serving.
+        """
+        check_tensors(tensors, expected_draft_tensors(self.config), what=f"draft version {version}", optional=("t2d",))
+        ids = vocabulary_ids(tensors, self.config)
+        if ids is not None and not torch.equal(ids.to(self.device), self.target_ids):  # type: ignore[arg-type]
+            raise ValueError("the draft vocabulary (d2t) is fixed while a draft serves, but got another; start anew with it")
+        c, gain = self.config, self._norm.gain
+
+        def read(name: str) -> Tensor:
+            return tensors[name].detach().to(self.device, torch.float32)
+
+        def linear(weight: Tensor) -> Linear:
+            return Linear(weight.to(self.dtype), pack=False)
+
+        at = "midlayer.self_attn."
+        query, key, value = (read(f"{at}{n}_proj.weight") for n in "qkv")
+        qkv = torch.cat([interleave(query, c.head_dim), interleave(key, c.head_dim), value])
+        columns = torch.cat([read("midlayer.input_layernorm.weight"), read("midlayer.hidden_norm.weight")])
+        gate_up = torch.cat([read("midlayer.mlp.gate_proj.weight"), read("midlayer.mlp.up_proj.weight")])
+        after = read("midlayer.post_attention_layernorm.weight")
+        self._fc = linear(read("fc.weight"))
+        self._layer = Layer(
+            linear(qkv * columns * gain),
+            linear(read(f"{at}o_proj.weight")),
+            linear(gate_up * after * gain),
+            linear(read("midlayer.mlp.down_proj.weight")),
+            self._norm,
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+        )
+        self._head = linear(read("lm_head.weight") * read("norm.weight") * gain)
+        self.version = version
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` requests of up to `capacity` tokens."""
+        c = self.config
+        return KVCache(1, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """Target features [b, q, 3H] -> the draft's first hidden states [b, q, H] (EAGLE-3's g)."""
+        return self._fc(features.flatten(0, 1)).view(*features.shape[:2], -1)
+
+    def decode(
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        *,
+        length: int,
+        positions: Tensor | None = None,
+        first: int = 0,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """One pass of the layer over q slots of each of b requests: new hidden states [b, q, H].
+
+        Args:
+            tokens: [b, q] int64, the token after each slot's own.
+            hidden: [b, q, H], fused features or the layer's own earlier output.
+            cache, slots, length, positions, first, seen: as in `Target.decode`.
+        """
+        batch, queries = tokens.shape
+        at = place(
+            cache, self.table, slots, slots if positions is None else positions, length, self._layer.group, first, seen
+        )
+        residual = hidden.reshape(batch * queries, -1)
+        x = torch.cat([self._embedding[tokens.flatten()], self._norm(residual)], -1)  # [M, 2H]
+        return self._layer(x, residual, cache.flat[0], at, 0).view(batch, queries, -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[m, H] -> [m, Vd] float32 over the draft's vocabulary."""
+        return self._head(self._norm(hidden)).float()

@@ -1,0 +1,193 @@
+"""The target: a decoder of Llama, Qwen2 and Qwen3 checkpoints, built for small batches of few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specrl.models.cache import KVCache, place
+from specrl.models.checkpoint import check_tensors, expected_target_tensors, read_tensors
+from specrl.models.config import TargetConfig, read_target_config
+from specrl.models.embedded import embedded_directory
+from specrl.models.layer import Layer, Norm, interleave
+from specrl.models.linear import Linear
+from specrl.models.rope import rope_table
+
+PREFILL_CHUNK = 256  # tokens a pass; bounds the scores held at once
+BEYOND = 128  # rotary positions past the last, for drafts that are never committed
+
+
+class Decoded(NamedTuple):
+    """What a forward pass over b requests of q tokens yields."""
+
+    logits: Tensor  # [b, q, V] float32
+    features: Tensor | None  # [b, q, 3H], the fused taps in tap order; None where not asked for
+
+
+class Target:
+    """A loaded target. `target(input_ids)` is the whole model; sessions use `decode` with a cache.
+
+    Args:
+        config: its shape.
+        tensors: its weights by their Hugging Face names, checked (see `load_target`).
+        device, dtype: where and in what it computes; logits are float32 always.
+    """
+
+    def __init__(
+        self, config: TargetConfig, tensors: Mapping[str, Tensor], *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        self.embedding = tensors["model.embed_tokens.weight"].to(device, dtype)  # [V, H]
+        tied = config.tie_word_embeddings
+        self.head_weight = self.embedding if tied else tensors["lm_head.weight"].to(device, dtype)  # [V, H]
+        self.norm_weight = tensors["model.norm.weight"].to(device, dtype)  # [H]
+        self._norm = Norm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self._head = Linear(self._fold(self.head_weight, self.norm_weight))
+        self._layers = [self._layer(tensors, f"model.layers.{i}.") for i in range(config.num_layers)]
+        self.table = rope_table(config.rope, config.head_dim, config.max_position_embeddings + BEYOND).to(device)
+
+    def _fold(self, weight: Tensor, norm: Tensor) -> Tensor:
+        return (weight.float() * (norm.float() * self._norm.gain)).to(self.dtype)
+
+    def _layer(self, tensors: Mapping[str, Tensor], at: str) -> Layer:
+        c = self.config
+
+        def read(name: str) -> Tensor:
+            return tensors[at + name].to(self.device, self.dtype)
+
+        def bias(*names: str) -> Tensor | None:
+            found = [name for name in names if at + name + ".bias" in tensors]
+            return torch.cat([paired(name, read(name + ".bias")) for name in names]) if found else None
+
+        def paired(name: str, weight: Tensor) -> Tensor:
+            return interleave(weight, c.head_dim) if name in ("self_attn.q_proj", "self_attn.k_proj") else weight
+
+        head_norm = None
+        if c.qk_norm:
+            norm = Norm(c.head_dim, c.rms_norm_eps, self.dtype, self.device)
+            weights = [read(f"self_attn.{n}_norm.weight")[None] for n in "qk"]
+            per_head = torch.cat([weights[0].expand(c.num_heads, -1), weights[1].expand(c.num_kv_heads, -1)])
+            head_norm = (norm, interleave(per_head.flatten(), c.head_dim).view(per_head.shape) * norm.gain)
+        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        qkv = torch.cat([paired(name, read(name + ".weight")) for name in names])
+        mlp = ("mlp.gate_proj", "mlp.up_proj")
+        gate_up = torch.cat([read(name + ".weight") for name in mlp])
+        return Layer(
+            Linear(self._fold(qkv, read("input_layernorm.weight")), bias(*names)),
+            Linear(read("self_attn.o_proj.weight"), bias("self_attn.o_proj")),
+            Linear(self._fold(gate_up, read("post_attention_layernorm.weight")), bias(*mlp)),
+            Linear(read("mlp.down_proj.weight"), bias("mlp.down_proj")),
+            self._norm,
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            head_norm,
+        )
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` requests of up to `capacity` tokens."""
+        c = self.config
+        return KVCache(c.num_layers, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device)
+
+    def decode(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        *,
+        length: int,
+        positions: Tensor | None = None,
+        first: int = 0,
+        seen: Tensor | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> Decoded:
+        """Run q tokens of each of b requests on top of what the cache holds.
+
+        Args:
+            tokens: [b, q] int64.
+            cache: written at `slots`.
+            slots: [b, q] int64 cache slots.
+            length: one more than the largest slot.
+            positions: [b, q] int64 rotary positions; None: the slots.
+            first: cache row of the first request.
+            seen: [b, q, length] bool, who attends to which slot; None: all up to the token's own slot.
+            taps: indices of layers whose input is returned as features.
+        """
+        batch, queries = tokens.shape
+        at = place(
+            cache, self.table, slots, slots if positions is None else positions, length, self.config.group, first, seen
+        )
+        x = self.embedding[tokens.flatten()]  # [M, H]
+        taken = []
+        for i, layer in enumerate(self._layers):
+            if i in taps:
+                taken.append(x)
+            x = layer(self._norm(x), x, cache.flat[i], at, i)
+        logits = self._head(self._norm(x)).float().view(batch, queries, -1)
+        features = torch.cat(taken, -1).view(batch, queries, -1) if taps else None
+        return Decoded(logits, features)
+
+    def prefill(self, tokens: Tensor, cache: KVCache, *, first: int = 0, taps: tuple[int, ...] = ()) -> Decoded:
+        """Run prompts `tokens [b, T] int64` from slot 0 on, in chunks; logits at every position."""
+        parts = []
+        for start in range(0, tokens.shape[1], PREFILL_CHUNK):
+            chunk = tokens[:, start : start + PREFILL_CHUNK]
+            stop = start + chunk.shape[1]
+            slots = torch.arange(start, stop, device=tokens.device).expand(chunk.shape)
+            parts.append(self.decode(chunk, cache, slots, length=stop, first=first, taps=taps))
+        features = torch.cat([part.features for part in parts], 1) if taps else None  # type: ignore[misc]
+        return Decoded(torch.cat([part.logits for part in parts], 1), features)
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """[B, T] int64 -> logits [B, T, V] float32, without a cache to keep.
+
+        Raises:
+            ValueError: not a [B, T] tensor of token ids of this vocabulary, or longer than its positions.
+        """
+        most = self.config.max_position_embeddings
+        if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not 1 <= input_ids.shape[1] <= most:
+            raise ValueError(f"input_ids must be [B, T] int64 with T in [1, {most}], but got {tuple(input_ids.shape)} {input_ids.dtype}")
+        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
+            raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), but got {input_ids.min()}..{input_ids.max()}")
+        return self.prefill(input_ids.to(self.device), self.new_cache(*input_ids.shape)).logits
+
+
+def load_target(path: str | Path = "embedded", *, device: str = "cpu", dtype: str | torch.dtype = torch.float32) -> Target:
+    """Load a target from a Hugging Face checkpoint directory, or an embedded one by name.
+
+    Args:
+        path: a directory with config.json and safetensors, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        device: 'cpu' or a CUDA device.
+        dtype: torch dtype or its name; greedy decoding is exactly lossless in float32.
+
+    Raises:
+        ValueError: a configuration that is not supported (by name), or a missing, extra, misshapen or
+            non-finite tensor (by name).
+    """
+    directory = embedded_directory(str(path)) if str(path).startswith("embedded") else Path(path)
+    config = read_target_config(directory)
+    tensors = read_tensors(directory)
+    check_tensors(tensors, expected_target_tensors(config), what=f"target {path}", optional=_OPTIONAL)
+    return Target(config, tensors, device=device, dtype=as_dtype(dtype))
+
+
+_OPTIONAL = frozenset({"lm_head.weight"})
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """'float32', 'bfloat16' or a torch dtype.
+
+    Raises:
+        ValueError: another name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+    if dtype not in known:
+        raise ValueError(f"dtype must be one of {', '.join(sorted(known))}, but got {dtype!r}")
+    return known[dtype]
