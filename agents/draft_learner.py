@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from specrl.agents.sequences import Assembler, Replay, collate
+from specrl.agents.sequences import Assembler, Replay, Sequence, collate
 from specrl.agents.unroll import unroll
 from specrl.models.draft import Draft
 from specrl.models.rope import rope_table
@@ -33,10 +33,14 @@ class LearnerConfig:
         average: decay per update of the weights' running average, which is what serves; 0: the latest weights.
         replay: sequences kept.
         half_life: how many requests back the weight of a draw halves.
-        dtype: of the products in the forward and backward pass, 'float32' or 'bfloat16'.
+        dtype: of the matrix products; 'auto' is bfloat16 where the processor has such products, else float32.
+            Weights and optimiser state are float32 always.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
@@ -48,7 +52,30 @@ class LearnerConfig:
     average: float = 0.98
     replay: int = 512
     half_life: float = 64.0
-    dtype: str = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "clip", "updates_per_request", "half_life"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"learner.{name} must be above 0, but got {getattr(self, name)}")
+        for name in ("batch_size", "passes", "replay"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"learner.{name} must be at least 1, but got {getattr(self, name)}")
+        if not 0 <= self.average < 1 or not 0 < self.pass_decay <= 1 or not self.weight_decay >= 0:
+            raise ValueError(
+                "learner.average must be in [0, 1), pass_decay in (0, 1] and weight_decay at least 0, but got "
+                f"{self.average}, {self.pass_decay} and {self.weight_decay}"
+            )
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"learner.temperature must be above 0 or null (each request's own), but got {self.temperature}")
+
+
+def product_dtype(name: str) -> torch.dtype:
+    """The dtype of matrix products that `name` stands for on this machine."""
+    if name == "auto":
+        native = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return torch.bfloat16 if native.get("avx512_bf16") or native.get("amx_bf16") else torch.float32
+    return torch.float32 if name == "float32" else torch.bfloat16
 
 
 class OnlineLearner:
@@ -80,7 +107,7 @@ class OnlineLearner:
         self._assembler, self.replay = Assembler(), Replay(config.replay, config.half_life, seed)
         self.updates = self.requests = 0
         self._owed = 0.0
-        self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+        self._dtype = product_dtype(config.dtype)
 
     def learn(self, traces: list[Trace]) -> Mapping[str, float]:
         """Take traces, make the updates their finished requests are due; means over those updates."""
@@ -89,16 +116,16 @@ class OnlineLearner:
         self.requests += len(new)
         self._owed += len(new) * self.config.updates_per_request
         sums: dict[str, float] = {}
-        began, count = time.perf_counter(), 0
+        count = 0
         while self._owed >= 1.0 and len(self.replay):
             self._owed -= 1.0
             count += 1
             for name, value in self.update(self.replay.draw(self.config.batch_size)).items():
                 sums[name] = sums.get(name, 0.0) + value
         means = {name: value / count for name, value in sums.items()}
-        return {**means, "updates": float(count), "train_s": time.perf_counter() - began}
+        return {**means, "updates": float(count)}
 
-    def update(self, sequences: list) -> dict[str, float]:
+    def update(self, sequences: list[Sequence]) -> dict[str, float]:
         """One optimiser step on a batch of sequences."""
         c = self.config
         tokens, features, logits, valid = collate(sequences)
@@ -131,9 +158,47 @@ class OnlineLearner:
                 served.lerp_(self.parameters[name], 1.0 - keep)
         return {"loss": loss.item(), "gradient_norm": float(norm), **{f"alpha_{k + 1}": a for k, a in enumerate(accept.tolist())}}
 
-    def _temperatures(self, sequences: list) -> Tensor:
+    def _temperatures(self, sequences: list[Sequence]) -> Tensor:
         own = [s.temperature or 1.0 for s in sequences]
         return torch.tensor(own if self.config.temperature is None else [self.config.temperature] * len(own))[:, None, None]
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything needed to go on, but the replay: tensors, and JSON-able numbers."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"parameters.{name}"] = parameter.detach()
+            tensors[f"served.{name}"] = self._served[name]
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}.{name}"] = value
+        numbers = {
+            "updates": self.updates,
+            "requests": self.requests,
+            "owed": self._owed,
+            "rng": self.replay.rng.bit_generator.state,
+        }
+        return tensors, numbers
+
+    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Go on from a `state`.
+
+        Raises:
+            ValueError: it was made by a learner of another draft.
+        """
+        for name, parameter in self.parameters.items():
+            found = tensors.get(f"parameters.{name}")
+            if found is None or found.shape != parameter.shape:
+                got = "none" if found is None else tuple(found.shape)
+                raise ValueError(f"a learner's state must fit its draft: {name} is {tuple(parameter.shape)}, but got {got}")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"parameters.{name}"])
+                self._served[name].copy_(tensors[f"served.{name}"])
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                if f"step.{name}" in tensors:
+                    self.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].clone() for key in keys}
+        self.updates, self.requests = int(numbers["updates"]), int(numbers["requests"])
+        self._owed = float(numbers["owed"])
+        self.replay.rng.bit_generator.state = numbers["rng"]
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:
         """Version (the updates made) and the weights to serve, by SGLang's names."""

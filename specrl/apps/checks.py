@@ -31,16 +31,18 @@ class Finding:
 
 
 @contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch compute with `count` threads inside."""
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch compute with `count` threads inside; None: as many as it does."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    if count not in (None, before):
+        torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if count not in (None, before):
+            torch.set_num_threads(before)
 
 
 def about_device(environment: Mapping[str, object], device: str) -> Finding:
@@ -94,10 +96,10 @@ def about_steadiness(clock: Clock, threads: int, unit: Callable[[], object] | No
 
 
 def matmuls() -> Callable[[], object]:
-    """A unit of work of a few milliseconds on a CPU core, shaped like decoding."""
+    """A unit of work of a millisecond or two on a CPU core, shaped like decoding."""
     import torch
 
-    weights = torch.ones(64, 512, 512) / 512
+    weights = torch.ones(16, 512, 512) / 512
     x = torch.ones(8, 512)
 
     def unit() -> object:

@@ -20,11 +20,17 @@ BLOCK = 8  # rounds timed between two changes of the setting, after two untimed 
 
 @dataclass(frozen=True)
 class Setting:
-    """Plain decoding in one setting: median milliseconds per step, by batch size."""
+    """Plain decoding in one setting: the median step at one batch size."""
 
     dtype: str
     threads: int
-    step_ms: dict[int, float]
+    batch_size: int
+    step_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all requests together."""
+        return self.batch_size / self.step_s
 
 
 def doctor(
@@ -80,15 +86,14 @@ def doctor(
         checks.about_openmp(cores),
         checks.about_sglang(installed("sglang")),
     ]
-    rows = decoding_rows(settings)
+    wide, headings = side_by_side(settings, batch_sizes)
     verdicts = [{**asdict(f), "good": "good" if f.good else "mind"} for f in findings]
-    headings = {"check": "check", "found": "found", "good": "verdict", "advice": "advice"}
     show(
-        table(rows, title=f"Plain decoding of {target} on {device}"),
-        table(verdicts, headings, title="Verdicts"),
+        table(wide, headings, title=f"Plain decoding of {target} on {device}"),
+        table(verdicts, {"check": "check", "found": "found", "good": "verdict", "advice": "advice"}, title="Verdicts"),
     )
     if output_dir is not None:
-        results = {"environment": record, "decoding": rows, "findings": findings}
+        results = {"environment": record, "decoding": [*map(long_form, settings)], "findings": findings}
         show(f"written: {OutputDir(output_dir).write_json('doctor.json', results)}")
     return findings
 
@@ -145,29 +150,31 @@ def time_decoding(
             turns = turns[::-1]
     for engine in engines.values():
         engine.close()
-    medians = {turn: float(np.median(took)) * 1e3 for turn, took in times.items()}
-    return [
-        Setting(dtype, count, {batch: medians[dtype, count, batch] for batch in batch_sizes})
-        for dtype in dtypes
-        for count in threads
-    ]
+    return [Setting(*turn, step_s=float(np.median(times[turn]))) for turn in sorted(turns, key=list(times).index)]
 
 
-def decoding_rows(settings: Sequence[Setting]) -> list[dict[str, object]]:
-    """One row per setting: milliseconds per step and tokens per second, by batch size."""
-    rows = []
-    for setting in settings:
-        row: dict[str, object] = {"dtype": setting.dtype, "threads": setting.threads}
-        for batch, step_ms in setting.step_ms.items():
-            row |= {f"batch {batch}: ms/step": step_ms, f"batch {batch}: tokens/s": batch * 1e3 / step_ms}
-        rows.append(row)
-    return rows
-
-
-def about_fastest(settings: Sequence[Setting], batch: int) -> Finding:
+def about_fastest(settings: Sequence[Setting], batch_size: int) -> Finding:
     """The setting that a speedup at this batch size counts against."""
-    ranked = sorted(settings, key=lambda setting: setting.step_ms[batch])
-    best, worst = ranked[0], ranked[-1]
-    ratio = worst.step_ms[batch] / best.step_ms[batch]
-    found = f"{best.dtype}, {best.threads} threads: {batch * 1e3 / best.step_ms[batch]:,.0f} tokens/s"
-    return Finding(f"fastest at batch {batch}", found, True, f"the slowest setting takes {ratio:.1f}× as long")
+    ranked = sorted((s for s in settings if s.batch_size == batch_size), key=lambda setting: setting.step_s)
+    best, ratio = ranked[0], ranked[-1].step_s / ranked[0].step_s
+    found = f"{best.dtype}, threads {best.threads}: {best.tokens_per_s:,.0f} tokens/s"
+    return Finding(f"fastest at batch {batch_size}", found, True, f"the slowest setting takes {ratio:.1f}× as long")
+
+
+def long_form(setting: Setting) -> dict[str, object]:
+    """A setting as a row for programs."""
+    return {**asdict(setting), "tokens_per_s": setting.tokens_per_s}
+
+
+def side_by_side(
+    settings: Sequence[Setting], batch_sizes: Sequence[int]
+) -> tuple[list[dict[str, object]], dict[str, str]]:
+    """Rows for people, one per dtype and thread count, with the batch sizes beside each other; and their headings."""
+    rows: dict[tuple[str, int], dict[str, object]] = {}
+    for s in settings:
+        row = rows.setdefault((s.dtype, s.threads), {"dtype": s.dtype, "threads": s.threads})
+        row |= {f"ms {s.batch_size}": s.step_s * 1e3, f"tps {s.batch_size}": s.tokens_per_s}
+    headings = {"dtype": "dtype", "threads": "threads"}
+    for batch in batch_sizes:
+        headings |= {f"ms {batch}": f"ms/step, batch {batch}", f"tps {batch}": f"tokens/s, batch {batch}"}
+    return list(rows.values()), headings

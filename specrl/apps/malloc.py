@@ -1,6 +1,7 @@
-"""glibc gives freed blocks of 32 MiB and more back to the system at once, and often smaller ones too.
+"""glibc hands large freed blocks back to the system, and every fresh page taken again costs a page fault.
 
-Taking them again costs a page fault per 4 KiB, which made training several times slower. `python -m
+Blocks beyond a threshold (at most 32 MiB) are mapped and unmapped each time, and the heap's free end is trimmed;
+training, which frees its activations at every step, became several times slower by it. `python -m
 specrl.apps.malloc` measures what it costs here.
 """
 

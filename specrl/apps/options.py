@@ -21,7 +21,7 @@ def build_parser(prog: str, function: Callable[..., object]) -> ArgumentParser:
     The docstring (Google's style) is the help; lines under 'Example:' are shown as they stand.
     """
     import docstring_parser
-    from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Keeps the line breaks of description and examples."""
@@ -36,7 +36,7 @@ def build_parser(prog: str, function: Callable[..., object]) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options; options given beside it win")
+    parser.add_argument("--config", action="config", help="YAML file of options; options given beside it win")
     parser.add_function_arguments(function, as_group=False)
     return parser
 
@@ -56,7 +56,7 @@ def read_options(
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from error
     config.pop("config", None)
-    return dict(vars(parser.instantiate_classes(config))), parser.dump(config)
+    return dict(vars(parser.instantiate(config))), parser.dump(config)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -118,7 +118,7 @@ def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (float, np.floating)):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if math.isfinite(value) else "–"
+        return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}" if math.isfinite(value) else "–"
     return str(value)
 
 

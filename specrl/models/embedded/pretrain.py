@@ -213,7 +213,7 @@ def train(
             group["lr"] = recipe.lr * learning_rate_scale(step, elapsed_s / budget_s)
         starts = torch.randint(0, len(text) - recipe.context - 1, (recipe.batch,), generator=generator).tolist()
         loss = loss_of(work, torch.stack([text[i : i + recipe.context + 1] for i in starts]))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         with torch.no_grad():
             for name in master:
                 grad = work[name].grad

@@ -1,0 +1,100 @@
+import json
+import math
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from specrl.clock import VirtualClock
+from specrl.models.embedded import embedded_directory, pretrain
+from specrl.models.embedded.corpus import SKIPPED, library_files, library_root
+from specrl.models.tokenizer import load_tokenizer
+from specrl.workload import load_workload
+
+NAMES = ("embedded-easy", "embedded-strong")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_checkpoint_is_complete(name: str) -> None:
+    files = {path.name for path in embedded_directory(name).iterdir()}
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "held_out.txt", "log.json"}
+    assert wanted == files
+
+
+def test_the_default_is_one_of_the_two() -> None:
+    assert embedded_directory() in map(embedded_directory, NAMES)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="'embedded-strong', but got 'embedded-hard'"):
+        embedded_directory("embedded-hard")
+
+
+def test_the_corpus_leaves_out_what_serves_as_shifted_traffic() -> None:
+    root = library_root()
+    files = library_files(root)
+    assert len(files) > 300 and files == sorted(files)
+    assert not any(SKIPPED & set(path.relative_to(root).parts) for path in files)
+    with pytest.raises(ValueError, match="must be installed as .py files"):
+        library_files(Path(__file__).parent / "nowhere")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_models_held_out_python_as_well_as_its_log_says(name: str) -> None:
+    """Bits per byte over 16 windows; which files there are depends on the interpreter, hence the wide tolerance."""
+    directory = embedded_directory(name)
+    stages = json.loads((directory / "log.json").read_text()).values()
+    logged = [row["bits_per_byte"] for rows in stages for row in rows][-1]
+    weights = {key: weight.float() for key, weight in load_file(directory / "model.safetensors").items()}
+    workload = load_workload("stdlib", load_tokenizer(directory), prompt_tokens=257, split="held_out")
+    prompts = [request.prompt for request in islice(workload.requests(0), 16)]
+    ids = torch.tensor(prompts)  # [16, 257]
+    with torch.no_grad():
+        logits = pretrain.logits(weights, ids[:, :-1], *pretrain.rotary(256))
+    nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+    size = sum(len(workload.tokenizer.decode(prompt[1:]).encode()) for prompt in prompts)
+    print(nats / math.log(2) / size)
+    assert nats / math.log(2) / size == pytest.approx(logged, abs=0.3)
+
+
+def test_the_script_makes_weights_of_the_shipped_shapes() -> None:
+    shipped = load_file(embedded_directory() / "model.safetensors")
+    made = pretrain.new_weights()
+    assert {name: weight.shape for name, weight in made.items()} == {name: w.shape for name, w in shipped.items()}
+
+
+def test_the_script_learns_and_writes_what_is_read_back(tmp_path: Path) -> None:
+    """Training lowers the loss of a text that repeats itself; the checkpoint reads back in bfloat16."""
+    made = pretrain.new_weights()
+    text = torch.arange(8).repeat(64)
+    cos, sin = pretrain.rotary(16)
+    clock, reports = VirtualClock(), []
+
+    def loss_of(weights: pretrain.Weights, ids: torch.Tensor) -> torch.Tensor:
+        clock.advance(1.0)
+        return F.cross_entropy(
+            pretrain.logits(weights, ids[:, :-1], cos, sin).float().flatten(0, 1), ids[:, 1:].flatten()
+        )
+
+    def report(minutes: float, step: int, loss: float, master: pretrain.Weights, average: pretrain.Weights) -> None:
+        reports.append((step, loss))
+
+    recipe = pretrain.Recipe(minutes=0.25, batch=2, context=16, lr=1e-2)
+    pretrain.train(recipe, made, text, loss_of, clock, report)
+    assert [step for step, _ in reports] == [15]
+    assert reports[-1][1] < 5.0 < math.log(512)  # from about ln 512
+    tokenizer = load_tokenizer(embedded_directory()).encoder
+    pretrain.save(tmp_path, made, tokenizer)
+    read = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(read[name], made[name].detach().bfloat16()) for name in made)
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / file).read_text() == (embedded_directory() / file).read_text()
+
+
+def test_the_rate_warms_up_then_falls() -> None:
+    scale = pretrain.learning_rate_scale
+    assert scale(0, 0.0) == pytest.approx(0.01) and scale(99, 0.5) == 1.0
+    assert scale(1000, 0.8) == pytest.approx(0.5) and scale(1000, 1.0) == pytest.approx(0.02)
