@@ -27,6 +27,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "quickstart": Command("specrl.apps.quickstart:quickstart", "from a random draft to a measured speedup, in minutes"),
+    "train": Command("specrl.apps.train:train", "learn a draft, and a plan per batch size, on live traffic"),
     "doctor": Command("specrl.apps.doctor:doctor", "what this machine can do, and what would slow it down"),
     "bench": Command("specrl.apps.bench:bench", "speculative against plain decoding, by plan and batch size"),
 }
@@ -99,7 +101,12 @@ def run(prog: str, command: Command, words: Sequence[str]) -> None:
         started = datetime.now().strftime("%Y%m%d-%H%M%S")
         options["output_dir"] = options["output_dir"] or Path("runs", f"{prog.split()[-1]}-{started}-{os.getpid()}")
         OutputDir(options["output_dir"]).write_text("config.yaml", text)
-    function(**options)
+    try:
+        function(**options)
+    except ValueError:
+        if "output_dir" in options:
+            OutputDir(options["output_dir"]).discard_alone("config.yaml")
+        raise
 
 
 def _exists(command: Command) -> bool:

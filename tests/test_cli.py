@@ -39,7 +39,8 @@ def toy(
     if seconds == 13:
         raise KeyboardInterrupt
     if seconds == 14:
-        open("no such file")
+        assert output_dir is not None and (output_dir / "config.yaml").exists()
+        raise FileNotFoundError(2, "No such file or directory", "no such file")
     CALLS.append(
         {"batch_sizes": batch_sizes, "plans": plans, "temperature": temperature, "split": split, "seconds": seconds}
         | {"output_dir": output_dir}
@@ -119,6 +120,7 @@ def test_wrong_input_ends_in_one_line(line: str, parts: list[str], capsys: pytes
     assert out == "" and err.startswith(f"{prog}: error: ") and err.count("\n") == 1
     for part in parts:
         assert part in err
+    assert "14" in line or not list(Path().glob("runs/*"))
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,9 +115,8 @@ def bench(
         show(f"batch {batch}: fastest plain decoding in {fastest.dtype} with {fastest.threads} threads")
         results += measure_plans(
             model,
-            drafted,
+            {str(plan): (drafted, plan) for plan in parsed},
             source,
-            parsed,
             fastest,
             target=target,
             batch_size=batch,
@@ -138,9 +138,8 @@ def bench(
 
 def measure_plans(
     target_model: Target,
-    draft: Draft,
+    lanes: Mapping[str, tuple[Draft, Plan]],
     workload: Workload,
-    plans: tuple[Plan, ...],
     fastest: PlainSetting,
     *,
     target: str,
@@ -153,23 +152,23 @@ def measure_plans(
     null: bool = True,
     seed: int = 0,
 ) -> list[Measured]:
-    """Plain (in its fastest setting), plain again (A/A, where `null`), and every plan, taking turns."""
-    engine = LocalEngine(
-        target_model, draft, max_context=max_context, use_rejection_sampling=use_rejection_sampling
-    )
+    """Plain (in its fastest setting), plain again (A/A, where `null`), and every named draft and plan, taking turns."""
+    engines = {
+        id(draft): LocalEngine(
+            target_model, draft, max_context=max_context, use_rejection_sampling=use_rejection_sampling
+        )
+        for draft, _ in lanes.values()
+    }
     own = fastest.dtype == str(target_model.dtype).removeprefix("torch.")
-    plain = (
-        engine
-        if own
-        else LocalEngine(load_target(target, device=target_model.device, dtype=fastest.dtype), max_context=max_context)
-    )
-    lanes = [Setting(PLAIN, plain, None, fastest.threads)]
+    model = target_model if own else load_target(target, device=target_model.device, dtype=fastest.dtype)
+    plain = LocalEngine(model, max_context=max_context)
+    settings = [Setting(PLAIN, plain, None, fastest.threads)]
     if null:
-        lanes.append(Setting("A/A", plain, None, fastest.threads))
-    lanes += [Setting(str(plan), engine, plan, fastest.threads) for plan in plans]
+        settings.append(Setting("A/A", plain, None, fastest.threads))
+    settings += [Setting(name, engines[id(draft)], plan, fastest.threads) for name, (draft, plan) in lanes.items()]
     with progress(f"batch {batch_size}", seconds) as advance:
         results = measure(
-            lanes,
+            settings,
             workload,
             batch_size=batch_size,
             block_tokens=block_tokens,
@@ -178,8 +177,8 @@ def measure_plans(
             seed=seed,
             on_block=lambda spent, _: advance(spent),
         )
-    engine.close()
-    plain.close()
+    for engine in (plain, *engines.values()):
+        engine.close()
     return results
 
 

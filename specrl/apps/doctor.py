@@ -141,16 +141,18 @@ def time_decoding(
     clock = WallClock(device)
     began = clock.now()
     with progress("timing plain decoding", seconds) as advance:
-        while not times[turns[0]] or clock.now() - began < seconds:
+        while True:
             for dtype, count, batch in turns:
                 with torch_threads(count):
                     took = [sessions[dtype, batch].round(Plan(0)).seconds for _ in range(2 + BLOCK)]
                 times[dtype, count, batch] += took[2:]
                 advance(clock.now() - began)
-            turns = turns[::-1]
+            if clock.now() - began >= seconds:
+                break
+            turns.reverse()
     for engine in engines.values():
         engine.close()
-    return [Setting(*turn, step_s=float(np.median(times[turn]))) for turn in sorted(turns, key=list(times).index)]
+    return [Setting(*turn, step_s=float(np.median(times[turn]))) for turn in times]
 
 
 def about_fastest(settings: Sequence[Setting], batch_size: int) -> Finding:

@@ -56,7 +56,7 @@ def read_options(
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from error
     config.pop("config", None)
-    return dict(vars(parser.instantiate(config))), parser.dump(config)
+    return dict(vars(parser.instantiate(config))), parser.dump(config, skip_unset=False)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -57,6 +57,12 @@ class OutputDir:
             beside.unlink(missing_ok=True)
         return path
 
+    def discard_alone(self, name: str) -> None:
+        """Remove the directory where this file is all it holds, so that wrong input leaves nothing behind."""
+        if [path.name for path in self.path.iterdir()] == [name]:
+            (self.path / name).unlink()
+            self.path.rmdir()
+
     def write_json(self, name: str, value: object) -> Path:
         """Write JSON; numbers that are not finite become null, plans and paths text."""
         return self.write_text(name, to_json(value, indent=2) + "\n")

@@ -1,8 +1,8 @@
 """Paired, interleaved measurement: every plan against plain decoding, in one process, in turns.
 
 Each lane decodes the same prompts in a session of its own. A block is one generation of requests (batch size x
-max_new_tokens tokens); blocks go plain, A, B, ..., then back B, A, plain, so that a drift of the machine meets all
-alike. Each plan's block is paired with plain's block of the same pass.
+max_new_tokens tokens), decoded in slices: plain, A, B, ..., then back B, A, plain, and so on, so that a drift of the
+machine meets all alike. Each plan's block is paired with the block of plain decoding that it took turns with.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from specrl.statistics import Interval, paired_speedup
 
 PLAIN = "plain"
 _WARM_UP = 8  # rounds
-_FEWEST = 6  # blocks before an interval is believed
+_SLICES = 4  # of a block; even, so that every block goes as often forth as back
+_FEWEST = 12  # blocks before an interval is believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +48,21 @@ class Lane:
     setting: Setting
     session: Session
     rounds: list[Round] = field(default_factory=list)
-    blocks: list[tuple[int, float]] = field(default_factory=list)  # tokens, seconds
+    blocks: list[list[float]] = field(default_factory=list)  # tokens, seconds
     request_tps: list[float] = field(default_factory=list)
     _lived: dict[int, list[float]] = field(default_factory=dict)  # request -> tokens, seconds
 
-    def run(self, tokens: int) -> None:
-        """Decode a block of at least `tokens` tokens."""
-        done, seconds = 0, 0.0
-        plan = self.setting.plan or Plan(0)
+    def run(self, tokens: float) -> None:
+        """Decode until the last block has at least `tokens` tokens, after one round that is not counted."""
+        block, plan = self.blocks[-1], self.setting.plan or Plan(0)
         with torch_threads(self.setting.threads):
-            while done < tokens:
-                round_ = self.session.round(plan)
-                done += int(round_.tokens.sum())
-                seconds += round_.seconds
-                self.rounds.append(round_)
-                self._follow(round_)
-        self.blocks.append((done, seconds))
+            self._follow(self.session.round(plan))  # finds the caches as the lane before left them: not counted
+            while block[0] < tokens:
+                done = self.session.round(plan)
+                block[0] += float(done.tokens.sum())
+                block[1] += done.seconds
+                self.rounds.append(done)
+                self._follow(done)
 
     def _follow(self, done: Round) -> None:
         ended = {completion.request_id for completion in done.finished}
@@ -128,9 +128,12 @@ def measure(
                 lane.session.round(lane.setting.plan or Plan(0))
     began, order, widest = clock.now(), list(lanes), float("inf")
     while widest > precision and clock.now() - began < seconds:
-        for lane in order:
-            lane.run(batch_size * block_tokens)
-        order.reverse()
+        for lane in lanes:
+            lane.blocks.append([0.0, 0.0])
+        for part in range(1, _SLICES + 1):
+            for lane in order:
+                lane.run(batch_size * block_tokens * part / _SLICES)
+            order.reverse()
         if len(lanes[0].blocks) >= _FEWEST:
             widest = max((speedup(lanes[0], lane, seed).half_width for lane in lanes[1:]), default=0.0)
         if on_block is not None:

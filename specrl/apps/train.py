@@ -10,7 +10,7 @@ import numpy as np
 
 from specrl.agents.adaptive import AdaptiveChooser
 from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.agents.fixed import FixedPlan
+from specrl.agents.fixed import PlanTable, FixedPlan
 from specrl.apps.bench import target_directory
 from specrl.apps.checkpoint import load_checkpoint, save_checkpoint
 from specrl.apps.loop import OnlineLoop, parse_traffic
@@ -131,7 +131,7 @@ class Run:
     engine: LocalEngine
     draft: Draft
     learner: OnlineLearner | None
-    chooser: AdaptiveChooser | FixedPlan
+    chooser: AdaptiveChooser | PlanTable
     served_before: int = 0
 
     @classmethod
@@ -213,6 +213,10 @@ class Reporter:
         self.rows: list[dict[str, object]] = []
         self._clock = run.engine.clock
         self._began = self._last = self._clock.now()
+
+    def since_start(self) -> float:
+        """Seconds since reporting began."""
+        return self._clock.now() - self._began
 
     def maybe(self) -> None:
         """Report if it is time to."""

@@ -25,7 +25,8 @@ from specrl.models.target import Target
 from specrl.plan import Plan
 from specrl.rounds import Completion, Ints, PlainSample, Round, Trace
 
-MOST_NODES = 64  # tokens one plan may verify, slots it may draft into, and features that may wait for the draft
+MOST_NODES = 64  # tokens one plan may verify, and slots it may draft into
+_WAITING_BYTES = 64 << 20  # memory for features that wait for the draft, unless that holds fewer than two rounds'
 
 
 @dataclass(slots=True)
@@ -88,19 +89,21 @@ class LocalSession:
         self._rejection = use_rejection_sampling
         self._taps = draft.config.taps if draft is not None else ()
         self._eos = frozenset(target.config.eos_token_ids)
-        device, capacity = target.device, max_context + MOST_NODES
+        device, capacity = target.device, max_context + MOST_NODES + 1
         self._cache = target.new_cache(max_batch_size, capacity)
         if draft is not None:
             self._draft_cache = draft.new_cache(max_batch_size, capacity)
             width = 3 * target.config.hidden_size
-            self._all_pending = torch.zeros(max_batch_size, MOST_NODES, width, dtype=target.dtype, device=device)
+            affordable = _WAITING_BYTES // (max_batch_size * width * target.dtype.itemsize)
+            self._room = max(2 * MOST_NODES, min(max_context, affordable))
+            self._all_pending = torch.zeros(max_batch_size, self._room, width, dtype=target.dtype, device=device)
         self._all_tokens = torch.zeros(max_batch_size, capacity + 1, dtype=torch.int64)
         self._known = self._all_tokens.numpy()
         self._all_length = np.zeros(max_batch_size, dtype=np.int64)  # L
         self._all_read = np.zeros(max_batch_size, dtype=np.int64)  # D
         self._generator = torch.Generator(device).manual_seed(seed)
         self._probe_generator = torch.Generator(device).manual_seed(seed)
-        self._arange = torch.arange(MOST_NODES + 1, device=device)
+        self._arange = torch.arange(capacity + MOST_NODES, device=device)
         self._traces: list[Trace] = []
         self._ended_at_prefill: list[Completion] = []
         self._served = 0
@@ -143,7 +146,7 @@ class LocalSession:
         self._tokens = self._all_tokens[:batch_size]
         if self.draft is not None:
             self._pending = self._all_pending[:batch_size]
-            self._pending_rows = (torch.arange(batch_size, device=self.target.device) * MOST_NODES)[:, None]
+            self._pending_rows = (torch.arange(batch_size, device=self.target.device) * self._room)[:, None]
         self._heat()
 
     @torch.inference_mode()
@@ -267,14 +270,15 @@ class LocalSession:
         assert self.draft is not None
         waiting = self._length - 1 - self._read - leave  # [B], at least 1 unless some are left
         width = int(waiting.max())
-        slots = self._at(self._read)[:, None] + self._arange[:width]
+        last_slot = self._draft_cache.capacity - 1  # where what a shorter request has not got is put; never seen
+        slots = (self._at(self._read)[:, None] + self._arange[:width]).clamp_(max=last_slot)
         tokens = self._tokens.to(self.target.device).gather(1, slots + 1)
         hidden = self.draft.decode(
             tokens,
             self.draft.fuse(self._pending[:, :width]),
             self._draft_cache,
             slots,
-            length=int(self._read.max()) + width,
+            length=min(int(self._read.max()) + width, last_slot + 1),
         )
         self._read += waiting
         last = self._at(np.maximum(waiting - 1, 0))
@@ -317,7 +321,7 @@ class LocalSession:
     def _keep_features(self, features: Tensor, path: Tensor | None) -> None:
         """Let the verified tokens' features [B, n, 3H] wait for the draft, in the order of the accepted path."""
         waiting = self._length - 1 - self._read
-        if int(waiting.max()) + features.shape[1] > MOST_NODES:
+        if int(waiting.max()) + features.shape[1] > self._room:
             self._catch_up_early()
             waiting = self._length - 1 - self._read
         if path is not None:
