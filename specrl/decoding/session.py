@@ -104,6 +104,7 @@ class LocalSession:
         self._generator = torch.Generator(device).manual_seed(seed)
         self._probe_generator = torch.Generator(device).manual_seed(seed)
         self._arange = torch.arange(capacity + MOST_NODES, device=device)
+        self._no_parents = torch.full((max_batch_size, 1), -1, dtype=torch.int64, device=device)
         self._traces: list[Trace] = []
         self._ended_at_prefill: list[Completion] = []
         self._served = 0
@@ -144,6 +145,7 @@ class LocalSession:
         self._live = self._admitted[:batch_size]
         self._length, self._read = self._all_length[:batch_size], self._all_read[:batch_size]
         self._tokens = self._all_tokens[:batch_size]
+        self._every = np.arange(batch_size)
         if self.draft is not None:
             self._pending = self._all_pending[:batch_size]
             self._pending_rows = (torch.arange(batch_size, device=self.target.device) * self._room)[:, None]
@@ -169,13 +171,14 @@ class LocalSession:
             length=length,
             positions=None if proposal.depths is None else slots[:, :1] + proposal.depths,
             seen=None if proposal.seen is None else tree_mask(proposal.seen, slots[:, 0], length),
+            level=plan.num_steps == 0 and self._level(),
             taps=self._taps,
         )
         correct, committed, path = self._accept(plan, proposal, decoded.logits)
         verified = self.clock.now()
         if decoded.features is not None:
             self._keep_features(decoded.features, path)
-        ids = np.array([live.id for live in self._live])
+        ids = self._ids
         counts, ended = self._commit(committed)
         if self._trace and decoded.features is not None:
             self._record(plan, proposal, decoded.features, decoded.logits, path, correct, ids, context, ended)
@@ -204,7 +207,8 @@ class LocalSession:
         began = self.clock.now()
         proposal = self._propose(Plan(0))
         slots = self._at(self._length - 1)[:, None]
-        logits = self.target.decode(proposal.tokens, self._cache, slots, length=int(self._length.max())).logits
+        length = int(self._length.max())
+        logits = self.target.decode(proposal.tokens, self._cache, slots, length=length, level=self._level()).logits
         chosen = choose(logits[:, 0], self._temperatures, self._probe_generator).tolist()
         for live, token in zip(self._live, chosen, strict=True):
             live.keep([token], self._eos)
@@ -238,17 +242,23 @@ class LocalSession:
         return torch.from_numpy(values).to(self.target.device)
 
     def _heat(self) -> None:
+        """Note who is live."""
+        self._ids = np.array([live.id for live in self._live])
         temperatures = [live.request.temperature for live in self._live]
         self._temperatures = Temperatures.of(temperatures, self.target.device)
 
+    def _level(self) -> bool:
+        return bool((self._length == self._length[0]).all())
+
     def _last(self) -> Tensor:
         """The last committed token of each request: [B] int64."""
-        return self._tokens.gather(1, torch.from_numpy(self._length - 1)[:, None])[:, 0].to(self.target.device)
+        last = self._known[self._every, self._length - 1]
+        return torch.from_numpy(last).to(self.target.device)
 
     def _propose(self, plan: Plan) -> Proposal:
         if plan.num_steps == 0:
             last = self._last()[:, None]
-            return Proposal(last, torch.full_like(last, -1), None, None, None)
+            return Proposal(last, self._no_parents[: len(last)], None, None, None)
         assert self.draft is not None
         hidden = self._catch_up()
         start = Start(hidden, self._at(self._length - 1), int(self._length.max()) - 1, self._last())
@@ -286,6 +296,9 @@ class LocalSession:
 
     def _accept(self, plan: Plan, proposal: Proposal, logits: Tensor) -> tuple[Ints, list[list[int]], Tensor | None]:
         """Correct drafts [B], committed tokens of each request, and the accepted rows [B, s + 1] of a tree."""
+        if plan.num_steps == 0:
+            tokens = choose(logits[:, 0], self._temperatures, self._generator).tolist()
+            return np.zeros(len(tokens), dtype=np.int64), [[token] for token in tokens], None
         if proposal.distributions is not None:
             accepted = reject_chain(
                 logits, proposal.tokens[:, 1:], proposal.distributions, self._temperatures, self._generator

@@ -82,6 +82,7 @@ def place(
     group: int,
     first: int = 0,
     seen: Tensor | None = None,
+    level: bool = False,
 ) -> Placement:
     """Placement of tokens at `slots [b, q]` with rotary `positions [b, q]`, looking at the first `length` slots.
 
@@ -93,9 +94,10 @@ def place(
         group: query heads per key-value head.
         first: cache row of the first request.
         seen: [b, q, length] bool, what each token may attend to; None: every slot up to its own.
+        level: whether all slots are known to be the same, `length - 1`; then nothing need be masked.
     """
     batch, queries = slots.shape
-    if seen is None and not (queries == 1 and batch == 1):
+    if seen is None and not (queries == 1 and (batch == 1 or level)):
         seen = torch.arange(length, device=slots.device) <= slots[:, :, None]
     bias = None
     if seen is not None:

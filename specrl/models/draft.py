@@ -192,11 +192,12 @@ class ServingDraft:
             return tensors[name].detach().to(self.device, torch.float32)
 
         def linear(weight: Tensor) -> Linear:
-            return Linear(weight.to(self.dtype), pack=False)
+            return Linear(weight.to(self.dtype))
 
         at = "midlayer.self_attn."
         query, key, value = (read(f"{at}{n}_proj.weight") for n in "qkv")
-        qkv = torch.cat([interleave(query, c.head_dim), interleave(key, c.head_dim), value])
+        scaled = interleave(query, c.head_dim) * c.head_dim**-0.5
+        qkv = torch.cat([scaled, interleave(key, c.head_dim), value])
         columns = torch.cat([read("midlayer.input_layernorm.weight"), read("midlayer.hidden_norm.weight")])
         gate_up = torch.cat([read("midlayer.mlp.gate_proj.weight"), read("midlayer.mlp.up_proj.weight")])
         after = read("midlayer.post_attention_layernorm.weight")
@@ -210,6 +211,7 @@ class ServingDraft:
             c.num_heads,
             c.num_kv_heads,
             c.head_dim,
+            c.intermediate_size,
         )
         self._head = linear(read("lm_head.weight") * read("norm.weight") * gain)
         self.version = version
@@ -247,7 +249,7 @@ class ServingDraft:
             cache, self.table, slots, slots if positions is None else positions, length, self._layer.group, first, seen
         )
         residual = hidden.reshape(batch * queries, -1)
-        x = torch.cat([self._embedding[tokens.flatten()], self._norm(residual)], -1)  # [M, 2H]
+        x = torch.cat([self._embedding.index_select(0, tokens.flatten()), self._norm(residual)], -1)  # [M, 2H]
         return self._layer(x, residual, cache.flat[0], at, 0).view(batch, queries, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ class Layer:
         gate_up: fused gate and up map (post-attention norm folded in).
         down: MLP output map.
         norm: of the residual before the MLP.
-        heads, kv_heads, head_dim: sizes.
+        heads, kv_heads, head_dim: sizes of the attention; queries come scaled by head_dim ** -0.5.
+        width: of the MLP.
         head_norm: norm over one head and its weights [heads + kv_heads, D] for queries and keys (Qwen3), or None.
     """
 
@@ -74,13 +75,13 @@ class Layer:
         heads: int,
         kv_heads: int,
         head_dim: int,
+        width: int,
         head_norm: tuple[Norm, Tensor] | None = None,
     ) -> None:
         self.qkv, self.output, self.gate_up, self.down, self.norm = qkv, output, gate_up, down, norm
         self.heads, self.kv_heads, self.head_dim, self.head_norm = heads, kv_heads, head_dim, head_norm
         self.group = heads // kv_heads
-        self._scale = head_dim**-0.5
-        self._no_bias = torch.zeros(1, 1, 1, dtype=norm.dtype, device=norm.device)
+        self._width = width
 
     def __call__(self, x: Tensor, residual: Tensor, flat: Tensor, at: Placement, index: int) -> Tensor:
         """Input `x [M, in]` and `residual [M, H]` -> the new residual [M, H]; writes the cache's layer `index`.
@@ -88,29 +89,28 @@ class Layer:
         `flat` is the cache's layer, `at` where the tokens stand.
         """
         residual = self.output.added_to(residual, self._attend(x, flat, at, index))
-        gate, up = self.gate_up(self.norm(residual)).chunk(2, -1)
-        return self.down.added_to(residual, F.silu(gate) * up)
+        gate, up = self.gate_up(self.norm(residual)).view(-1, 2, self._width).unbind(1)
+        return self.down.added_to(residual, F.silu(gate).mul_(up))
 
     def _attend(self, x: Tensor, flat: Tensor, at: Placement, index: int) -> Tensor:
         heads, kv_heads, size, group = self.heads, self.kv_heads, self.head_dim, self.group
         qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, size)  # [M, Hq + 2 Hk, D]
-        self._rotate(qkv[:, : heads + kv_heads], at.rotation)
-        flat.index_put_((at.rows,), qkv[:, heads:])
-        queries = qkv[:, :heads]
+        self._rotate(qkv.narrow(1, 0, heads + kv_heads), at.rotation)
+        flat.index_put_((at.rows,), qkv.narrow(1, heads, 2 * kv_heads))
+        queries = qkv.narrow(1, 0, heads)
         if at.batch * at.queries == 1:
-            queries = queries.reshape(kv_heads, group, size)
+            queries = queries.view(kv_heads, group, size)
         else:
             queries = (
                 queries.view(at.batch, at.queries, kv_heads, group, size)
                 .transpose(1, 2)
                 .reshape(at.batch * kv_heads, at.queries * group, size)
             )
-        keys, values = at.keys[index], at.values[index]
         if at.bias is None:
-            scores = torch.baddbmm(self._no_bias, queries, keys, beta=0.0, alpha=self._scale)
+            scores = torch.bmm(queries, at.keys[index])
         else:
-            scores = torch.baddbmm(at.bias, queries, keys, alpha=self._scale)
-        attended = torch.bmm(torch.softmax(scores, -1), values)  # [b * Hk, q * G, D]
+            scores = torch.baddbmm(at.bias, queries, at.keys[index])
+        attended = torch.bmm(torch.softmax(scores, -1), at.values[index])  # [b * Hk, q * G, D]
         if at.queries == 1:
             return attended.view(at.batch, heads * size)
         attended = attended.view(at.batch, kv_heads, at.queries, group * size).transpose(1, 2)

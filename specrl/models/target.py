@@ -55,6 +55,7 @@ class Target:
 
     def _layer(self, tensors: Mapping[str, Tensor], at: str) -> Layer:
         c = self.config
+        scale = c.head_dim**-0.5  # of the attention scores, taken into the queries (a norm would undo it here)
 
         def read(name: str) -> Tensor:
             return tensors[at + name].to(self.device, self.dtype)
@@ -64,14 +65,18 @@ class Target:
             return torch.cat([paired(name, read(name + ".bias")) for name in names]) if found else None
 
         def paired(name: str, weight: Tensor) -> Tensor:
-            return interleave(weight, c.head_dim) if name in ("self_attn.q_proj", "self_attn.k_proj") else weight
+            if name == "self_attn.q_proj":
+                return interleave(weight, c.head_dim) * scale
+            return interleave(weight, c.head_dim) if name == "self_attn.k_proj" else weight
 
         head_norm = None
         if c.qk_norm:
             norm = Norm(c.head_dim, c.rms_norm_eps, self.dtype, self.device)
-            weights = [read(f"self_attn.{n}_norm.weight")[None] for n in "qk"]
-            per_head = torch.cat([weights[0].expand(c.num_heads, -1), weights[1].expand(c.num_kv_heads, -1)])
-            head_norm = (norm, interleave(per_head.flatten(), c.head_dim).view(per_head.shape) * norm.gain)
+            of_query, of_key = (read(f"self_attn.{n}_norm.weight")[None] for n in "qk")
+            per_head = torch.cat([of_query.expand(c.num_heads, -1), of_key.expand(c.num_kv_heads, -1)])
+            weights = interleave(per_head.flatten(), c.head_dim).view(per_head.shape) * norm.gain
+            weights[: c.num_heads] *= scale
+            head_norm = (norm, weights)
         names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         qkv = torch.cat([paired(name, read(name + ".weight")) for name in names])
         mlp = ("mlp.gate_proj", "mlp.up_proj")
@@ -85,6 +90,7 @@ class Target:
             c.num_heads,
             c.num_kv_heads,
             c.head_dim,
+            c.intermediate_size,
             head_norm,
         )
 
@@ -103,6 +109,7 @@ class Target:
         positions: Tensor | None = None,
         first: int = 0,
         seen: Tensor | None = None,
+        level: bool = False,
         taps: tuple[int, ...] = (),
     ) -> Decoded:
         """Run q tokens of each of b requests on top of what the cache holds.
@@ -115,13 +122,13 @@ class Target:
             positions: [b, q] int64 rotary positions; None: the slots.
             first: cache row of the first request.
             seen: [b, q, length] bool, who attends to which slot; None: all up to the token's own slot.
+            level: whether all slots are known to be the same, `length - 1`.
             taps: indices of layers whose input is returned as features.
         """
         batch, queries = tokens.shape
-        at = place(
-            cache, self.table, slots, slots if positions is None else positions, length, self.config.group, first, seen
-        )
-        x = self.embedding[tokens.flatten()]  # [M, H]
+        turned = slots if positions is None else positions
+        at = place(cache, self.table, slots, turned, length, self.config.group, first, seen, level)
+        x = self.embedding.index_select(0, tokens.flatten())  # [M, H]
         taken = []
         for i, layer in enumerate(self._layers):
             if i in taps:
