@@ -2,3 +2,15 @@
 
 if __name__ != "specrl.envs":
     raise ImportError(f"this folder is imported as 'specrl.envs', but got {__name__!r}; write 'import specrl.envs'")
+
+import gymnasium
+
+SPEC_DECODE = "SpecRL/SpecDecode-v0"
+
+
+def register() -> None:
+    """Make the environments known to Gymnasium; `import specrl` does it."""
+    if SPEC_DECODE not in gymnasium.registry:
+        gymnasium.register(
+            SPEC_DECODE, entry_point="specrl.envs.spec_decode:SpecDecodeEnv", nondeterministic=True, order_enforce=True
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from specrl.envs import register as _register
 from specrl.plan import Plan, parse_plans
 from specrl.rounds import PlainSample, Round, Trace
 
@@ -30,3 +31,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'specrl' has no attribute {name!r}")
+
+
+_register()

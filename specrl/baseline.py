@@ -69,6 +69,10 @@ class PlainCost:
         if batch_size in self._cells:
             self._cells[batch_size].since += 1
 
+    def known(self, batch_size: int) -> bool:
+        """Whether plain decoding was ever measured at this batch size."""
+        return batch_size in self._cells
+
     def due(self, batch_size: int, context: float) -> bool:  # noqa: ARG002
         """Whether to measure again before the next round: every other round at first, then every `every`."""
         cell = self._cells.get(batch_size)

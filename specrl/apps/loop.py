@@ -18,29 +18,7 @@ from specrl.baseline import PlainCost
 from specrl.engines.base import Engine, Workload
 from specrl.observation import Observer
 from specrl.rounds import Round
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """A stretch of traffic: `rounds` rounds at `batch_size` live requests."""
-
-    batch_size: int
-    rounds: int
-
-
-def parse_traffic(text: str) -> tuple[Phase, ...]:
-    """Read '16x96,4x24,1x24' (batch size x rounds, repeated for ever) or '8'.
-
-    Raises:
-        ValueError: another form, or a number below 1.
-    """
-    phases = []
-    for part in text.split(","):
-        size, _, rounds = part.strip().partition("x")
-        if not (size.isdigit() and (rounds.isdigit() or not rounds) and int(size) > 0 and int(rounds or 1) > 0):
-            raise ValueError(f"traffic is written 'batch_size x rounds', as in '16x96,4x24,1x24', but got {part!r}")
-        phases.append(Phase(int(size), int(rounds or 1)))
-    return tuple(phases)
+from specrl.traffic import Phase, batch_sizes
 
 
 @dataclass(slots=True)
@@ -101,19 +79,13 @@ class OnlineLoop:
         self.rounds = self.requests = 0
         self.learn_s = self.serve_s = 0.0
         self.on_round: Callable[[Round, float], None] | None = None
-        self._traffic, self._sync_every, self._unlearned = tuple(traffic), sync_every, 0
+        self._sync_every, self._unlearned = sync_every, 0
         self._observer = Observer(chooser.plans)
-        self._schedule = self._batch_sizes()
+        self._schedule = batch_sizes(traffic)
         most = max(phase.batch_size for phase in traffic)
         self._session = engine.start(
             workload, batch_size=traffic[0].batch_size, max_batch_size=most, seed=seed, trace=learner is not None
         )
-
-    def _batch_sizes(self):  # type: ignore[no-untyped-def]
-        while True:
-            for phase in self._traffic:
-                for _ in range(phase.rounds):
-                    yield phase.batch_size
 
     def step(self) -> Round:
         """One round, and what is due after it."""

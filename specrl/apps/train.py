@@ -13,13 +13,14 @@ from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
 from specrl.agents.fixed import PlanTable, FixedPlan
 from specrl.apps.bench import target_directory
 from specrl.apps.checkpoint import load_checkpoint, save_checkpoint
-from specrl.apps.loop import OnlineLoop, parse_traffic
+from specrl.apps.loop import OnlineLoop
 from specrl.apps.output import OutputDir, environment, show
 from specrl.engines.base import Workload
 from specrl.engines.local import LocalEngine
 from specrl.models.draft import Draft, load_draft, new_draft
 from specrl.models.target import Target, load_target
 from specrl.plan import Plan, parse_plans
+from specrl.traffic import parse_traffic
 from specrl.workload import load_tokenizer, load_workload
 
 DRAFT_MLP = 256  # width of a new draft's MLP on the embedded target

@@ -21,7 +21,7 @@ from specrl.decoding.proposal import Proposal, Start, propose_chain, propose_tre
 from specrl.decoding.sampling import Temperatures, choose
 from specrl.engines.base import Request
 from specrl.models.draft import ServingDraft
-from specrl.models.target import Target
+from specrl.models.target import Decoded, Target
 from specrl.plan import Plan
 from specrl.rounds import Completion, Ints, PlainSample, Round, Trace
 
@@ -63,6 +63,7 @@ class LocalSession:
             of that name); else, and for every tree, drafts are the draft's best tokens and stand where the
             target itself chooses them.
         trace: keep traces for `drain`.
+        warm: batch sizes and plans whose kernels are known to be built; the engine's sessions share it.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class LocalSession:
         clock: Clock,
         use_rejection_sampling: bool = True,
         trace: bool = False,
+        warm: set[tuple[int, Plan, bool]] | None = None,
     ) -> None:
         most = target.config.max_position_embeddings
         if not 1 <= batch_size <= max_batch_size:
@@ -87,6 +89,7 @@ class LocalSession:
         self.target, self.draft, self.clock = target, draft, clock
         self._requests, self._max_context, self._trace = requests, max_context, trace
         self._rejection = use_rejection_sampling
+        self._warm = set() if warm is None else warm
         self._taps = draft.config.taps if draft is not None else ()
         self._eos = frozenset(target.config.eos_token_ids)
         device, capacity = target.device, max_context + MOST_NODES + 1
@@ -159,21 +162,11 @@ class LocalSession:
             ValueError: a plan that speculates in a session without a draft, or one too large.
         """
         self._check(plan)
+        self._warm_up(plan)
         began, context = self.clock.now(), self._length.copy()
         proposal = self._propose(plan)
         drafted = self.clock.now()
-        slots = self._at(self._length - 1)[:, None] + self._arange[: plan.num_draft_tokens]
-        length = int(self._length.max()) - 1 + plan.num_draft_tokens
-        decoded = self.target.decode(
-            proposal.tokens,
-            self._cache,
-            slots,
-            length=length,
-            positions=None if proposal.depths is None else slots[:, :1] + proposal.depths,
-            seen=None if proposal.seen is None else tree_mask(proposal.seen, slots[:, 0], length),
-            level=plan.num_steps == 0 and self._level(),
-            taps=self._taps,
-        )
+        decoded = self._verify(plan, proposal)
         correct, committed, path = self._accept(plan, proposal, decoded.logits)
         verified = self.clock.now()
         if decoded.features is not None:
@@ -204,6 +197,7 @@ class LocalSession:
     def measure_plain(self) -> PlainSample:
         """Time one plain step on the live requests; its token is thrown away and its slot written again later."""
         self._check_open()
+        self._warm_up(Plan(0))
         began = self.clock.now()
         proposal = self._propose(Plan(0))
         slots = self._at(self._length - 1)[:, None]
@@ -234,6 +228,19 @@ class LocalSession:
             raise ValueError(f"plain decoding has no draft, so its only plan is 0, but got {plan}")
         if max(plan.num_draft_tokens, (plan.num_steps - 1) * plan.topk) > MOST_NODES:
             raise ValueError(f"a plan may draft and verify at most {MOST_NODES} tokens per request, but got {plan}")
+
+    def _warm_up(self, plan: Plan) -> None:
+        """Before the first round of its kind, run it once and take everything back: kernels are built untimed."""
+        kind = (self._size, plan, self.draft is None)
+        if kind in self._warm:
+            return
+        self._warm.add(kind)
+        read, state = self._read.copy(), self._generator.get_state()
+        for _ in range(2):
+            proposal = self._propose(plan)
+            choose(self._verify(plan, proposal).logits, self._temperatures, self._generator)
+            self._read[:] = read
+        self._generator.set_state(state)
 
     def _version(self) -> int:
         return 0 if self.draft is None else self.draft.version
@@ -274,6 +281,21 @@ class LocalSession:
                 self._generator,
             )
         return propose_tree(self.draft, self._draft_cache, start, plan)
+
+    def _verify(self, plan: Plan, proposal: Proposal) -> Decoded:
+        """The target's pass over the proposal."""
+        slots = self._at(self._length - 1)[:, None] + self._arange[: plan.num_draft_tokens]
+        length = int(self._length.max()) - 1 + plan.num_draft_tokens
+        return self.target.decode(
+            proposal.tokens,
+            self._cache,
+            slots,
+            length=length,
+            positions=None if proposal.depths is None else slots[:, :1] + proposal.depths,
+            seen=None if proposal.seen is None else tree_mask(proposal.seen, slots[:, 0], length),
+            level=plan.num_steps == 0 and self._level(),
+            taps=self._taps,
+        )
 
     def _catch_up(self, leave: int = 0) -> Tensor:
         """Let the draft read all waiting features but the last `leave`; its state after the last: [B, H]."""

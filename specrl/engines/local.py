@@ -46,6 +46,7 @@ class LocalEngine:
         self._rejection = use_rejection_sampling
         self._clock = clock or WallClock(target.device)
         self._sessions: list[LocalSession] = []
+        self._warm: set[tuple[int, Plan, bool]] = set()
 
     @property
     def clock(self) -> Clock:
@@ -85,6 +86,7 @@ class LocalEngine:
             clock=self._clock,
             use_rejection_sampling=self._rejection,
             trace=trace,
+            warm=self._warm,
         )
         self._sessions.append(session)
         return session

@@ -1,0 +1,405 @@
+"""`SpecRL/SpecDecode-v0`: choose the plan of every round of live speculative decoding."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from specrl.baseline import PlainCost
+from specrl.engines.base import Engine, Session, Workload
+from specrl.envs.panel import as_text, panel
+from specrl.envs.rewards import Outcome, make_reward
+from specrl.observation import Observation, Observer, vector_bounds
+from specrl.plan import Plan, parse_plans
+from specrl.rounds import Round, Trace
+from specrl.traffic import Phase, batch_sizes, parse_traffic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from specrl.models.draft import Draft
+
+_FIRST_SAMPLES = 3  # plain steps measured when a batch size is met for the first time
+BatchSizes = int | str | Sequence[int] | Sequence[Phase]
+
+
+class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
+    """Live speculative decoding of a language model; every step is one round, rewarded by the clock.
+
+    ## Action space
+    `Discrete(n)`: the index of one of the `plans` (num_steps/topk/num_draft_tokens; 0 proposes nothing).
+    `action_masks()` and `info["action_mask"]` [n] tell which the engine can run. With `action="multi_discrete"`,
+    `MultiDiscrete([number of num_steps, number of topk])`: the plan with those num_steps (ascending) and the nearest
+    topk on offer.
+
+    ## Observation space
+    `Box`, float32, from what any serving engine knows cheaply (`specrl.observation.Observation.vector`). K is the
+    largest num_steps of the n plans. Everything measured starts neutral.
+
+    | Num | Observation | Min | Max | Unit |
+    |-----|-------------|-----|-----|------|
+    | 0 | live requests: log2(B) / 10 | 0 | 1 | |
+    | 1 | mean context: log2(tokens) / 20 | 0 | 1 | |
+    | 2 | recent correct drafts per round / K | 0 | 1 | |
+    | 3 | rounds since the draft changed: log2(1 + rounds) / 20 | 0 | 1 | |
+    | 4 | constant | 1 | 1 | |
+    | 5 … 4+K | recent survival P_k: rounds whose first k drafts stood | 0 | 1 | share |
+    | 5+K … 4+K+n | recent cost of each plan at this batch size: log2(seconds / plain seconds) | -4 | 4 | octaves |
+    | next n | whether that cost was measured | 0 | 1 | |
+    | last n | the last round's plan, one-hot | 0 | 1 | |
+
+    ## Rewards
+    `reward="differential"` (default): (N·t0/B - λ·Δt) / t_ref. N tokens were committed in Δt seconds for B requests;
+    t0 is the cost of a plain round at this batch size and context, re-measured between rounds; λ is the running
+    speedup; t_ref the first t0. Others by name: `specrl.envs.rewards`. Δt includes the time between the return of
+    one step and the call of the next, so that a slow chooser pays for it; `drain`, `load_draft`, `render` and what
+    runs inside `off_the_clock()` do not count, nor does prefill.
+
+    ## Starting state
+    `reset(seed=...)` reproduces prompts, batch sizes and the first observation. Timings are real, so what follows is
+    not reproducible (`nondeterministic=True`). The draft's weights and the table of plain costs survive a reset.
+
+    ## Episode end
+    Truncated after `max_rounds` rounds, or terminated when `max_tokens` tokens were committed; exactly one is given.
+
+    ## Info
+    `tokens`, `seconds` and their split (`draft_s`, `verify_s`, `other_s`, `thinking_s`; `prefill_s` apart),
+    `accept_length`, `histogram` of correct drafts [num_steps + 1], `plan`, `draft_version`, `batch_size`, `t0_s`,
+    `t0_error_s`, `episode_speedup` = ΣN·t0/B ÷ ΣΔt, `action_mask`, and the whole `round`.
+
+    ## Arguments
+        engine: 'local', or an `Engine` ready-made (target and draft are then its own).
+        target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        draft: None: random initialisation; else an EAGLE3 directory or a `Draft`.
+        batch_size: live requests: a number; several, of which each episode draws one; or a trace within the episode,
+            '1x64,4x64' (batch size x rounds, repeated) or a sequence of `Phase`.
+        temperature: of sampling; 0 is greedy.
+        plans: on offer, separated by commas.
+        reward: by name.
+        workload: 'stdlib', a .txt, .jsonl or directory, or a `Workload`.
+        prompt_tokens, max_new_tokens, ignore_eos: of each request.
+        max_rounds, max_tokens: length of an episode; one of them.
+        action: 'discrete' or 'multi_discrete'.
+        use_rejection_sampling: as in `specrl.LocalEngine`.
+        trace: keep traces for `drain`.
+        render_mode: None, 'ansi' (text) or 'human' (a live panel in the terminal).
+
+    ## Version history
+    * v0: initial version
+    """
+
+    metadata = {"render_modes": ["ansi", "human"], "render_fps": 30}  # noqa: RUF012
+
+    def __init__(
+        self,
+        *,
+        engine: str | Engine = "local",
+        target: str | Path = "embedded",
+        draft: Draft | str | Path | None = None,
+        batch_size: BatchSizes = 4,
+        temperature: float = 0.7,
+        plans: str | Sequence[str] | Sequence[Plan] = "0,1/1/2,2/1/3,3/1/4,4/1/5,3/2/6",
+        reward: str = "differential",
+        workload: str | Path | Workload = "stdlib",
+        prompt_tokens: int = 64,
+        max_new_tokens: int = 128,
+        ignore_eos: bool = False,
+        max_rounds: int | None = None,
+        max_tokens: int | None = None,
+        action: Literal["discrete", "multi_discrete"] = "discrete",
+        use_rejection_sampling: bool = True,
+        trace: bool = False,
+        render_mode: str | None = None,
+    ) -> None:
+        if (max_rounds is None) == (max_tokens is None):
+            raise ValueError(
+                f"exactly one of max_rounds and max_tokens must be given, but got {max_rounds} and {max_tokens}"
+            )
+        if min(v for v in (max_rounds, max_tokens) if v is not None) < 1:
+            raise ValueError(f"an episode must have at least 1 round or token, but got {max_rounds or max_tokens}")
+        if reward == "time_saved" and max_tokens is None:
+            raise ValueError("reward 'time_saved' is right only in episodes of max_tokens, but got max_rounds")
+        if action not in ("discrete", "multi_discrete"):
+            raise ValueError(f"action must be 'discrete' or 'multi_discrete', but got {action!r}")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode must be None, 'ansi' or 'human', but got {render_mode!r}")
+        self.plans = parse_plans(plans)
+        self.render_mode = render_mode
+        self._phases, self._drawn = _batch_sizes(batch_size)
+        self._make_reward = reward
+        self._reward = make_reward(reward)
+        self._max_rounds, self._max_tokens, self._trace = max_rounds, max_tokens, trace
+        self._owned = isinstance(engine, str)
+        if isinstance(engine, str):
+            if engine != "local":
+                close = difflib.get_close_matches(engine, ["local"], n=1)
+                meant = "; did you mean 'local'?" if close else "; pass an Engine for any other"
+                raise ValueError(f"engine must be 'local' or an Engine, but got {engine!r}{meant}")
+            self.engine: Engine = _local_engine(target, draft, prompt_tokens + max_new_tokens, use_rejection_sampling)
+        else:
+            self.engine = engine
+        if isinstance(workload, (str, Path)):
+            self.workload: Workload = _workload(
+                workload, target, prompt_tokens, max_new_tokens, temperature, ignore_eos
+            )
+        else:
+            self.workload = workload
+        self._mask = np.array([self.engine.supports(plan) for plan in self.plans])
+        if not self._mask.any():
+            raise ValueError(f"the engine must support one of the plans, but none of {', '.join(map(str, self.plans))}")
+        self._axes = sorted({p.num_steps for p in self.plans}), sorted({p.topk for p in self.plans})
+        if action == "discrete":
+            self.action_space = spaces.Discrete(len(self.plans))
+        else:
+            self.action_space = spaces.MultiDiscrete([len(axis) for axis in self._axes])
+        low, high = vector_bounds(self.plans)
+        self.observation_space = spaces.Box(low, high, dtype=np.float32)
+        self.baseline = PlainCost()
+        self._observer = Observer(self.plans)
+        self._session: Session | None = None
+        self._info: dict[str, Any] | None = None
+        self._live: Any = None
+        self._closed = False
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Begin an episode with fresh prompts; no options are known."""
+        super().reset(seed=seed)
+        if self._closed:
+            raise ValueError("the environment is closed; make another one")
+        if options:
+            raise ValueError(f"reset knows no options, but got {', '.join(options)}; pass them to gym.make")
+        if self._session is not None:
+            self._session.close()
+        phases = self._phases
+        if self._drawn:
+            phases = (self._drawn[int(self.np_random.integers(len(self._drawn)))],)
+        self._schedule = batch_sizes(phases)
+        self._batch_size = next(self._schedule)
+        self._session = self.engine.start(
+            self.workload,
+            batch_size=self._batch_size,
+            max_batch_size=max(phase.batch_size for phase in phases),
+            seed=int(self.np_random.integers(2**31)),
+            trace=self._trace,
+        )
+        self._observer.reset()
+        self._plain = self._spent = 0.0
+        self._rounds = self._tokens = 0
+        self._info = None
+        self._paused_s = 0.0
+        self._returned = self.engine.clock.now()
+        return self._observe().vector(), {"action_mask": self.action_masks(), "batch_size": self._batch_size}
+
+    def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Run one round with the chosen plan.
+
+        Raises:
+            ValueError: before `reset`, or an action that is not in the space or not in the mask.
+        """
+        session, clock = self._running(), self.engine.clock
+        thinking_s = max(clock.now() - self._returned - self._paused_s, 0.0)
+        plan = self._plan(action)
+        context = float(np.mean(session.context_lengths))
+        self._measure_plain(context)
+        done = session.round(plan)
+        t0 = self.baseline.estimate(self._batch_size, context)
+        outcome = Outcome(float(done.tokens.sum()), done.batch_size, done.seconds + thinking_s, t0.seconds)
+        reward = float(self._reward(outcome))
+        self._observer.record(done, t0.seconds)
+        self._rounds += 1
+        self._tokens += int(outcome.tokens)
+        self._plain += outcome.plain_total_s
+        self._spent += outcome.seconds
+        self._info = self._describe(done, outcome, thinking_s, t0.standard_error)
+        terminated = self._max_tokens is not None and self._tokens >= self._max_tokens
+        truncated = self._max_rounds is not None and self._rounds >= self._max_rounds
+        self._batch_size = next(self._schedule)
+        if self._batch_size != session.batch_size:
+            session.resize(self._batch_size)
+        observation = self._observe().vector()
+        if self.render_mode == "human":
+            self.render()
+        self._paused_s = 0.0
+        self._returned = clock.now()
+        return observation, reward, terminated, truncated, self._info
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Which plans the engine can run [n] (sb3-contrib's convention); for 'multi_discrete', every entry of each axis."""
+        if isinstance(self.action_space, spaces.Discrete):
+            return self._mask.copy()
+        return np.ones(sum(len(axis) for axis in self._axes), dtype=np.bool_)
+
+    def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
+        """Serve these draft weights (SGLang's names) from the next round on; off the clock."""
+        with self.off_the_clock():
+            self.engine.load_draft(weights, version=version)
+
+    def drain(self) -> list[Trace]:
+        """Take the traces of the rounds so far; off the clock. Needs `trace=True`.
+
+        Raises:
+            ValueError: the environment keeps no traces.
+        """
+        if not self._trace:
+            raise ValueError("drain needs traces, but the environment keeps none; make it with trace=True")
+        with self.off_the_clock():
+            return self._running().drain()
+
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """What happens inside is not thinking time: learning, logging, evaluation between two steps."""
+        began = self.engine.clock.now()
+        try:
+            yield
+        finally:
+            if self._session is not None:
+                self._paused_s += self.engine.clock.now() - began
+
+    def render(self) -> str | None:  # type: ignore[override]
+        """The last round and the episode so far: text for 'ansi', a live panel for 'human'."""
+        if self.render_mode is None:
+            return None
+        with self.off_the_clock():
+            view = panel(self._info, self._rounds)
+            if self.render_mode == "ansi":
+                return as_text(view)
+            if self._live is None:
+                from rich.live import Live
+
+                self._live = Live(auto_refresh=False)
+                self._live.start()
+            self._live.update(view, refresh=True)
+        return None
+
+    def close(self) -> None:
+        """End the session, and the engine if the environment made it; idempotent."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        if self._owned and not self._closed:
+            self.engine.close()
+        self._closed = True
+
+    def observation(self) -> Observation:
+        """The current observation with its names, as plan choosers take it."""
+        self._running()
+        return self._observe()
+
+    def _observe(self) -> Observation:
+        assert self._session is not None
+        return self._observer.observe(self._batch_size, float(np.mean(self._session.context_lengths)))
+
+    def _running(self) -> Session:
+        if self._closed:
+            raise ValueError("the environment is closed; make another one")
+        if self._session is None:
+            raise ValueError("an episode must have begun, but reset was never called; call reset() first")
+        return self._session
+
+    def _plan(self, action: Any) -> Plan:
+        if not self.action_space.contains(action if isinstance(action, np.ndarray) else np.asarray(action)):
+            raise ValueError(f"an action must be in {self.action_space}, but got {action!r}")
+        if isinstance(self.action_space, spaces.Discrete):
+            index = int(action)
+        else:
+            steps, topk = (axis[int(i)] for axis, i in zip(self._axes, action, strict=True))
+            near = [(abs(p.topk - topk), i) for i, p in enumerate(self.plans) if p.num_steps == steps]
+            index = min(near)[1]
+        if not self._mask[index]:
+            raise ValueError(f"an action must be allowed by the mask, but the engine cannot run plan {self.plans[index]}")
+        return self.plans[index]
+
+    def _measure_plain(self, context: float) -> None:
+        """Re-measure plain decoding where it is due; outside every timed window."""
+        assert self._session is not None
+        batch = self._batch_size
+        self.baseline.tick(batch, context)
+        if not self.baseline.due(batch, context):
+            return
+        first = not self.baseline.known(batch)
+        for _ in range(_FIRST_SAMPLES if first else 1):
+            sample = self._session.measure_plain()
+            if sample is None:
+                raise ValueError("the engine must measure plain decoding between rounds, but it does not; use 'local'")
+            self.baseline.add(sample)
+
+    def _describe(self, done: Round, outcome: Outcome, thinking_s: float, error_s: float) -> dict[str, Any]:
+        return {
+            "tokens": int(outcome.tokens),
+            "seconds": outcome.seconds,
+            "draft_s": done.draft_s,
+            "verify_s": done.verify_s,
+            "other_s": done.other_s,
+            "thinking_s": thinking_s,
+            "prefill_s": done.prefill_s,
+            "accept_length": done.accept_length,
+            "histogram": done.histogram(),
+            "plan": str(done.plan),
+            "draft_version": done.draft_version,
+            "batch_size": done.batch_size,
+            "t0_s": outcome.plain_s,
+            "t0_error_s": error_s,
+            "episode_speedup": self._plain / self._spent,
+            "action_mask": self.action_masks(),
+            "round": done,
+        }
+
+
+def _batch_sizes(given: BatchSizes) -> tuple[tuple[Phase, ...], tuple[Phase, ...]]:
+    """A trace, and what episodes draw from (empty: they follow the trace)."""
+    if isinstance(given, str):
+        return parse_traffic(given), ()
+    if isinstance(given, (int, np.integer)):
+        return (Phase(int(given)),), ()
+    parts = list(given)
+    if not parts:
+        raise ValueError("batch_size must name at least one size, but got none; for example 4 or [1, 4, 16]")
+    if all(isinstance(part, Phase) for part in parts):
+        return tuple(parts), ()  # type: ignore[arg-type]
+    return (), tuple(Phase(int(part)) for part in parts)  # type: ignore[call-overload]
+
+
+def _local_engine(
+    target: str | Path, draft: Draft | str | Path | None, max_context: int, use_rejection_sampling: bool
+) -> Engine:
+    from specrl.engines.local import LocalEngine
+    from specrl.models.draft import Draft, load_draft, new_draft
+    from specrl.models.target import load_target
+
+    model = load_target(target)
+    if draft is None:
+        draft = new_draft(model, intermediate_size=min(256, model.config.intermediate_size))
+    elif not isinstance(draft, Draft):
+        draft = load_draft(draft)
+    return LocalEngine(model, draft, max_context=max_context, use_rejection_sampling=use_rejection_sampling)
+
+
+def _workload(
+    spec: str | Path, target: str | Path, prompt_tokens: int, max_new_tokens: int, temperature: float, ignore_eos: bool
+) -> Workload:
+    from specrl.models.embedded import embedded_directory
+    from specrl.workload import load_tokenizer, load_workload
+
+    embedded = str(target).startswith("embedded")
+    return load_workload(
+        spec,
+        load_tokenizer(embedded_directory(str(target)) if embedded else Path(target)),
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        ignore_eos=ignore_eos,
+        split="train" if str(spec) == "stdlib" else "all",
+    )
