@@ -26,7 +26,7 @@ class Outcome:
         plain_s: t0, seconds of a plain round at this batch size and context.
     """
 
-    tokens: float
+    tokens: int
     batch_size: int
     seconds: float
     plain_s: float

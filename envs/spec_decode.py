@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,6 +161,8 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
             self.action_space = spaces.Discrete(len(self.plans))
         else:
             self.action_space = spaces.MultiDiscrete([len(axis) for axis in self._axes])
+        discrete = isinstance(self.action_space, spaces.Discrete)
+        self._action_mask = self._mask if discrete else np.ones(sum(map(len, self._axes)), dtype=np.bool_)
         low, high = vector_bounds(self.plans)
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
         self.baseline = PlainCost()
@@ -209,15 +212,15 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         session, clock = self._running(), self.engine.clock
         thinking_s = max(clock.now() - self._returned - self._paused_s, 0.0)
         plan = self._plan(action)
-        context = float(np.mean(session.context_lengths))
+        context = self._context
         self._measure_plain(context)
         done = session.round(plan)
         t0 = self.baseline.estimate(self._batch_size, context)
-        outcome = Outcome(float(done.tokens.sum()), done.batch_size, done.seconds + thinking_s, t0.seconds)
+        outcome = Outcome(sum(done.tokens.tolist()), done.batch_size, done.seconds + thinking_s, t0.seconds)
         reward = float(self._reward(outcome))
         self._observer.record(done, t0.seconds)
         self._rounds += 1
-        self._tokens += int(outcome.tokens)
+        self._tokens += outcome.tokens
         self._plain += outcome.plain_total_s
         self._spent += outcome.seconds
         self._info = self._describe(done, outcome, thinking_s, t0.standard_error)
@@ -235,9 +238,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Which plans the engine can run [n] (sb3-contrib's convention); for 'multi_discrete', every entry of each axis."""
-        if isinstance(self.action_space, spaces.Discrete):
-            return self._mask.copy()
-        return np.ones(sum(len(axis) for axis in self._axes), dtype=np.bool_)
+        return self._action_mask.copy()
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
         """Serve these draft weights (SGLang's names) from the next round on; off the clock."""
@@ -300,7 +301,8 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
 
     def _observe(self) -> Observation:
         assert self._session is not None
-        return self._observer.observe(self._batch_size, float(np.mean(self._session.context_lengths)))
+        self._context = sum(self._session.context_lengths) / self._batch_size
+        return self._observer.observe(self._batch_size, self._context)
 
     def _running(self) -> Session:
         if self._closed:
@@ -310,11 +312,16 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         return self._session
 
     def _plan(self, action: Any) -> Plan:
-        if not self.action_space.contains(action if isinstance(action, np.ndarray) else np.asarray(action)):
-            raise ValueError(f"an action must be in {self.action_space}, but got {action!r}")
         if isinstance(self.action_space, spaces.Discrete):
-            index = int(action)
+            try:
+                index = operator.index(action)
+            except TypeError:
+                index = -1
+            if not 0 <= index < len(self.plans):
+                raise ValueError(f"an action must be in {self.action_space}, but got {action!r}")
         else:
+            if not self.action_space.contains(action):
+                raise ValueError(f"an action must be in {self.action_space}, but got {action!r}")
             steps, topk = (axis[int(i)] for axis, i in zip(self._axes, action, strict=True))
             near = [(abs(p.topk - topk), i) for i, p in enumerate(self.plans) if p.num_steps == steps]
             index = min(near)[1]
@@ -338,7 +345,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
 
     def _describe(self, done: Round, outcome: Outcome, thinking_s: float, error_s: float) -> dict[str, Any]:
         return {
-            "tokens": int(outcome.tokens),
+            "tokens": outcome.tokens,
             "seconds": outcome.seconds,
             "draft_s": done.draft_s,
             "verify_s": done.verify_s,
@@ -353,7 +360,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
             "t0_s": outcome.plain_s,
             "t0_error_s": error_s,
             "episode_speedup": self._plain / self._spent,
-            "action_mask": self.action_masks(),
+            "action_mask": self._action_mask.copy(),
             "round": done,
         }
 

@@ -64,11 +64,11 @@ class Round:
     @property
     def accept_length(self) -> float:
         """Tokens per request that the verification yielded, bonus included (mean of `correct_drafts` + 1)."""
-        return float(self.correct_drafts.mean()) + 1.0
+        return float(self.correct_drafts.sum()) / len(self.correct_drafts) + 1.0
 
     def histogram(self) -> Ints:
         """Requests by number of correct drafts: [num_steps + 1] int64."""
-        return np.bincount(self.correct_drafts, minlength=self.plan.num_steps + 1).astype(np.int64)
+        return np.bincount(self.correct_drafts, minlength=self.plan.num_steps + 1)
 
 
 @dataclass(frozen=True, slots=True)

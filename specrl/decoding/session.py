@@ -122,9 +122,9 @@ class LocalSession:
         return self._size
 
     @property
-    def context_lengths(self) -> Ints:
-        """Tokens known of each live request: [B] int64."""
-        return self._length.copy()
+    def context_lengths(self) -> list[int]:
+        """Tokens known of each live request."""
+        return self._length.tolist()
 
     @torch.inference_mode()
     def resize(self, batch_size: int) -> None:
