@@ -1,6 +1,6 @@
 """What the environment adds to a round outside the engine, at batch 1.
 
-    python benchmarks/env_overhead.py [--rounds 600] [--plan 2]
+    python benchmarks/env_overhead.py [--rounds 600] [--plan 3]
 
 Overhead = time of `env.step` - the round's own seconds - what measuring plain decoding took. Prefill and first
 rounds are left out. Prints a line and, last, one line of JSON; the aim is under 2 % of the round.
@@ -38,7 +38,7 @@ class Stopwatch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=600)
-    parser.add_argument("--plan", type=int, default=2, help="index of the plan (2: 2/1/3)")
+    parser.add_argument("--plan", type=int, default=3, help="index of the plan (3: 3/1/4)")
     args = parser.parse_args()
     keep_large_blocks()
     env = gym.make("SpecRL/SpecDecode-v0", batch_size=1, max_rounds=args.rounds + 50, ignore_eos=True).unwrapped

@@ -10,13 +10,12 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _FORGET = 0.995  # per round, of the running speedup λ
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a reward is computed from.
 
     Args:

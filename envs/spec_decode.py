@@ -217,11 +217,11 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         done = session.round(plan)
         t0 = self.baseline.estimate(self._batch_size, context)
         outcome = Outcome(sum(done.tokens.tolist()), done.batch_size, done.seconds + thinking_s, t0.seconds)
-        reward = float(self._reward(outcome))
+        reward = self._reward(outcome)
         self._observer.record(done, t0.seconds)
         self._rounds += 1
         self._tokens += outcome.tokens
-        self._plain += outcome.plain_total_s
+        self._plain += outcome.tokens * t0.seconds / done.batch_size
         self._spent += outcome.seconds
         self._info = self._describe(done, outcome, thinking_s, t0.standard_error)
         terminated = self._max_tokens is not None and self._tokens >= self._max_tokens
@@ -344,6 +344,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
             self.baseline.add(sample)
 
     def _describe(self, done: Round, outcome: Outcome, thinking_s: float, error_s: float) -> dict[str, Any]:
+        correct = done.correct_drafts.tolist()
         return {
             "tokens": outcome.tokens,
             "seconds": outcome.seconds,
@@ -352,8 +353,8 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
             "other_s": done.other_s,
             "thinking_s": thinking_s,
             "prefill_s": done.prefill_s,
-            "accept_length": done.accept_length,
-            "histogram": done.histogram(),
+            "accept_length": 1.0 + sum(correct) / len(correct),
+            "histogram": [correct.count(k) for k in range(done.plan.num_steps + 1)],
             "plan": str(done.plan),
             "draft_version": done.draft_version,
             "batch_size": done.batch_size,

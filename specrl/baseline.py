@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,7 @@ from specrl.rounds import PlainSample
 _EAGER = 8  # samples that are taken densely at a new batch size
 
 
-@dataclass(frozen=True, slots=True)
-class PlainEstimate:
+class PlainEstimate(NamedTuple):
     """Seconds of a plain round, its standard error, and the samples it rests on."""
 
     seconds: float
@@ -93,7 +92,8 @@ class PlainCost:
         if cell.line is None:
             cell.line = _fit(np.array(cell.contexts), np.array(cell.seconds))
         level, slope, centre, error = cell.line
-        return PlainEstimate(max(level + slope * (context - centre), 0.5 * level), error, len(cell.seconds))
+        seconds = level + slope * (context - centre) if slope else level
+        return PlainEstimate(max(seconds, 0.5 * level), error, len(cell.seconds))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, JSON-able."""

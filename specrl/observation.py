@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,7 @@ MAX_AGE = 1 << 20
 _MOST = math.log2(MAX_COST)
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
+class Observation(NamedTuple):
     """What is known before a round. `vector` lays it out for function approximators.
 
     Attributes:
@@ -114,10 +113,16 @@ class Observer:
         share = 1.0 / len(correct)
         self._correct = self._correct * keep + sum(correct) * share
         self._weight = self._weight * keep + 1.0
-        for k in range(done.plan.num_steps):
-            reached = sum(c > k for c in correct) * share
-            self._survived[k] = self._survived[k] * keep + reached
-            self._proposed[k] = self._proposed[k] * keep + 1.0
+        steps = done.plan.num_steps
+        if steps:
+            counts = [0] * (steps + 1)
+            for c in correct:
+                counts[c] += 1
+            reached = len(correct)
+            for k in range(steps):
+                reached -= counts[k]
+                self._survived[k] = self._survived[k] * keep + reached * share
+                self._proposed[k] = self._proposed[k] * keep + 1.0
         ratio = min(max(math.log2(done.seconds / plain_s), -_MOST), _MOST)
         costs = self._costs.setdefault(done.batch_size, [None] * len(self.plans))
         index = self._index[done.plan]
@@ -133,9 +138,9 @@ class Observer:
             batch_size=batch_size,
             context=float(context),
             accept_length=1.0 + (self._correct / self._weight if self._weight else 0.0),
-            survival=tuple(s / p if p else 0.0 for s, p in zip(self._survived, self._proposed, strict=True)),
-            costs=tuple(1.0 if cost is None else 2.0**cost for cost in costs),
-            tried=tuple(0.0 if cost is None else 1.0 for cost in costs),
+            survival=tuple([s / p if p else 0.0 for s, p in zip(self._survived, self._proposed, strict=True)]),
+            costs=tuple([1.0 if cost is None else 2.0**cost for cost in costs]),
+            tried=tuple([0.0 if cost is None else 1.0 for cost in costs]),
             last_plan=self._last,
             draft_age=self._age,
         )
