@@ -123,7 +123,7 @@ class Observer:
                 reached -= counts[k]
                 self._survived[k] = self._survived[k] * keep + reached * share
                 self._proposed[k] = self._proposed[k] * keep + 1.0
-        ratio = min(max(math.log2(done.seconds / plain_s), -_MOST), _MOST)
+        ratio = min(max(math.log2(max(done.seconds, 1e-9) / plain_s), -_MOST), _MOST)
         costs = self._costs.setdefault(done.batch_size, [None] * len(self.plans))
         index = self._index[done.plan]
         before = costs[index]

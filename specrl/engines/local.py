@@ -48,6 +48,10 @@ class LocalEngine:
         self._sessions: list[LocalSession] = []
         self._warm: set[tuple[int, Plan, bool]] = set()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> LocalEngine:
+        """Itself: an engine stands for its device (Gymnasium copies the arguments of environments)."""
+        return self
+
     @property
     def clock(self) -> Clock:
         """The clock its rounds are timed on."""
