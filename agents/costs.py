@@ -94,9 +94,7 @@ class Costs:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, JSON-able."""
-        cells = [
-            [b, str(p), c.mean, c.variance, c.weight, c.seen] for (b, p), c in self._cells.items()
-        ]
+        cells = [[b, str(p), c.mean, c.variance, c.weight, c.seen] for (b, p), c in self._cells.items()]
         return {"rounds": self.rounds, "cells": cells}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -67,7 +67,9 @@ class LearnerConfig:
                 f"{self.average}, {self.pass_decay} and {self.weight_decay}"
             )
         if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"learner.temperature must be above 0 or null (each request's own), but got {self.temperature}")
+            raise ValueError(
+                f"learner.temperature must be above 0 or null (each request's own), but got {self.temperature}"
+            )
 
 
 def product_dtype(name: str) -> torch.dtype:
@@ -138,7 +140,9 @@ class OnlineLearner:
             p = p[..., self._target_ids]
         loss, accept = torch.zeros(()), torch.zeros(c.passes)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            drafts = unroll(self.parameters, self._shape, embeddings, features[:, :-1].float(), self._rotation, c.passes)
+            drafts = unroll(
+                self.parameters, self._shape, embeddings, features[:, :-1].float(), self._rotation, c.passes
+            )
             for k, drafted in enumerate(drafts):
                 here = inside.clone()
                 here[:, :k] = False
@@ -156,11 +160,17 @@ class OnlineLearner:
             keep = min(c.average, self.updates / (self.updates + 10.0))
             for name, served in self._served.items():
                 served.lerp_(self.parameters[name], 1.0 - keep)
-        return {"loss": loss.item(), "gradient_norm": float(norm), **{f"alpha_{k + 1}": a for k, a in enumerate(accept.tolist())}}
+        return {
+            "loss": loss.item(),
+            "gradient_norm": float(norm),
+            **{f"alpha_{k + 1}": a for k, a in enumerate(accept.tolist())},
+        }
 
     def _temperatures(self, sequences: list[Sequence]) -> Tensor:
         own = [s.temperature or 1.0 for s in sequences]
-        return torch.tensor(own if self.config.temperature is None else [self.config.temperature] * len(own))[:, None, None]
+        return torch.tensor(own if self.config.temperature is None else [self.config.temperature] * len(own))[
+            :, None, None
+        ]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything needed to go on, but the replay: tensors, and JSON-able numbers."""
@@ -188,7 +198,9 @@ class OnlineLearner:
             found = tensors.get(f"parameters.{name}")
             if found is None or found.shape != parameter.shape:
                 got = "none" if found is None else tuple(found.shape)
-                raise ValueError(f"a learner's state must fit its draft: {name} is {tuple(parameter.shape)}, but got {got}")
+                raise ValueError(
+                    f"a learner's state must fit its draft: {name} is {tuple(parameter.shape)}, but got {got}"
+                )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameters.{name}"])

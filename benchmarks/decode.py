@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 
 import numpy as np
 import torch
@@ -19,12 +18,14 @@ from transformers import AutoModelForCausalLM
 
 import specrl
 from specrl.apps.malloc import keep_large_blocks
+from specrl.clock import WallClock
 from specrl.engines.base import Request
 from specrl.models.embedded import embedded_directory
 from specrl.plan import Plan
 from specrl.statistics import abba, paired_speedup
 
 PROMPT, NEW = 64, 64
+CLOCK = WallClock()
 
 
 class Fixed:
@@ -33,7 +34,7 @@ class Fixed:
     def __init__(self, prompts: list[tuple[int, ...]]) -> None:
         self.prompts = prompts
 
-    def requests(self, seed: int):  # type: ignore[no-untyped-def]  # noqa: ARG002
+    def requests(self, seed: int):  # type: ignore[no-untyped-def]
         """An endless repetition."""
         while True:
             yield from (Request(prompt, NEW, ignore_eos=True) for prompt in self.prompts)
@@ -52,12 +53,17 @@ def theirs(model: torch.nn.Module, prompts: list[tuple[int, ...]]) -> float:
     ids = torch.tensor(prompts)
     took = []
     for new in (1, NEW):
-        began = time.perf_counter()
+        began = CLOCK.now()
         with torch.inference_mode():
             model.generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
             )
-        took.append(time.perf_counter() - began)
+        took.append(CLOCK.now() - began)
     return (took[1] - took[0]) / ((NEW - 1) * len(prompts))
 
 
@@ -69,9 +75,9 @@ def host_share(engine: specrl.LocalEngine, batch: int, plan: Plan, generator: to
 
     def timed(function):  # type: ignore[no-untyped-def]
         def call(*args, **kwargs):  # type: ignore[no-untyped-def]
-            began = time.perf_counter()
+            began = CLOCK.now()
             result = function(*args, **kwargs)
-            forward[0] += time.perf_counter() - began
+            forward[0] += CLOCK.now() - began
             return result
 
         return call
@@ -129,7 +135,14 @@ def main() -> None:
             f"batch {batch:2d}  transformers {hf:7.0f} tok/s  specrl {here:7.0f} tok/s  ratio {ratio}"
             f"  | round 3/1/4 {share['round_ms']:.2f} ms, host {share['host_ms']:.2f} ms ({share['host_share']:.0%})"
         )
-        result[str(batch)] = {"transformers_tps": hf, "tps": here, "ratio": ratio.value, "low": ratio.low, "high": ratio.high, **share}
+        result[str(batch)] = {
+            "transformers_tps": hf,
+            "tps": here,
+            "ratio": ratio.value,
+            "low": ratio.low,
+            "high": ratio.high,
+            **share,
+        }
     print(json.dumps({"threads": args.threads, "batch_sizes": result}))
 
 

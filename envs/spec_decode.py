@@ -97,7 +97,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
     * v0: initial version
     """
 
-    metadata = {"render_modes": ["ansi", "human"], "render_fps": 30}  # noqa: RUF012
+    metadata = {"render_modes": ["ansi", "human"], "render_fps": 30}
 
     def __init__(
         self,
@@ -237,7 +237,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         return observation, reward, terminated, truncated, self._info
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Which plans the engine can run [n] (sb3-contrib's convention); for 'multi_discrete', every entry of each axis."""
+        """Which plans the engine can run [n], as sb3-contrib asks for it; 'multi_discrete' allows every entry."""
         return self._action_mask.copy()
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
@@ -326,7 +326,9 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
             near = [(abs(p.topk - topk), i) for i, p in enumerate(self.plans) if p.num_steps == steps]
             index = min(near)[1]
         if not self._mask[index]:
-            raise ValueError(f"an action must be allowed by the mask, but the engine cannot run plan {self.plans[index]}")
+            raise ValueError(
+                f"an action must be allowed by the mask, but the engine cannot run plan {self.plans[index]}"
+            )
         return self.plans[index]
 
     def _measure_plain(self, context: float) -> None:
@@ -376,7 +378,7 @@ def _batch_sizes(given: BatchSizes) -> tuple[tuple[Phase, ...], tuple[Phase, ...
     if not parts:
         raise ValueError("batch_size must name at least one size, but got none; for example 4 or [1, 4, 16]")
     if all(isinstance(part, Phase) for part in parts):
-        return tuple(parts), ()  # type: ignore[arg-type]
+        return tuple(parts), ()
     return (), tuple(Phase(int(part)) for part in parts)  # type: ignore[call-overload]
 
 

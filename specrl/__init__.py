@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from specrl.models.target import load_target
 
 __version__ = "0.1.0"
-__all__ = ["LocalEngine", "PlainSample", "Plan", "Round", "Trace", "load_draft", "load_target", "new_draft", "parse_plans"]
+__all__ = [
+    "LocalEngine",
+    "PlainSample",
+    "Plan",
+    "Round",
+    "Trace",
+    "load_draft",
+    "load_target",
+    "new_draft",
+    "parse_plans",
+]
 
 _LAZY = {
     "LocalEngine": "specrl.engines.local",

@@ -63,7 +63,7 @@ class PlainCost:
         cell.seconds.append(sample.seconds)
         cell.since, cell.line = 0, None
 
-    def tick(self, batch_size: int, context: float) -> None:  # noqa: ARG002
+    def tick(self, batch_size: int, context: float) -> None:
         """A round at this batch size is about to run."""
         if batch_size in self._cells:
             self._cells[batch_size].since += 1
@@ -72,7 +72,7 @@ class PlainCost:
         """Whether plain decoding was ever measured at this batch size."""
         return batch_size in self._cells
 
-    def due(self, batch_size: int, context: float) -> bool:  # noqa: ARG002
+    def due(self, batch_size: int, context: float) -> bool:
         """Whether to measure again before the next round: every other round at first, then every `every`."""
         cell = self._cells.get(batch_size)
         if cell is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _FORMS = "'0', 'num_steps/topk/num_draft_tokens' (as in '3/1/4') or 'num_steps' alone (a chain)"
@@ -76,13 +77,13 @@ class Plan:
         return self.topk == 1
 
 
-def parse_plans(text: str | list[str] | list[Plan] | tuple[Plan, ...]) -> tuple[Plan, ...]:
+def parse_plans(text: str | Sequence[str] | Sequence[Plan]) -> tuple[Plan, ...]:
     """Read a comma-separated list of plans, or a list of them, without repeats.
 
     Raises:
         ValueError: the list is empty, names a plan twice, or holds an invalid plan.
     """
-    parts = text.split(",") if isinstance(text, str) else list(text)
+    parts: Sequence[str] | Sequence[Plan] = text.split(",") if isinstance(text, str) else text
     plans = tuple(Plan.parse(part) for part in parts)
     if not plans:
         raise ValueError("plans must name at least one plan, but got none; for example '0,1/1/2,3/1/4'")

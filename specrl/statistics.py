@@ -118,10 +118,10 @@ def ratio_of_sums(
     if not 0.0 < level < 1.0:
         raise ValueError(f"level must be in (0, 1), but got {level}")
     if groups is not None:
-        _, index = np.unique(np.asarray(groups), return_inverse=True)
+        index = np.unique(np.asarray(groups), return_inverse=True)[1]
         if index.shape != x.shape:
             raise ValueError(f"groups must name the group of each of {len(x)} values, but got {len(index)}")
-        x, y = np.bincount(index, x), np.bincount(index, y)
+        x, y = (np.bincount(index, values).astype(np.float64) for values in (x, y))
     n = len(x)
     if n < 2:
         raise ValueError(f"an interval needs at least 2 values or groups, but got {n}; measure longer")
@@ -144,7 +144,7 @@ def _ratio_error(x: Floats, y: Floats) -> Floats:
     n = x.shape[-1]
     ratio = x.sum(-1, keepdims=True) / y.sum(-1, keepdims=True)
     residual = x - ratio * y
-    return np.sqrt((residual**2).sum(-1) / (n - 1) / n) / y.mean(-1)  # type: ignore[no-any-return]
+    return np.sqrt((residual**2).sum(-1) / (n - 1) / n) / y.mean(-1)
 
 
 def pairs_needed(log_sd: float, effect: float, *, power: float = 0.8, level: float = 0.95) -> int:
@@ -156,7 +156,9 @@ def pairs_needed(log_sd: float, effect: float, *, power: float = 0.8, level: flo
         ValueError: a number that is not positive.
     """
     if not (log_sd > 0 and effect > 0 and 0 < power < 1 and 0 < level < 1):
-        raise ValueError(f"log_sd, effect, power and level must be positive, but got {log_sd}, {effect}, {power}, {level}")
+        raise ValueError(
+            f"log_sd, effect, power and level must be positive, but got {log_sd}, {effect}, {power}, {level}"
+        )
     normal = NormalDist()
     z = normal.inv_cdf(0.5 + level / 2.0) + normal.inv_cdf(power)
     return round((z * log_sd / effect) ** 2)
@@ -171,7 +173,7 @@ def prefix_survival(correct_drafts: ArrayLike, num_steps: int) -> Floats:
     correct = np.asarray(correct_drafts)
     if correct.size == 0 or correct.min() < 0 or correct.max() > num_steps:
         raise ValueError(f"correct_drafts must be in [0, num_steps={num_steps}] and at least one, but got {correct}")
-    return (correct[:, None] >= np.arange(1, num_steps + 1)).mean(0)  # type: ignore[no-any-return]
+    return (correct[:, None] >= np.arange(1, num_steps + 1)).mean(0)
 
 
 def iqm(values: ArrayLike) -> float:

@@ -20,7 +20,7 @@ class Phase:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.rounds < 1:
             raise ValueError(
-                f"batch_size and rounds of a traffic phase must be at least 1, but got {self.batch_size} x {self.rounds}"
+                f"batch_size and rounds of traffic must be at least 1, but got {self.batch_size} x {self.rounds}"
             )
 
 

@@ -39,7 +39,7 @@ def test_the_documented_example_runs(target: Target) -> None:
     _, info = env.reset(seed=0)
     assert info["action_mask"].all() and len(info["action_mask"]) == 6
     obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
-    assert obs in env.observation_space and np.isfinite(reward) and not terminated and not truncated
+    assert obs in env.observation_space and np.isfinite(float(reward)) and not terminated and not truncated
     draft = specrl.new_draft(target, intermediate_size=256, seed=5)
     env.unwrapped.load_draft(draft.state_dict(), version=1)  # type: ignore[attr-defined]
     traces = env.unwrapped.drain()  # type: ignore[attr-defined]

@@ -14,14 +14,14 @@ from specrl.models.checkpoint import save_tensors, write_atomic
 if TYPE_CHECKING:
     from specrl.agents.adaptive import AdaptiveChooser
     from specrl.agents.draft_learner import OnlineLearner
-    from specrl.agents.fixed import FixedPlan
+    from specrl.agents.fixed import PlanTable
 
 _STATE, _TENSORS = "state.json", "learner.safetensors"
 _FORMAT = 1
 
 
 def save_checkpoint(
-    directory: Path, *, learner: OnlineLearner | None, chooser: AdaptiveChooser | FixedPlan, served: int
+    directory: Path, *, learner: OnlineLearner | None, chooser: AdaptiveChooser | PlanTable, served: int
 ) -> None:
     """Replace the checkpoint in `directory` by this state; the old one stands until the new one is complete."""
     tensors, numbers = ({}, {}) if learner is None else learner.state()
@@ -35,7 +35,7 @@ def save_checkpoint(
     write_atomic(directory, write)
 
 
-def load_checkpoint(directory: Path, *, learner: OnlineLearner | None, chooser: AdaptiveChooser | FixedPlan) -> int:
+def load_checkpoint(directory: Path, *, learner: OnlineLearner | None, chooser: AdaptiveChooser | PlanTable) -> int:
     """Put a checkpoint's state into learner and chooser; the requests served until then.
 
     Raises:
@@ -43,16 +43,24 @@ def load_checkpoint(directory: Path, *, learner: OnlineLearner | None, chooser: 
     """
     path = directory / _STATE
     if not path.exists():
-        raise ValueError(f"--resume needs a checkpoint, but there is none in {str(directory)!r}; start without --resume")
+        raise ValueError(
+            f"--resume needs a checkpoint, but there is none in {str(directory)!r}; start without --resume"
+        )
     try:
         state = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"a checkpoint's {_STATE} must be JSON, but {str(path)!r} is not; start without --resume") from error
+        raise ValueError(
+            f"a checkpoint's {_STATE} must be JSON, but {str(path)!r} is not; start without --resume"
+        ) from error
     if state.get("format") != _FORMAT:
-        raise ValueError(f"a checkpoint must be of format {_FORMAT}, but got {state.get('format')!r}; start without --resume")
+        raise ValueError(
+            f"a checkpoint must be of format {_FORMAT}, but got {state.get('format')!r}; start without --resume"
+        )
     if learner is not None:
         if not state["learner"]:
-            raise ValueError("the checkpoint was made without learning, so a learner cannot go on from it; use --learn false")
+            raise ValueError(
+                "the checkpoint was made without learning, so a learner cannot go on from it; use --learn false"
+            )
         learner.load_state(load_file(directory / _TENSORS), state["learner"])
     chooser.load_state_dict(state["chooser"])
     return int(state["served"])

@@ -121,7 +121,9 @@ def measure(
         on_block: called after each pass with the seconds spent and the widest half-width.
     """
     clock = settings[0].engine.clock
-    lanes = [Lane(s, s.engine.start(workload, batch_size=batch_size, seed=seed, plain=s.plan is None)) for s in settings]
+    lanes = [
+        Lane(s, s.engine.start(workload, batch_size=batch_size, seed=seed, plain=s.plan is None)) for s in settings
+    ]
     for lane in lanes:
         with torch_threads(lane.setting.threads):
             for _ in range(_WARM_UP):
@@ -139,7 +141,9 @@ def measure(
         if on_block is not None:
             on_block(clock.now() - began, widest)
     if len(lanes[0].blocks) < 2:
-        raise ValueError(f"a measurement needs at least 2 blocks, but {seconds:g} s sufficed for one; give it more seconds")
+        raise ValueError(
+            f"a measurement needs at least 2 blocks, but {seconds:g} s sufficed for one; give it more seconds"
+        )
     results = [_result(lanes[0], lane, batch_size, seed) for lane in lanes]
     for lane in lanes:
         lane.session.close()

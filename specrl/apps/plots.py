@@ -20,7 +20,7 @@ def plot_learning(log: Sequence[Mapping[str, object]], batch_sizes: Sequence[int
     for batch, colour in zip(batch_sizes, _COLOURS, strict=False):
         served = [row["requests"] for row in log]
         for axes, name in ((left, f"accept_length_{batch}"), (right, f"speedup_{batch}")):
-            axes.plot(served, [row.get(name) for row in log], "o-", ms=3, color=colour, label=f"batch {batch}")  # type: ignore[arg-type]
+            axes.plot(served, [row.get(name) for row in log], "o-", ms=3, color=colour, label=f"batch {batch}")
     left.set(xlabel="requests served", ylabel="tokens per request and round", title="Accept length while learning")
     right.set(xlabel="requests served", ylabel="speedup over plain decoding", title="Measured speedup while learning")
     right.axhline(1.0, color="0.4", lw=1, ls="--")

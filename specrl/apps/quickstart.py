@@ -59,7 +59,9 @@ def quickstart(
     fastest = {batch: fastest_plain(TARGET, held_out, batch) for batch in TRAFFIC}
     for batch, setting in fastest.items():
         tps = batch / setting.seconds
-        show(f"plain decoding at batch {batch}: fastest in {setting.dtype}, {setting.threads} threads ({tps:,.0f} tok/s)")
+        show(
+            f"plain decoding at batch {batch}: fastest in {setting.dtype}, {setting.threads} threads ({tps:,.0f} tok/s)"
+        )
     threads = fastest[max(TRAFFIC)].threads
     draft = fresh_draft(target, TARGET, seed)
     with torch_threads(threads):
@@ -153,9 +155,7 @@ def _measure(
     return results
 
 
-def _summary(
-    results: dict[int, list[Measured]], run: Run, directory: OutputDir, report: Reporter
-) -> dict[str, object]:
+def _summary(results: dict[int, list[Measured]], run: Run, directory: OutputDir, report: Reporter) -> dict[str, object]:
     sizes = {}
     for batch, (plain, learned, *rest) in results.items():
         assert learned.speedup is not None

@@ -10,7 +10,7 @@ import numpy as np
 
 from specrl.agents.adaptive import AdaptiveChooser
 from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.agents.fixed import PlanTable, FixedPlan
+from specrl.agents.fixed import FixedPlan, PlanTable
 from specrl.apps.bench import target_directory
 from specrl.apps.checkpoint import load_checkpoint, save_checkpoint
 from specrl.apps.loop import OnlineLoop

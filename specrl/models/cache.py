@@ -58,6 +58,7 @@ class KVCache:
         slots = self.data.flatten(2, 3)  # [layers, 2, B * Hk * S, D]
         slots[:, :, plane + destinations[:, None]] = slots[:, :, plane + sources[:, None]]
 
+
 class Placement(NamedTuple):
     """Where q tokens of each of b consecutive requests stand, and what they may see.
 

@@ -65,9 +65,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"the checkpoint's file {path.name!r} is missing from {str(path.parent)!r}; download it again")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} must be a whole safetensors file, but it is not ({error}); fetch it again") from error
+        raise ValueError(
+            f"{str(path)!r} must be a whole safetensors file, but it is not ({error}); fetch it again"
+        ) from error
 
 
 def check_tensors(
@@ -80,7 +82,9 @@ def check_tensors(
     """
     missing = [name for name in expected if name not in found and name not in optional]
     if missing:
-        raise ValueError(f"{what}: every tensor of its configuration must be there, but these are missing: {_some(missing)}")
+        raise ValueError(
+            f"{what}: every tensor of its configuration must be there, but these are missing: {_some(missing)}"
+        )
     extra = [name for name in found if name not in expected]
     if extra:
         raise ValueError(f"{what}: only tensors of its configuration may be there, but these are extra: {_some(extra)}")

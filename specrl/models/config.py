@@ -66,8 +66,11 @@ class TargetConfig:
 
 @dataclass(frozen=True, slots=True)
 class DraftConfig:
-    """The shape of an EAGLE3 draft. `taps` are layers of the target whose INPUT is read (SGLang's default numbering;
-    config.json's explicit ids are one less)."""
+    """The shape of an EAGLE3 draft.
+
+    `taps` are layers of the target whose INPUT is read (SGLang's default numbering; explicit ids in config.json are
+    one less).
+    """
 
     vocab_size: int  # the target's
     draft_vocab_size: int
@@ -80,7 +83,7 @@ class DraftConfig:
     rms_norm_eps: float
     rope: RopeConfig
     max_position_embeddings: int
-    taps: tuple[int, int, int]
+    taps: tuple[int, ...]
 
     def __post_init__(self) -> None:
         _check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
@@ -94,7 +97,9 @@ class DraftConfig:
 
 def _check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads, but got {heads} and {kv_heads}")
+        raise ValueError(
+            f"num_attention_heads must be a multiple of num_key_value_heads, but got {heads} and {kv_heads}"
+        )
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim must be even, but got {head_dim}")
 
@@ -190,7 +195,9 @@ def _read_rope(config: Mapping[str, Any]) -> RopeConfig:
         values.pop("partial_rotary_factor", None)
     unknown = sorted(set(values) - keys[kind])
     if kind != "default" and unknown or "partial_rotary_factor" in values:
-        raise ValueError(f"config.json: a {kind} rope scaling may set {sorted(keys[kind])}, but got {', '.join(unknown)}")
+        raise ValueError(
+            f"config.json: a {kind} rope scaling may set {sorted(keys[kind])}, but got {', '.join(unknown)}"
+        )
     if kind == "default":
         return RopeConfig(theta)
     if "factor" not in values:
@@ -199,7 +206,7 @@ def _read_rope(config: Mapping[str, Any]) -> RopeConfig:
     return RopeConfig(theta, kind, **values)
 
 
-def default_taps(num_layers: int) -> tuple[int, int, int]:
+def default_taps(num_layers: int) -> tuple[int, ...]:
     """SGLang's default taps [2, n // 2, n - 3]: layers whose inputs an EAGLE3 draft reads.
 
     Raises:
@@ -261,7 +268,7 @@ def read_draft_config(directory: Path) -> DraftConfig:
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope=_read_rope(config),
         max_position_embeddings=_need(config, "max_position_embeddings"),
-        taps=tuple(int(i) + 1 for i in ids),  # type: ignore[arg-type]
+        taps=tuple(int(i) + 1 for i in ids),
     )
 
 

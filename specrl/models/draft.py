@@ -87,7 +87,7 @@ def new_draft(
     draft_vocab_size: int | None = None,
     vocabulary: Tensor | None = None,
     intermediate_size: int | None = None,
-    taps: tuple[int, int, int] | None = None,
+    taps: tuple[int, ...] | None = None,
     seed: int = 0,
 ) -> Draft:
     """A draft for `target` from random initialisation; only the head starts as a copy of the target's rows.
@@ -127,7 +127,9 @@ def new_draft(
     tensors: dict[str, Tensor] = {}
     for name, shape in expected_draft_tensors(config).items():
         if name not in ("d2t", "t2d"):
-            tensors[name] = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * _INIT_STD
+            tensors[name] = (
+                torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * _INIT_STD
+            )
     ids = torch.arange(size) if vocabulary is None else vocabulary.to(torch.int64)
     if size < t.vocab_size:
         tensors["d2t"] = ids - torch.arange(size)
@@ -165,7 +167,9 @@ class ServingDraft:
             ("target_hidden_size", c.target_hidden_size, t.hidden_size),
         ):
             if ours != theirs:
-                raise ValueError(f"the draft's {name} must be the target's {theirs}, but got {ours}; is it for another model?")
+                raise ValueError(
+                    f"the draft's {name} must be the target's {theirs}, but got {ours}; is it for another model?"
+                )
         if max(c.taps) >= t.num_layers:
             raise ValueError(f"the draft's taps {c.taps} must be layers of the target, which has {t.num_layers}")
         self.config, self.device, self.dtype = c, target.device, target.dtype
@@ -185,7 +189,9 @@ class ServingDraft:
         check_tensors(tensors, expected_draft_tensors(self.config), what=f"draft version {version}", optional=("t2d",))
         ids = vocabulary_ids(tensors, self.config)
         if ids is not None and not torch.equal(ids.to(self.device), self.target_ids):  # type: ignore[arg-type]
-            raise ValueError("the draft vocabulary (d2t) is fixed while a draft serves, but got another; start anew with it")
+            raise ValueError(
+                "the draft vocabulary (d2t) is fixed while a draft serves, but got another; start anew with it"
+            )
         c, gain = self.config, self._norm.gain
 
         def read(name: str) -> Tensor:

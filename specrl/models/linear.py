@@ -26,8 +26,8 @@ class Linear:
     """`x @ weight.T + bias` for `x [M, in]`.
 
     On a CPU the weight is held twice, because reading it is most of the work and the kernels differ in how they
-    read: transposed (and halved, for two threads) for one row, in oneDNN's blocked layout for more (docs/decisions/0001-cpu-decoding.md). A weight
-    too large to be held twice is held blocked only.
+    read: transposed (and halved, for two threads) for one row, in oneDNN's blocked layout for more. A weight too
+    large to be held twice is held blocked only. Figures: docs/decisions/0001-cpu-decoding.md.
 
     Args:
         weight: [out, in], any floating dtype.
@@ -44,7 +44,12 @@ class Linear:
         if self._packed is not None:
             self._transposed = weight.t().contiguous() if weight.numel() <= _HELD_TWICE else None
         self._halves: Tensor | None = None  # [2, in, out / 2]: a batch of two, which two threads share
-        if self._transposed is not None and self._packed is not None and weight.numel() >= _SHARED and not weight.shape[0] % 2:
+        if (
+            self._transposed is not None
+            and self._packed is not None
+            and weight.numel() >= _SHARED
+            and not weight.shape[0] % 2
+        ):
             self._halves = self._transposed.view(weight.shape[1], 2, -1).transpose(0, 1).contiguous()
             self._transposed = None
 

@@ -38,7 +38,12 @@ class Target:
     """
 
     def __init__(
-        self, config: TargetConfig, tensors: Mapping[str, Tensor], *, device: str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        config: TargetConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         self.embedding = tensors["model.embed_tokens.weight"].to(device, dtype)  # [V, H]
@@ -158,13 +163,19 @@ class Target:
         """
         most = self.config.max_position_embeddings
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not 1 <= input_ids.shape[1] <= most:
-            raise ValueError(f"input_ids must be [B, T] int64 with T in [1, {most}], but got {tuple(input_ids.shape)} {input_ids.dtype}")
+            raise ValueError(
+                f"input_ids must be int64 [B, T], T in [1, {most}], but got {input_ids.dtype} {list(input_ids.shape)}"
+            )
         if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
-            raise ValueError(f"token ids must be in [0, {self.config.vocab_size}), but got {input_ids.min()}..{input_ids.max()}")
+            raise ValueError(
+                f"token ids must be in [0, {self.config.vocab_size}), but got {input_ids.min()}..{input_ids.max()}"
+            )
         return self.prefill(input_ids.to(self.device), self.new_cache(*input_ids.shape)).logits
 
 
-def load_target(path: str | Path = "embedded", *, device: str = "cpu", dtype: str | torch.dtype = torch.float32) -> Target:
+def load_target(
+    path: str | Path = "embedded", *, device: str = "cpu", dtype: str | torch.dtype = torch.float32
+) -> Target:
     """Load a target from a Hugging Face checkpoint directory, or an embedded one by name.
 
     Args:
