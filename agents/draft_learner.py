@@ -16,7 +16,7 @@ from specrl.models.rope import rope_table
 from specrl.rounds import Trace
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: the command line reads its defaults from __dict__
 class LearnerConfig:
     """How a draft learns online.
 
@@ -40,7 +40,7 @@ class LearnerConfig:
         ValueError: a number out of range.
     """
 
-    learning_rate: float = 4e-3
+    learning_rate: float = 5e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0

@@ -7,6 +7,7 @@ their lengths; trees of one shape stand alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,12 +25,12 @@ class Survival:
     """Discounted Beta counts of a_k.
 
     Args:
-        memory: drafted tokens at a position after which evidence has faded to 1/e.
+        memory: rounds, of any plan, after which evidence has faded to 1/e.
         version_memory: the share of evidence kept when the draft's weights change.
     """
 
-    def __init__(self, memory: float = 2000.0, version_memory: float = 0.97) -> None:
-        self.memory, self.version_memory = memory, version_memory
+    def __init__(self, memory: float = 400.0, version_memory: float = 0.97) -> None:
+        self._keep, self.version_memory = math.exp(-1.0 / memory), version_memory
         self._counts: dict[str, NDArray[np.float64]] = {}  # family -> [2, K]: accepted, tried
         self._version: int | None = None
 
@@ -40,16 +41,15 @@ class Survival:
 
     def learn(self, done: Round) -> None:
         """Take a finished round."""
-        if self._version is not None and done.draft_version != self._version:
-            for counts in self._counts.values():
-                counts *= self.version_memory
+        changed = self._version is not None and done.draft_version != self._version
+        for counts in self._counts.values():
+            counts *= self._keep * (self.version_memory if changed else 1.0)
         self._version = done.draft_version
         steps = done.plan.num_steps
         if steps == 0:
             return
         reached = (done.correct_drafts[:, None] >= np.arange(steps + 1)).sum(0)  # reached[k]: k or more correct
         counts = self._of(self.family(done.plan), steps)
-        counts[:, :steps] *= np.exp(-reached[:-1] / self.memory)
         counts[0, :steps] += reached[1:]
         counts[1, :steps] += reached[:-1]
 

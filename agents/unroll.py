@@ -21,7 +21,7 @@ Parameters = Mapping[str, Tensor]
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:

@@ -266,7 +266,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
             if self._session is not None:
                 self._paused_s += self.engine.clock.now() - began
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """The last round and the episode so far: text for 'ansi', a live panel for 'human'."""
         if self.render_mode is None:
             return None
@@ -377,8 +377,9 @@ def _batch_sizes(given: BatchSizes) -> tuple[tuple[Phase, ...], tuple[Phase, ...
     parts = list(given)
     if not parts:
         raise ValueError("batch_size must name at least one size, but got none; for example 4 or [1, 4, 16]")
-    if all(isinstance(part, Phase) for part in parts):
-        return tuple(parts), ()
+    phases = tuple(part for part in parts if isinstance(part, Phase))
+    if len(phases) == len(parts):
+        return phases, ()
     return (), tuple(Phase(int(part)) for part in parts)  # type: ignore[call-overload]
 
 

@@ -29,6 +29,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "quickstart": Command("specrl.apps.quickstart:quickstart", "from a random draft to a measured speedup, in minutes"),
     "train": Command("specrl.apps.train:train", "learn a draft, and a plan per batch size, on live traffic"),
+    "export": Command("specrl.apps.export:export", "what a run learned, as a directory that serves"),
     "doctor": Command("specrl.apps.doctor:doctor", "what this machine can do, and what would slow it down"),
     "bench": Command("specrl.apps.bench:bench", "speculative against plain decoding, by plan and batch size"),
 }

@@ -23,8 +23,7 @@ from specrl.plan import Plan, parse_plans
 from specrl.traffic import parse_traffic
 from specrl.workload import load_tokenizer, load_workload
 
-DRAFT_MLP = 256  # width of a new draft's MLP on the embedded target
-"""Width of the MLP of a draft made anew for an embedded target (measured: docs/decisions/0003-online-learning.md)."""
+DRAFT_MLP = 256  # width of the MLP of a draft made anew for an embedded target
 
 
 def train(
@@ -214,10 +213,6 @@ class Reporter:
         self.rows: list[dict[str, object]] = []
         self._clock = run.engine.clock
         self._began = self._last = self._clock.now()
-
-    def since_start(self) -> float:
-        """Seconds since reporting began."""
-        return self._clock.now() - self._began
 
     def maybe(self) -> None:
         """Report if it is time to."""

@@ -1,0 +1,1 @@
+"""What is learned, in the form in which it serves."""
