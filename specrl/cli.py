@@ -46,7 +46,7 @@ Every command explains itself with --help, reads --config file.yaml (options giv
 would run with --print_config, and writes its results, with its configuration, to --output_dir.
 
 example:
-  specrl doctor
+  specrl quickstart
 """
 
 
@@ -97,10 +97,10 @@ def run(prog: str, command: Command, words: Sequence[str]) -> None:
     keep_large_blocks()
     module, _, name = command.target.partition(":")
     function = getattr(importlib.import_module(module), name)
-    options, text = read_options(build_parser(prog, function), function, words)
+    started = datetime.now().strftime("%Y%m%d-%H%M%S")
+    fresh = Path("runs", f"{prog.split()[-1]}-{started}-{os.getpid()}")
+    options, text = read_options(build_parser(prog, function), function, words, output_dir=fresh)
     if "output_dir" in options:
-        started = datetime.now().strftime("%Y%m%d-%H%M%S")
-        options["output_dir"] = options["output_dir"] or Path("runs", f"{prog.split()[-1]}-{started}-{os.getpid()}")
         OutputDir(options["output_dir"]).write_text("config.yaml", text)
     try:
         function(**options)

@@ -29,7 +29,7 @@ def export(*, run: Path, dtype: Literal["float32", "bfloat16"] = "float32", outp
     Example:
         specrl export --run runs/day0 --output_dir exported
     """
-    draft, plans = load_draft(run / "draft"), read_plans(run / PLANS)
+    plans, draft = read_plans(run / PLANS), load_draft(run / "draft")
     directory = OutputDir(output_dir or Path("runs/export")).path / "bundle"
     write_bundle(draft, plans, directory, as_dtype(dtype))
     show(f"written: {directory} (plans: " + ", ".join(f"batch {b}: {p}" for b, p in sorted(plans.items())) + ")")

@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,9 +43,11 @@ def build_parser(prog: str, function: Callable[..., object]) -> ArgumentParser:
 
 
 def read_options(
-    parser: ArgumentParser, function: Callable[..., object], words: Sequence[str]
+    parser: ArgumentParser, function: Callable[..., object], words: Sequence[str], *, output_dir: Path
 ) -> tuple[dict[str, Any], str]:
     """The function's arguments, and the configuration as YAML that --config reads back.
+
+    `output_dir` is the value of the function's parameter of that name, if it has one and none is given.
 
     Raises:
         ValueError: the words do not fit; one line.
@@ -56,6 +59,8 @@ def read_options(
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from error
     config.pop("config", None)
+    if "output_dir" in config and config["output_dir"] is None:
+        config["output_dir"] = output_dir
     return dict(vars(parser.instantiate(config))), parser.dump(config, skip_unset=False)
 
 
@@ -93,16 +98,18 @@ def _explain(message: str, parser: ArgumentParser) -> str:
 
 
 def _bracketed(words: Sequence[str], function: Callable[..., object]) -> list[str]:
-    """Let lists be written with commas: '--batch_sizes 1,4,16' for '--batch_sizes [1,4,16]'."""
+    """Let lists be written with commas ('--batch_sizes 1,4,16' for '[1,4,16]') and flags alone ('--resume')."""
     kinds = typing.get_type_hints(function)
     out: list[str] = []
-    for word in words:
+    for index, word in enumerate(words):
         option, equals, value = word.partition("=")
         if equals and option[2:] in kinds:
             out.append(f"{option}={_bracket(value, kinds[option[2:]])}")
         else:
             before = out[-1] if out else ""
             out.append(_bracket(word, kinds[before[2:]]) if before[2:] in kinds else word)
+            if kinds.get(word[2:]) is bool and (index + 1 == len(words) or words[index + 1].startswith("--")):
+                out.append("true")
     return out
 
 

@@ -21,7 +21,7 @@ from specrl.statistics import Interval, paired_speedup
 PLAIN = "plain"
 _WARM_UP = 8  # rounds
 _SLICES = 4  # of a block; even, so that every block goes as often forth as back
-_FEWEST = 12  # blocks before an interval is believed
+_LEAST, _FEWEST = 6, 12  # blocks that are always measured, and before an interval may end the measurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def measure(
         batch_size: live requests.
         block_tokens: tokens of a block per request.
         precision: stop when every speedup's 95 % interval has a half-width of at most this.
-        seconds: or when this much time (all lanes together) is spent.
+        seconds: or when this much time (all lanes together) is spent, after six blocks at least.
         seed: of prompts, sampling and the bootstrap.
         on_block: called after each pass with the seconds spent and the widest half-width.
     """
@@ -129,7 +129,7 @@ def measure(
             for _ in range(_WARM_UP):
                 lane.session.round(lane.setting.plan or Plan(0))
     began, order, widest = clock.now(), list(lanes), float("inf")
-    while widest > precision and clock.now() - began < seconds:
+    while len(lanes[0].blocks) < _LEAST or (widest > precision and clock.now() - began < seconds):
         for lane in lanes:
             lane.blocks.append([0.0, 0.0])
         for part in range(1, _SLICES + 1):
@@ -140,10 +140,6 @@ def measure(
             widest = max((speedup(lanes[0], lane, seed).half_width for lane in lanes[1:]), default=0.0)
         if on_block is not None:
             on_block(clock.now() - began, widest)
-    if len(lanes[0].blocks) < 2:
-        raise ValueError(
-            f"a measurement needs at least 2 blocks, but {seconds:g} s sufficed for one; give it more seconds"
-        )
     results = [_result(lanes[0], lane, batch_size, seed) for lane in lanes]
     for lane in lanes:
         lane.session.close()

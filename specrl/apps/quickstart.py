@@ -29,7 +29,12 @@ UNLEARNED = "no learning"
 
 
 def quickstart(
-    *, train_seconds: float = 190.0, measure_seconds: float = 100.0, seed: int = 0, output_dir: Path | None = None
+    *,
+    train_seconds: float = 190.0,
+    measure_seconds: float = 100.0,
+    idle_seconds: float = 8.0,
+    seed: int = 0,
+    output_dir: Path | None = None,
 ) -> dict[str, object]:
     """Train an EAGLE3 draft from random initialisation on live traffic, and measure what it gains.
 
@@ -42,6 +47,7 @@ def quickstart(
     Args:
         train_seconds: of serving and learning.
         measure_seconds: at most, of the final measurement.
+        idle_seconds: of the same with learning switched off, for comparison.
         seed: of prompts, initialisation and sampling.
         output_dir: where draft/, plans.json, rounds.csv and the plots go; by default runs/quickstart-<time>.
 
@@ -52,8 +58,9 @@ def quickstart(
         specrl quickstart
         specrl quickstart --train_seconds 600
     """
-    if not (train_seconds > 0 and measure_seconds > 0):
-        raise ValueError(f"durations must be above 0 s, but got {train_seconds} and {measure_seconds}")
+    durations = train_seconds, measure_seconds, idle_seconds
+    if not min(durations) > 0:
+        raise ValueError(f"durations must be above 0 s, but got {', '.join(map(str, durations))}")
     directory = OutputDir(output_dir or Path("runs/quickstart"))
     clock = WallClock()
     began = clock.now()
@@ -69,15 +76,15 @@ def quickstart(
     draft = fresh_draft(target, TARGET, seed)
     with torch_threads(threads):
         idle = _run(target, draft, workload, None, seed)
-        _serve(idle, directory, seconds=8.0, title="With learning switched off:")
+        _serve(idle, directory, seconds=idle_seconds, title="With learning switched off:")
         learning = _run(target, draft, workload, LearnerConfig(), seed)
         raw = _RawRounds(learning.loop)
-        report = _serve(learning, directory, seconds=train_seconds, title="Learning from live traffic:")
+        _serve(learning, directory, seconds=train_seconds, title="Learning from live traffic:")
     chosen, unlearned = learning.table(), idle.table()
     show(f"Measuring on held-out prompts, temperature {TEMPERATURE}, plain and speculative in turns:")
     results = _measure(target, learning.learned, draft, chosen, unlearned, held_out, fastest, measure_seconds, seed)
-    summary = _summary(results, learning, directory, report, clock.now() - began)
-    _write(directory, learning, results, report, raw, summary)
+    summary = _summary(results, learning, directory, clock.now() - began)
+    _write(directory, learning, results, raw, summary)
     print(json.dumps(json.loads(to_json(summary))))
     return summary
 
@@ -99,6 +106,7 @@ def _run(target: Target, draft: Draft, workload: Workload, learner: LearnerConfi
         target,
         draft,
         workload,
+        target=TARGET,
         plans=PLANS,
         chooser="adaptive",
         traffic=",".join(f"{batch}x{rounds}" for batch, rounds in TRAFFIC.items()),
@@ -109,7 +117,7 @@ def _run(target: Target, draft: Draft, workload: Workload, learner: LearnerConfi
     )
 
 
-def _serve(run: Run, directory: OutputDir, *, seconds: float, title: str) -> Reporter:
+def _serve(run: Run, directory: OutputDir, *, seconds: float, title: str) -> None:
     """Serve for a while, with a line now and then."""
     show(title)
     report = Reporter(run, directory, every_s=min(12.0, seconds / 2))
@@ -118,9 +126,8 @@ def _serve(run: Run, directory: OutputDir, *, seconds: float, title: str) -> Rep
     while clock.now() - began < seconds:
         run.loop.step()
         report.maybe()
-    report.line()
+    report.last()
     run.loop.close()
-    return report
 
 
 def _measure(
@@ -158,9 +165,7 @@ def _measure(
     return results
 
 
-def _summary(
-    results: dict[int, list[Measured]], run: Run, directory: OutputDir, report: Reporter, wall_s: float
-) -> dict[str, object]:
+def _summary(results: dict[int, list[Measured]], run: Run, directory: OutputDir, wall_s: float) -> dict[str, object]:
     sizes = {}
     for batch, (plain, learned, *rest) in results.items():
         assert learned.speedup is not None
@@ -183,7 +188,7 @@ def _summary(
     return {
         "batch_sizes": sizes,
         "requests_served": run.served,
-        "train_s": report.rows[-1]["seconds"],
+        "train_s": run.log[-1]["seconds"],
         "wall_s": round(wall_s, 1),
         "output_dir": str(directory.path),
     }
@@ -218,7 +223,6 @@ def _write(
     directory: OutputDir,
     run: Run,
     results: dict[int, list[Measured]],
-    report: Reporter,
     raw: _RawRounds,
     summary: dict[str, object],
 ) -> None:
@@ -228,7 +232,7 @@ def _write(
     directory.write_csv("rounds.csv", raw.rows)
     directory.write_json("summary.json", {**summary, "environment": environment()})
     directory.write_json("measured.json", [asdict(m) for measured in results.values() for m in measured])
-    plot_learning(report.rows, sorted(TRAFFIC), directory.path / "learning.png")
+    plot_learning(run.log, sorted(TRAFFIC), directory.path / "learning.png")
     plot_speedups([m for measured in results.values() for m in measured], directory.path / "speedup.png")
     shown_rows = [
         {

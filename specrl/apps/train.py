@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from specrl.apps.bench import target_directory
 from specrl.apps.checkpoint import load_checkpoint, save_checkpoint
 from specrl.apps.loop import OnlineLoop
 from specrl.apps.output import OutputDir, environment, show
+from specrl.baseline import PlainCost
 from specrl.engines.base import Workload
 from specrl.engines.local import LocalEngine
 from specrl.models.draft import Draft, load_draft, new_draft
@@ -23,6 +24,7 @@ from specrl.plan import Plan, parse_plans
 from specrl.traffic import parse_traffic
 from specrl.workload import load_tokenizer, load_workload
 
+_RUNNING = ("seconds", "serve_s", "learn_s")  # columns of the log that a resumed run adds to
 DRAFT_MLP = 256  # width of the MLP of a draft made anew for an embedded target
 
 
@@ -66,7 +68,7 @@ def train(
         learn: whether the draft learns.
         learner: how it learns.
         checkpoint_every: requests between two checkpoints.
-        resume: go on from the checkpoint in output_dir.
+        resume: go on from the checkpoint in output_dir; --config <output_dir>/config.yaml repeats the options.
         seed: of everything random.
         output_dir: where results go; by default runs/train-<time>.
 
@@ -75,7 +77,7 @@ def train(
 
     Example:
         specrl train --requests 500 --output_dir runs/day0
-        specrl train --output_dir runs/day0 --resume true --requests 1000
+        specrl train --config runs/day0/config.yaml --resume --requests 1000
         specrl train --learner.learning_rate 2e-3 --learner.passes 5 --chooser 4/1/5 --traffic 8
     """
     if requests < 1 or checkpoint_every < 1:
@@ -95,6 +97,7 @@ def train(
         model,
         first,
         source,
+        target=target,
         plans=plans,
         chooser=chooser,
         traffic=traffic,
@@ -112,8 +115,8 @@ def train(
         if run.served - saved >= checkpoint_every:
             saved = run.served
             run.save(directory.path)
+    report.last()
     run.save(directory.path)
-    report.line()
     run.write_results(directory)
     show(f"written: {directory.path}")
 
@@ -129,10 +132,12 @@ class Run:
 
     loop: OnlineLoop
     engine: LocalEngine
+    target: str
     draft: Draft
     learner: OnlineLearner | None
     chooser: AdaptiveChooser | PlanTable
     served_before: int = 0
+    log: list[dict[str, object]] = field(default_factory=list)  # a row for every line reported, earlier runs' too
 
     @classmethod
     def start(
@@ -141,6 +146,7 @@ class Run:
         draft: Draft,
         workload: Workload,
         *,
+        target: str,
         plans: str,
         chooser: str,
         traffic: str,
@@ -152,19 +158,35 @@ class Run:
     ) -> Run:
         """Put the parts together, from a checkpoint where one is named."""
         parsed = parse_plans(plans)
-        picks = AdaptiveChooser(parsed, seed=seed) if chooser == "adaptive" else FixedPlan(Plan.parse(chooser))
+        picks = AdaptiveChooser(parsed, seed=seed) if chooser == "adaptive" else FixedPlan(_fixed(chooser))
         learns = None if learner is None else OnlineLearner(draft, model.embedding, learner, seed=seed)
-        served = 0
+        served, log, baseline = 0, [], PlainCost()
         if resume is not None:
-            served = load_checkpoint(resume, learner=learns, chooser=picks)
+            tensors, state = load_checkpoint(resume)
+            if state["target"] != target:
+                raise ValueError(f"the checkpoint's target must be resumed, {state['target']!r}, but got {target!r}")
+            if learns is not None and not tensors:
+                raise ValueError("the checkpoint was made without learning, so none can go on; use --learn false")
+            if learns is not None:
+                learns.load_state(tensors, state["learner"])
+            picks.load_state_dict(state["chooser"])
+            baseline.load_state_dict(state["baseline"])
+            served, log = int(state["served"]), state["log"]
         engine = LocalEngine(model, draft, max_context=max_context)
         if learns is not None and learns.updates:
             version, weights = learns.weights()
             engine.load_draft(weights, version=version)
         loop = OnlineLoop(
-            engine, workload, picks, learns, parse_traffic(traffic), sync_every=sync_every, seed=seed + served
+            engine,
+            workload,
+            picks,
+            learns,
+            parse_traffic(traffic),
+            sync_every=sync_every,
+            seed=seed + served,
+            baseline=baseline,
         )
-        return cls(loop, engine, draft, learns, picks, served)
+        return cls(loop, engine, target, draft, learns, picks, served, log)
 
     @property
     def served(self) -> int:
@@ -179,8 +201,17 @@ class Run:
         return Draft(self.draft.config, self.learner.weights()[1])
 
     def save(self, directory: Path) -> None:
-        """Write the checkpoint, atomically."""
-        save_checkpoint(directory / "checkpoint", learner=self.learner, chooser=self.chooser, served=self.served)
+        """Write the checkpoint, atomically: all that `start` needs to go on, but the replayed traffic."""
+        tensors, numbers = ({}, {}) if self.learner is None else self.learner.state()
+        state = {
+            "target": self.target,
+            "served": self.served,
+            "learner": numbers,
+            "chooser": self.chooser.state_dict(),
+            "baseline": self.loop.baseline.state_dict(),
+            "log": self.log,
+        }
+        save_checkpoint(directory / "checkpoint", tensors, state)
 
     def table(self) -> dict[int, Plan]:
         """The plan chosen now for every batch size that was served."""
@@ -194,6 +225,13 @@ class Run:
         directory.write_json("environment.json", environment())
         if self.learner is not None:
             directory.write_json("learner.json", asdict(self.learner.config))
+
+
+def _fixed(chooser: str) -> Plan:
+    try:
+        return Plan.parse(chooser)
+    except ValueError as error:
+        raise ValueError(f"chooser must be 'adaptive' or one plan, but got {chooser!r}: {error}") from error
 
 
 class Reporter:
@@ -210,13 +248,18 @@ class Reporter:
         self, run: Run, directory: OutputDir, every_s: float = 10.0, print_line: Callable[[str], None] = show
     ) -> None:
         self.run, self.directory, self.every_s, self.print = run, directory, every_s, print_line
-        self.rows: list[dict[str, object]] = []
         self._clock = run.engine.clock
         self._began = self._last = self._clock.now()
+        self._before = {key: float(run.log[-1][key]) if run.log else 0.0 for key in _RUNNING}  # type: ignore[arg-type]
 
     def maybe(self) -> None:
         """Report if it is time to."""
         if self._clock.now() - self._last >= self.every_s:
+            self.line()
+
+    def last(self) -> None:
+        """Report at the end, unless it was done a moment ago."""
+        if not self.run.log or self._clock.now() - self._last > 0.2 * self.every_s:
             self.line()
 
     def line(self) -> None:
@@ -224,11 +267,11 @@ class Reporter:
         run, loop = self.run, self.run.loop
         self._last = self._clock.now()
         row: dict[str, object] = {
-            "seconds": round(self._last - self._began, 1),
+            "seconds": round(self._before["seconds"] + self._last - self._began, 1),
             "requests": run.served,
             "draft_version": run.engine.draft_version,
-            "serve_s": round(loop.serve_s, 2),
-            "learn_s": round(loop.learn_s, 2),
+            "serve_s": round(self._before["serve_s"] + loop.serve_s, 2),
+            "learn_s": round(self._before["learn_s"] + loop.learn_s, 2),
             "alpha": loop.metrics.get("alpha_1", float("nan")),
             "loss": loop.metrics.get("loss", float("nan")),
         }
@@ -241,7 +284,7 @@ class Reporter:
                 f"accept_length_{batch}": tally.accept_length,
             }
             parts.append(f"batch {batch}: {plan} {tally.speedup:.2f}x, {tally.accept_length:.2f} tokens")
-        self.rows.append(row)
-        self.directory.write_csv("log.csv", self.rows)
+        run.log.append(row)
+        self.directory.write_csv("log.csv", run.log)
         alpha = row["alpha"] if np.isfinite(row["alpha"]) else 0.0  # type: ignore[call-overload]
         self.print(f"{row['seconds']:5.0f} s  {run.served:5d} requests  alpha {alpha:.2f}  |  " + "  |  ".join(parts))

@@ -60,7 +60,7 @@ class Target:
 
     def _layer(self, tensors: Mapping[str, Tensor], at: str) -> Layer:
         c = self.config
-        scale = c.head_dim**-0.5  # of the attention scores, taken into the queries (a norm would undo it here)
+        scale = c.head_dim**-0.5  # of the attention scores, taken into the queries or into the norm over them
 
         def read(name: str) -> Tensor:
             return tensors[at + name].to(self.device, self.dtype)
@@ -71,7 +71,7 @@ class Target:
 
         def paired(name: str, weight: Tensor) -> Tensor:
             if name == "self_attn.q_proj":
-                return interleave(weight, c.head_dim) * scale
+                return interleave(weight, c.head_dim) * (1.0 if c.qk_norm else scale)
             return interleave(weight, c.head_dim) if name == "self_attn.k_proj" else weight
 
         head_norm = None
@@ -184,28 +184,41 @@ def load_target(
         dtype: torch dtype or its name; greedy decoding is exactly lossless in float32.
 
     Raises:
-        ValueError: a configuration that is not supported (by name), or a missing, extra, misshapen or
-            non-finite tensor (by name).
+        ValueError: a configuration that is not supported (by name), a missing, extra, misshapen or
+            non-finite tensor (by name), or a device that is not there.
     """
+    check_device(device)
     directory = embedded_directory(str(path)) if str(path).startswith("embedded") else Path(path)
     config = read_target_config(directory)
     tensors = read_tensors(directory)
-    check_tensors(tensors, expected_target_tensors(config), what=f"target {path}", optional=_OPTIONAL)
+    optional = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    check_tensors(tensors, expected_target_tensors(config), what=f"target {path}", optional=optional)
+    head = tensors.get("lm_head.weight")
+    if config.tie_word_embeddings and head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
+        raise ValueError(
+            f"target {path}: with tie_word_embeddings, lm_head.weight must be absent or equal to "
+            "model.embed_tokens.weight, but it differs; set tie_word_embeddings to false"
+        )
     return Target(config, tensors, device=device, dtype=as_dtype(dtype))
 
 
-_OPTIONAL = frozenset({"lm_head.weight"})
+def check_device(device: str) -> None:
+    """Raise a ValueError unless `device` is 'cpu' or a CUDA device of this machine."""
+    count = torch.cuda.device_count()
+    there = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if device not in there:
+        raise ValueError(f"device must be one of this machine's {', '.join(there)}, but got {device!r}")
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """'float32', 'bfloat16' or a torch dtype.
+    """'float32', 'bfloat16' or a floating torch dtype.
 
     Raises:
-        ValueError: another name.
+        ValueError: another name or dtype.
     """
-    if isinstance(dtype, torch.dtype):
-        return dtype
     known = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
-    if dtype not in known:
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    if not isinstance(dtype, str) or dtype not in known:
         raise ValueError(f"dtype must be one of {', '.join(sorted(known))}, but got {dtype!r}")
     return known[dtype]

@@ -1,0 +1,79 @@
+"""The quickstart and the bench, at a hundredth of their length: what they print and leave behind."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from specrl.cli import main
+from specrl.models.draft import load_draft
+
+
+@pytest.fixture(autouse=True)
+def _in_a_fresh_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_quickstart_ends_in_its_result(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "quickstart --train_seconds 3 --idle_seconds 1 --measure_seconds 3 --output_dir out"
+    assert main(line.split()) == 0
+    printed = capsys.readouterr().out.strip().splitlines()
+    result = json.loads(printed[-1])
+    assert set(result["batch_sizes"]) == {"1", "4", "16"}
+    for measured in result["batch_sizes"].values():
+        low, high = measured["ci95"]
+        assert 0.0 < low <= measured["speedup"] <= high
+        assert measured["plain_tps"] > 0 and measured["spec_tps"] > 0 and measured["accept_length"] >= 1.0
+    assert result["batch_sizes"]["1"]["without_learning"]["accept_length"] < 1.5
+    assert result["requests_served"] >= 1 and result["wall_s"] > result["train_s"] > 0
+    out = Path(result["output_dir"])
+    load_draft(out / "draft")
+    assert json.loads((out / "plans.json").read_text())["plans"] == {
+        batch: measured["plan"] for batch, measured in result["batch_sizes"].items()
+    }
+    rounds = list(csv.DictReader((out / "rounds.csv").read_text().splitlines()))
+    assert len(rounds) > 10 and all(float(row["verify_s"]) > 0 for row in rounds)
+    assert "train_seconds: 3.0" in (out / "config.yaml").read_text()
+    assert json.loads((out / "summary.json").read_text())["environment"]["cores"] >= 1
+    for name in ("learning.png", "speedup.png"):
+        assert imread(out / name).std() > 0.01
+
+
+def test_bench_prints_a_table_with_intervals(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "bench --batch_sizes 1,2 --plans 0,3/2/6 --max_new_tokens 16 --seconds 2 --precision 0.5 --output_dir out"
+    assert main(line.split()) == 0
+    printed = capsys.readouterr().out
+    assert "speedup [95 %]" in printed and "3/2/6" in printed
+    report = json.loads(Path("out/bench.json").read_text())
+    assert [(row["batch_size"], row["plan"]) for row in report["rows"]] == [
+        (batch, plan) for batch in (1, 2) for plan in ("plain", "plain (A/A)", "0", "3/2/6")
+    ]
+    for row in report["rows"]:
+        assert row["mean_tps"] > 0 and row["p05_tps"] <= row["p50_tps"] <= row["p95_tps"] and row["count"] >= 1
+        assert row["round_ms"] == pytest.approx(row["draft_ms"] + row["verify_ms"] + row["other_ms"])
+        if row["speedup"] is not None:
+            assert row["low"] <= row["speedup"] <= row["high"]
+    assert report["environment"]["torch"]
+    assert len(Path("out/bench.csv").read_text().splitlines()) == 9
+
+
+WRONG = {
+    "bench --batch_sizes 0": "batch_sizes must be numbers of at least 1",
+    "bench --precision 2": "precision must be in (0, 1)",
+    "bench --device tpu": "device must be one of this machine's",
+    "bench --plans x": "a plan is written",
+    "bench --draft /no/such": "must hold config.json",
+    "bench --temperature nan": "--temperature must be float",
+    "quickstart --train_seconds -1": "durations must be above 0 s",
+    "quickstart --measure_seconds soon": "--measure_seconds must be float",
+    "quickstart --minutes 5": "an option must be one that the command has",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG.items())
+def test_wrong_input_ends_in_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1

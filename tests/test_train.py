@@ -1,0 +1,163 @@
+"""`specrl train` and `specrl export`, run as a user runs them."""
+
+import csv
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from specrl.cli import main
+from specrl.models.draft import load_draft
+from specrl.models.target import load_target
+
+SHORT = "--max_new_tokens 16 --prompt_tokens 24 --traffic 4x8,1x4 --sync_every 4 --learner.passes 2"
+CHANGES = "--requests 12 --checkpoint_every 4"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_fresh_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def log(run: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(Path(run, "log.csv").read_text().splitlines()))
+
+
+def served(run: str) -> int:
+    return int(json.loads(Path(run, "checkpoint", "state.json").read_text())["served"])
+
+
+def error(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a wrong command ends in."""
+    capsys.readouterr()
+    assert main(line.split()) == 2
+    out = capsys.readouterr().err
+    assert out.count("\n") == 1 and "Traceback" not in out
+    return out
+
+
+def test_a_run_learns_and_its_export_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"train {SHORT} {CHANGES} --output_dir day0".split()) == 0
+    plans = json.loads(Path("day0/plans.json").read_text())
+    assert set(plans["plans"]) == {"1", "4"} and plans["requests"] >= 12
+    assert int(log("day0")[-1]["draft_version"]) >= 12 and float(log("day0")[-1]["speedup_4"]) > 0.0
+    learned = load_draft("day0/draft")
+    assert main(["train", *f"{SHORT} {CHANGES} --learn false --output_dir idle".split()]) == 0
+    first = load_draft("idle/draft")
+    assert not torch.equal(learned.tensors["fc.weight"], first.tensors["fc.weight"])
+    assert {row["draft_version"] for row in log("idle")} == {"0"}
+
+    assert main("export --run day0 --output_dir out --dtype bfloat16".split()) == 0
+    bundle = Path("out/bundle")
+    exported = load_draft(bundle / "draft")
+    assert torch.equal(exported.tensors["fc.weight"], learned.tensors["fc.weight"].bfloat16().float())
+    assert json.loads((bundle / "plans.json").read_text())["plans"] == plans["plans"]
+    for name, digest in json.loads((bundle / "manifest.json").read_text())["sha256"].items():
+        assert hashlib.sha256((bundle / name).read_bytes()).hexdigest() == digest
+    embedding = load_target("embedded").embedding
+    assert all(tensor.shape != embedding.shape or "lm_head" in name for name, tensor in exported.tensors.items())
+
+    Path("day0/plans.json").write_text('{"plans": 3}')
+    assert "must be JSON with 'plans' by batch size" in error("export --run day0", capsys)
+    assert "a run must hold plans.json" in error("export --run nowhere", capsys)
+
+
+def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "specrl", "train", *SHORT.split(), "--output_dir", "run"]
+    endless = subprocess.Popen([*command, "--requests", "100000", "--checkpoint_every", "4"], stdout=subprocess.DEVNULL)
+    for _ in range(6000):
+        if Path("run/checkpoint/state.json").exists() and served("run") >= 8:
+            break
+        time.sleep(0.02)
+        assert endless.poll() is None, "it ended by itself"
+    endless.send_signal(signal.SIGKILL)
+    endless.wait()
+    before = served("run")
+    assert before >= 8
+    version = json.loads(Path("run/checkpoint/state.json").read_text())["learner"]["updates"]
+
+    assert main(f"train --config run/config.yaml --requests {before + 8} --resume".split()) == 0
+    assert served("run") >= before + 8
+    rows = log("run")
+    assert int(rows[-1]["draft_version"]) > version and int(rows[-1]["requests"]) == served("run")
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
+    assert not list(Path("run").rglob(".*"))
+
+    # Another draft than the checkpoint's, a checkpoint made without learning, and one that is damaged.
+    other = f"train {SHORT} --requests 99 --output_dir run --resume"
+    assert "the checkpoint's target must be resumed" in error(f"{other} --target embedded-strong", capsys)
+    state = Path("run/checkpoint/state.json")
+    state.write_text(state.read_text()[:100])
+    assert "must be JSON and safetensors" in error(other, capsys)
+    state.write_text('{"format": 999}')
+    assert "must be of format" in error(other, capsys)
+    assert "there is none in" in error(f"train {SHORT} --output_dir elsewhere --resume", capsys)
+    assert not Path("elsewhere").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits file sizes as Linux does")
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_whole() -> None:
+    assert main(f"train {SHORT} {CHANGES} --output_dir run".split()) == 0
+    before = {path: path.read_bytes() for path in Path("run/checkpoint").iterdir()}
+
+    def no_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    full = subprocess.run(
+        [sys.executable, "-m", "specrl", "train", *SHORT.split(), "--requests", "40", "--checkpoint_every", "4"]
+        + ["--output_dir", "run", "--resume"],
+        capture_output=True,
+        text=True,
+        preexec_fn=no_room,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert full.returncode == 2, full.stderr
+    assert full.stderr.startswith("specrl train: error: ") and full.stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in Path("run/checkpoint").iterdir()} == before
+    assert not list(Path("run").rglob(".*"))
+
+
+WRONG = {
+    "--learner.passes 0": "learner.passes must be at least 1",
+    "--learner.learning_rate -1": "learner.learning_rate must be above 0",
+    "--learner.average 1.0": "learner.average must be in [0, 1)",
+    "--learner.dtype fp8": "--learner.dtype must be one of 'auto', 'float32', 'bfloat16'",
+    "--lerner.passes 2": "did you mean '--learner.passes'?",
+    "--plans 3/1/7": "write '3/1/4'",
+    "--plans 3,3": "plans must differ",
+    "--plans 90": "at most 64 tokens",
+    "--chooser random": "chooser must be 'adaptive' or one plan",
+    "--traffic 0x4": "must be at least 1",
+    "--traffic fast": "traffic is written",
+    "--requests 0": "requests and checkpoint_every must be at least 1",
+    "--sync_every 0": "sync_every must be at least 1 request",
+    "--temperature -1": "temperature must be finite and at least 0",
+    "--workload /no/such": "does not exist",
+    "--prompt_tokens 0": "1 <= low <= high",
+    "--prompt_tokens 5000": "max_context must be in [2, 1024]",
+    "--max_new_tokens 0": "max_new_tokens must be at least 1",
+    "--target /no/such": "must hold config.json",
+    "--target embedded-huge": "an embedded target is one of",
+    "--draft /no/such": "must hold config.json",
+    "--output_dir /proc/run": "output_dir must be a writable directory",
+    "--seed x": "--seed must be int",
+    "--config no.yaml": "File does not exist",
+}
+
+
+@pytest.mark.parametrize(("option", "message"), WRONG.items())
+def test_wrong_input_ends_in_one_line_and_leaves_nothing(
+    option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in error(f"train {option}", capsys)
+    assert not [path for path in Path().rglob("*") if path.is_file()]
