@@ -37,7 +37,7 @@ class LearnerConfig:
             Weights and optimiser state are float32 always.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range, or another dtype.
     """
 
     learning_rate: float = 5e-3
@@ -70,6 +70,10 @@ class LearnerConfig:
             raise ValueError(
                 f"learner.temperature must be above 0 or null (each request's own), but got {self.temperature}"
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"learner.betas must be in [0, 1), but got {self.betas}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"learner.dtype must be 'auto', 'float32' or 'bfloat16', but got {self.dtype!r}")
 
 
 def product_dtype(name: str) -> torch.dtype:
@@ -112,23 +116,31 @@ class OnlineLearner:
         self._dtype = product_dtype(config.dtype)
 
     def learn(self, traces: list[Trace]) -> Mapping[str, float]:
-        """Take traces, make the updates their finished requests are due; means over those updates."""
-        new = self._assembler.add(traces)
+        """Take traces, make the updates their finished requests are due; means over those updates.
+
+        Requests that cannot be learnt from (see `Assembler`) are left out, and counted by `skipped`.
+        """
+        new = [sequence for sequence in self._assembler.add(traces) if len(sequence.tokens) > 1]
         self.replay.extend(new)
         self.requests += len(new)
         self._owed += len(new) * self.config.updates_per_request
-        sums: dict[str, float] = {}
+        seen: dict[str, list[float]] = {}
         count = 0
         while self._owed >= 1.0 and len(self.replay):
             self._owed -= 1.0
             count += 1
             for name, value in self.update(self.replay.draw(self.config.batch_size)).items():
-                sums[name] = sums.get(name, 0.0) + value
-        means = {name: value / count for name, value in sums.items()}
+                seen.setdefault(name, []).append(value)
+        means = {name: sum(values) / len(values) for name, values in seen.items()}
         return {**means, "updates": float(count)}
 
+    @property
+    def skipped(self) -> int:
+        """Requests left out so far: not seen from their prefill on, or not finite."""
+        return self._assembler.skipped
+
     def update(self, sequences: list[Sequence]) -> dict[str, float]:
-        """One optimiser step on a batch of sequences."""
+        """One optimiser step on a batch of sequences of at least two tokens; fewer passes where all are short."""
         c = self.config
         tokens, features, logits, valid = collate(sequences)
         embeddings = self._embedding[tokens[:, 1:]]
@@ -138,11 +150,10 @@ class OnlineLearner:
         p = torch.softmax(targets / heat, -1)
         if self._target_ids is not None:
             p = p[..., self._target_ids]
-        loss, accept = torch.zeros(()), torch.zeros(c.passes)
+        passes = min(c.passes, inside.shape[1])  # pass k begins at slot k
+        loss, accept = torch.zeros(()), torch.zeros(passes)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            drafts = unroll(
-                self.parameters, self._shape, embeddings, features[:, :-1].float(), self._rotation, c.passes
-            )
+            drafts = unroll(self.parameters, self._shape, embeddings, features[:, :-1].float(), self._rotation, passes)
             for k, drafted in enumerate(drafts):
                 here = inside.clone()
                 here[:, :k] = False
@@ -213,5 +224,5 @@ class OnlineLearner:
         self.replay.rng.bit_generator.state = numbers["rng"]
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:
-        """Version (the updates made) and the weights to serve, by SGLang's names."""
-        return self.updates, {**self._served, **self._fixed}
+        """Version (the updates made) and the weights to serve, by SGLang's names; later updates do not touch them."""
+        return self.updates, {name: t.clone() for name, t in {**self._served, **self._fixed}.items()}

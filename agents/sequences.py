@@ -36,14 +36,17 @@ class _Open:
 
 
 class Assembler:
-    """Joins traces into sequences; a request that is not seen from its prefill on is skipped and counted.
+    """Joins traces into sequences.
+
+    A request that is not seen from its prefill on, or whose features or logits are not finite (in `dtype`; -inf, a
+    token that never comes, is), is skipped, and counted in `skipped`.
 
     Args:
         dtype: that logits are kept in.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float16) -> None:
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, _Open | None] = {}  # None: skipped, and counted already
         self._dtype = dtype
         self.skipped = 0
 
@@ -57,25 +60,34 @@ class Assembler:
                 start = int(trace.positions[b])
                 if trace.plan is None:
                     self._open[request] = _Open()
-                held = self._open.get(request)
-                if held is None or held.known != start:
-                    self._open.pop(request, None)
-                    self.skipped += 1
-                    continue
-                index = torch.tensor(rows)
-                held.tokens.append(trace.tokens[b][index])
-                held.features.append(trace.features[b][index])
-                held.logits.append(trace.logits[b][index].to(self._dtype))
-                held.known += len(rows)
+                held = self._open.setdefault(request, _Open())
+                if held is not None:
+                    index = torch.tensor(rows)
+                    features, logits = trace.features[b][index], trace.logits[b][index].to(self._dtype)
+                    if held.known == start and _is_finite(features, logits):
+                        held.tokens.append(trace.tokens[b][index])
+                        held.features.append(features)
+                        held.logits.append(logits)
+                        held.known += len(rows)
+                    else:
+                        held = self._open[request] = None
+                        self.skipped += 1
                 if request in trace.finished:
-                    done.append(self._close(request, trace.temperatures[b], trace.draft_version))
+                    del self._open[request]
+                    if held is not None:
+                        done.append(_sequence(held, trace.temperatures[b], trace.draft_version))
         return done
 
-    def _close(self, request: int, temperature: float, version: int) -> Sequence:
-        held = self._open.pop(request)
-        return Sequence(
-            torch.cat(held.tokens).clone(), torch.cat(held.features), torch.cat(held.logits), temperature, version
-        )
+
+def _is_finite(features: Tensor, logits: Tensor) -> bool:
+    """Whether features [n, 3H] are finite and logits [n, V] make distributions."""
+    return bool(torch.isfinite(features).all()) and bool(torch.isfinite(logits.amax(-1)).all())
+
+
+def _sequence(held: _Open, temperature: float, version: int) -> Sequence:
+    return Sequence(
+        torch.cat(held.tokens).clone(), torch.cat(held.features), torch.cat(held.logits), temperature, version
+    )
 
 
 class Replay:

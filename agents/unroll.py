@@ -46,7 +46,7 @@ def unroll(
         embeddings: [B, T, H], the target's embedding of the token after each slot's own.
         features: [B, T, 3H], fused taps.
         rotation: [>= T, D/2] complex64 rotary table.
-        passes: at least 1.
+        passes: in [1, T].
 
     Yields:
         [B, T, Vd] logits of pass k; slots t < k are not meaningful.

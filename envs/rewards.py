@@ -63,9 +63,10 @@ class Differential:
     def __call__(self, outcome: Outcome) -> float:
         """The reward of a round; λ is updated after it."""
         self._reference = self._reference or outcome.plain_s
-        value = (outcome.plain_total_s - self.speedup * outcome.seconds) / self._reference
-        self._plain = self._plain * self._forget + outcome.plain_total_s
-        self._spent = self._spent * self._forget + outcome.seconds
+        plain_s, seconds = outcome.plain_total_s, outcome.seconds
+        value = (plain_s - self.speedup * seconds) / self._reference
+        self._plain = self._plain * self._forget + plain_s
+        self._spent = self._spent * self._forget + seconds
         return value
 
 

@@ -216,12 +216,12 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         self._measure_plain(context)
         done = session.round(plan)
         t0 = self.baseline.estimate(self._batch_size, context)
-        outcome = Outcome(sum(done.tokens.tolist()), done.batch_size, done.seconds + thinking_s, t0.seconds)
+        outcome = Outcome(sum(done.tokens.tolist()), self._batch_size, done.seconds + thinking_s, t0.seconds)
         reward = self._reward(outcome)
         self._observer.record(done, t0.seconds)
         self._rounds += 1
         self._tokens += outcome.tokens
-        self._plain += outcome.tokens * t0.seconds / done.batch_size
+        self._plain += outcome.plain_total_s
         self._spent += outcome.seconds
         self._info = self._describe(done, outcome, thinking_s, t0.standard_error)
         terminated = self._max_tokens is not None and self._tokens >= self._max_tokens
@@ -359,7 +359,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
             "histogram": [correct.count(k) for k in range(done.plan.num_steps + 1)],
             "plan": str(done.plan),
             "draft_version": done.draft_version,
-            "batch_size": done.batch_size,
+            "batch_size": outcome.batch_size,
             "t0_s": outcome.plain_s,
             "t0_error_s": error_s,
             "episode_speedup": self._plain / self._spent,

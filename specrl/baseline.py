@@ -110,14 +110,29 @@ class PlainCost:
 
 def _fit(contexts: np.ndarray, seconds: np.ndarray) -> tuple[float, float, float, float]:
     """A line through the samples that are not spikes: level at the centre, slope, centre, standard error."""
-    median = np.median(seconds)
-    spread = 1.4826 * np.median(np.abs(seconds - median)) + 1e-9
-    kept = np.abs(seconds - median) <= 3.0 * spread + 0.02 * median
+    off = seconds - _median_slope(contexts, seconds) * contexts
+    off = np.abs(off - np.median(off))
+    spread = 1.4826 * np.median(off) + 1e-9
+    kept = off <= 3.0 * spread + 0.02 * np.median(seconds)
     x, y = contexts[kept], seconds[kept]
     centre, level = float(x.mean()), float(y.mean())
     moved = x - centre
     slope = 0.0
-    if len(x) >= 8 and np.ptp(x) > 0.2 * max(centre, 1.0):
+    if _tells_slope(x):
         slope = max(float((moved * (y - level)).sum() / (moved**2).sum()), 0.0)
     residual = y - level - slope * moved
     return level, slope, centre, float(np.sqrt((residual**2).sum() / max(len(y) - 1, 1) / len(y)))
+
+
+def _tells_slope(contexts: np.ndarray) -> bool:
+    """Whether there are enough contexts, and different enough, to fit a slope."""
+    return len(contexts) >= 8 and bool(np.ptp(contexts) > 0.2 * max(float(contexts.mean()), 1.0))
+
+
+def _median_slope(contexts: np.ndarray, seconds: np.ndarray) -> float:
+    """Median slope between samples far apart, at least 0: spikes hardly move it (Theil, 1950; Sen, 1968)."""
+    if not _tells_slope(contexts):
+        return 0.0
+    apart = contexts - contexts[:, None]  # [n, n]
+    far = apart > 0.2 * np.ptp(contexts)
+    return max(float(np.median((seconds - seconds[:, None])[far] / apart[far])), 0.0)

@@ -19,33 +19,24 @@ from specrl.rounds import Round
 MAX_BATCH_SIZE = 1024
 MAX_CONTEXT = 1 << 20
 MAX_COST = 16.0  # relative to plain; beyond it a plan is hopeless, whatever it accepts
-MAX_AGE = 1 << 20
+MAX_AGE = (1 << 20) - 1
 _MOST = math.log2(MAX_COST)
 
 
 class Observation(NamedTuple):
-    """What is known before a round. `vector` lays it out for function approximators.
+    """What is known before a round: numbers for function approximators, under names for everyone else.
 
     Attributes:
         batch_size: live requests, 1 .. 1024.
         context: mean tokens known per live request.
-        accept_length: recent mean, bonus included, 1 .. 1 + K; starts at 1.
-        survival: K values, recent share of rounds whose first k drafts were all accepted, among those that proposed
-            k; 0 .. 1, starts at 0. K is the largest num_steps on offer.
-        costs: by plan, recent seconds of each plan's round over plain decoding's, at this batch size; starts at 1.
-        tried: by plan, 1 where that cost was measured at this batch size, else 0.
-        last_plan: index of the last round's plan; starts at 0.
-        draft_age: rounds since the draft's weights changed.
+        values: what `vector` holds.
+        steps: K, the largest num_steps on offer.
     """
 
     batch_size: int
     context: float
-    accept_length: float
-    survival: tuple[float, ...]
-    costs: tuple[float, ...]
-    tried: tuple[float, ...]
-    last_plan: int
-    draft_age: int
+    values: list[float]
+    steps: int
 
     def vector(self) -> NDArray[np.float32]:
         """[5 + K + 3 * plans] float32, every entry in [0, 1] but log-ratios of cost, which are in [-4, 4].
@@ -53,20 +44,42 @@ class Observation(NamedTuple):
         In order: log2(batch) / 10, log2(context) / 20, (accept_length - 1) / K, log2(1 + draft_age) / 20,
         constant 1, survival [K], log2(costs) [plans], tried [plans], one-hot last plan [plans].
         """
-        last = [0.0] * len(self.costs)
-        last[self.last_plan] = 1.0
-        values = [
-            math.log2(self.batch_size) / 10.0,
-            math.log2(max(self.context, 1.0)) / 20.0,
-            (self.accept_length - 1.0) / max(len(self.survival), 1),
-            math.log2(1.0 + self.draft_age) / 20.0,
-            1.0,
-            *self.survival,
-            *map(math.log2, self.costs),
-            *self.tried,
-            *last,
-        ]
-        return np.array(values, dtype=np.float32)
+        return np.array(self.values, dtype=np.float32)
+
+    @property
+    def accept_length(self) -> float:
+        """Recent mean tokens per request and round, bonus included, 1 .. 1 + K; starts at 1."""
+        return 1.0 + self.values[2] * max(self.steps, 1)
+
+    @property
+    def draft_age(self) -> int:
+        """Rounds since the draft's weights changed; starts at 0."""
+        return round(2.0 ** (20.0 * self.values[3])) - 1
+
+    @property
+    def survival(self) -> tuple[float, ...]:
+        """K values: recent share of rounds whose first k drafts stood, among those that proposed k; starts at 0."""
+        return tuple(self.values[5 : 5 + self.steps])
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """By plan, recent seconds of its round over plain decoding's, at this batch size; starts at 1."""
+        return tuple(2.0**octaves for octaves in self._by_plan(0))
+
+    @property
+    def tried(self) -> tuple[float, ...]:
+        """By plan, 1 where that cost was measured at this batch size, else 0."""
+        return tuple(self._by_plan(1))
+
+    @property
+    def last_plan(self) -> int:
+        """Index of the last round's plan; starts at 0."""
+        return self._by_plan(2).index(1.0)
+
+    def _by_plan(self, part: int) -> list[float]:
+        first = 5 + self.steps
+        count = (len(self.values) - first) // 3
+        return self.values[first + part * count : first + (part + 1) * count]
 
 
 def vector_bounds(plans: Sequence[Plan]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -101,7 +114,7 @@ class Observer:
         self._correct = self._weight = 0.0  # discounted sums: mean correct drafts, rounds
         self._survived = [0.0] * self._steps
         self._proposed = [0.0] * self._steps
-        self._costs: dict[int, list[float | None]] = {}  # batch size -> running log2 ratio by plan; None: untried
+        self._costs: dict[int, tuple[list[float], list[float]]] = {}  # batch size -> log2 ratios, tried; by plan
         self._last, self._age, self._version = 0, 0, -1
 
     def record(self, done: Round, plain_s: float) -> None:
@@ -115,32 +128,40 @@ class Observer:
         self._weight = self._weight * keep + 1.0
         steps = done.plan.num_steps
         if steps:
-            counts = [0] * (steps + 1)
-            for c in correct:
-                counts[c] += 1
             reached = len(correct)
             for k in range(steps):
-                reached -= counts[k]
+                reached -= correct.count(k)
                 self._survived[k] = self._survived[k] * keep + reached * share
                 self._proposed[k] = self._proposed[k] * keep + 1.0
         ratio = min(max(math.log2(max(done.seconds, 1e-9) / plain_s), -_MOST), _MOST)
-        costs = self._costs.setdefault(done.batch_size, [None] * len(self.plans))
+        costs, tried = self._of(len(correct))
         index = self._index[done.plan]
-        before = costs[index]
-        costs[index] = ratio if before is None else before + max(1.0 - keep, 0.1) * (ratio - before)
+        costs[index] += (max(1.0 - keep, 0.1) if tried[index] else 1.0) * (ratio - costs[index])
+        tried[index] = 1.0
         self._age = min(self._age + 1, MAX_AGE) if done.draft_version == self._version else 0
         self._last, self._version = index, done.draft_version
 
     def observe(self, batch_size: int, context: float) -> Observation:
         """What is known before the next round of `batch_size` requests at mean `context` tokens."""
-        costs = self._costs.get(batch_size) or [None] * len(self.plans)
-        return Observation(
-            batch_size=batch_size,
-            context=float(context),
-            accept_length=1.0 + (self._correct / self._weight if self._weight else 0.0),
-            survival=tuple([s / p if p else 0.0 for s, p in zip(self._survived, self._proposed, strict=True)]),
-            costs=tuple([1.0 if cost is None else 2.0**cost for cost in costs]),
-            tried=tuple([0.0 if cost is None else 1.0 for cost in costs]),
-            last_plan=self._last,
-            draft_age=self._age,
-        )
+        costs, tried = self._of(batch_size)
+        steps = self._steps
+        last = [0.0] * len(costs)
+        last[self._last] = 1.0
+        values = [
+            math.log2(batch_size) / 10.0,
+            math.log2(max(context, 1.0)) / 20.0,
+            self._correct / (self._weight * steps) if self._weight and steps else 0.0,
+            math.log2(1.0 + self._age) / 20.0,
+            1.0,
+            *[s / p if p else 0.0 for s, p in zip(self._survived, self._proposed, strict=True)],
+            *costs,
+            *tried,
+            *last,
+        ]
+        return Observation(batch_size, context, values, steps)
+
+    def _of(self, batch_size: int) -> tuple[list[float], list[float]]:
+        found = self._costs.get(batch_size)
+        if found is None:
+            found = self._costs[batch_size] = [0.0] * len(self.plans), [0.0] * len(self.plans)
+        return found

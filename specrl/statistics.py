@@ -76,7 +76,9 @@ def paired_speedup(
     if a.shape != b.shape:
         raise ValueError(f"plain and speculative must be paired, but got {len(a)} and {len(b)} blocks")
     mean = mean_interval(np.log(a / b), groups=groups, level=level, resamples=resamples, rng=rng)
-    return Interval(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), level)
+    with np.errstate(over="ignore"):  # two or three pairs say so little that the upper end may be infinite
+        value, low, high = np.exp([mean.value, mean.low, mean.high]).tolist()
+    return Interval(value, low, high, level)
 
 
 def mean_interval(
@@ -110,9 +112,10 @@ def ratio_of_sums(
     The standard error of each resample is the ratio estimator's (Cochran, 1977, section 6.4).
 
     Raises:
-        ValueError: lengths differ, fewer than two values or groups, or one that is not finite.
+        ValueError: lengths differ, fewer than two values or groups, one that is not finite, or a denominator that
+            is not positive.
     """
-    x, y = _finite(numerator, "numerator"), _finite(denominator, "denominator")
+    x, y = _finite(numerator, "numerator"), _positive(denominator, "denominator")
     if x.shape != y.shape:
         raise ValueError(f"numerator and denominator must have one length, but got {len(x)} and {len(y)}")
     if not 0.0 < level < 1.0:
@@ -150,18 +153,19 @@ def _ratio_error(x: Floats, y: Floats) -> Floats:
 def pairs_needed(log_sd: float, effect: float, *, power: float = 0.8, level: float = 0.95) -> int:
     """Pairs that show a relative `effect` with `power` when per-pair log ratios have standard deviation `log_sd`.
 
-    n = ((z_level + z_power) · log_sd / effect)², as in any paired z-test.
+    n = ((z_level + z_power) · log_sd / effect)², rounded up, as in any paired z-test; at least the 2 of an interval.
 
     Raises:
-        ValueError: a number that is not positive.
+        ValueError: a number out of range.
     """
     if not (log_sd > 0 and effect > 0 and 0 < power < 1 and 0 < level < 1):
         raise ValueError(
-            f"log_sd, effect, power and level must be positive, but got {log_sd}, {effect}, {power}, {level}"
+            "log_sd and effect must be above 0, power and level in (0, 1), "
+            f"but got {log_sd}, {effect}, {power}, {level}"
         )
     normal = NormalDist()
     z = normal.inv_cdf(0.5 + level / 2.0) + normal.inv_cdf(power)
-    return round((z * log_sd / effect) ** 2)
+    return max(2, math.ceil((z * log_sd / effect) ** 2))
 
 
 def prefix_survival(correct_drafts: ArrayLike, num_steps: int) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -32,10 +33,10 @@ def parse_traffic(text: str) -> tuple[Phase, ...]:
     """
     phases = []
     for part in text.split(","):
-        size, _, rounds = part.strip().partition("x")
-        if not size.isdigit() or not (rounds.isdigit() or not rounds):
+        match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", part.strip())
+        if match is None:
             raise ValueError(f"traffic is written 'batch size x rounds', as in '16x96,4x24,1x24', but got {part!r}")
-        phases.append(Phase(int(size), int(rounds or 1)))
+        phases.append(Phase(int(match[1]), int(match[2] or 1)))
     return tuple(phases)
 
 

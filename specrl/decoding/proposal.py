@@ -83,7 +83,7 @@ def propose_tree(draft: ServingDraft, cache: KVCache, start: Start, plan: Plan) 
     def expand(hidden: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         """The topk best continuations of each node: scores and target ids [B, nodes, topk]."""
         logp = torch.log_softmax(draft.logits(hidden.flatten(0, 1)), -1).view(batch, hidden.shape[1], -1)
-        best = logp.topk(min(topk, logp.shape[-1]), -1)
+        best = logp.topk(topk, -1)
         ids = best.indices if draft.target_ids is None else draft.target_ids[best.indices]
         return best.values + score[..., None], ids
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_GREEDY_BELOW = 1e-6  # as in SGLang; dividing by less may overflow
 _BELOW_ONE = 1.0 - 2.0**-23  # keeps u * total strictly below total in float32
 
 
@@ -25,9 +26,10 @@ class Temperatures:
 
     @classmethod
     def of(cls, temperatures: list[float], device: str) -> Temperatures:
-        """Temperatures of each live request."""
-        zero = [t == 0.0 for t in temperatures]
-        return cls(torch.tensor(temperatures, dtype=torch.float32, device=device), all(zero), any(zero))
+        """Temperatures of each live request; below 1e-6 means 0."""
+        values = [0.0 if t < _GREEDY_BELOW else t for t in temperatures]
+        greedy = [t == 0.0 for t in values]
+        return cls(torch.tensor(values, dtype=torch.float32, device=device), all(greedy), any(greedy))
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from specrl.plan import Plan
 from specrl.rounds import Completion, Ints, PlainSample, Round, Trace
 
 MOST_NODES = 64  # tokens one plan may verify, and slots it may draft into
+_MOST_AT_PREFILL = 1000  # requests in a row that may end with their first token
 _WAITING_BYTES = 64 << 20  # memory for features that wait for the draft, unless that holds fewer than two rounds'
 
 
@@ -217,6 +218,8 @@ class LocalSession:
         """End the session and let go of its caches; idempotent."""
         self._closed = True
         self._traces = []
+        for name in ("_cache", "_draft_cache", "_all_pending", "_pending"):
+            self.__dict__.pop(name, None)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -226,6 +229,8 @@ class LocalSession:
         self._check_open()
         if plan.num_steps and self.draft is None:
             raise ValueError(f"plain decoding has no draft, so its only plan is 0, but got {plan}")
+        if self.draft is not None and plan.topk > (words := self.draft.config.draft_vocab_size):
+            raise ValueError(f"topk must be at most the draft's vocabulary of {words} tokens, but got {plan}")
         if max(plan.num_draft_tokens, (plan.num_steps - 1) * plan.topk) > MOST_NODES:
             raise ValueError(f"a plan may draft and verify at most {MOST_NODES} tokens per request, but got {plan}")
 
@@ -428,13 +433,17 @@ class LocalSession:
 
     def _admit(self, row: int) -> _Live:
         """Prefill requests into cache row `row` until one lives on: its first token is sampled here."""
-        while True:
+        for _ in range(_MOST_AT_PREFILL):
             live = _Live(self._served, self._checked(next(self._requests)))
             self._served += 1
             if not self._prefill(row, live):
                 return live
             done = Completion(live.id, live.request.prompt, tuple(live.generated))
             self._ended_at_prefill.append(done)
+        raise ValueError(
+            f"a session needs requests that outlive their first token, but got {_MOST_AT_PREFILL} in a row that ended "
+            "with it; raise max_new_tokens above 1, or set ignore_eos"
+        )
 
     def _checked(self, request: Request) -> Request:
         known, most = len(request.prompt), request.max_new_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import WeakSet
 
 from torch import Tensor
 
@@ -42,10 +43,11 @@ class LocalEngine:
     ) -> None:
         self.target = target
         self._serving = None if draft is None else ServingDraft(draft, target)
-        self.max_context = max_context or min(_DEFAULT_CONTEXT, target.config.max_position_embeddings)
+        most = min(_DEFAULT_CONTEXT, target.config.max_position_embeddings)
+        self.max_context = most if max_context is None else max_context
         self._rejection = use_rejection_sampling
         self._clock = clock or WallClock(target.device)
-        self._sessions: list[LocalSession] = []
+        self._sessions: WeakSet[LocalSession] = WeakSet()  # those that nobody holds are gone
         self._warm: set[tuple[int, Plan, bool]] = set()
 
     def __deepcopy__(self, memo: dict[int, object]) -> LocalEngine:
@@ -63,9 +65,11 @@ class LocalEngine:
         return 0 if self._serving is None else self._serving.version
 
     def supports(self, plan: Plan) -> bool:
-        """Whether a session can run `plan`: any with a draft, up to 64 tokens; 0 without one."""
+        """Whether a session can run `plan`: with a draft, up to 64 tokens, no wider than its vocabulary; else 0."""
         if self._serving is None:
             return plan.num_steps == 0
+        if plan.topk > self._serving.config.draft_vocab_size:
+            return False
         return max(plan.num_draft_tokens, (plan.num_steps - 1) * plan.topk) <= MOST_NODES
 
     def start(
@@ -84,7 +88,7 @@ class LocalEngine:
             None if plain else self._serving,
             workload.requests(seed),
             batch_size=batch_size,
-            max_batch_size=max_batch_size or batch_size,
+            max_batch_size=batch_size if max_batch_size is None else max_batch_size,
             max_context=self.max_context,
             seed=seed,
             clock=self._clock,
@@ -92,7 +96,7 @@ class LocalEngine:
             trace=trace,
             warm=self._warm,
         )
-        self._sessions.append(session)
+        self._sessions.add(session)
         return session
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
@@ -107,6 +111,6 @@ class LocalEngine:
 
     def close(self) -> None:
         """Close every session; idempotent."""
-        for session in self._sessions:
+        for session in list(self._sessions):
             session.close()
         self._sessions.clear()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Shapes = dict[str, tuple[int, ...]]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WHOLE = ("d2t", "t2d")
 
 
 def read_tensors(directory: Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -38,9 +39,14 @@ def read_tensors(directory: Path, *, device: str = "cpu", dtype: torch.dtype | N
     index = directory / _INDEX
     if index.exists():
         try:
-            owners = dict(json.loads(index.read_text())["weight_map"])
+            owners = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{str(index)!r} must be JSON with a 'weight_map', but it is not") from error
+            raise ValueError(
+                f"{str(index)!r} must be JSON with a 'weight_map', but it is not; download it again"
+            ) from error
+        strange = [shard for shard in owners.values() if not isinstance(shard, str) or Path(shard).name != shard]
+        if strange or not owners:
+            raise ValueError(f"{_INDEX} must name shards beside it, but got {strange[:1] or 'none'}; download it again")
     elif (directory / _SINGLE).exists():
         owners = {}
     else:
@@ -61,7 +67,7 @@ def read_tensors(directory: Path, *, device: str = "cpu", dtype: torch.dtype | N
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"the checkpoint's file {path.name!r} is missing from {str(path.parent)!r}; download it again")
     try:
         with safe_open(path, framework="pt") as file:
@@ -78,7 +84,8 @@ def check_tensors(
     """Refuse a checkpoint that is not exactly what is expected.
 
     Raises:
-        ValueError: a tensor is missing, extra, misshapen or not finite; it is named.
+        ValueError: a tensor is missing, extra, misshapen, not of a floating dtype (the vocabulary maps: not of a
+            whole one) or not finite; it is named.
     """
     missing = [name for name in expected if name not in found and name not in optional]
     if missing:
@@ -95,6 +102,14 @@ def check_tensors(
     ]
     if wrong:
         raise ValueError(f"{what}: shapes must fit its config.json, but {_some(wrong)}")
+    strange = [
+        f"{n} is {t.dtype}" for n, t in found.items() if t.is_floating_point() == (n in _WHOLE) or t.is_complex()
+    ]
+    if strange:
+        raise ValueError(
+            f"{what}: weights must be floating and {', '.join(_WHOLE)} whole numbers, but {_some(strange)}; "
+            "quantised checkpoints are not supported"
+        )
     bad = [n for n, t in found.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise ValueError(f"{what}: every weight must be finite, but these hold NaN or infinity: {_some(bad)}")
@@ -155,8 +170,14 @@ def expected_draft_tensors(config: DraftConfig) -> Shapes:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file whole or not at all."""
+    """Write one safetensors file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; what stood there before still does.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"tensors must be written to a file, but {str(path)!r} is not one")
     beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, beside, dict(metadata or {}))
@@ -172,9 +193,15 @@ def write_atomic(directory: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a directory that then takes the place of `directory`, whole.
 
     An older directory stands until the new one is complete; if the process dies between the two renames, the next
-    call or `recover` finds the old one under its temporary name.
+    call or `recover` finds the old one under its temporary name. A link is followed.
+
+    Raises:
+        ValueError: `directory` is a file.
+        OSError: it cannot be written; what stood there before still does.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"a directory can only take a directory's place, but {str(directory)!r} is a file")
     recover(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = _beside(directory, "new"), _beside(directory, "old")
@@ -187,7 +214,11 @@ def write_atomic(directory: Path, write: Callable[[Path], None]) -> None:
                 _sync(path)
         if directory.exists():
             os.rename(directory, old)
-        os.rename(fresh, directory)
+        try:
+            os.rename(fresh, directory)
+        except OSError:
+            recover(directory)
+            raise
         _sync(directory.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -196,9 +227,10 @@ def write_atomic(directory: Path, write: Callable[[Path], None]) -> None:
 
 def recover(directory: Path) -> None:
     """Put back the old directory if a `write_atomic` died after taking it away."""
-    old = _beside(Path(directory), "old")
+    directory = Path(directory).resolve()
+    old = _beside(directory, "old")
     if old.exists():
-        if Path(directory).exists():
+        if directory.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(old, directory)

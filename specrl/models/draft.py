@@ -50,11 +50,21 @@ class Draft:
         return dict(self.tensors)
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and model.safetensors atomically; nothing of the target's is in them."""
+        """Write config.json and model.safetensors atomically; nothing of the target's is in them.
+
+        Raises:
+            ValueError: other files are in the directory, which would be lost.
+        """
+        strangers = sorted({path.name for path in Path(directory).glob("*")} - {"config.json", "model.safetensors"})
+        if strangers:
+            raise ValueError(
+                f"a draft must be saved to a directory of its own, but {str(directory)!r} holds {strangers[0]!r}, "
+                "which would be lost; name another directory"
+            )
         tensors = {n: t if n in ("d2t", "t2d") else t.to(dtype) for n, t in self.tensors.items()}
 
         def write(into: Path) -> None:
-            write_draft_config(self.config, into)
+            write_draft_config(self.config, into, str(dtype).removeprefix("torch."))
             save_tensors(into / "model.safetensors", tensors, {"format": "pt"})
 
         write_atomic(Path(directory), write)
@@ -101,28 +111,36 @@ def new_draft(
         seed: of the initialisation.
 
     Raises:
-        ValueError: a size or vocabulary that does not fit the target.
+        ValueError: a size, vocabulary or tap that does not fit the target.
     """
     t = target.config
-    size = len(vocabulary) if vocabulary is not None else draft_vocab_size or t.vocab_size
-    if not 1 <= size <= t.vocab_size or (draft_vocab_size and size != draft_vocab_size):
+    size = t.vocab_size if draft_vocab_size is None else draft_vocab_size
+    ids = torch.arange(max(0, min(size, t.vocab_size))) if vocabulary is None else vocabulary.cpu()
+    if draft_vocab_size is None:
+        size = len(ids)
+    if not 1 <= size <= t.vocab_size or size != len(ids):
         raise ValueError(
             f"draft_vocab_size must be in [1, {t.vocab_size}] and equal to the length of vocabulary, but got {size}"
         )
+    if ids.dtype != torch.int64 or ids.ndim != 1 or bool((ids.diff(prepend=ids.new_tensor([-1])) < 1).any()):
+        raise ValueError(f"vocabulary must be ascending token ids [Vd] int64, but got {ids.dtype} {list(ids.shape)}")
+    if int(ids[-1]) >= t.vocab_size:
+        raise ValueError(f"vocabulary must be token ids in [0, {t.vocab_size}), but got {int(ids[-1])}")
     config = DraftConfig(
         vocab_size=t.vocab_size,
         draft_vocab_size=size,
         hidden_size=t.hidden_size,
         target_hidden_size=t.hidden_size,
-        intermediate_size=intermediate_size or t.intermediate_size,
+        intermediate_size=t.intermediate_size if intermediate_size is None else intermediate_size,
         num_heads=t.num_heads,
         num_kv_heads=t.num_kv_heads,
         head_dim=t.head_dim,
         rms_norm_eps=t.rms_norm_eps,
         rope=t.rope,
         max_position_embeddings=t.max_position_embeddings,
-        taps=taps or default_taps(t.num_layers),
+        taps=default_taps(t.num_layers) if taps is None else taps,
     )
+    _check_taps(config, target)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, shape in expected_draft_tensors(config).items():
@@ -130,7 +148,6 @@ def new_draft(
             tensors[name] = (
                 torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * _INIT_STD
             )
-    ids = torch.arange(size) if vocabulary is None else vocabulary.to(torch.int64)
     if size < t.vocab_size:
         tensors["d2t"] = ids - torch.arange(size)
         tensors["t2d"] = torch.zeros(t.vocab_size, dtype=torch.bool)
@@ -146,6 +163,14 @@ def load_draft(path: str | Path) -> Draft:
         ValueError: a configuration or tensor that SGLang would not read as meant, by name.
     """
     return Draft(read_draft_config(Path(path)), read_tensors(Path(path)))
+
+
+def _check_taps(config: DraftConfig, target: Target) -> None:
+    if max(config.taps) >= target.config.num_layers:
+        raise ValueError(
+            f"the draft's taps {config.taps} must be layers of the target, which has {target.config.num_layers}; "
+            "name other taps"
+        )
 
 
 class ServingDraft:
@@ -170,8 +195,7 @@ class ServingDraft:
                 raise ValueError(
                     f"the draft's {name} must be the target's {theirs}, but got {ours}; is it for another model?"
                 )
-        if max(c.taps) >= t.num_layers:
-            raise ValueError(f"the draft's taps {c.taps} must be layers of the target, which has {t.num_layers}")
+        _check_taps(c, target)
         self.config, self.device, self.dtype = c, target.device, target.dtype
         self._norm = Norm(c.hidden_size, c.rms_norm_eps, self.dtype, self.device)
         self._embedding = self._norm(target.embedding)  # [V, H], normalised once

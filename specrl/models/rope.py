@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -25,6 +25,9 @@ class RopeConfig:
         attention_factor: yarn's temperature; None: 0.1 ln(factor) + 1.
         beta_fast, beta_slow: yarn's ramp.
         truncate: whether yarn rounds the ramp's ends to whole dimensions.
+
+    Raises:
+        ValueError: a value that is not a number in its range.
     """
 
     theta: float = 10000.0
@@ -37,6 +40,23 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("kind", "truncate") or (value is None and field.name == "attention_factor"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"rope: {field.name} must be a positive number, but got {value!r}")
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"rope: truncate must be true or false, but got {self.truncate!r}")
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope: low_freq_factor < high_freq_factor must hold, but got {self.low_freq_factor} and "
+                f"{self.high_freq_factor}"
+            )
+        if self.kind == "yarn" and not self.theta > 1:
+            raise ValueError(f"rope: yarn's theta must be above 1, but got {self.theta}")
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

@@ -190,7 +190,7 @@ def load_target(
     check_device(device)
     directory = embedded_directory(str(path)) if str(path).startswith("embedded") else Path(path)
     config = read_target_config(directory)
-    tensors = read_tensors(directory)
+    tensors = {n: t for n, t in read_tensors(directory).items() if not n.endswith(".rotary_emb.inv_freq")}  # derived
     optional = ("lm_head.weight",) if config.tie_word_embeddings else ()
     check_tensors(tensors, expected_target_tensors(config), what=f"target {path}", optional=optional)
     head = tensors.get("lm_head.weight")

@@ -1,0 +1,214 @@
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import specrl
+from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
+from specrl.agents.sequences import Assembler, Replay, Sequence, collate
+from specrl.decoding.session import LocalSession
+from specrl.engines.base import Request
+from specrl.models.draft import Draft
+from specrl.models.target import Target
+from specrl.plan import Plan, parse_plans
+from specrl.rounds import Completion, Trace
+
+PLANS = parse_plans("3/1/4,0,3/2/6,1/1/2,2/3/7,5/1/6,4/2/9")
+
+
+class Prompts:
+    """Requests of random tokens, greedy and sampled in turns."""
+
+    def requests(self, seed: int) -> Iterator[Request]:
+        rng = np.random.default_rng(seed)
+        while True:
+            for temperature in (0.0, 0.8):
+                prompt = tuple(rng.integers(1, 512, int(rng.integers(1, 9))).tolist())
+                yield Request(prompt, int(rng.integers(4, 25)), temperature, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return specrl.load_target("embedded")
+
+
+@pytest.fixture(scope="module")
+def draft(target: Target) -> Draft:
+    """One that learnt a little, so that drafts are accepted, in trees off the first branch too."""
+    draft = specrl.new_draft(target, intermediate_size=64, seed=1)
+    session = start(target, draft, batch_size=16, seed=5)
+    for _ in range(40):
+        session.round(Plan(0))
+    config = LearnerConfig(updates_per_request=1.0, batch_size=8, average=0.5, dtype="float32")
+    learner = OnlineLearner(draft, target.embedding, config)
+    learner.learn(session.drain())
+    return Draft(draft.config, learner.weights()[1])
+
+
+def start(target: Target, draft: Draft, batch_size: int = 2, seed: int = 0) -> LocalSession:
+    engine = specrl.LocalEngine(target, draft, max_context=64)
+    return engine.start(Prompts(), batch_size=batch_size, max_batch_size=max(4, batch_size), seed=seed, trace=True)
+
+
+@pytest.fixture(scope="module")
+def served(target: Target, draft: Draft) -> tuple[list[Trace], dict[int, Completion]]:
+    """Traces and completions of rounds of many plans, while the batch grows and shrinks."""
+    session, completions = start(target, draft), {}
+    for index in range(60):
+        if index % 6 == 0:
+            session.resize((2, 4, 1, 3)[index // 6 % 4])
+        for done in session.round(PLANS[index % len(PLANS)]).finished:
+            completions[done.request_id] = done
+    return session.drain(), completions
+
+
+def off_the_first_branch(traces: list[Trace]) -> int:
+    """Accepted paths of trees that are not the first rows."""
+    trees = [trace for trace in traces if trace.plan is not None and not trace.plan.is_chain]
+    return sum(int((path > torch.arange(len(path))).any()) for tree in trees for path in tree.path)
+
+
+def test_sequences_are_what_the_target_computes_for_the_whole_token_sequence(
+    target: Target, draft: Draft, served: tuple[list[Trace], dict[int, Completion]]
+) -> None:
+    traces, completions = served
+    assert off_the_first_branch(traces) >= 3
+    assembler = Assembler(torch.float32)
+    ended = [request for trace in traces for request in trace.finished]
+    sequences = assembler.add(traces)
+    assert len(sequences) == len(ended) > 10 and assembler.skipped == 0
+    for request, sequence in zip(ended, sequences, strict=True):
+        done = completions[request]
+        seen = [*done.prompt, *done.tokens]
+        # The last token may not be verified yet; drafts beyond the end may be.
+        assert len(sequence.tokens) >= len(seen) - 1
+        assert sequence.tokens.tolist()[: len(seen)] == seen[: len(sequence.tokens)]
+        assert sequence.temperature == (0.0, 0.8)[request % 2]
+        tokens = sequence.tokens[None]
+        with torch.inference_mode():
+            whole = target.prefill(tokens, target.new_cache(1, tokens.shape[1]), taps=draft.config.taps)
+        assert whole.features is not None and sequence.logits.dtype == torch.float32
+        torch.testing.assert_close(sequence.logits, whole.logits[0], atol=1e-3, rtol=0.0)
+        torch.testing.assert_close(sequence.features, whole.features[0], atol=1e-3, rtol=0.0)
+
+
+def test_traces_may_come_in_any_portions(served: tuple[list[Trace], dict[int, Completion]]) -> None:
+    traces, _ = served
+    whole, assembler = Assembler().add(traces), Assembler()
+    parts = [sequence for trace in traces for sequence in assembler.add([trace])]
+    assert len(parts) == len(whole)
+    for part, sequence in zip(parts, whole, strict=True):
+        assert torch.equal(part.tokens, sequence.tokens) and torch.equal(part.logits, sequence.logits)
+        assert part.logits.dtype == torch.float16  # unless told otherwise
+
+
+def test_a_request_that_ends_with_its_prefill_is_a_sequence_too(target: Target, draft: Draft) -> None:
+    class Short:
+        def requests(self, seed: int) -> Iterator[Request]:
+            for index in range(100):
+                yield Request((5, 6, 7), 1 if index % 2 else 4)
+
+    session = specrl.LocalEngine(target, draft, max_context=64).start(Short(), batch_size=1, seed=0, trace=True)
+    for _ in range(6):
+        session.round(Plan(0))
+    sequences = Assembler().add(session.drain())
+    assert [len(s.tokens) for s in sequences] == [6, 3, 6, 3]
+
+
+def test_a_request_not_seen_from_its_prefill_on_is_skipped_and_counted_once(target: Target, draft: Draft) -> None:
+    session, assembler = start(target, draft), Assembler()
+    session.drain()  # two prefills are lost
+    later = []
+    for _ in range(30):
+        session.round(Plan(0))
+        later += session.drain()
+    sequences = assembler.add(later)
+    assert assembler.skipped == 2
+    assert len(sequences) == sum(len(trace.finished) for trace in later) - 2 > 0
+
+
+def test_a_request_with_a_missing_round_is_skipped(served: tuple[list[Trace], dict[int, Completion]]) -> None:
+    traces, _ = served
+    gap = next(i for i, trace in enumerate(traces) if trace.plan is not None and not trace.finished)
+    hurt = set(traces[gap].request_ids.tolist())
+    assembler = Assembler()
+    sequences = assembler.add(traces[:gap] + traces[gap + 1 :])
+    assert assembler.skipped == len(hurt)
+    assert len(sequences) == sum(request not in hurt for trace in traces for request in trace.finished)
+
+
+def prefill(features: Tensor, logits: Tensor, request: int = 0) -> Trace:
+    """A request of 3 tokens that ended with its prefill."""
+    rows = torch.arange(3)[None]
+    ids, zero = np.array([request]), np.zeros(1, dtype=np.int64)
+    return Trace(ids, zero, rows, features, logits, rows - 1, rows, 0, None, (1.0,), (request,))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_what_is_not_finite_is_skipped(value: float) -> None:
+    features, logits = torch.zeros(1, 3, 6), torch.zeros(1, 3, 4)
+    bad_features, bad_logits = features.clone(), logits.clone()
+    bad_features[0, 1, 2] = value if value != 1e6 else float("-inf")
+    bad_logits[0, 2, 3] = value  # 1e6 is infinite in float16
+    assembler = Assembler()
+    traces = [prefill(bad_features, logits), prefill(features, bad_logits, 1), prefill(features, logits, 2)]
+    assert len(assembler.add(traces)) == 1
+    assert assembler.skipped == 2
+
+
+def test_a_token_that_never_comes_is_no_fault() -> None:
+    logits = torch.zeros(1, 3, 4)
+    logits[..., 2] = float("-inf")
+    assert len(Assembler().add([prefill(torch.zeros(1, 3, 6), logits)])) == 1
+
+
+def numbered(length: int) -> Sequence:
+    """A sequence that is known by its length."""
+    return Sequence(torch.arange(length) + 1, torch.ones(length, 6), torch.ones(length, 4), 1.0, 0)
+
+
+def drawn(replay: Replay, count: int, times: int) -> Counter[int]:
+    return Counter(len(s.tokens) for _ in range(times) for s in replay.draw(count))
+
+
+def test_the_replay_drops_the_oldest() -> None:
+    replay = Replay(capacity=3, half_life=64.0, seed=0)
+    replay.extend(numbered(n) for n in range(1, 6))
+    assert len(replay) == 3 and replay.dropped == 2
+    assert sorted(drawn(replay, 3, 1)) == [3, 4, 5]
+    assert sorted(drawn(replay, 10, 1)) == [3, 4, 5]  # no repeats, so no more than it holds
+
+
+def test_newer_sequences_are_drawn_more_often() -> None:
+    """Weights 1, 2, 4 of 7; the seed is fixed, and by another, 3,500 draws miss by 4 sigma once in 5,000 times."""
+    replay = Replay(capacity=8, half_life=1.0, seed=0)
+    replay.extend(map(numbered, (1, 2, 3)))
+    counts = drawn(replay, 1, 3500)
+    assert [counts[n] for n in (1, 2, 3)] == pytest.approx([500, 1000, 2000], abs=120)
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    draws = []
+    for _ in range(2):
+        replay = Replay(capacity=20, half_life=5.0, seed=4)
+        replay.extend(map(numbered, range(1, 21)))
+        draws.append([[len(s.tokens) for s in replay.draw(4)] for _ in range(10)])
+    assert draws[0] == draws[1]
+
+
+@pytest.mark.parametrize(("capacity", "half_life"), [(0, 1.0), (1, 0.0), (1, float("nan"))])
+def test_an_impossible_replay_is_refused(capacity: int, half_life: float) -> None:
+    with pytest.raises(ValueError, match=f"must be positive, but got {capacity} and {half_life}"):
+        Replay(capacity, half_life, seed=0)
+
+
+def test_collate_pads_on_the_right() -> None:
+    tokens, features, logits, valid = collate([numbered(2), numbered(4)])
+    assert tokens.tolist() == [[1, 2, 0, 0], [1, 2, 3, 4]]
+    assert valid.tolist() == [[True, True, False, False], [True] * 4]
+    assert features.shape == (2, 4, 6) and logits.shape == (2, 4, 4)
+    assert not features[0, 2:].any() and not logits[0, 2:].any()
+    assert features[0, :2].all() and logits[1].all()

@@ -1,0 +1,334 @@
+"""Greedy decoding is plain decoding, token by token, and the draft's cache is right after every switch."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+
+import numpy as np
+import pytest
+import torch
+from tiny import CONFIG, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
+
+import specrl
+from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
+from specrl.apps.malloc import keep_large_blocks
+from specrl.decoding import session as session_module
+from specrl.decoding.session import LocalSession
+from specrl.engines.base import Request
+from specrl.engines.local import LocalEngine
+from specrl.models.draft import Draft
+from specrl.models.embedded import embedded_directory
+from specrl.models.target import Target
+from specrl.models.tokenizer import load_tokenizer
+from specrl.plan import Plan, parse_plans
+from specrl.rounds import Round, Trace
+from specrl.workload import load_workload
+
+PLANS = parse_plans("1/1/2,2/1/3,3/1/4,5/1/6,2/2/4,3/2/6,3/4/10")
+GAP = 1e-4  # between plain decoding's two best logits: below it, rounding may decide
+Choose = Callable[[int], Plan]  # the plan of a round by its number
+
+
+@dataclass(frozen=True)
+class Served:
+    """The embedded target, requests, what plain decoding makes of them, and drafts that learnt from it."""
+
+    target: Target
+    requests: list[Request]
+    plain: list[tuple[int, ...]]
+    drafts: dict[str, Draft]
+
+    def engine(self, vocabulary: str, rejection: bool) -> LocalEngine:
+        return LocalEngine(self.target, self.drafts[vocabulary], max_context=80, use_rejection_sampling=rejection)
+
+    def check(self, found: dict[int, tuple[int, ...]]) -> None:
+        """Every request as plain decoding would have it, up to a tie."""
+        assert found
+        for i, tokens in found.items():
+            plain = self.plain[i]
+            if tokens != plain:
+                at = next(k for k, pair in enumerate(zip(tokens, plain, strict=True)) if pair[0] != pair[1])
+                ids = torch.tensor([self.requests[i].prompt + plain[:at]])
+                best = self.target(ids)[0, -1].topk(2).values
+                assert best[0] - best[1] < GAP, f"request {i} differs at token {at}, where there is no tie"
+
+
+def decode(
+    session: LocalSession, count: int, choose: Choose, resize: Callable[[int], int] | None = None
+) -> tuple[dict[int, tuple[int, ...]], list[Round]]:
+    """Rounds until the first `count` requests are done; their tokens, and the rounds."""
+    done: dict[int, tuple[int, ...]] = {}
+    rounds: list[Round] = []
+    while not all(i in done for i in range(count)):
+        assert len(rounds) < 2000, "requests that never end"
+        if resize is not None:
+            session.resize(resize(len(rounds)))
+        rounds.append(session.round(choose(len(rounds))))
+        done |= {c.request_id: c.tokens for c in rounds[-1].finished if c.request_id < count}
+    return done, rounds
+
+
+def always(plan: Plan) -> Choose:
+    return lambda index: plan
+
+
+def switching(seed: int, plans: Sequence[Plan] = (Plan(0), *PLANS)) -> Choose:
+    picks = np.random.default_rng(seed).integers(len(plans), size=2000)
+    return lambda index: plans[picks[index]]
+
+
+@pytest.fixture(scope="module")
+def served() -> Served:
+    keep_large_blocks()
+    target = specrl.load_target("embedded")
+    tokenizer = load_tokenizer(embedded_directory())
+    source = load_workload("stdlib", tokenizer, prompt_tokens=(4, 24), max_new_tokens=24, temperature=0.0)
+    requests = list(islice(source.requests(0), 46))
+    requests += [replace(request, prompt=request.prompt[-1:]) for request in requests[:2]]  # one token
+    full = specrl.new_draft(target, intermediate_size=128)
+    engine = LocalEngine(target, full, max_context=80)
+    done, _ = decode(engine.start(Listed(requests), batch_size=16, seed=0, plain=True), 48, always(Plan(0)))
+    plain = [done[i] for i in range(48)]
+    session = engine.start(Listed(requests), batch_size=16, seed=0, trace=True)
+    assert decode(session, 48, always(Plan(0)))[0] == done
+    config = LearnerConfig(updates_per_request=1.25, batch_size=8, passes=2, average=0.9, dtype="float32")
+    learner = OnlineLearner(full, target.embedding, config)
+    learner.learn(session.drain())
+    learnt = Draft(full.config, learner.weights()[1])
+    common = sorted(
+        torch.tensor([t for tokens in plain for t in tokens]).bincount(minlength=512).topk(96).indices.tolist()
+    )
+    return Served(target, requests, plain, {"full": learnt, "reduced": with_vocabulary(learnt, common)})
+
+
+@pytest.mark.parametrize("vocabulary", ["full", "reduced"])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_greedy_decoding_is_plain_decoding(served: Served, plan: Plan, vocabulary: str) -> None:
+    for batch, count, rejection in ((1, 1, True), (5, 7, False), (16, 16, True)):
+        session = served.engine(vocabulary, rejection).start(Listed(served.requests), batch_size=batch, seed=1)
+        done, rounds = decode(session, count, always(plan))
+        served.check(done)
+        if batch == 16:
+            assert np.mean([r.accept_length for r in rounds]) > 1.2  # drafts do stand
+
+
+@pytest.mark.parametrize(("vocabulary", "rejection"), [("full", True), ("reduced", False)], ids=["full", "reduced"])
+def test_so_it_is_when_plan_and_batch_size_change_every_round(served: Served, vocabulary: str, rejection: bool) -> None:
+    engine = served.engine(vocabulary, rejection)
+    session = engine.start(Listed(served.requests), batch_size=3, max_batch_size=16, seed=1)
+    sizes = np.random.default_rng(5).permutation(list(range(1, 17)) * 125)
+    done, rounds = decode(session, 30, switching(4), lambda index: int(sizes[index]))
+    served.check(done)
+    assert {r.batch_size for r in rounds} == set(range(1, 17)) and len({r.plan for r in rounds}) == 8
+    assert np.mean([r.accept_length for r in rounds if r.plan.num_steps > 1]) > 1.2
+
+
+@pytest.mark.parametrize("rejection", [True, False], ids=["rejection", "target-only"])
+def test_greedy_requests_stay_plain_among_sampled_ones(served: Served, rejection: bool) -> None:
+    heat = (0.0, 0.8, 0.0, 1.2)
+    mixed = [replace(r, temperature=t) for r, t in zip(served.requests, cycle(heat), strict=False)]
+    session = served.engine("full", rejection).start(Listed(mixed), batch_size=6, seed=2)
+    done, rounds = decode(session, 32, switching(6))
+    served.check({i: tokens for i, tokens in done.items() if i % 2 == 0})
+    assert sum(done[i] == served.plain[i] for i in range(1, 32, 2)) < 4  # the others are sampled
+    assert np.mean([r.accept_length for r in rounds]) > 1.2
+
+
+def known_tokens(traces: list[Trace]) -> dict[int, list[int]]:
+    """Every request's tokens as far as the traces tell: what each round committed, its bonus by the next round."""
+    known: dict[int, list[int]] = {}
+    for trace in traces:
+        for b, request in enumerate(trace.request_ids.tolist()):
+            ids = known.setdefault(request, [])
+            del ids[int(trace.positions[b]) :]
+            ids += [int(trace.tokens[b, row]) for row in trace.path[b].tolist() if row >= 0]
+    return known
+
+
+def check_proposals(engine: LocalEngine, traces: list[Trace]) -> int:
+    """That a session which begins anew at each round would propose the same; the proposals compared."""
+    known, compared = known_tokens(traces), 0
+    for trace in traces:
+        if trace.plan is None or trace.plan.num_steps == 0:
+            continue
+        texts = [known[i][:at] for i, at in zip(trace.request_ids.tolist(), trace.positions.tolist(), strict=True)]
+        fresh = engine.start(
+            Listed([Request(tuple(text), 9, ignore_eos=True) for text in texts]),
+            batch_size=len(texts), seed=0, trace=True,
+        )  # fmt: skip
+        fresh.round(trace.plan)
+        wanted = next(t for t in fresh.drain() if t.plan is not None)
+        assert torch.equal(trace.tokens, wanted.tokens) and torch.equal(trace.parents, wanted.parents)
+        compared += len(texts)
+    return compared
+
+
+def tiny_engine(max_context: int = 400, rejection: bool = True) -> LocalEngine:
+    return LocalEngine(tiny_target(), tiny_draft(), max_context=max_context, use_rejection_sampling=rejection)
+
+
+def test_proposals_after_any_switch_are_those_of_a_session_that_never_switched() -> None:
+    engine = tiny_engine()
+    requests = [Request(prompt, 40, ignore_eos=True) for n in (1, 3, 8) for prompt in prompts(4, n, seed=n)]
+    session = engine.start(Listed(requests), batch_size=4, max_batch_size=7, seed=0, trace=True)
+    sizes = np.random.default_rng(1).integers(1, 8, size=2000)
+    _, rounds = decode(session, 12, switching(2), lambda index: int(sizes[index]))
+    assert np.mean([r.accept_length for r in rounds if r.plan.num_steps]) > 1.5
+    assert check_proposals(engine, session.drain()) > 150
+
+
+def test_features_that_wait_too_long_are_read_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan 0 for longer than the features of its rounds have room to wait; one of the requests parked meanwhile."""
+    monkeypatch.setattr(session_module, "_WAITING_BYTES", 0)  # room for 128
+    engine = tiny_engine()
+    requests = [Request(prompt, 360, ignore_eos=True) for prompt in prompts(16, 5)]
+    session = engine.start(Listed(requests), batch_size=16, seed=0, trace=True)
+    plans = [*[Plan(0)] * 128, Plan(3, 4, 10), Plan(2), *[Plan(0)] * 130, Plan(5), Plan(3, 2, 6)]
+    for index, plan in enumerate(plans):
+        session.resize(15 if 40 < index < 90 else 16)
+        session.round(plan)
+    assert check_proposals(engine, session.drain()) == 64
+
+
+def test_what_follows_the_end_of_a_sequence_is_dropped() -> None:
+    engine = tiny_engine(rejection=False)
+    requests = [Request(prompt, 40) for prompt in prompts(40, 3, seed=7)]
+    plain, _ = decode(engine.start(Listed(requests), batch_size=8, seed=0, plain=True), 40, always(Plan(0)))
+    done, rounds = decode(engine.start(Listed(requests), batch_size=8, seed=0), 40, always(Plan(3, 2, 6)))
+    assert done == plain
+    assert any(0 in tokens for tokens in done.values())
+    assert all(0 not in tokens[:-1] and (tokens[-1] == 0 or len(tokens) == 40) for tokens in done.values())
+    assert any((r.tokens <= r.correct_drafts).any() for r in rounds)  # some ended before their round's last token
+    to_the_end = [replace(request, ignore_eos=True) for request in requests]
+    on, _ = decode(engine.start(Listed(to_the_end), batch_size=8, seed=0), 40, always(Plan(3, 2, 6)))
+    assert all(len(tokens) == 40 and tokens[: len(done[i])] == done[i] for i, tokens in on.items())
+
+
+def test_no_request_gets_more_than_it_asked_for() -> None:
+    """Some ask for a single token, which their prefill yields: they are handed out with the next round."""
+    requests = [Request(prompt, 1 + i % 7, 1.0, ignore_eos=True) for i, prompt in enumerate(prompts(21, 2))]
+    session = tiny_engine().start(Listed(requests), batch_size=5, seed=0)
+    rounds = [session.round(Plan(5)) for _ in range(30)]
+    finished = [c for r in rounds for c in r.finished]
+    assert len(finished) == len({c.request_id for c in finished}) > 60
+    assert set(range(50)) <= {c.request_id for c in finished}
+    for c in finished:
+        request = requests[c.request_id % 21]
+        assert c.prompt == request.prompt and len(c.tokens) == request.max_new_tokens
+    live = {i for r in rounds for i in r.request_ids.tolist()}
+    assert not live & {c.request_id for c in finished if len(c.tokens) == 1}
+
+
+def test_requests_that_all_end_at_their_first_token_are_refused() -> None:
+    with pytest.raises(ValueError, match="outlive their first token, .* raise max_new_tokens"):
+        tiny_engine().start(Listed([Request((1, 2), 1)]), batch_size=2, seed=0)
+
+
+def test_a_seed_reproduces_sampled_output() -> None:
+    engine = tiny_engine()
+    requests = [
+        Request(prompt, 12, temperature) for prompt, temperature in zip(prompts(20, 3), cycle((1.0, 0.6)), strict=False)
+    ]
+    runs = [decode(engine.start(Listed(requests), batch_size=4, seed=s), 20, switching(3))[0] for s in (5, 5, 6)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_parked_request_goes_on_where_it_was() -> None:
+    engine = tiny_engine()
+    requests = [Request(prompt, 30, ignore_eos=True) for prompt in prompts(4, 6)]
+    wanted, _ = decode(engine.start(Listed(requests), batch_size=4, seed=0), 4, always(Plan(2)))
+    session = engine.start(Listed(requests), batch_size=4, seed=0)
+    session.round(Plan(2))
+    before = session.context_lengths
+    session.resize(1)
+    for _ in range(3):
+        session.round(Plan(3))
+    assert session.batch_size == 1 and len(session.context_lengths) == 1
+    session.resize(4)
+    assert session.context_lengths[1:] == before[1:]
+    assert decode(session, 4, always(Plan(1)))[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be in .1, max_batch_size=0., but got 0"),
+        ({"batch_size": 3, "max_batch_size": 2}, "batch_size must be in .1, max_batch_size=2., but got 3"),
+        ({"batch_size": 1, "max_batch_size": 0}, "max_batch_size=0., but got 1"),
+    ],
+)
+def test_wrong_batch_sizes_get_one_clear_line(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_engine().start(Listed([Request((1,))]), seed=0, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("max_context", [0, 1, 641])
+def test_a_context_that_the_target_has_not_got_is_refused(max_context: int) -> None:
+    with pytest.raises(ValueError, match=f"max_context must be in .2, 640., .* but got {max_context}"):
+        tiny_engine(max_context).start(Listed([Request((1,))]), batch_size=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request((1, 2, 3), 8), "must fit max_context=10, but got 3 [+] 8 tokens"),
+        (Request((1, CONFIG.vocab_size), 2), r"prompt tokens must be in \[0, 10\), but got 1..10"),
+        (Request((-1,), 2), "but got -1..-1"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused(request_: Request, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_engine(10).start(Listed([request_]), batch_size=1, seed=0)
+
+
+def test_a_request_may_fill_the_context_to_the_last_token() -> None:
+    engine = tiny_engine(10)
+    for plan in (Plan(0), Plan(60), Plan(3, 4, 37)):
+        session = engine.start(Listed([Request((1, 2, 3), 7, ignore_eos=True)]), batch_size=2, seed=0)
+        done, _ = decode(session, 4, always(plan))
+        assert all(len(tokens) == 7 for tokens in done.values())
+
+
+def test_plans_that_cannot_be_run_get_one_clear_line() -> None:
+    engine = tiny_engine()
+    session = engine.start(Listed([Request((1, 2), 8)]), batch_size=2, seed=0)
+    plain = engine.start(Listed([Request((1, 2), 8)]), batch_size=2, seed=0, plain=True)
+    draftless = LocalEngine(tiny_target(), max_context=40)
+    for plan in (Plan(64), Plan(9, 9, 10), Plan(2, 11, 20)):
+        assert not engine.supports(plan)
+        with pytest.raises(ValueError, match="at most (64 tokens per request|the draft's vocabulary of 10 tokens)"):
+            session.round(plan)
+    assert engine.supports(Plan(63)) and not draftless.supports(Plan(1)) and draftless.supports(Plan(0))
+    with pytest.raises(ValueError, match="plain decoding has no draft, so its only plan is 0, but got 1/1/2"):
+        plain.round(Plan(1))
+    for size in (0, 3):
+        with pytest.raises(ValueError, match=f"must be in .1, 2., .*but got {size}"):
+            session.resize(size)
+    session.round(Plan(63))  # goes on serving
+    plain.round(Plan(0))
+
+
+def test_a_closed_session_lets_go_of_its_memory_and_says_that_it_is_closed() -> None:
+    session = tiny_engine().start(Listed([Request((1, 2), 8)]), batch_size=2, seed=0, trace=True)
+    session.round(Plan(1))
+    held = [weakref.ref(session._cache), weakref.ref(session._draft_cache)]
+    session.close()
+    session.close()
+    gc.collect()
+    assert [ref() for ref in held] == [None, None] and session.drain() == []
+    for call in (lambda: session.round(Plan(0)), session.measure_plain, lambda: session.resize(1)):
+        with pytest.raises(ValueError, match="the session is closed; start another one"):
+            call()
+
+
+def test_an_engine_keeps_no_session_that_nobody_holds() -> None:
+    engine = tiny_engine()
+    session = engine.start(Listed([Request((1, 2), 8)]), batch_size=2, seed=0)
+    held = weakref.ref(session)
+    del session
+    gc.collect()
+    assert held() is None
