@@ -18,7 +18,11 @@ REDUCED = (1, 2, 4, 5, 8)
 
 @cache
 def drafts() -> dict[str, Draft]:
-    return {"full": tiny_draft(), "reduced": with_vocabulary(tiny_draft(), REDUCED)}
+    """Their attention is so strong that what a node sees decides what it says."""
+    learnt = tiny_draft()
+    tensors = {name: t * (4.0 if "self_attn" in name else 1.0) for name, t in learnt.tensors.items()}
+    strong = Draft(learnt.config, tensors)
+    return {"full": strong, "reduced": with_vocabulary(strong, REDUCED)}
 
 
 class Stand:

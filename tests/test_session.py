@@ -11,7 +11,7 @@ from itertools import cycle, islice
 import numpy as np
 import pytest
 import torch
-from tiny import CONFIG, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
+from tiny import CONFIG, TAPS, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 
 import specrl
 from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
@@ -86,7 +86,7 @@ def served() -> Served:
     keep_large_blocks()
     target = specrl.load_target("embedded")
     tokenizer = load_tokenizer(embedded_directory())
-    source = load_workload("stdlib", tokenizer, prompt_tokens=(4, 24), max_new_tokens=24, temperature=0.0)
+    source = load_workload("stdlib", tokenizer, prompt_tokens=(4, 16), max_new_tokens=20, temperature=0.0)
     requests = list(islice(source.requests(0), 46))
     requests += [replace(request, prompt=request.prompt[-1:]) for request in requests[:2]]  # one token
     full = specrl.new_draft(target, intermediate_size=128)
@@ -108,7 +108,7 @@ def served() -> Served:
 @pytest.mark.parametrize("vocabulary", ["full", "reduced"])
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_greedy_decoding_is_plain_decoding(served: Served, plan: Plan, vocabulary: str) -> None:
-    for batch, count, rejection in ((1, 1, True), (5, 7, False), (16, 16, True)):
+    for batch, count, rejection in ((1, 1, True), (5, 6, False), (16, 16, True)):
         session = served.engine(vocabulary, rejection).start(Listed(served.requests), batch_size=batch, seed=1)
         done, rounds = decode(session, count, always(plan))
         served.check(done)
@@ -167,6 +167,21 @@ def check_proposals(engine: LocalEngine, traces: list[Trace]) -> int:
     return compared
 
 
+def check_draft_cache(session: LocalSession) -> None:
+    """That every slot which the draft has read holds what it would read from the target's own features."""
+    draft, heads = session.draft, CONFIG.num_kv_heads
+    assert draft is not None
+    for row, read in enumerate(session._read.tolist()):
+        if read:
+            ids = torch.from_numpy(session._known[row, : read + 1])[None]
+            features = session.target.prefill(ids[:, :-1], session.target.new_cache(1, read), taps=TAPS).features
+            assert features is not None
+            fresh = draft.new_cache(1, read)
+            draft.decode(ids[:, 1:], draft.fuse(features), fresh, torch.arange(read)[None], length=read)
+            held = session._draft_cache.data[:, :, row * heads : (row + 1) * heads, :read]
+            torch.testing.assert_close(held, fresh.data, rtol=0, atol=1e-3)
+
+
 def tiny_engine(max_context: int = 400, rejection: bool = True) -> LocalEngine:
     return LocalEngine(tiny_target(), tiny_draft(), max_context=max_context, use_rejection_sampling=rejection)
 
@@ -176,7 +191,11 @@ def test_proposals_after_any_switch_are_those_of_a_session_that_never_switched()
     requests = [Request(prompt, 40, ignore_eos=True) for n in (1, 3, 8) for prompt in prompts(4, n, seed=n)]
     session = engine.start(Listed(requests), batch_size=4, max_batch_size=7, seed=0, trace=True)
     sizes = np.random.default_rng(1).integers(1, 8, size=2000)
-    _, rounds = decode(session, 12, switching(2), lambda index: int(sizes[index]))
+    rounds = []
+    for index in range(80):
+        session.resize(int(sizes[index]))
+        rounds.append(session.round(switching(2)(index)))
+        check_draft_cache(session)
     assert np.mean([r.accept_length for r in rounds if r.plan.num_steps]) > 1.5
     assert check_proposals(engine, session.drain()) > 150
 
@@ -191,6 +210,8 @@ def test_features_that_wait_too_long_are_read_early(monkeypatch: pytest.MonkeyPa
     for index, plan in enumerate(plans):
         session.resize(15 if 40 < index < 90 else 16)
         session.round(plan)
+        if index in (127, 128, 129, 257, 260, 261):
+            check_draft_cache(session)
     assert check_proposals(engine, session.drain()) == 64
 
 
