@@ -30,8 +30,8 @@ UNLEARNED = "no learning"
 
 def quickstart(
     *,
-    train_seconds: float = 190.0,
-    measure_seconds: float = 100.0,
+    train_seconds: float = 170.0,
+    measure_seconds: float = 120.0,
     idle_seconds: float = 8.0,
     seed: int = 0,
     output_dir: Path | None = None,
@@ -142,7 +142,7 @@ def _measure(
     seed: int,
 ) -> dict[int, list[Measured]]:
     """Plain, the learnt draft with its chosen plan, and at batch 1 what the same loop came to without learning."""
-    share = {1: 0.5, 4: 0.25, 16: 0.25}
+    share = {1: 0.54, 4: 0.23, 16: 0.23}
     results = {}
     for batch, plan in chosen.items():
         drafts = {str(plan): (learned, plan)}
