@@ -150,9 +150,13 @@ def measure_plans(
     seconds: float,
     use_rejection_sampling: bool = True,
     null: bool = True,
+    shares: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> list[Measured]:
-    """Plain (in its fastest setting), plain again (A/A, where `null`), and every named draft and plan, taking turns."""
+    """Plain (in its fastest setting), plain again (A/A, where `null`), and every named draft and plan, taking turns.
+
+    `shares` are tokens of a lane's blocks over those of plain's, 1 where it is not named.
+    """
     engines = {
         id(draft): LocalEngine(
             target_model, draft, max_context=max_context, use_rejection_sampling=use_rejection_sampling
@@ -165,7 +169,10 @@ def measure_plans(
     settings = [Setting(PLAIN, plain, None, fastest.threads)]
     if null:
         settings.append(Setting("A/A", plain, None, fastest.threads))
-    settings += [Setting(name, engines[id(draft)], plan, fastest.threads) for name, (draft, plan) in lanes.items()]
+    settings += [
+        Setting(name, engines[id(draft)], plan, fastest.threads, (shares or {}).get(name, 1.0))
+        for name, (draft, plan) in lanes.items()
+    ]
     with progress(f"batch {batch_size}", seconds) as advance:
         results = measure(
             settings,

@@ -33,12 +33,15 @@ class Setting:
         engine: its engine.
         plan: every round's plan; None: plain decoding.
         threads: torch threads while the lane runs; None: as they are.
+        share: tokens of its blocks over those of a usual block. Accept lengths differ between requests far more than
+            plain decoding does, so that a speculative lane's tokens narrow an interval more.
     """
 
     name: str
     engine: Engine
     plan: Plan | None
     threads: int | None = None
+    share: float = 1.0
 
 
 @dataclass(slots=True)
@@ -134,7 +137,7 @@ def measure(
             lane.blocks.append([0.0, 0.0])
         for part in range(1, _SLICES + 1):
             for lane in order:
-                lane.run(batch_size * block_tokens * part / _SLICES)
+                lane.run(batch_size * block_tokens * lane.setting.share * part / _SLICES)
             order.reverse()
         if len(lanes[0].blocks) >= _FEWEST:
             widest = max((speedup(lanes[0], lane, seed).half_width for lane in lanes[1:]), default=0.0)

@@ -30,8 +30,8 @@ UNLEARNED = "no learning"
 
 def quickstart(
     *,
-    train_seconds: float = 170.0,
-    measure_seconds: float = 120.0,
+    train_seconds: float = 165.0,
+    measure_seconds: float = 145.0,
     idle_seconds: float = 8.0,
     seed: int = 0,
     output_dir: Path | None = None,
@@ -142,7 +142,7 @@ def _measure(
     seed: int,
 ) -> dict[int, list[Measured]]:
     """Plain, the learnt draft with its chosen plan, and at batch 1 what the same loop came to without learning."""
-    share = {1: 0.54, 4: 0.23, 16: 0.23}
+    time = {1: 0.6, 4: 0.2, 16: 0.2}
     results = {}
     for batch, plan in chosen.items():
         drafts = {str(plan): (learned, plan)}
@@ -158,8 +158,9 @@ def _measure(
             max_context=PROMPT + NEW,
             block_tokens=NEW,
             precision=PRECISION[batch],
-            seconds=seconds * share[batch],
+            seconds=seconds * time[batch],
             null=False,
+            shares={str(plan): 2.0, UNLEARNED: 0.25},
             seed=seed,
         )
     return results
