@@ -15,7 +15,12 @@ from specrl.observation import Observation
 from specrl.plan import Plan
 from specrl.rounds import Round
 
+_WELL_KNOWN = 50.0  # rounds after which nothing but a change speaks for trying a plan again
 _PLAUSIBLE = 0.8  # a plan below this share of the best one's speed is not looked at again
+_SETTLED = 0.03  # log standard deviation of a cost below which sampling it calms down
+_HOLD = 8  # rounds that one sample decides
+_IDLE = 200  # rounds without drafts after which one is made, to see how they fare by now
+_BUYS = 3  # rounds that one request's draft keeps that from
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +38,20 @@ class AdaptiveChooser:
     """Chooses the plan with the most tokens per second, E[τ] / T(B, plan), by posterior sampling.
 
     At a given batch size that ratio is what every objective of the ratio form comes to. Acceptance and cost are
-    sampled from what is believed of them (Thompson, 1933), so plans are tried as long as they may be best; one that
-    may be best and was not seen for `revisit` rounds is tried again, so that a change is noticed. The first
-    speculative round after plan 0, or after a change of batch size, pays for the draft's catch-up; it counts for
-    survival but not for the plan's cost.
+    sampled from what is believed of them (Thompson, 1933), so plans are tried as long as they may be best; a cost known
+    to some per cent is sampled with less than its spread, because telling apart what hardly differs is not worth the
+    rounds. A sample decides some rounds at its batch size, because leaving plan 0 is dear: the first speculative round
+    after plan 0, or after a change of batch size, pays for the draft's catch-up. That round counts for survival but not
+    for the plan's cost; by how much it is dearer is learned too, and held against plans that would leave plan 0.
+
+    Changes are noticed by `Survival` and `Costs`. To give them something to notice, a plan that may be best and was not
+    seen for long is tried again, and so is drafting where plan 0 has ruled for a hundred rounds.
 
     Args:
         plans: to choose from.
         seed: of the sampling.
-        revisit: rounds after which a plausible plan is tried again.
+        revisit: rounds, times the number of plans, after which a plausible plan is tried again; less the less is
+            known of it.
 
     Raises:
         ValueError: no plans.
@@ -55,24 +65,48 @@ class AdaptiveChooser:
         self._rng = np.random.default_rng(seed)
         self._revisit = revisit
         self._last: tuple[int, Plan] | None = None
+        self._catch_up = 0.0  # seconds that the first speculative round after plan 0 takes longer, over a round's
+        self._held: dict[int, tuple[Plan, int]] = {}  # batch size -> plan, rounds left
+        self._changes = 0
+        self._idle = 0  # rounds without drafts, less those that drafts have bought
 
     def choose(self, observation: Observation) -> Plan:
         """The plan for the next round."""
-        batch, costs = observation.batch_size, self.costs
+        batch = observation.batch_size
+        changes = self.survival.changes + self.costs.changes
+        if changes != self._changes:
+            self._changes = changes
+            self._held.clear()
+        plan, left = self._held.get(batch, (self.plans[0], 0))
+        if left == 0:
+            plan, left = self._sample(batch)
+        self._held[batch] = plan, left - 1
+        return plan
+
+    def _sample(self, batch: int) -> tuple[Plan, int]:
+        """A plan by what is believed now, and for how many rounds."""
+        costs = self.costs
         untried = [plan for plan in self.plans if costs.tried(batch, plan) < 2.0 and self._worth(batch, plan)]
         if untried:
-            return untried[int(self._rng.integers(len(untried)))]
-        noise = self._rng.standard_normal(len(self.plans))
-        best, most = self.plans[0], -math.inf
-        for plan, z in zip(self.plans, noise.tolist(), strict=True):
+            return untried[int(self._rng.integers(len(untried)))], 2
+        lengths = self.survival.accept_lengths(self.plans, self._rng)
+        noise = self._rng.standard_normal(len(self.plans)).tolist()
+        leaving = self._last is not None and self._last[1].num_steps == 0
+        speeds = []
+        for plan, length, z in zip(self.plans, lengths, noise, strict=True):
             mean, sd = costs.log_seconds(batch, plan)
-            speed = math.log(self.survival.accept_length(plan, self._rng)) - mean - sd * z
-            if speed > most:
-                best, most = plan, speed
+            toll = math.log1p(self._catch_up / _HOLD) if leaving and plan.num_steps else 0.0
+            speeds.append(math.log(length) - mean - z * sd * sd / (sd + _SETTLED) - toll)
+        best = self.plans[speeds.index(max(speeds))]
+        if best.num_steps == 0 and self._idle >= _IDLE and len(self.plans) > 1:
+            self._idle = 0
+            drafting = [speed if plan.num_steps else -math.inf for plan, speed in zip(self.plans, speeds, strict=True)]
+            return self.plans[drafting.index(max(drafting))], 1
         for plan in self.plans:
-            if plan != best and costs.unseen(batch, plan) > self._revisit * len(self.plans) and self._near(batch, plan):
-                return plan
-        return best
+            patience = self._revisit * len(self.plans) * min(costs.tried(batch, plan) / _WELL_KNOWN, 1.0)
+            if plan != best and costs.unseen(batch, plan) > patience and self._near(batch, plan):
+                return plan, 2
+        return best, _HOLD
 
     def _worth(self, batch: int, plan: Plan) -> bool:
         """Whether an untried plan might still beat the best tried one, at three standard deviations."""
@@ -92,10 +126,15 @@ class AdaptiveChooser:
     def learn(self, done: Round) -> None:
         """Take a finished round."""
         self.survival.learn(done)
+        self._idle = self._idle + 1 if done.plan.num_steps == 0 else max(0, self._idle - _BUYS * done.batch_size)
         last, self._last = self._last, (done.batch_size, done.plan)
         caught_up = last is not None and last[0] == done.batch_size and (last[1].num_steps or not done.plan.num_steps)
         if caught_up or not done.plan.num_steps:
             self.costs.learn(done.batch_size, done.plan, done.seconds)
+        elif last is not None and last[1].num_steps == 0 and self.costs.tried(done.batch_size, done.plan) >= 2.0:
+            usual = math.exp(self.costs.log_seconds(done.batch_size, done.plan)[0])
+            longer = min(max(done.seconds / usual - 1.0, -0.5), 2.0)
+            self._catch_up += 0.1 * (longer - self._catch_up)
 
     def best(self, batch_size: int) -> Plan:
         """The plan believed best now, among those tried at this batch size (all, if none was)."""
@@ -117,6 +156,11 @@ class AdaptiveChooser:
             "survival": self.survival.state_dict(),
             "costs": self.costs.state_dict(),
             "rng": self._rng.bit_generator.state,
+            "last": None if self._last is None else [self._last[0], str(self._last[1])],
+            "catch_up": self._catch_up,
+            "held": [[batch, str(plan), left] for batch, (plan, left) in self._held.items()],
+            "changes": self._changes,
+            "idle": self._idle,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -124,3 +168,6 @@ class AdaptiveChooser:
         self.survival.load_state_dict(state["survival"])
         self.costs.load_state_dict(state["costs"])
         self._rng.bit_generator.state = state["rng"]
+        self._last = None if state["last"] is None else (state["last"][0], Plan.parse(state["last"][1]))
+        self._catch_up, self._changes, self._idle = state["catch_up"], state["changes"], state["idle"]
+        self._held = {batch: (Plan.parse(plan), left) for batch, plan, left in state["held"]}

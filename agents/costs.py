@@ -12,7 +12,10 @@ from specrl.plan import Plan
 _NOISE = 0.12  # log standard deviation of one round's seconds until it is known better
 _STEP = 0.15  # what one draft step is taken to add, relative to plan 0, before it is measured
 _GUESS = 0.35  # log standard deviation of such a guess
+_OCTAVE = 0.05  # what a ratio of two plans may differ by between batch sizes, for every doubling
 _SPIKE = 0.6  # a round more than this above the mean in log seconds is a hiccup, unless it recurs
+_SLACK, _ALARM = 0.75, 6.0  # of the change detection, in standard deviations of one round
+_LEANS = 12.0  # a cost seen more often than this does without its neighbours
 
 
 @dataclass(slots=True)
@@ -20,25 +23,35 @@ class Cell:
     """Running log seconds of one plan at one batch size."""
 
     mean: float
-    variance: float = _NOISE**2
     weight: float = 1.0
     seen: int = 0  # the clock of the last visit
     odd: int = 0  # hiccups in a row
+    above: float = 0.0  # CUSUM of residuals, upwards
+    below: float = 0.0  # and downwards
+    run: float = 0.0  # sum and number of the residuals since both were zero
+    length: int = 0
 
 
 class Costs:
     """T(batch size, plan).
 
+    Each cost is a mean of log seconds that forgets slowly. A cost that moves at once is noticed by a two-sided CUSUM of
+    its standardised residuals z (Page, 1954): S ← max(0, S ± z - 0.75), and S > 6 is a change. The cost then begins
+    anew with the rounds that S was made of, and the same plan's costs at other batch sizes are believed that much
+    less. A cost with little evidence leans on what its plan costs, relative to another one, at the nearest batch size.
+
     Args:
         plans: on offer.
         memory: rounds of a plan at a batch size after which a cost has faded to 1/e.
-        drift: log standard deviation that a cost may have moved by for every thousand rounds unseen.
+        drift: log standard deviation that a cost may have moved by in a thousand rounds unseen.
     """
 
-    def __init__(self, plans: Sequence[Plan], memory: float = 100.0, drift: float = 0.05) -> None:
+    def __init__(self, plans: Sequence[Plan], memory: float = 250.0, drift: float = 0.02) -> None:
         self.plans, self._keep, self._drift = tuple(plans), math.exp(-1.0 / memory), drift
         self._cells: dict[tuple[int, Plan], Cell] = {}
+        self._variance = _NOISE**2
         self.rounds = 0
+        self.changes = 0  # noticed so far
 
     def learn(self, batch_size: int, plan: Plan, seconds: float) -> None:
         """Take the seconds of a round."""
@@ -48,18 +61,45 @@ class Costs:
         if cell is None:
             self._cells[key] = Cell(x, seen=self.rounds)
             return
+        stale = self._stale(cell)
         cell.seen = self.rounds
-        if x - cell.mean > _SPIKE and cell.odd < 3:
+        error = x - cell.mean
+        if error > _SPIKE and cell.odd < 3:
             cell.odd += 1
             return
-        if cell.odd >= 3 or cell.mean - x > _SPIKE:  # it recurs, or the first visit was the hiccup: begin anew
-            cell.mean, cell.weight, cell.variance, cell.odd = x, 1.0, _NOISE**2, 0
+        if cell.odd >= 3 or error < -_SPIKE:  # it recurs, or the first visit was the hiccup: begin anew
+            self._cells[key] = Cell(x, seen=self.rounds)
             return
         cell.odd = 0
-        cell.weight = cell.weight * self._keep + 1.0
-        step, error = 1.0 / cell.weight, x - cell.mean
-        cell.mean += step * error
-        cell.variance += step * (error**2 - cell.variance) if cell.weight > 5 else 0.0
+        if self._changed(cell, error):
+            shift = cell.run / cell.length
+            self._cells[key] = Cell(cell.mean + shift, weight=float(cell.length), seen=self.rounds)
+            self._doubt(key, shift)
+            return
+        cell.weight = self._variance / (self._variance / cell.weight + stale) * self._keep + 1.0
+        cell.mean += error / cell.weight
+        if cell.weight > 5.0:
+            self._variance += 0.005 * (error**2 - self._variance)
+
+    def _changed(self, cell: Cell, error: float) -> bool:
+        """Whether this residual completes the evidence of a change."""
+        z = error / math.sqrt(self._variance * (1.0 + 1.0 / cell.weight))
+        cell.above, cell.below = max(0.0, cell.above + z - _SLACK), max(0.0, cell.below - z - _SLACK)
+        if cell.above == cell.below == 0.0:
+            cell.run, cell.length = 0.0, 0
+            return False
+        cell.run, cell.length = cell.run + error, cell.length + 1
+        return max(cell.above, cell.below) > _ALARM
+
+    def _doubt(self, changed: tuple[int, Plan], shift: float) -> None:
+        """The same plan's costs at other batch sizes may have moved by as much."""
+        self.changes += 1
+        for key, cell in self._cells.items():
+            if key[1] == changed[1] and key != changed:
+                cell.weight = self._variance / (self._variance / cell.weight + shift**2)
+
+    def _stale(self, cell: Cell) -> float:
+        return self._drift**2 * (self.rounds - cell.seen) / 1000.0
 
     def tried(self, batch_size: int, plan: Plan) -> float:
         """Weight of the evidence; 0 where there is none."""
@@ -75,32 +115,51 @@ class Costs:
         """Mean and standard deviation of our belief about log T."""
         cell = self._cells.get((batch_size, plan))
         if cell is None:
-            return self._guess(batch_size, plan), _GUESS
-        stale = self._drift**2 * (self.rounds - cell.seen) / 1000.0
-        return cell.mean, math.sqrt(cell.variance / cell.weight + stale)
+            mean, variance = self._guess(batch_size, plan)
+            return mean, math.sqrt(variance)
+        mean, variance = cell.mean, self._variance / cell.weight + self._stale(cell)
+        if cell.weight < _LEANS:
+            guess, doubt = self._guess(batch_size, plan)
+            if doubt < _GUESS**2:
+                mean = (mean / variance + guess / doubt) / (1.0 / variance + 1.0 / doubt)
+                variance = 1.0 / (1.0 / variance + 1.0 / doubt)
+        return mean, math.sqrt(variance)
 
-    def _guess(self, batch_size: int, plan: Plan) -> float:
-        """From a plan known at this batch size, moved by what the two differ by elsewhere, or by their steps."""
-        known = [p for p in self.plans if (batch_size, p) in self._cells]
+    def _guess(self, batch_size: int, plan: Plan) -> tuple[float, float]:
+        """Mean and variance without the cost's own rounds.
+
+        From the plan most like it that is known at this batch size, moved by what the two differ by at the nearest
+        one, or by their steps; where nothing is known here, the plan's cost at the nearest batch size.
+        """
+        cells = self._cells
+        known = [p for p in self.plans if p != plan and (batch_size, p) in cells]
         if not known:
-            return 0.0
+            sizes = [b for b, p in cells if p == plan and b != batch_size]
+            if not sizes:
+                return 0.0, _GUESS**2
+            b = min(sizes, key=lambda size: abs(math.log(size / batch_size)))
+            return cells[b, plan].mean, _GUESS**2
         near = min(known, key=lambda p: (abs(p.num_steps - plan.num_steps), p.topk != plan.topk))
-        here = self._cells[batch_size, near].mean
-        sizes = [b for b, p in self._cells if p == plan and (b, near) in self._cells]
+        here = cells[batch_size, near]
+        sizes = [b for b, p in cells if p == plan and b != batch_size and (b, near) in cells]
         if sizes:
             b = min(sizes, key=lambda size: abs(math.log(size / batch_size)))
-            return here + self._cells[b, plan].mean - self._cells[b, near].mean
-        return here + math.log((1 + _STEP * plan.num_steps) / (1 + _STEP * near.num_steps))
+            there, other = cells[b, plan], cells[b, near]
+            spread = _OCTAVE * (0.5 + abs(math.log2(b / batch_size)))
+            variance = self._variance * (1 / here.weight + 1 / there.weight + 1 / other.weight) + spread**2
+            return here.mean + there.mean - other.mean, variance
+        steps = math.log((1 + _STEP * plan.num_steps) / (1 + _STEP * near.num_steps))
+        return here.mean + steps, _GUESS**2
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, JSON-able."""
-        cells = [[b, str(p), c.mean, c.variance, c.weight, c.seen] for (b, p), c in self._cells.items()]
-        return {"rounds": self.rounds, "cells": cells}
+        cells = [
+            [b, str(p), c.mean, c.weight, c.seen, c.odd, c.above, c.below, c.run, c.length]
+            for (b, p), c in self._cells.items()
+        ]
+        return {"rounds": self.rounds, "changes": self.changes, "variance": self._variance, "cells": cells}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self.rounds = int(state["rounds"])
-        self._cells = {
-            (int(b), Plan.parse(p)): Cell(mean, variance, weight, int(seen))
-            for b, p, mean, variance, weight, seen in state["cells"]
-        }
+        self.rounds, self.changes, self._variance = state["rounds"], state["changes"], state["variance"]
+        self._cells = {(b, Plan.parse(p)): Cell(*numbers) for b, p, *numbers in state["cells"]}

@@ -6,6 +6,7 @@ if __name__ != "specrl.envs":
 import gymnasium
 
 SPEC_DECODE = "SpecRL/SpecDecode-v0"
+SIMULATED = "SpecRL/Simulated-v0"
 
 
 def register() -> None:
@@ -13,4 +14,11 @@ def register() -> None:
     if SPEC_DECODE not in gymnasium.registry:
         gymnasium.register(
             SPEC_DECODE, entry_point="specrl.envs.spec_decode:SpecDecodeEnv", nondeterministic=True, order_enforce=True
+        )
+    if SIMULATED not in gymnasium.registry:
+        gymnasium.register(
+            SIMULATED,
+            entry_point="specrl.envs.simulated:SimulatedEnv",
+            vector_entry_point="specrl.envs.simulated_vector:SimulatedVectorEnv",
+            order_enforce=True,
         )

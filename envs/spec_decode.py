@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import operator
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,9 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from specrl.baseline import PlainCost
+from specrl.clock import WallClock
 from specrl.engines.base import Engine, Session, Workload
+from specrl.envs.exclusive import Exclusive
 from specrl.envs.panel import as_text, panel
 from specrl.envs.rewards import Outcome, make_reward
 from specrl.observation import Observation, Observer, vector_bounds
@@ -91,6 +94,8 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         action: 'discrete' or 'multi_discrete'.
         use_rejection_sampling: as in `specrl.LocalEngine`.
         trace: keep traces for `drain`.
+        allow_parallel: let other timed environments of this user decode on the same device during an episode. By
+            default the second is refused, since neither's rewards would be true.
         render_mode: None, 'ansi' (text) or 'human' (a live panel in the terminal).
 
     ## Version history
@@ -118,6 +123,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         action: Literal["discrete", "multi_discrete"] = "discrete",
         use_rejection_sampling: bool = True,
         trace: bool = False,
+        allow_parallel: bool = False,
         render_mode: str | None = None,
     ) -> None:
         if (max_rounds is None) == (max_tokens is None):
@@ -134,7 +140,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
             raise ValueError(f"render_mode must be None, 'ansi' or 'human', but got {render_mode!r}")
         self.plans = parse_plans(plans)
         self.render_mode = render_mode
-        self._phases, self._drawn = _batch_sizes(batch_size)
+        self._phases, self._drawn = read_batch_sizes(batch_size)
         self._make_reward = reward
         self._reward = make_reward(reward)
         self._max_rounds, self._max_tokens, self._trace = max_rounds, max_tokens, trace
@@ -167,6 +173,11 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
         self.baseline = PlainCost()
         self._observer = Observer(self.plans)
+        self._late: deque[tuple[Round, float]] = deque()  # results on their way, on engines that overlap rounds
+        self._delay: int = getattr(self.engine, "result_delay", 0)
+        clock = self.engine.clock
+        alone = isinstance(clock, WallClock) and not allow_parallel
+        self._exclusive = Exclusive(str(clock.device)) if alone else None  # type: ignore[attr-defined]
         self._session: Session | None = None
         self._info: dict[str, Any] | None = None
         self._live: Any = None
@@ -181,6 +192,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
             raise ValueError("the environment is closed; make another one")
         if options:
             raise ValueError(f"reset knows no options, but got {', '.join(options)}; pass them to gym.make")
+        self._let_others_run()
         if self._session is not None:
             self._session.close()
         phases = self._phases
@@ -196,6 +208,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
             trace=self._trace,
         )
         self._observer.reset()
+        self._late.clear()
         self._plain = self._spent = 0.0
         self._rounds = self._tokens = 0
         self._info = None
@@ -207,18 +220,23 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         """Run one round with the chosen plan.
 
         Raises:
-            ValueError: before `reset`, or an action that is not in the space or not in the mask.
+            ValueError: before `reset`, an action that is not in the space or not in the mask, or another timed
+                environment is in the middle of an episode on the same device.
         """
         session, clock = self._running(), self.engine.clock
         thinking_s = max(clock.now() - self._returned - self._paused_s, 0.0)
         plan = self._plan(action)
         context = self._context
+        if self._exclusive is not None:
+            self._exclusive.take()
         self._measure_plain(context)
         done = session.round(plan)
         t0 = self.baseline.estimate(self._batch_size, context)
         outcome = Outcome(sum(done.tokens.tolist()), self._batch_size, done.seconds + thinking_s, t0.seconds)
         reward = self._reward(outcome)
-        self._observer.record(done, t0.seconds)
+        self._late.append((done, t0.seconds))
+        if len(self._late) > self._delay:
+            self._observer.record(*self._late.popleft())
         self._rounds += 1
         self._tokens += outcome.tokens
         self._plain += outcome.plain_total_s
@@ -226,6 +244,8 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         self._info = self._describe(done, outcome, thinking_s, t0.standard_error)
         terminated = self._max_tokens is not None and self._tokens >= self._max_tokens
         truncated = self._max_rounds is not None and self._rounds >= self._max_rounds
+        if terminated or truncated:
+            self._let_others_run()
         self._batch_size = next(self._schedule)
         if self._batch_size != session.batch_size:
             session.resize(self._batch_size)
@@ -258,7 +278,8 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
-        """What happens inside is not thinking time: learning, logging, evaluation between two steps."""
+        """What happens inside is not thinking time: learning, logging, other environments between two steps."""
+        self._let_others_run()
         began = self.engine.clock.now()
         try:
             yield
@@ -287,6 +308,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         if self._live is not None:
             self._live.stop()
             self._live = None
+        self._let_others_run()
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -303,6 +325,10 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         assert self._session is not None
         self._context = sum(self._session.context_lengths) / self._batch_size
         return self._observer.observe(self._batch_size, self._context)
+
+    def _let_others_run(self) -> None:
+        if self._exclusive is not None:
+            self._exclusive.give_back()
 
     def _running(self) -> Session:
         if self._closed:
@@ -368,7 +394,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         }
 
 
-def _batch_sizes(given: BatchSizes) -> tuple[tuple[Phase, ...], tuple[Phase, ...]]:
+def read_batch_sizes(given: BatchSizes) -> tuple[tuple[Phase, ...], tuple[Phase, ...]]:
     """A trace, and what episodes draw from (empty: they follow the trace)."""
     if isinstance(given, str):
         return parse_traffic(given), ()

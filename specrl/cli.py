@@ -32,6 +32,7 @@ COMMANDS = {
     "export": Command("specrl.apps.export:export", "what a run learned, as a directory that serves"),
     "doctor": Command("specrl.apps.doctor:doctor", "what this machine can do, and what would slow it down"),
     "bench": Command("specrl.apps.bench:bench", "speculative against plain decoding, by plan and batch size"),
+    "profile": Command("specrl.apps.profile:profile", "record this machine's rounds, for simulation"),
 }
 
 _HELP = """\

@@ -1,0 +1,247 @@
+"""`SpecRL/Simulated-v0` for thousands of environments at once, in NumPy."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from specrl.baseline import PlainCost
+from specrl.engines.batched import BatchedSessions, Rounds
+from specrl.engines.profile import Profile, Shift
+from specrl.envs.simulated import MAX_ROUNDS, Lengths, simulation
+from specrl.envs.spec_decode import BatchSizes, read_batch_sizes
+from specrl.envs.vector_observer import VectorObserver
+from specrl.envs.vector_rewards import VectorOutcome, make_vector_reward
+from specrl.observation import vector_bounds
+from specrl.plan import Plan
+from specrl.traffic import batch_sizes
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+_WINDOW, _EVERY, _EAGER, _EAGERLY = 48, 24, 8, 2  # when and over how many samples `PlainCost` measures
+_FIRST = 3  # plain steps measured when a batch size is met for the first time
+assert (PlainCost().window, PlainCost().every) == (_WINDOW, _EVERY)
+
+
+class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
+    """N environments of `SpecRL/Simulated-v0` (`specrl.envs.simulated.SimulatedEnv`, whose arguments it takes).
+
+    Spaces, rewards and episodes are those of the single form, and so is the distribution of what happens, but not the
+    random numbers. Three things are simpler: plain costs are a mean over recent samples (without hiccups, their growth
+    with context known) instead of a robust line through them, skills lie on a grid (`specrl.engines.batched`), and
+    actions are 'discrete' only.
+
+    Environments whose episode ended are reset in the next step, which ignores their action and rewards 0
+    (`AutoresetMode.NEXT_STEP`). `info` holds arrays over environments: `tokens`, `seconds`, `accept_length`,
+    `batch_size`, `t0_s`, `plan` (its index), `episode_speedup`, `action_mask` [N, n].
+
+    Args:
+        num_envs: N.
+        (others): as `SimulatedEnv`.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        profile: Profile | str | Path = "aurora-qwen3-coder-next-fp8",
+        batch_size: BatchSizes = 8,
+        plans: str | Sequence[str] | Sequence[Plan] | None = None,
+        reward: str = "differential",
+        prompt_tokens: Lengths = None,
+        max_new_tokens: Lengths = None,
+        max_rounds: int | None = None,
+        max_tokens: int | None = None,
+        extrapolate: bool = False,
+        shifts: Sequence[Shift] = (),
+        render_mode: str | None = None,
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, but got {num_envs}")
+        if render_mode is not None:
+            raise ValueError(
+                f"render_mode must be None, since many environments have no panel, but got {render_mode!r}"
+            )
+        engine, requests, self.plans = simulation(
+            profile, batch_size, plans, prompt_tokens, max_new_tokens, extrapolate=extrapolate, shifts=shifts
+        )
+        if max_rounds is None and max_tokens is None:
+            max_rounds = MAX_ROUNDS
+        given = [limit for limit in (max_rounds, max_tokens) if limit is not None]
+        if len(given) > 1 or given[0] < 1:
+            raise ValueError(
+                f"max_rounds or max_tokens must be at least 1, and one of them only, but got {max_rounds}, {max_tokens}"
+            )
+        self._mask = np.array([engine.supports(plan) for plan in self.plans])
+        if not self._mask.any():
+            raise ValueError(f"the profile must offer one of the plans, but none of {', '.join(map(str, self.plans))}")
+        self.num_envs, self.profile = num_envs, engine.profile
+        self._reward_name, self._reward = reward, make_vector_reward(reward, num_envs, max_tokens)
+        self._max_rounds, self._max_tokens, self._delay = max_rounds, max_tokens, engine.result_delay
+        trace, drawn = read_batch_sizes(batch_size)
+        sizes = sorted({phase.batch_size for phase in (*trace, *drawn)})
+        turns = batch_sizes(trace)
+        period = sum(phase.rounds for phase in trace)
+        self._trace = np.array([sizes.index(next(turns)) for _ in range(period)], dtype=np.int64)
+        self._drawn = np.array([sizes.index(phase.batch_size) for phase in drawn], dtype=np.int64)
+        able = [plan for plan, can in zip(self.plans, self._mask, strict=True) if can]
+        runs = [plan if can else able[0] for plan, can in zip(self.plans, self._mask, strict=True)]
+        self._sessions = BatchedSessions(engine, requests, runs, sizes, num_envs)
+        self._observer = VectorObserver(self.plans, sizes, num_envs)
+        self._cells, self._env = len(sizes), np.arange(num_envs)
+        self.single_action_space = spaces.Discrete(len(self.plans))
+        self.single_observation_space = spaces.Box(*vector_bounds(self.plans), dtype=np.float32)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self._rng: np.random.Generator | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Begin an episode everywhere; with a seed, forget what was measured before."""
+        super().reset(seed=seed)
+        if options:
+            raise ValueError(f"reset knows no options, but got {', '.join(options)}; pass them to gym.make_vec")
+        if seed is not None or self._rng is None:
+            self._rng = np.random.Generator(np.random.SFC64(int(self.np_random.integers(2**63))))
+            self._reward = make_vector_reward(self._reward_name, self.num_envs, self._max_tokens)
+            self._t0 = np.zeros(self.num_envs * self._cells)  # at the profile's context
+            self._samples = np.zeros(len(self._t0), dtype=np.int64)
+            self._since = np.zeros(len(self._t0), dtype=np.int64)
+            self._size = np.zeros(self.num_envs, dtype=np.int64)
+        self._position = np.zeros(self.num_envs, dtype=np.int64)  # in the trace
+        self._plain, self._spent = np.zeros(self.num_envs), np.zeros(self.num_envs)
+        self._rounds, self._tokens = (np.zeros(self.num_envs, dtype=np.int64) for _ in range(2))
+        self._over = np.zeros(self.num_envs, dtype=np.bool_)
+        self._late: deque[tuple[Ints, Ints, Ints, Rounds, Floats, Ints]] = deque()
+        self._episode = np.zeros(self.num_envs, dtype=np.int64)
+        self._begin(None)
+        everywhere = np.ones(self.num_envs, dtype=np.bool_)
+        info = {"action_mask": self.action_masks(), "batch_size": self._sessions.live.copy()}
+        return self._observe(), info | {f"_{key}": everywhere for key in info}
+
+    def step(
+        self, actions: Ints
+    ) -> tuple[NDArray[np.float32], Floats, NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """One round of every environment; a reset of those whose episode is over.
+
+        Raises:
+            ValueError: before `reset`, or an action that is not in the space or not in the mask.
+        """
+        if self._rng is None:
+            raise ValueError("an episode must have begun, but reset was never called; call reset() first")
+        plan, rng, sessions = self._checked(actions), self._rng, self._sessions
+        over = np.flatnonzero(self._over)
+        size, live = sessions.size, sessions.live
+        t0 = self._measure_plain()
+        done = sessions.round(plan, rng)
+        plain_s = done.tokens * t0 / live
+        reward = self._reward(
+            VectorOutcome(done.tokens, live, done.seconds, t0, plain_s), self._over if len(over) else None
+        )
+        self._record(plan, size, live, done, t0)
+        self._rounds += 1
+        self._tokens += done.tokens
+        self._plain += plain_s
+        self._spent += done.seconds
+        info = {
+            "tokens": done.tokens,
+            "seconds": done.seconds,
+            "accept_length": 1.0 + done.correct / live,
+            "batch_size": live,
+            "t0_s": t0,
+            "plan": plan,
+            "episode_speedup": self._plain / self._spent,
+            "action_mask": self.action_masks(),
+        }
+        ran = ~self._over
+        info |= {f"_{key}": ran for key in info}
+        self._move_on()
+        ends = np.zeros(self.num_envs, dtype=np.bool_)
+        truncated = ends if self._max_rounds is None else self._rounds >= self._max_rounds
+        terminated = ends if self._max_tokens is None else self._tokens >= self._max_tokens
+        if len(over):
+            self._begin(over)
+            reward[over], truncated[over], terminated[over] = 0.0, False, False
+        self._over = truncated | terminated
+        return self._observe(), reward, terminated, truncated, info
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Which plans the profile offers [N, n]."""
+        return np.broadcast_to(self._mask, (self.num_envs, len(self._mask))).copy()
+
+    def _observe(self) -> NDArray[np.float32]:
+        return self._observer.observe(self._sessions.size, self._sessions.context)
+
+    def _checked(self, actions: Ints) -> Ints:
+        plan = np.asarray(actions)
+        if plan.shape != (self.num_envs,) or plan.dtype.kind not in "iu":
+            raise ValueError(f"actions must be {self.num_envs} whole numbers, but got {plan.dtype} {plan.shape}")
+        if plan.min() < 0 or plan.max() >= len(self.plans):
+            raise ValueError(f"actions must be in [0, {len(self.plans)}), but got {plan.min()} .. {plan.max()}")
+        if not self._mask.all() and not self._mask[plan].all():
+            wrong = self.plans[int(plan[~self._mask[plan]][0])]
+            raise ValueError(f"actions must be allowed by the mask, but the profile does not offer plan {wrong}")
+        return plan.astype(np.int64)
+
+    def _measure_plain(self) -> Floats:
+        """Re-measure plain decoding where it is due, as `PlainCost` would; t0 [N] at the present context."""
+        sessions, rng = self._sessions, self._rng
+        assert rng is not None
+        cell = self._env * self._cells + sessions.size
+        since, samples = self._since.take(cell) + 1, self._samples.take(cell)
+        self._since[cell] = since
+        due = np.flatnonzero((samples == 0) | (since >= np.where(samples < _EAGER, _EAGERLY, _EVERY)))
+        if len(due):
+            at, known = cell[due], samples[due]
+            drawn = [sessions.plain(due, rng) for _ in range(_FIRST if (known == 0).any() else 1)]
+            sample = np.where(known == 0, np.mean(drawn, axis=0), drawn[0])
+            taken = np.where(known == 0, _FIRST, 1)
+            self._samples[at] = known + taken
+            self._since[at] = 0
+            self._t0[at] += taken / np.minimum(known + taken, _WINDOW) * (sample - self._t0[at])
+        t0: Floats = self._t0.take(cell) * sessions.longer(len(self.plans))
+        return t0
+
+    def _record(self, plan: Ints, size: Ints, live: Ints, done: Rounds, t0: Floats) -> None:
+        """Let the observer see this round, or with late results the one that arrives now."""
+        if not self._delay:
+            self._observer.record(plan, size, live, done, t0, None)
+            return
+        self._late.append((plan, size, live, done, t0, self._episode.copy()))
+        if len(self._late) > self._delay:
+            plan, size, live, done, t0, episode = self._late.popleft()
+            self._observer.record(plan, size, live, done, t0, np.flatnonzero(episode != self._episode))
+
+    def _move_on(self) -> None:
+        """The next round's batch sizes."""
+        if len(self._trace) > 1:
+            self._position = (self._position + 1) % len(self._trace)
+            self._sessions.resize(self._trace[self._position])
+
+    def _begin(self, which: Ints | None) -> None:
+        """Begin episodes (None: all)."""
+        assert self._rng is not None
+        at: slice | Ints = slice(None) if which is None else which
+        count = self.num_envs if which is None else len(which)
+        size = self._sessions.size.copy()
+        drawn = len(self._drawn) > 0
+        size[at] = self._drawn[self._rng.integers(len(self._drawn), size=count)] if drawn else self._trace[0]
+        for array in (self._position, self._plain, self._spent, self._rounds, self._tokens):
+            array[at] = 0
+        self._episode[at] += 1
+        self._sessions.reset(which, size, self._rng)
+        self._observer.reset(which)

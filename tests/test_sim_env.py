@@ -1,0 +1,280 @@
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as check_env_sb3
+from test_profile import made_up
+from tiny import Listed, prompts, tiny_target
+
+import specrl
+from specrl.engines.base import Request
+from specrl.engines.profile import Profile, Shift
+from specrl.envs.exclusive import Exclusive
+from specrl.envs.simulated import SimulatedEnv
+from specrl.envs.simulated_vector import SimulatedVectorEnv
+from specrl.envs.spec_decode import SpecDecodeEnv
+
+ID = "SpecRL/Simulated-v0"
+
+
+def sure(**changes: Any) -> Profile:
+    """Nothing is left to chance: two drafts stand, and rounds take what they take."""
+    profile = made_up(skill=0.0, hiccup_share=0.0, log_odds={"chain": (20.0, 20.0, -20.0, -20.0, -20.0)}, **changes)
+    return replace(profile, costs=tuple(replace(c, jitter=0.0, spread=0.0, per_token=0.0) for c in profile.costs))
+
+
+def test_gymnasium_and_stable_baselines_find_no_fault() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(gym.make(ID, batch_size=[1, 3]).unwrapped)
+        check_env_sb3(SimulatedEnv(batch_size="1x3,4x2"))
+        check_env_sb3(SimulatedEnv(action="multi_discrete"))
+    assert not gym.spec(ID).nondeterministic
+
+
+def test_it_looks_like_the_live_environment() -> None:
+    live = SpecDecodeEnv(engine=specrl.LocalEngine(tiny_target()), workload=Listed([]), plans="0,3,4,5", max_rounds=1)
+    env = SimulatedEnv()
+    assert env.plans == live.plans and env.observation_space == live.observation_space
+    assert env.action_space == live.action_space
+    _, info = env.reset(seed=0)
+    assert info["action_mask"].tolist() == [True] * 4 and info["batch_size"] == 8
+    *_, info = env.step(1)
+    assert set(info) >= {"tokens", "seconds", "accept_length", "histogram", "t0_s", "episode_speedup", "round"}
+    assert info["thinking_s"] == 0.0 and "plan 3/1/4" in str(SimulatedEnvText.render_after(1))
+
+
+class SimulatedEnvText:
+    @staticmethod
+    def render_after(action: int) -> object:
+        env = SimulatedEnv(render_mode="ansi")
+        env.reset(seed=0)
+        env.step(action)
+        return env.render()
+
+
+def test_a_seed_reproduces_everything_and_makes_a_new_beginning() -> None:
+    env = SimulatedEnv(batch_size=[1, 2, 8, 32], max_rounds=20)
+    runs = []
+    for seed in (3, 3, 4):
+        obs, info = env.reset(seed=seed)
+        run = [obs.tolist(), info["batch_size"]]
+        for i in range(50):
+            obs, reward, _, over, _ = env.step(i % 4)
+            run += [obs.tolist(), reward]
+            if over:
+                env.reset()
+        runs.append(run)
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_plans_are_those_known_at_all_batch_sizes() -> None:
+    minimax = "aurora-minimax-m2.1"
+    assert SimulatedEnv(profile=minimax, batch_size=[1, 8]).plans == specrl.parse_plans("0,3,4")
+    assert SimulatedEnv(profile=minimax, batch_size=[8, 32]).plans == specrl.parse_plans("0,3,4,5")
+    env = SimulatedEnv(profile=minimax, batch_size=[1, 8], plans="0,2,3,5")
+    assert env.action_masks().tolist() == [True, False, True, False]
+    assert SimulatedEnv(profile=minimax, plans="0,2,3,5", extrapolate=True).action_masks().all()
+    vector = SimulatedVectorEnv(3, profile=minimax, batch_size=[1, 8], plans="0,2,3,5")
+    vector.reset(seed=0)
+    assert vector.action_masks().tolist() == [[True, False, True, False]] * 3
+    with pytest.raises(ValueError, match="does not offer plan 5/1/6"):
+        vector.step(np.array([0, 3, 2]))
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("reward", ["differential", "time_saved", "speedup", "log_speedup", "tokens_per_second"])
+def test_both_forms_are_equal_where_nothing_is_left_to_chance(reward: str, delay: int) -> None:
+    until: dict[str, Any] = {"max_tokens": 150} if reward == "time_saved" else {"max_rounds": 23}
+    kwargs: dict[str, Any] = {
+        "profile": sure(delay=delay), "batch_size": "4x5,1x3,16x4", "reward": reward, "max_new_tokens": 30,
+        "shifts": [Shift(15, cost=1.3, from_steps=3)], **until,
+    }  # fmt: skip
+    env = SimulatedEnv(**kwargs)
+    vector = gym.make_vec(ID, num_envs=3, vectorization_mode="vector_entry_point", **kwargs)
+    rng = np.random.default_rng(0)
+    one, _ = env.reset(seed=0)
+    many, _ = vector.reset(seed=0)
+    over = False
+    for _ in range(80):
+        np.testing.assert_allclose(many, np.tile(one, (3, 1)), rtol=1e-5, atol=1e-6)
+        action = int(rng.integers(6))
+        many, rewards, terminated, truncated, infos = vector.step(np.full(3, action))
+        if over:
+            one, _ = env.reset()
+            over = False
+            assert not rewards.any() and not infos["_tokens"].any()
+            continue
+        one, value, ends, stops, info = env.step(action)
+        over = ends or stops
+        np.testing.assert_allclose(rewards, [float(value)] * 3, rtol=1e-6, atol=1e-9)
+        assert terminated.tolist() == [ends] * 3 and truncated.tolist() == [stops] * 3
+        for key in ("tokens", "seconds", "accept_length", "batch_size", "t0_s", "episode_speedup"):
+            np.testing.assert_allclose(infos[key], info[key], rtol=1e-6)
+    assert delay == 0 or one[-6:].sum() == 1.0
+
+
+def test_both_forms_agree_where_chance_rules() -> None:
+    # 40 single episodes against 400 vectorised ones of 150 rounds, plans by one rule. Differences of means over
+    # episodes beyond 4.5 standard errors: odds below 1 in 1,000 for all. The seeds are fixed.
+    kwargs: dict[str, Any] = {
+        "profile": made_up(),
+        "batch_size": "1x7,4x5,16x3",
+        "max_rounds": 150,
+        "max_new_tokens": (9, 40),
+    }
+    keys = ("episode_speedup", "tokens", "seconds", "t0_s")
+    single = []
+    for seed in range(40):
+        env = SimulatedEnv(**kwargs)
+        env.reset(seed=seed)
+        steps = [env.step((i // 3) % 6) for i in range(150)]
+        infos = [step[4] for step in steps]
+        means = [float(np.mean([info[key] for info in infos])) for key in keys[1:]]
+        single.append([infos[-1]["episode_speedup"], *means, np.mean([s[1] for s in steps]), *steps[-1][0]])
+    vector = SimulatedVectorEnv(400, **kwargs)
+    vector.reset(seed=0)
+    totals, rewards = np.zeros((3, 400)), np.zeros(400)
+    for i in range(150):
+        obs, reward, _, _, info = vector.step(np.full(400, (i // 3) % 6))
+        totals += [info[key] for key in keys[1:]]
+        rewards += reward
+    one = np.array(single).T
+    many = np.concatenate([[info["episode_speedup"]], totals / 150, [rewards / 150], obs.T])
+    error = np.sqrt(one.var(1) / 40 + many.var(1) / 400)
+    off = np.abs(one.mean(1) - many.mean(1))
+    assert (off <= 4.5 * error + 1e-6).all(), np.flatnonzero(off > 4.5 * error + 1e-6)
+
+
+def test_the_vectorised_form_is_deterministic_and_in_its_spaces() -> None:
+    vector = gym.make_vec(ID, num_envs=5, batch_size=[1, 8, 32], max_rounds=9)  # the vectorised form is the default
+    assert isinstance(vector.unwrapped, SimulatedVectorEnv)
+    runs = []
+    for seed in (1, 1, 2):
+        obs, _ = vector.reset(seed=seed)
+        vector.action_space.seed(0)
+        run = [obs]
+        for _ in range(30):
+            obs, reward, *_ = vector.step(vector.action_space.sample())
+            assert obs in vector.observation_space
+            run += [obs, reward]
+        runs.append(run)
+    assert all(np.array_equal(a, b) for a, b in zip(*runs[:2], strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(*runs[1:], strict=True))
+    kept = runs[0][1].copy()
+    vector.step(np.zeros(5, dtype=np.int64))
+    assert np.array_equal(kept, runs[0][1])
+    vector.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"profile": "aurora"}, "a profile is a .json file or one of"),
+        ({"batch_size": 64}, "knows batch sizes 1 to 32, but got plain decoding at batch size 64"),
+        ({"plans": "1,2"}, "must (support|offer) one of the plans"),
+        ({"max_rounds": 5, "max_tokens": 5}, "one of (max_rounds and max_tokens|them)"),
+        ({"max_rounds": 0}, "at least 1"),
+        ({"reward": "speed"}, "reward must be one of .*did you mean 'speedup'"),
+        ({"reward": "time_saved"}, "only in episodes of max_tokens"),
+        ({"max_new_tokens": (9, 3)}, "max_new_tokens must be a length or two"),
+        ({"render_mode": "rgb"}, "render_mode must be None"),
+    ],
+)
+def test_wrong_arguments_get_one_clear_line(changes: dict[str, Any], message: str) -> None:
+    for make in (SimulatedEnv, lambda **kwargs: SimulatedVectorEnv(2, **kwargs)):
+        with pytest.raises(ValueError, match=message) as error:
+            make(**changes)
+        assert "\n" not in str(error.value)
+
+
+def test_wrong_calls_of_the_vectorised_form_get_one_clear_line() -> None:
+    vector = SimulatedVectorEnv(2)
+    with pytest.raises(ValueError, match="reset was never called"):
+        vector.step(np.zeros(2, dtype=np.int64))
+    vector.reset(seed=0)
+    for actions in (np.zeros(3, dtype=np.int64), np.zeros(2), np.array([0, 9]), np.array([-1, 0])):
+        with pytest.raises(ValueError, match="actions must be"):
+            vector.step(actions)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reset knows no options"):
+        vector.reset(options={"x": 1})
+
+
+@pytest.fixture
+def _own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def live(**changes: Any) -> SpecDecodeEnv:
+    listed = Listed([Request(prompt, 16, ignore_eos=True) for prompt in prompts(4, 4)])
+    engine = specrl.LocalEngine(tiny_target(), max_context=32)
+    env = SpecDecodeEnv(engine=engine, workload=listed, plans="0", **{"max_rounds": 3, **changes})
+    env.reset(seed=0)
+    return env
+
+
+@pytest.mark.usefixtures("_own_locks")
+def test_timed_environments_refuse_to_run_in_parallel_and_say_why() -> None:
+    first, second = live(), live()
+    first.step(0)
+    with pytest.raises(ValueError, match="'cpu', but another one of this process is in the middle of an episode"):
+        second.step(0)
+    with first.off_the_clock():
+        second.step(0)
+    with pytest.raises(ValueError, match="neither reward is true; .*allow_parallel=True"):
+        first.step(0)
+    live(allow_parallel=True).step(0)
+    second.close()
+    first.step(0)
+    first.step(0)  # its episode is over
+    third = live()
+    third.step(0)
+    third.reset()
+    first.reset()
+    first.step(0)
+    del first  # nobody holds it
+    third.step(0)
+
+
+@pytest.mark.usefixtures("_own_locks")
+def test_live_environments_of_one_vector_environment_are_refused() -> None:
+    vector = gym.vector.SyncVectorEnv([live, live])
+    vector.reset(seed=0)
+    with pytest.raises(ValueError, match="one timed environment at a time"):
+        vector.step(np.zeros(2, dtype=np.int64))
+    vector.close()
+
+
+def test_another_process_is_named_and_its_death_frees_the_device(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from specrl.envs.exclusive import Exclusive; "
+        f"e = Exclusive('cuda:0', pathlib.Path({str(tmp_path)!r})); e.take(); print('held', flush=True); "
+        "sys.stdin.read()"
+    )
+    root = Path(specrl.__file__).parent.parent
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True
+    )
+    assert holder.stdout is not None and holder.stdin is not None and holder.stdout.readline() == "held\n"
+    own = Exclusive("cuda:0", tmp_path)
+    with pytest.raises(ValueError, match=f"one of process {holder.pid} is in the middle"):
+        own.take()
+    Exclusive("cuda:1", tmp_path).take()
+    holder.kill()
+    holder.wait()
+    holder.stdin.close()
+    holder.stdout.close()
+    own.take()
+    own.take()
+    assert next(tmp_path.glob("*cuda0.lock")).read_text() == str(os.getpid())
+    own.give_back()
+    own.give_back()
