@@ -2,86 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections import deque
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Many
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from specrl.agents.sequences import Assembler, Replay, Sequence, collate
-from specrl.agents.unroll import unroll
+from specrl.agents.guard import Guard
+from specrl.agents.learner_config import LearnerConfig, product_dtype
+from specrl.agents.losses import PlanCost
+from specrl.agents.objective import Objective
+from specrl.agents.sequences import Assembler, Replay, Sequence, uniform_hash
+from specrl.clock import Clock
 from specrl.models.draft import Draft
-from specrl.models.rope import rope_table
 from specrl.rounds import Trace
 
+__all__ = ["LearnerConfig", "OnlineLearner", "product_dtype"]
 
-@dataclass(frozen=True)  # no slots: the command line reads its defaults from __dict__
-class LearnerConfig:
-    """How a draft learns online.
-
-    Args:
-        learning_rate: of AdamW.
-        weight_decay: of AdamW, on matrices.
-        betas: of AdamW.
-        clip: largest gradient norm.
-        batch_size: sequences per update.
-        passes: length of the training-time test, at least 1.
-        pass_decay: weight of pass k is pass_decay ** k.
-        updates_per_request: updates for every finished request.
-        temperature: at which target and draft distributions are compared; None: each request's own (1 if greedy).
-        average: decay per update of the weights' running average, which is what serves; 0: the latest weights.
-        replay: sequences kept.
-        half_life: how many requests back the weight of a draw halves.
-        dtype: of the matrix products; 'auto' is bfloat16 where the processor has such products, else float32.
-            Weights and optimiser state are float32 always.
-
-    Raises:
-        ValueError: a number out of range, or another dtype.
-    """
-
-    learning_rate: float = 5e-3
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    batch_size: int = 4
-    passes: int = 3
-    pass_decay: float = 0.8
-    updates_per_request: float = 1.5
-    temperature: float | None = 1.0
-    average: float = 0.98
-    replay: int = 512
-    half_life: float = 64.0
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip", "updates_per_request", "half_life"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"learner.{name} must be above 0, but got {getattr(self, name)}")
-        for name in ("batch_size", "passes", "replay"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"learner.{name} must be at least 1, but got {getattr(self, name)}")
-        if not 0 <= self.average < 1 or not 0 < self.pass_decay <= 1 or not self.weight_decay >= 0:
-            raise ValueError(
-                "learner.average must be in [0, 1), pass_decay in (0, 1] and weight_decay at least 0, but got "
-                f"{self.average}, {self.pass_decay} and {self.weight_decay}"
-            )
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(
-                f"learner.temperature must be above 0 or null (each request's own), but got {self.temperature}"
-            )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"learner.betas must be in [0, 1), but got {self.betas}")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"learner.dtype must be 'auto', 'float32' or 'bfloat16', but got {self.dtype!r}")
-
-
-def product_dtype(name: str) -> torch.dtype:
-    """The dtype of matrix products that `name` stands for on this machine."""
-    if name == "auto":
-        native = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return torch.bfloat16 if native.get("avx512_bf16") or native.get("amx_bf16") else torch.float32
-    return torch.float32 if name == "float32" else torch.bfloat16
+_HELD_OUT = 64  # sequences kept for a gate
 
 
 class OnlineLearner:
@@ -91,12 +31,22 @@ class OnlineLearner:
         draft: where to start from.
         embedding: [V, H] the target's embedding, which the draft shares and never changes.
         config: how.
-        seed: of the draws from the replay.
+        seed: of the draws from the replay, and of which requests are sampled and held out.
+        clock: for the learner's own speed; None: it is not reported.
+        gated: somebody else says which weights are good (`keep`); else all are whose updates were finite.
     """
 
-    def __init__(self, draft: Draft, embedding: Tensor, config: LearnerConfig, seed: int = 0) -> None:
-        self.config, self._shape = config, draft.config
-        self._embedding = embedding.detach().float()
+    def __init__(
+        self,
+        draft: Draft,
+        embedding: Tensor,
+        config: LearnerConfig,
+        seed: int = 0,
+        *,
+        clock: Clock | None = None,
+        gated: bool = False,
+    ) -> None:
+        self.config, self._objective = config, Objective(draft, embedding, config)
         fixed = ("d2t", "t2d")
         self._fixed = {n: t for n, t in draft.tensors.items() if n in fixed}
         self.parameters = {n: t.clone().requires_grad_() for n, t in draft.tensors.items() if n not in fixed}
@@ -108,80 +58,111 @@ class OnlineLearner:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-        self._rotation = rope_table(self._shape.rope, self._shape.head_dim, self._shape.max_position_embeddings)
-        self._target_ids = draft.target_ids
-        self._assembler, self.replay = Assembler(), Replay(config.replay, config.half_life, seed)
+        self._assembler = Assembler(sample=config.sample, seed=seed, rejected=config.rejected > 0)
+        self.replay = Replay(config.replay, config.half_life, seed, config.stale_half_life)
+        self.held_out: deque[Sequence] = deque(maxlen=_HELD_OUT)
         self.updates = self.requests = 0
-        self._owed = 0.0
-        self._dtype = product_dtype(config.dtype)
+        self._owed, self._seed, self._clock, self._gated = 0.0, seed, clock, gated
+        self._guard = Guard(self.parameters, self._served, self.optimizer, config.patience)
 
     def learn(self, traces: list[Trace]) -> Mapping[str, float]:
-        """Take traces, make the updates their finished requests are due; means over those updates.
+        """Take traces, make the updates their finished requests are due.
 
-        Requests that cannot be learnt from (see `Assembler`) are left out, and counted by `skipped`.
+        Returns:
+            Means over the good updates of loss, gradient_norm, alpha_k (mean Σ min(p, q) of pass k - 1) and staleness
+            (draft versions since a sequence was served); updates tried; and `counts`.
         """
         new = [sequence for sequence in self._assembler.add(traces) if len(sequence.tokens) > 1]
-        self.replay.extend(new)
-        self.requests += len(new)
-        self._owed += len(new) * self.config.updates_per_request
+        kept: list[Sequence] = []
+        for sequence in new:
+            self.requests += 1
+            apart = self.config.held_out and uniform_hash(self.requests, self._seed + 1) < self.config.held_out
+            (self.held_out if apart else kept).append(sequence)
+        self.replay.extend(kept)
+        self._owed += len(kept) * self.config.updates_per_request
         seen: dict[str, list[float]] = {}
-        count = 0
+        count, tokens, bad = 0, 0, self._guard.bad
+        began = 0.0 if self._clock is None else self._clock.now()
         while self._owed >= 1.0 and len(self.replay):
             self._owed -= 1.0
             count += 1
-            for name, value in self.update(self.replay.draw(self.config.batch_size)).items():
+            drawn = self.replay.draw(self.config.batch_size, self.version)
+            behind = sum(self.version - s.draft_version for s in drawn) / len(drawn)
+            tokens += sum(len(s.tokens) for s in drawn)
+            for name, value in {**self.update(drawn), "staleness": behind}.items():
                 seen.setdefault(name, []).append(value)
-        means = {name: sum(values) / len(values) for name, values in seen.items()}
-        return {**means, "updates": float(count)}
+        if not self._gated and count and self._guard.bad == bad:
+            self.keep()
+        metrics = {name: sum(values) / len(values) for name, values in seen.items()}
+        if self._clock is not None and tokens:
+            metrics["tokens_per_s"] = tokens / max(self._clock.now() - began, 1e-9)
+        return {**metrics, "updates": float(count), **self.counts()}
+
+    def counts(self) -> dict[str, float]:
+        """What is held and what was lost so far.
+
+        held, held_out, open: sequences to draw from, for a gate, and being assembled. dropped: pushed out of the
+        replay. skipped: not seen from their prefill on, or not finite. passed_over, opted_out: by sampling, by request.
+        bad_updates, rollbacks: not finite, and returns to good weights.
+        """
+        assembler, guard = self._assembler, self._guard
+        return {
+            "held": float(len(self.replay)),
+            "held_out": float(len(self.held_out)),
+            "open": float(assembler.open),
+            "dropped": float(self.replay.dropped),
+            "skipped": float(assembler.skipped),
+            "passed_over": float(assembler.passed_over),
+            "opted_out": float(assembler.opted_out),
+            "bad_updates": float(guard.bad),
+            "rollbacks": float(guard.rollbacks),
+        }
+
+    @property
+    def version(self) -> int:
+        """Of the weights: good updates and rollbacks so far."""
+        return self.updates + self._guard.rollbacks
 
     @property
     def skipped(self) -> int:
         """Requests left out so far: not seen from their prefill on, or not finite."""
         return self._assembler.skipped
 
+    def opt_out(self, requests: Iterable[int]) -> None:
+        """Learn nothing more from these requests, by id; what is not finished yet is thrown away."""
+        self._assembler.opt_out(requests)
+
+    def keep(self) -> None:
+        """Remember the weights of now as good."""
+        self._guard.keep()
+
+    def roll_back(self) -> None:
+        """Go back to the weights remembered last; the optimiser begins anew."""
+        self._guard.roll_back()
+
+    def price(self, costs: Many[PlanCost], speedup: float = 1.0) -> None:
+        """What the loss 'seconds_saved' counts with from now on; until told, it is the accept length of the chain."""
+        self._objective.price(costs, speedup)
+
     def update(self, sequences: list[Sequence]) -> dict[str, float]:
-        """One optimiser step on a batch of sequences of at least two tokens; fewer passes where all are short."""
-        c = self.config
-        tokens, features, logits, valid = collate(sequences)
-        embeddings = self._embedding[tokens[:, 1:]]
-        targets = logits[:, 1:].float()  # slot t predicts token t + 2, which logits[t + 1] speak of
-        inside = valid[:, 1:]
-        heat = self._temperatures(sequences)
-        p = torch.softmax(targets / heat, -1)
-        if self._target_ids is not None:
-            p = p[..., self._target_ids]
-        passes = min(c.passes, inside.shape[1])  # pass k begins at slot k
-        loss, accept = torch.zeros(()), torch.zeros(passes)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            drafts = unroll(self.parameters, self._shape, embeddings, features[:, :-1].float(), self._rotation, passes)
-            for k, drafted in enumerate(drafts):
-                here = inside.clone()
-                here[:, :k] = False
-                drafted, wanted = drafted[here].float(), p[here]
-                logq = torch.log_softmax(drafted / heat.expand(*inside.shape, 1)[here], -1)
-                loss = loss - c.pass_decay**k * (wanted * logq).sum(-1).mean()
-                with torch.no_grad():
-                    accept[k] = torch.minimum(wanted, logq.exp()).sum(-1).mean()
+        """One optimiser step on a batch of sequences of at least two tokens; fewer passes where all are short.
+
+        Nothing changes, and nothing is returned, where the loss or the gradient is not finite.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), c.clip)
+        metrics = self._objective.gradients(self.parameters, sequences)
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip))
+        if not self._guard.admits(metrics["loss"], norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            return {}
         self.optimizer.step()
         self.updates += 1
         with torch.no_grad():
-            keep = min(c.average, self.updates / (self.updates + 10.0))
+            keep = min(self.config.average, self.updates / (self.updates + 10.0))
             for name, served in self._served.items():
                 served.lerp_(self.parameters[name], 1.0 - keep)
-        return {
-            "loss": loss.item(),
-            "gradient_norm": float(norm),
-            **{f"alpha_{k + 1}": a for k, a in enumerate(accept.tolist())},
-        }
-
-    def _temperatures(self, sequences: list[Sequence]) -> Tensor:
-        own = [s.temperature or 1.0 for s in sequences]
-        return torch.tensor(own if self.config.temperature is None else [self.config.temperature] * len(own))[
-            :, None, None
-        ]
+        alphas = {name: value for name, value in metrics.items() if name != "loss"}
+        return {"loss": metrics["loss"], "gradient_norm": norm, **alphas}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything needed to go on, but the replay: tensors, and JSON-able numbers."""
@@ -195,6 +176,8 @@ class OnlineLearner:
             "updates": self.updates,
             "requests": self.requests,
             "owed": self._owed,
+            "bad_updates": self._guard.bad,
+            "rollbacks": self._guard.rollbacks,
             "rng": self.replay.rng.bit_generator.state,
         }
         return tensors, numbers
@@ -217,12 +200,15 @@ class OnlineLearner:
                 parameter.copy_(tensors[f"parameters.{name}"])
                 self._served[name].copy_(tensors[f"served.{name}"])
                 keys = ("step", "exp_avg", "exp_avg_sq")
+                self.optimizer.state.pop(parameter, None)
                 if f"step.{name}" in tensors:
                     self.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].clone() for key in keys}
         self.updates, self.requests = int(numbers["updates"]), int(numbers["requests"])
         self._owed = float(numbers["owed"])
         self.replay.rng.bit_generator.state = numbers["rng"]
+        self._guard.bad, self._guard.rollbacks = numbers.get("bad_updates", 0), numbers.get("rollbacks", 0)
+        self._guard.keep()
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:
-        """Version (the updates made) and the weights to serve, by SGLang's names; later updates do not touch them."""
-        return self.updates, {name: t.clone() for name, t in {**self._served, **self._fixed}.items()}
+        """Version and the weights to serve, by SGLang's names; later updates do not touch them."""
+        return self.version, {name: t.clone() for name, t in {**self._served, **self._fixed}.items()}

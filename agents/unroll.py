@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specrl.agents.attention import attend
 from specrl.models.config import DraftConfig
 from specrl.models.layer import interleave
 
@@ -22,6 +23,12 @@ Parameters = Mapping[str, Tensor]
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+
+
+def _cast(weight: Tensor) -> Tensor:
+    """In the dtype of the products, once for all passes."""
+    kind = weight.device.type
+    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -51,68 +58,54 @@ def unroll(
     Yields:
         [B, T, Vd] logits of pass k; slots t < k are not meaningful.
     """
+    for state in unroll_states(parameters, config, embeddings, features, rotation, passes):
+        yield F.linear(state, parameters["lm_head.weight"])
+
+
+def unroll_states(
+    parameters: Parameters,
+    config: DraftConfig,
+    embeddings: Tensor,
+    features: Tensor,
+    rotation: Tensor,
+    passes: int,
+    other: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """What the head reads, [B, T, H], pass after pass (see `unroll`).
+
+    Args:
+        other: [B, T, H], embeddings of other tokens, such as rejected ones. After the last pass comes one more: pass 0
+            as if slot t alone had read `other[t]`; its slot 0 is not meaningful.
+    """
     c = config
     batch, length, _ = embeddings.shape
     heads, kv_heads, size = c.num_heads, c.num_kv_heads, c.head_dim
-    group = heads // kv_heads
     at = "midlayer.self_attn."
-    weight = torch.cat(
-        [
-            interleave(parameters[f"{at}q_proj.weight"], size),
-            interleave(parameters[f"{at}k_proj.weight"], size),
-            parameters[f"{at}v_proj.weight"],
-        ]
-    )
+    query, key, value = (_cast(parameters[f"{at}{name}_proj.weight"]) for name in "qkv")
+    weight = torch.cat([interleave(query, size), interleave(key, size), value])
     of_token, of_state = weight.split(c.hidden_size, 1)
-    gate_up = torch.cat([parameters["midlayer.mlp.gate_proj.weight"], parameters["midlayer.mlp.up_proj.weight"]])
-    token_part = F.linear(_norm(embeddings, parameters["midlayer.input_layernorm.weight"], c.rms_norm_eps), of_token)
-    turn = rotation[:length, None]
-    slots = torch.arange(length, device=embeddings.device)
-    state = F.linear(features, parameters["fc.weight"])
+    gate_up = torch.cat([_cast(parameters[f"midlayer.mlp.{name}_proj.weight"]) for name in ("gate", "up")])
+
+    def read(tokens: Tensor) -> Tensor:
+        return F.linear(_norm(tokens, parameters["midlayer.input_layernorm.weight"], c.rms_norm_eps), of_token)
+
+    token_part, turn = read(embeddings), rotation[:length, None]
+    state = fused = F.linear(features, parameters["fc.weight"])
     past: list[tuple[Tensor, Tensor]] = []  # keys and values [B, Hk, T, D] of every pass
-    for k in range(passes):
-        if k:
+    for k in range(passes + (other is not None)):
+        if k == passes:
+            assert other is not None
+            state, token_part, past = fused, read(other), past[:1]
+        elif k:
             state = F.pad(state[:, :-1], (0, 0, 1, 0))
         normed = _norm(state, parameters["midlayer.hidden_norm.weight"], c.rms_norm_eps)
         qkv = (token_part + F.linear(normed, of_state)).view(batch, length, heads + 2 * kv_heads, size)
         turned = _rotate(qkv[:, :, : heads + kv_heads], turn)
-        queries = turned[:, :, :heads].view(batch, length, kv_heads, group, size).permute(0, 2, 3, 1, 4)
         past.append((turned[:, :, heads:].transpose(1, 2), qkv[:, :, heads + kv_heads :].transpose(1, 2)))
-        attended = _attend(queries, past, k, slots)  # [B, Hk, G, T, D]
-        attended = attended.permute(0, 3, 1, 2, 4).reshape(batch, length, heads * size)
+        attended = attend(turned[:, :, :heads].transpose(1, 2), past)  # [B, heads, T, D]
+        attended = attended.transpose(1, 2).reshape(batch, length, heads * size)
         state = state + F.linear(attended, parameters[f"{at}o_proj.weight"])
         normed = _norm(state, parameters["midlayer.post_attention_layernorm.weight"], c.rms_norm_eps)
         gate, up = F.linear(normed, gate_up).chunk(2, -1)
         state = state + F.linear(F.silu(gate) * up, parameters["midlayer.mlp.down_proj.weight"])
-        yield F.linear(_norm(state, parameters["norm.weight"], c.rms_norm_eps), parameters["lm_head.weight"])
-
-
-def _attend(queries: Tensor, past: list[tuple[Tensor, Tensor]], k: int, slots: Tensor) -> Tensor:
-    """Attention of pass k: the true slots up to t - k, and slot t - k + j of each pass j >= 1."""
-    batch, kv_heads, group, length, size = queries.shape
-    keys, values = past[0]
-    flat = queries.reshape(batch, kv_heads, group * length, size)
-    if k == 0:
-        mask = (slots[None] <= slots[:, None]).repeat(group, 1)
-        out = F.scaled_dot_product_attention(flat, keys, values, attn_mask=mask)
-        return out.view(queries.shape)
-    scale = size**-0.5
-    allowed = slots[None] <= slots[:, None] - k  # [T, T]
-    scores = (flat @ keys.transpose(-1, -2) * scale).view(batch, kv_heads, group, length, length)
-    parts = [scores.masked_fill(~allowed, float("-inf"))]
-    later = []
-    for j in range(1, k + 1):
-        key, value = (_shift(x, k - j) for x in past[j])
-        parts.append((queries * key[:, :, None]).sum(-1, keepdim=True) * scale)
-        later.append(value[:, :, None])
-    weights = torch.softmax(torch.cat(parts, -1), -1)
-    out = weights[..., :length].reshape(batch, kv_heads, group * length, length) @ values
-    out = out.view(queries.shape)
-    for j, value in enumerate(later):
-        out = out + weights[..., length + j, None] * value
-    return out
-
-
-def _shift(x: Tensor, slots: int) -> Tensor:
-    """[B, Hk, T, D] moved `slots` later, zeros before."""
-    return x if slots == 0 else F.pad(x[:, :, :-slots], (0, 0, slots, 0))
+        yield _norm(state, parameters["norm.weight"], c.rms_norm_eps)

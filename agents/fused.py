@@ -1,0 +1,150 @@
+"""The draft's head and its loss together, without ever holding the logits of more than a block of slots.
+
+A block's logits are made, turned into the gradient of its loss in place, a cache-sized piece at a time, and
+multiplied back into the gradients of the states and of the head at once. Peak memory beside the two gradients:
+`BLOCK` numbers of the product dtype and about ten times `PIECE` float32 numbers, whatever the vocabulary and the
+number of slots and passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from specrl.agents.losses import Mixture, Step, acceptance, greedy_step, sampled_step, top_k_of
+
+BLOCK = 1 << 26  # numbers of one block of logits: 128 MiB in bfloat16
+PIECE = 1 << 20  # numbers of one piece in float32: 4 MiB, about a processor's cache
+SHARPNESS = 4.0  # of the surrogate for deterministic drafts, see `losses.greedy_step`
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The target's distributions at M slots, on the draft's vocabulary, made where they are needed.
+
+    p = exp(logits / heat - log_norm), so mass outside the draft's vocabulary is missing from its sum.
+    """
+
+    logits: Tensor  # [M, Vd], as the traces hold them
+    log_norm: Tensor  # [M, 1] float32, over the target's whole vocabulary at `heat`
+    heat: Tensor  # [M, 1] float32, above 0
+    tokens: Tensor  # [M] int64, what came next as a draft id; -1: outside, or not known
+    top_k: int | None = None  # keep only the most likely tokens
+
+    def p(self, at: Tensor) -> Tensor:
+        """[n, Vd] float32 at the slots `at [n]`."""
+        logp = self.logits[at].float().div_(self.heat[at]).sub_(self.log_norm[at])
+        return logp.exp_() if self.top_k is None else top_k_of(logp.exp_(), self.top_k)
+
+
+def make_targets(
+    logits: Many[Tensor],
+    heats: Many[float],
+    next_tokens: Many[Tensor],
+    draft_ids: Tensor | None,
+    target_ids: Tensor | None,
+    top_k: int | None = None,
+) -> Targets:
+    """Targets of some sequences, one after the other.
+
+    Args:
+        logits: [n, V] of each sequence's slots.
+        heats: temperature of each sequence.
+        next_tokens: [n] int64 target ids of each, -1 where not known.
+        draft_ids: [V] int64, the draft id of each target id, -1 where it has none; None: they are the same.
+        target_ids: [Vd] int64, the reverse.
+        top_k: see `Targets`.
+    """
+    norms, kept = [], []
+    for x, heat in zip(logits, heats, strict=True):
+        norms += [(y.float() / heat).logsumexp(-1, keepdim=True) for y in x.split(max(1, PIECE // x.shape[-1]))]
+        kept.append(x if target_ids is None else x.index_select(-1, target_ids))
+    tokens = torch.cat(list(next_tokens))
+    if draft_ids is not None:
+        tokens = torch.where(tokens >= 0, draft_ids[tokens.clamp_min(0)], tokens)
+    heat_of = torch.cat([torch.full((len(x), 1), float(heat)) for x, heat in zip(logits, heats, strict=True)])
+    return Targets(kept[0] if len(kept) == 1 else torch.cat(kept), torch.cat(norms), heat_of, tokens, top_k)
+
+
+class HeadLoss(NamedTuple):
+    """A pass through the head."""
+
+    loss: Tensor  # [], weight · Σ of the losses
+    alpha: Tensor  # [], mean α
+    of_rows: Tensor  # [N, H], the gradient of `loss`
+
+
+def head_loss(
+    rows: Tensor, head: Tensor, targets: Targets, at: Tensor, mixture: Mixture, weight: float, of_head: Tensor
+) -> HeadLoss:
+    """weight · Σ_n loss(softmax(rows · headᵀ / heat), p), and its gradients, that of the head added to `of_head`.
+
+    Args:
+        rows: [N, H] states without gradients, N at least 1.
+        head: [Vd, H] without gradients, in the dtype of the products.
+        targets, at: what the target says, [N] int64 which of its slots the rows are.
+        mixture: of slot losses.
+        weight: of each slot.
+        of_head: [Vd, H] float32, added to.
+    """
+    words = head.shape[0]
+    loss, alpha = torch.zeros(()), torch.zeros(())
+    of_rows, x = torch.empty_like(rows), rows.to(head.dtype)
+    size, piece = max(1, BLOCK // words), max(1, PIECE // words)
+    with torch.autocast(rows.device.type, enabled=False):
+        for start in range(0, len(rows), size):
+            block = slice(start, start + size)
+            logits = F.linear(x[block], head)  # [n, Vd], from here on slowly becoming its gradient
+            for part, here in zip(logits.split(piece), at[block].split(piece), strict=True):
+                scores, p = part.float().detach().requires_grad_(), targets.p(here)
+                with torch.enable_grad():
+                    logq = torch.log_softmax(scores / targets.heat[here], -1)
+                    total = mixture(logq, p, targets.tokens[here]).sum()
+                (slope,) = torch.autograd.grad(total, scores)
+                loss += total.detach()
+                alpha += acceptance(logq.detach().exp(), p).sum()
+                torch.mul(slope, weight, out=slope)
+                part.copy_(slope)
+            of_rows[block] = logits @ head
+            _add_product(of_head, logits, x[block])
+    return HeadLoss(loss * weight, alpha / len(rows), of_rows)
+
+
+def _add_product(of_head: Tensor, slopes: Tensor, x: Tensor) -> None:
+    """of_head += slopesᵀ · x, without a second [Vd, H] where the dtypes differ."""
+    if slopes.dtype == of_head.dtype:
+        of_head.addmm_(slopes.t(), x)
+        return
+    size = max(1, 2 * PIECE // x.shape[-1])
+    for start in range(0, len(of_head), size):
+        of_head[start : start + size] += slopes[:, start : start + size].t() @ x
+
+
+def head_steps(rows: Tensor, head: Tensor, targets: Targets, at: Tensor, sampled: bool) -> Step:
+    """Each row as a step of a chain (see `losses.survival`), with gradients; logits are made again backwards.
+
+    Args:
+        rows: [N, H].
+        head: [Vd, H] in the dtype of the products.
+        targets, at: as in `head_loss`.
+        sampled: drafts are sampled and rejection-sampled; else the surrogate for the draft's best token.
+    """
+
+    def step(rows: Tensor, head: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(rows.device.type, enabled=False):
+            logits = F.linear(rows.to(head.dtype), head).float()
+            q, p, token = torch.softmax(logits / targets.heat[here], -1), targets.p(here), targets.tokens[here]
+            return sampled_step(q, p, token) if sampled else greedy_step(q, p, token, SHARPNESS)
+
+    size = max(1, BLOCK // 4 // head.shape[0])
+    steps = [
+        checkpoint(step, x, head, here, use_reentrant=False)
+        for x, here in zip(rows.split(size), at.split(size), strict=True)
+    ]
+    return Step(*(torch.cat(list(parts)) for parts in zip(*steps, strict=True)))
