@@ -15,6 +15,7 @@ _GUESS = 0.35  # log standard deviation of such a guess
 _OCTAVE = 0.05  # what a ratio of two plans may differ by between batch sizes, for every doubling
 _SPIKE = 0.6  # a round more than this above the mean in log seconds is a hiccup, unless it recurs
 _SLACK, _ALARM = 0.75, 6.0  # of the change detection, in standard deviations of one round
+_MOST = 2.0  # that one round may speak for a change: five at least must agree, for machines stutter in bursts
 _LEANS = 12.0  # a cost seen more often than this does without its neighbours
 
 
@@ -36,9 +37,10 @@ class Costs:
     """T(batch size, plan).
 
     Each cost is a mean of log seconds that forgets slowly. A cost that moves at once is noticed by a two-sided CUSUM of
-    its standardised residuals z (Page, 1954): S ← max(0, S ± z - 0.75), and S > 6 is a change. The cost then begins
-    anew with the rounds that S was made of, and the same plan's costs at other batch sizes are believed that much
-    less. A cost with little evidence leans on what its plan costs, relative to another one, at the nearest batch size.
+    its standardised residuals z, clipped at ±2 (Page, 1954): S ← max(0, S ± z - 0.75), and S > 6 is a change. The cost
+    then begins anew with the rounds that S was made of, and the same plan's costs at other batch sizes are believed
+    that much less. A cost with little evidence leans on what its plan costs, relative to another one, at the nearest
+    batch size.
 
     Args:
         plans: on offer.
@@ -83,7 +85,7 @@ class Costs:
 
     def _changed(self, cell: Cell, error: float) -> bool:
         """Whether this residual completes the evidence of a change."""
-        z = error / math.sqrt(self._variance * (1.0 + 1.0 / cell.weight))
+        z = max(-_MOST, min(error / math.sqrt(self._variance * (1.0 + 1.0 / cell.weight)), _MOST))
         cell.above, cell.below = max(0.0, cell.above + z - _SLACK), max(0.0, cell.below - z - _SLACK)
         if cell.above == cell.below == 0.0:
             cell.run, cell.length = 0.0, 0
