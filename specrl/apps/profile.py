@@ -17,7 +17,7 @@ from specrl.plan import Plan, parse_plans
 from specrl.rounds import PlainSample
 from specrl.workload import load_tokenizer, load_workload
 
-_ROUNDS, _UNCOUNTED = 8, 2  # rounds or plain steps of a block, and before it
+_ROUNDS, _UNCOUNTED = 8, 2  # rounds or plain steps of a block, and rounds before it
 _LEAST = 4  # passes
 
 
@@ -126,9 +126,9 @@ def record(
             for batch_size, plan in turns:
                 session.resize(batch_size)
                 done = [session.round(plan) for _ in range(_UNCOUNTED + _ROUNDS)]  # caches as another plan left them
-                steps = [session.measure_plain() for _ in range(_UNCOUNTED + _ROUNDS)]
+                steps = [session.measure_plain() for _ in range(_ROUNDS)]  # warm of themselves
                 if passes:
-                    blocks += [Block(tuple(done[_UNCOUNTED:])), Block(_plain(steps[_UNCOUNTED:]))]
+                    blocks += [Block(tuple(done[_UNCOUNTED:])), Block(_plain(steps))]
             turns.reverse()
             passes += 1
             advance(clock.now() - began)
