@@ -26,7 +26,7 @@ from torch import Tensor
 
 SlotLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 _FLOOR = 1e-8  # of p inside a logarithm: a token that the target never says costs 18 nats, not infinity
-_TINY = 1e-30  # of α inside a logarithm
+_TINY = 1e-30  # of α inside a logarithm, and of p to divide by
 
 
 def acceptance(q: Tensor, p: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def sampled_step(q: Tensor, p: Tensor, token: Tensor) -> Step:
     """
     at = token.clamp_min(0)[:, None]
     ours, theirs = q.gather(-1, at)[:, 0], p.gather(-1, at)[:, 0]
-    can = (token >= 0) & (theirs > 0)
+    can = (token >= 0) & (theirs > _TINY)  # less is a token of another temperature: 1 / p would not be finite
     stands = (ours / torch.where(can, theirs, 1.0)).clamp_max(1.0) * can
     return Step(stands, acceptance(q, p))
 
@@ -168,7 +168,7 @@ def survival(steps: Sequence[Step], starts: Tensor, inside: Tensor) -> tuple[Ten
     Args:
         steps: of pass 0 .. K - 1, each [B, T].
         starts: [B, T] bool, slots from which a chain may start: their next token was sampled from p.
-        inside: [B, T] bool, slots whose next token is known.
+        inside: [B, T] bool, slots that p and q are of; padding, on the right, is outside.
     """
     reach, valid = starts.to(steps[0].accepted.dtype), starts & inside
     sums, counts = [], []
@@ -244,7 +244,7 @@ def seconds_saved(survived: Tensor, costs: Sequence[PlanCost], *, speedup: float
         here = [cost for cost in costs if cost.batch_size == batch]
         saved = [cost.plain_s * accept_length(survived, cost.num_steps) - speedup * cost.round_s for cost in here]
         if best:
-            at = max(range(len(here)), key=lambda i: float(saved[i]))
+            at = max(range(len(here)), key=lambda i: float(saved[i].detach()))
             total = total + sum(cost.share for cost in here) * saved[at]
         else:
             for cost, value in zip(here, saved, strict=True):
