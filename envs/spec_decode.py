@@ -19,6 +19,7 @@ from specrl.baseline import PlainCost
 from specrl.clock import WallClock
 from specrl.engines.base import Engine, Session, Workload
 from specrl.envs.exclusive import Exclusive
+from specrl.envs.live import describe, measure_plain, named_workload
 from specrl.envs.panel import as_text, panel
 from specrl.envs.rewards import Outcome, make_reward
 from specrl.observation import Observation, Observer, vector_bounds
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from specrl.models.draft import Draft
 
-_FIRST_SAMPLES = 3  # plain steps measured when a batch size is met for the first time
 BatchSizes = int | str | Sequence[int] | Sequence[Phase]
 
 
@@ -154,7 +154,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         else:
             self.engine = engine
         if isinstance(workload, (str, Path)):
-            self.workload: Workload = _workload(
+            self.workload: Workload = named_workload(
                 workload, target, prompt_tokens, max_new_tokens, temperature, ignore_eos
             )
         else:
@@ -229,7 +229,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         context = self._context
         if self._exclusive is not None:
             self._exclusive.take()
-        self._measure_plain(context)
+        measure_plain(session, self.baseline, context)
         done = session.round(plan)
         t0 = self.baseline.estimate(self._batch_size, context)
         outcome = Outcome(sum(done.tokens.tolist()), self._batch_size, done.seconds + thinking_s, t0.seconds)
@@ -241,7 +241,8 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         self._tokens += outcome.tokens
         self._plain += outcome.plain_total_s
         self._spent += outcome.seconds
-        self._info = self._describe(done, outcome, thinking_s, t0.standard_error)
+        self._info = describe(done, outcome, thinking_s, t0.standard_error, self._plain / self._spent)
+        self._info["action_mask"] = self._action_mask.copy()
         terminated = self._max_tokens is not None and self._tokens >= self._max_tokens
         truncated = self._max_rounds is not None and self._rounds >= self._max_rounds
         if terminated or truncated:
@@ -357,42 +358,6 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
             )
         return self.plans[index]
 
-    def _measure_plain(self, context: float) -> None:
-        """Re-measure plain decoding where it is due; outside every timed window."""
-        assert self._session is not None
-        batch = self._batch_size
-        self.baseline.tick(batch, context)
-        if not self.baseline.due(batch, context):
-            return
-        first = not self.baseline.known(batch)
-        for _ in range(_FIRST_SAMPLES if first else 1):
-            sample = self._session.measure_plain()
-            if sample is None:
-                raise ValueError("the engine must measure plain decoding between rounds, but it does not; use 'local'")
-            self.baseline.add(sample)
-
-    def _describe(self, done: Round, outcome: Outcome, thinking_s: float, error_s: float) -> dict[str, Any]:
-        correct = done.correct_drafts.tolist()
-        return {
-            "tokens": outcome.tokens,
-            "seconds": outcome.seconds,
-            "draft_s": done.draft_s,
-            "verify_s": done.verify_s,
-            "other_s": done.other_s,
-            "thinking_s": thinking_s,
-            "prefill_s": done.prefill_s,
-            "accept_length": 1.0 + sum(correct) / len(correct),
-            "histogram": [correct.count(k) for k in range(done.plan.num_steps + 1)],
-            "plan": str(done.plan),
-            "draft_version": done.draft_version,
-            "batch_size": outcome.batch_size,
-            "t0_s": outcome.plain_s,
-            "t0_error_s": error_s,
-            "episode_speedup": self._plain / self._spent,
-            "action_mask": self._action_mask.copy(),
-            "round": done,
-        }
-
 
 def read_batch_sizes(given: BatchSizes) -> tuple[tuple[Phase, ...], tuple[Phase, ...]]:
     """A trace, and what episodes draw from (empty: they follow the trace)."""
@@ -422,21 +387,3 @@ def _local_engine(
     elif not isinstance(draft, Draft):
         draft = load_draft(draft)
     return LocalEngine(model, draft, max_context=max_context, use_rejection_sampling=use_rejection_sampling)
-
-
-def _workload(
-    spec: str | Path, target: str | Path, prompt_tokens: int, max_new_tokens: int, temperature: float, ignore_eos: bool
-) -> Workload:
-    from specrl.models.embedded import embedded_directory
-    from specrl.workload import load_tokenizer, load_workload
-
-    embedded = str(target).startswith("embedded")
-    return load_workload(
-        spec,
-        load_tokenizer(embedded_directory(str(target)) if embedded else Path(target)),
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        ignore_eos=ignore_eos,
-        split="train" if str(spec) == "stdlib" else "all",
-    )

@@ -27,7 +27,7 @@ def accept_chain(chosen: Tensor, drafted: Tensor) -> Accepted:
 
     Args:
         chosen: [B, s + 1] int64, the target's token after each verified token (sampled or greedy).
-        drafted: [B, s] int64.
+        drafted: [B, s] int64; -1, where nothing was drafted, is chosen by no target.
     """
     agree = chosen[:, :-1] == drafted
     correct = agree.long().cumprod(-1).sum(-1)
@@ -65,9 +65,9 @@ def reject_chain(
 
     Args:
         logits: [B, s + 1, V] float32, the target's.
-        drafted: [B, s] int64.
+        drafted: [B, s] int64; -1 where nothing was drafted, which falls and is replaced by a sample of p.
         proposals: [B, s, V] float32, the distributions q that the drafts were sampled from (one-hot where
-            greedy).
+            greedy, 0 where nothing was drafted).
         temperatures: of the requests.
         generator: for the coins and the samples.
     """
@@ -75,9 +75,10 @@ def reject_chain(
     if temperatures.all_greedy:
         return accept_chain(argmax(logits), drafted)
     p = distribution(logits, temperatures)
-    index = drafted[..., None]
+    index = drafted.clamp(min=0)[..., None]
     coins = torch.rand(batch, steps, generator=generator, device=logits.device)
     stands = coins * proposals.gather(-1, index)[..., 0] < p[:, :-1].gather(-1, index)[..., 0]
+    stands &= drafted >= 0
     correct = stands.long().cumprod(-1).sum(-1)
     rows = torch.arange(batch, device=logits.device)
     ours = p[rows, correct]  # [B, V]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specrl.clock import Clock
 from specrl.decoding.acceptance import accept_chain, accept_tree, reject_chain
-from specrl.decoding.proposal import Proposal, Start, propose_chain, propose_tree, tree_mask
+from specrl.decoding.proposal import Proposal, Start, check_distributions, propose_chain, propose_tree, tree_mask
 from specrl.decoding.sampling import Temperatures, choose
 from specrl.engines.base import Request
 from specrl.models.draft import ServingDraft
@@ -66,6 +66,7 @@ class LocalSession:
             target itself chooses them.
         trace: keep traces for `drain`.
         warm: batch sizes and plans whose kernels are known to be built; the engine's sessions share it.
+        taps: without a draft: layers whose inputs a trace keeps as features, for one who drafts outside.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class LocalSession:
         use_rejection_sampling: bool = True,
         trace: bool = False,
         warm: set[tuple[int, Plan, bool]] | None = None,
+        taps: tuple[int, ...] = (),
     ) -> None:
         most = target.config.max_position_embeddings
         if not 1 <= batch_size <= max_batch_size:
@@ -92,7 +94,7 @@ class LocalSession:
         self._requests, self._max_context, self._trace = requests, max_context, trace
         self._rejection = use_rejection_sampling
         self._warm = set() if warm is None else warm
-        self._taps = draft.config.taps if draft is not None else ()
+        self._taps = draft.config.taps if draft is not None else taps
         self._eos = frozenset(target.config.eos_token_ids)
         device, capacity = target.device, max_context + MOST_NODES + 1
         self._cache = target.new_cache(max_batch_size, capacity)
@@ -127,6 +129,11 @@ class LocalSession:
     def context_lengths(self) -> list[int]:
         """Tokens known of each live request."""
         return self._length.tolist()
+
+    @property
+    def request_ids(self) -> list[int]:
+        """Of the live requests, row by row."""
+        return [live.id for live in self._live]
 
     @torch.inference_mode()
     def resize(self, batch_size: int) -> None:
@@ -165,13 +172,26 @@ class LocalSession:
         """
         self._check(plan)
         self._warm_up(plan)
-        began, context = self.clock.now(), self._length.copy()
-        proposal = self._propose(plan)
-        drafted = self.clock.now()
+        began = self.clock.now()
+        return self._conclude(plan, self._propose(plan), began)
+
+    @torch.inference_mode()
+    def round_with(self, drafted: Tensor, distributions: Tensor | None = None) -> Round:
+        """Verify and commit what somebody else drafted, for every live request (see `ProposalSession`)."""
+        plan = self._check_given(drafted, distributions)
+        proposal = self._given(plan, drafted, distributions)
+        self._warm_up(plan, proposal)
+        began = self.clock.now()
+        return self._conclude(plan, self._given(plan, drafted, distributions), began)
+
+    def _conclude(self, plan: Plan, proposal: Proposal, began: float) -> Round:
+        """Verify and commit a proposal whose making began at `began`."""
+        context, drafted = self._length.copy(), self.clock.now()
         decoded = self._verify(plan, proposal)
         correct, committed, path = self._accept(plan, proposal, decoded.logits)
         verified = self.clock.now()
-        if decoded.features is not None:
+        if self.draft is not None:
+            assert decoded.features is not None
             self._keep_features(decoded.features, path)
         ids = self._ids
         counts, ended = self._commit(committed)
@@ -244,7 +264,46 @@ class LocalSession:
         if max(plan.num_draft_tokens, (plan.num_steps - 1) * plan.topk) > MOST_NODES:
             raise ValueError(f"a plan may draft and verify at most {MOST_NODES} tokens per request, but got {plan}")
 
-    def _warm_up(self, plan: Plan) -> None:
+    def _check_given(self, drafted: Tensor, distributions: Tensor | None) -> Plan:
+        """The chain that a given proposal is.
+
+        Raises:
+            ValueError: a shape, dtype, token or distribution that is not one, or a token drafted after none.
+        """
+        self._check_open()
+        vocab = self.target.config.vocab_size
+        if drafted.dtype != torch.int64 or drafted.ndim != 2 or len(drafted) != self._size:
+            got = f"{drafted.dtype} {list(drafted.shape)}"
+            raise ValueError(f"drafted must be int64 [{self._size}, num_steps], a row per live request, but got {got}")
+        steps = drafted.shape[1]
+        if steps >= MOST_NODES:
+            raise ValueError(f"a proposal may draft at most {MOST_NODES - 1} tokens per request, but got {steps}")
+        if steps == 0:
+            return Plan(0)
+        if not -1 <= int(drafted.min()) <= int(drafted.max()) < vocab:
+            raise ValueError(
+                f"drafted tokens must be in [0, {vocab}), or -1 where a draft ends, but got "
+                f"{int(drafted.min())}..{int(drafted.max())}"
+            )
+        if bool(((drafted[:, 1:] >= 0) & (drafted[:, :-1] < 0)).any()):
+            raise ValueError("a draft that has ended must not go on, but got a token after -1; pad with -1 at the end")
+        if distributions is not None:
+            check_distributions(drafted, distributions, vocab)
+        return Plan(steps)
+
+    def _given(self, plan: Plan, drafted: Tensor, distributions: Tensor | None) -> Proposal:
+        """Somebody else's drafts after the committed tokens, as a proposal."""
+        drafted = drafted.to(self.target.device)
+        tokens = torch.cat([self._last()[:, None], drafted.clamp(min=0)], 1)
+        if plan.num_steps == 0:
+            return Proposal(tokens, self._no_parents[: len(tokens)], None, None, None)
+        parents = torch.arange(-1, plan.num_steps, device=tokens.device).expand(tokens.shape)
+        q = None
+        if distributions is not None:
+            q = distributions.to(tokens.device).masked_fill((drafted < 0)[..., None], 0.0)
+        return Proposal(tokens, parents, None, None, q, drafted)
+
+    def _warm_up(self, plan: Plan, given: Proposal | None = None) -> None:
         """Before the first round of its kind, run it once and take everything back: kernels are built untimed."""
         kind = (self._size, plan, self.draft is None)
         if kind in self._warm:
@@ -252,7 +311,7 @@ class LocalSession:
         self._warm.add(kind)
         read, state = self._read.copy(), self._generator.get_state()
         for _ in range(2):
-            proposal = self._propose(plan)
+            proposal = self._propose(plan) if given is None else given
             choose(self._verify(plan, proposal).logits, self._temperatures, self._generator)
             self._read[:] = read
         self._generator.set_state(state)
@@ -336,15 +395,14 @@ class LocalSession:
         if plan.num_steps == 0:
             tokens = choose(logits[:, 0], self._temperatures, self._generator).tolist()
             return np.zeros(len(tokens), dtype=np.int64), [[token] for token in tokens], None
+        tested = proposal.tokens[:, 1:] if proposal.drafted is None else proposal.drafted
         if proposal.distributions is not None:
-            accepted = reject_chain(
-                logits, proposal.tokens[:, 1:], proposal.distributions, self._temperatures, self._generator
-            )
+            accepted = reject_chain(logits, tested, proposal.distributions, self._temperatures, self._generator)
         else:
             chosen = choose(logits, self._temperatures, self._generator)  # [B, n]
             if not plan.is_chain:
                 return self._accept_tree(plan, proposal, chosen)
-            accepted = accept_chain(chosen, proposal.tokens[:, 1:])
+            accepted = accept_chain(chosen, tested)
         correct, bonus = accepted.correct.cpu().numpy(), accepted.bonus.tolist()
         drafted = proposal.tokens[:, 1:].tolist()
         return correct, [[*d[:c], b] for d, c, b in zip(drafted, correct.tolist(), bonus, strict=True)], None
@@ -485,8 +543,8 @@ class LocalSession:
             self._all_pending[row, 0] = decoded.features[0, -1]
             if length > 1:
                 self._prefill_draft(row, tokens[:, 1:], decoded.features[:, :-1])
-            if self._trace:
-                self._record_prefill(live, tokens, decoded.features, decoded.logits, ends)
+        if self._trace and decoded.features is not None:
+            self._record_prefill(live, tokens, decoded.features, decoded.logits, ends)
         return ends
 
     def _prefill_draft(self, row: int, tokens: Tensor, features: Tensor) -> None:

@@ -87,6 +87,31 @@ class Session(Protocol):
 
 
 @runtime_checkable
+class ProposalSession(Session, Protocol):
+    """A session that verifies what somebody else drafted, too."""
+
+    @property
+    def request_ids(self) -> Sequence[int]:
+        """Of the live requests, row by row."""
+        ...
+
+    def round_with(self, drafted: Tensor, distributions: Tensor | None = None) -> Round:
+        """Verify and commit these drafts for every live request; `draft_s` is what taking them over took.
+
+        Args:
+            drafted: [B, s] int64 chains of target ids, -1 after the end of a shorter one; s may be 0.
+            distributions: [B, s, V] float32 that each draft was sampled from, given those before it, for rejection
+                sampling; None: drafts stand where the target itself chooses them, whatever they are. A request's
+                output is the target's own under every proposal without them, and under every greedy one. With them
+                it is where the drafts are truly such samples, which nobody can check.
+
+        Raises:
+            ValueError: a shape, dtype, token or distribution that is not one. Nothing is committed then.
+        """
+        ...
+
+
+@runtime_checkable
 class Engine(Protocol):
     """A decoder of one target, with or without a draft."""
 

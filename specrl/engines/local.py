@@ -27,9 +27,10 @@ class LocalEngine:
         use_rejection_sampling: sample chains from the draft and accept by rejection sampling; else drafts are
             the draft's best tokens and stand where the target itself chooses them (SGLang's default).
         clock: that times the rounds; None: the machine's, synchronised with the target's device.
+        taps: without a draft: layers whose inputs are the features in traces, for one who drafts outside the engine.
 
     Raises:
-        ValueError: the draft was made for another target.
+        ValueError: the draft was made for another target, or has taps of its own.
     """
 
     def __init__(
@@ -40,13 +41,19 @@ class LocalEngine:
         max_context: int | None = None,
         use_rejection_sampling: bool = True,
         clock: Clock | None = None,
+        taps: tuple[int, ...] = (),
     ) -> None:
+        if taps and draft is not None:
+            raise ValueError(f"taps must be left out where there is a draft, which has its own, but got {taps}")
+        if any(not 0 <= tap < target.config.num_layers for tap in taps):
+            raise ValueError(f"taps must be layers of the target, in [0, {target.config.num_layers}), but got {taps}")
         self.target = target
         self._serving = None if draft is None else ServingDraft(draft, target)
         most = min(_DEFAULT_CONTEXT, target.config.max_position_embeddings)
         self.max_context = most if max_context is None else max_context
         self._rejection = use_rejection_sampling
         self._clock = clock or WallClock(target.device)
+        self.taps = taps if draft is None else draft.config.taps
         self._sessions: WeakSet[LocalSession] = WeakSet()  # those that nobody holds are gone
         self._warm: set[tuple[int, Plan, bool]] = set()
 
@@ -95,6 +102,7 @@ class LocalEngine:
             use_rejection_sampling=self._rejection,
             trace=trace,
             warm=self._warm,
+            taps=() if plain else self.taps,
         )
         self._sessions.add(session)
         return session
