@@ -110,6 +110,7 @@ def measure(
     seconds: float,
     seed: int = 0,
     on_block: Callable[[float, float], None] | None = None,
+    lanes_out: list[Lane] | None = None,
 ) -> list[Measured]:
     """Measure lanes against the first, which is plain decoding, until every interval is narrow enough.
 
@@ -122,6 +123,7 @@ def measure(
         seconds: or when this much time (all lanes together) is spent, after six blocks at least.
         seed: of prompts, sampling and the bootstrap.
         on_block: called after each pass with the seconds spent and the widest half-width.
+        lanes_out: the lanes are added to it, for what their blocks and rounds say beyond the results.
     """
     clock = settings[0].engine.clock
     lanes = [
@@ -144,6 +146,8 @@ def measure(
         if on_block is not None:
             on_block(clock.now() - began, widest)
     results = [_result(lanes[0], lane, batch_size, seed) for lane in lanes]
+    if lanes_out is not None:
+        lanes_out += lanes
     for lane in lanes:
         lane.session.close()
     return results

@@ -1,0 +1,176 @@
+"""After a shift of traffic: a draft that goes on learning, against the same draft frozen, by the clock.
+
+    python benchmarks/drift.py run [--shifts ...] [--seeds 3] [--before 400] [--after 400] [--output DIR]
+    python benchmarks/drift.py report [--output DIR]
+
+The draft learns from random initialisation on `--before` requests of the first traffic (embedded target, temperature
+0.7, 16 at a time, 5/1/6, the default learner). Then the traffic shifts. One copy goes on learning from it, the other is
+frozen. Every so many requests both are measured at batch 1 on held-out prompts of the new traffic, in turns in one
+process with plain decoding, each with lookahead 1, 3 and 5: the ratio is that of the adapting draft's best lookahead
+over the frozen draft's best lookahead, from paired blocks, with its 95 % interval. Learning itself is off this clock,
+as on a machine of its own; its seconds are printed beside it.
+
+Traffic: stdlib (what the target was trained on), pydoc_data (prose), encodings (tables), tests. Raw data: one JSON for
+each shift and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
+from specrl.agents.fixed import FixedPlan
+from specrl.apps.bench import target_directory
+from specrl.apps.loop import OnlineLoop
+from specrl.apps.malloc import keep_large_blocks
+from specrl.apps.output import environment
+from specrl.apps.paired import Lane, Measured, Setting, measure
+from specrl.apps.quickstart import NEW, PROMPT, TARGET
+from specrl.apps.train import fresh_draft
+from specrl.engines.base import Workload
+from specrl.engines.local import LocalEngine
+from specrl.models.draft import Draft
+from specrl.models.target import Target, load_target
+from specrl.plan import Plan
+from specrl.statistics import Interval, mean_interval, paired_speedup
+from specrl.streams import load_stream
+from specrl.traffic import Phase
+from specrl.workload import load_tokenizer
+
+SHIFTS = ("stdlib,encodings", "stdlib,pydoc_data", "encodings,stdlib", "pydoc_data,stdlib", "encodings,pydoc_data")
+SERVED, TIMED, BATCH = Plan(5), (Plan(1), Plan(3), Plan(5)), 16
+PROBES = (0, 50, 100, 200, 400)  # requests after the shift
+
+
+def workload(name: str, split: str) -> Workload:
+    """Traffic by name."""
+    return load_stream(
+        name,
+        load_tokenizer(target_directory(TARGET)),
+        prompt_tokens=PROMPT,
+        max_new_tokens=NEW,
+        temperature=0.7,
+        ignore_eos=True,
+        split=split,  # type: ignore[arg-type]
+    )
+
+
+def loop_on(engine: LocalEngine, learner: OnlineLearner, traffic: Workload, seed: int) -> OnlineLoop:
+    """Serves and learns."""
+    return OnlineLoop(engine, traffic, FixedPlan(SERVED), learner, [Phase(BATCH)], seed=seed)
+
+
+def run(shift: str, seed: int, before: int, after: int, seconds: float) -> dict[str, Any]:
+    """One shift."""
+    first, then = (name.strip() for name in shift.split(","))
+    target = load_target(TARGET)
+    draft = fresh_draft(target, TARGET, seed)
+    learner = OnlineLearner(draft, target.embedding, LearnerConfig(), seed=seed)
+    engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
+    loop = loop_on(engine, learner, workload(first, "train"), seed)
+    while loop.requests < before:
+        loop.step()
+    loop.close()
+    frozen = Draft(draft.config, dict(learner.weights()[1]))
+    probes, course, recent = [], [], deque[float](maxlen=60)
+    loop = loop_on(engine, learner, workload(then, "train"), seed + 100)
+    for due in [probe for probe in PROBES if probe <= after]:
+        while loop.requests < due:
+            recent.append(loop.step().accept_length)
+            if loop.rounds % 30 == 0:
+                course.append([loop.requests, sum(recent) / len(recent)])
+        now = Draft(draft.config, dict(learner.weights()[1]))
+        found = {"requests": loop.requests, "learn_s": loop.learn_s, **compare(target, frozen, now, then, seconds)}
+        probes.append(found)
+        print(f"  {shift} seed {seed}, {due} requests after: {found['ratio']}", flush=True)
+    loop.close()
+    engine.close()
+    return {
+        "shift": shift, "seed": seed, "before": before, "probes": probes, "course": course,
+        "environment": environment(),
+    }  # fmt: skip
+
+
+def compare(target: Target, frozen: Draft, now: Draft, traffic: str, seconds: float) -> dict[str, Any]:
+    """Both drafts and plain decoding at batch 1, in turns."""
+    plain = LocalEngine(target, max_context=PROMPT + NEW)
+    settings, kept = [Setting("plain", plain, None)], list[Lane]()
+    for name, draft in (("frozen", frozen), ("adapting", now)):
+        engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
+        settings += [Setting(f"{name} {plan}", engine, plan) for plan in TIMED]
+    results = measure(
+        settings, workload(traffic, "held_out"), batch_size=1, block_tokens=NEW, precision=0.005, seconds=seconds,
+        seed=11, lanes_out=kept,
+    )  # fmt: skip
+
+    def best(kind: str) -> tuple[Lane, Measured]:
+        mine = [(lane, m) for lane, m in zip(kept, results, strict=True) if m.name.startswith(kind)]
+        return max(mine, key=lambda pair: pair[1].total_tps)
+
+    (slow, of_frozen), (fast, of_adapting) = best("frozen"), best("adapting")
+    times = [np.array([s / n for n, s in lane.blocks]) for lane in (slow, fast)]
+    ratio: Interval = paired_speedup(times[0], times[1], rng=np.random.default_rng(0))
+    return {
+        "ratio": [ratio.value, ratio.low, ratio.high],
+        "frozen": _told(of_frozen),
+        "adapting": _told(of_adapting),
+        "all": [_told(m) for m in results],
+    }
+
+
+def _told(m: Measured) -> dict[str, Any]:
+    speedup = None if m.speedup is None else [m.speedup.value, m.speedup.low, m.speedup.high]
+    return {"name": m.name, "tps": m.total_tps, "speedup": speedup, "accept_length": m.accept_length}
+
+
+def report(directory: Path) -> None:
+    """The table of all runs in a directory."""
+    runs = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    rng, summary = np.random.default_rng(0), []
+    for shift in dict.fromkeys(r["shift"] for r in runs):
+        mine = [r for r in runs if r["shift"] == shift]
+        print(f"{shift}: {len(mine)} seeds; adapting over frozen, batch 1")
+        for at, probe in enumerate(PROBES[: len(mine[0]["probes"])]):
+            ratios = [r["probes"][at]["ratio"] for r in mine]
+            logs = np.log([ratio[0] for ratio in ratios])
+            spread = mean_interval(logs, rng=rng) if len(logs) > 1 else None
+            over = f"[{np.exp(spread.low):.3f}, {np.exp(spread.high):.3f}] over seeds" if spread else ""
+            each = ", ".join(f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in ratios)
+            lengths = [[r["probes"][at][k]["accept_length"] for r in mine] for k in ("frozen", "adapting")]
+            taus = " -> ".join(f"{np.mean(x):.2f}" for x in lengths)
+            print(f"  {probe:4d} requests: {np.exp(logs.mean()):.3f} {over}  accept length {taus}  each: {each}")
+            never_below = all(ratio[2] >= 1.0 for ratio in ratios)
+            summary.append(
+                {"shift": shift, "requests": probe, "ratio": float(np.exp(logs.mean())), "never_below": never_below}
+            )
+    print(json.dumps(summary))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--shifts", nargs="+", default=SHIFTS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--before", type=int, default=400)
+    parser.add_argument("--after", type=int, default=400)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of measuring, for each probe")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "drift")
+    args = parser.parse_args()
+    keep_large_blocks()
+    args.output.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.seeds if args.what == "run" else 0):
+        for shift in args.shifts:
+            path = args.output / f"{shift.replace(',', '-to-')}-seed{seed}.json"
+            if not path.exists():
+                path.write_text(json.dumps(run(shift, seed, args.before, args.after, args.seconds)) + "\n")
+    report(args.output)
+
+
+if __name__ == "__main__":
+    main()

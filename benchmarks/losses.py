@@ -1,0 +1,193 @@
+"""Every loss on the same recorded traffic and budget, then against the clock.
+
+    python benchmarks/losses.py run [--seeds 5] [--updates 500] [--requests 400] [--output DIR]
+    python benchmarks/losses.py report [--output DIR]
+
+Traffic: the embedded target at temperature 0.7 serves with a draft that has learnt from 300 requests (5/1/6, sampled
+drafts), so that it holds rejected drafts too; the next `--requests` of them are recorded once for each seed. Every
+loss then trains a draft from the same random initialisation, with the default learner's settings otherwise and the same
+draws of 4 requests. The drafts are measured in turns with plain decoding on held-out prompts, plan 3/1/4, at batch
+sizes 1, 4 and 16. `seconds_saved` counts with costs measured just before; `seconds_saved, unit costs` with the same
+formula and every round at the cost of a plain one (what the clock contributes is the difference).
+
+P(better): the probability that a seed's speedup at batch 1 is above forward KL's on the same traffic, in pairs of a
+seed (ties count half) and between any two seeds. Raw data: one JSON for each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
+from specrl.agents.fixed import FixedPlan
+from specrl.agents.losses import PlanCost
+from specrl.agents.sequences import Assembler, Sequence
+from specrl.apps.loop import OnlineLoop
+from specrl.apps.malloc import keep_large_blocks
+from specrl.apps.output import environment
+from specrl.apps.paired import Setting, measure
+from specrl.apps.quickstart import NEW, PROMPT, TARGET, _workload
+from specrl.apps.train import fresh_draft
+from specrl.engines.local import LocalEngine
+from specrl.models.draft import Draft
+from specrl.models.target import Target, load_target
+from specrl.plan import Plan
+from specrl.statistics import mean_interval, probability_of_improvement
+from specrl.traffic import Phase
+
+SERVED, TIMED, BATCHES = Plan(5), Plan(3), (1, 4, 16)
+REFERENCE = "forward_kl"
+ARMS: dict[str, dict[str, Any]] = {
+    REFERENCE: {},
+    "forward_kl at 0.7": {"temperature": None},
+    "reverse_kl": {"loss": "reverse_kl"},
+    "next_token": {"loss": "next_token"},
+    "total_variation at 0.7": {"loss": "total_variation", "temperature": None},
+    "lk at 0.7": {"loss": "lk", "temperature": None},
+    "forward_kl + lk": {"loss": "forward_kl:0.5+lk:0.5", "temperature": None},
+    "forward_kl + rejected": {"rejected": 0.5},
+    "accept_length": {"loss": "accept_length", "temperature": None},
+    "seconds_saved": {"loss": "seconds_saved", "temperature": None},
+    "seconds_saved, unit costs": {"loss": "seconds_saved", "temperature": None},
+    "forward_kl + seconds_saved": {"loss": "forward_kl:0.5+seconds_saved:0.5", "temperature": None},
+}
+
+
+def recorded(target: Target, seed: int, requests: int) -> list[Sequence]:
+    """Traffic served with a draft that has learnt a little."""
+    draft = fresh_draft(target, TARGET, 50 + seed)
+    learner = OnlineLearner(draft, target.embedding, LearnerConfig(), seed=seed)
+    engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
+    loop = OnlineLoop(engine, _workload("train"), FixedPlan(SERVED), learner, [Phase(16)], seed=seed)
+    while loop.requests < 300:
+        loop.step()
+    loop.close()
+    session = engine.start(_workload("train"), batch_size=16, seed=10_000 + seed, trace=True)
+    assembler, kept = Assembler(rejected=True), list[Sequence]()
+    while len(kept) < requests:
+        session.round(SERVED)
+        kept += assembler.add(session.drain())
+    engine.close()
+    return kept[:requests]
+
+
+def plan_costs(target: Target, draft: Draft, *, unit: bool) -> list[PlanCost]:
+    """t0 and T of plain decoding and of the chains up to 5, at every batch size."""
+    plans = [Plan(s) for s in range(6)]
+    costs = []
+    for batch in BATCHES:
+        if unit:
+            costs += [PlanCost(batch, plan.num_steps, 1.0, 1.0) for plan in plans]
+            continue
+        engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
+        session = engine.start(_workload("train"), batch_size=batch, seed=3)
+        times: dict[Plan, list[float]] = {plan: [] for plan in plans}
+        plain = []
+        for _ in range(12):
+            for plan in plans:
+                times[plan] += [session.round(plan).seconds for _ in range(4)][1:]
+            sample = session.measure_plain()
+            plain.append(sample.seconds)
+        engine.close()
+        t0 = float(np.median(plain))
+        costs += [PlanCost(batch, plan.num_steps, t0, float(np.median(times[plan]))) for plan in plans]
+    return costs
+
+
+def train(target: Target, seed: int, arm: str, traffic: list[Sequence], updates: int) -> tuple[Draft, list[float]]:
+    """A draft learnt by one loss; and the mean odds of a first draft to stand, over each tenth of the updates."""
+    draft = fresh_draft(target, TARGET, seed)
+    learner = OnlineLearner(draft, target.embedding, LearnerConfig(**ARMS[arm]), seed=seed)
+    if "seconds_saved" in learner.config.loss:
+        learner.price(plan_costs(target, draft, unit="unit" in arm))
+    rng, alphas = np.random.default_rng(seed), []
+    for _ in range(updates):
+        drawn = [traffic[i] for i in rng.choice(len(traffic), 4, replace=False)]
+        alphas.append(learner.update(drawn).get("alpha_1", float("nan")))
+    return Draft(draft.config, dict(learner.weights()[1])), np.array(alphas).reshape(10, -1).mean(1).tolist()
+
+
+def run(seed: int, updates: int, requests: int, seconds: float) -> dict[str, Any]:
+    """All losses on one recording."""
+    target = load_target(TARGET)
+    traffic = recorded(target, seed, requests)
+    drafts, courses = {}, {}
+    for arm in ARMS:
+        drafts[arm], courses[arm] = train(target, seed, arm, traffic, updates)
+        print(f"  seed {seed} {arm}: alpha {courses[arm][-1]:.3f}", flush=True)
+    plain = LocalEngine(target, max_context=PROMPT + NEW)
+    engines = {arm: LocalEngine(target, draft, max_context=PROMPT + NEW) for arm, draft in drafts.items()}
+    rows = []
+    for batch in BATCHES:
+        settings = [Setting("plain", plain, None)]
+        settings += [Setting(arm, engine, TIMED) for arm, engine in engines.items()]
+        found = measure(
+            settings,
+            _workload("held_out"),
+            batch_size=batch,
+            block_tokens=NEW,
+            precision=0.01,
+            seconds=seconds,
+            seed=seed,
+        )
+        for each in found[1:]:
+            assert each.speedup is not None
+            interval = [each.speedup.value, each.speedup.low, each.speedup.high]
+            rows.append(
+                {"loss": each.name, "batch_size": batch, "accept_length": each.accept_length, "speedup": interval}
+            )
+    return {
+        "seed": seed, "updates": updates, "requests": requests, "rows": rows, "alpha": courses,
+        "environment": environment(),
+    }  # fmt: skip
+
+
+def report(directory: Path) -> None:
+    """The table of all seeds in a directory."""
+    runs = [json.loads(path.read_text()) for path in sorted(directory.glob("seed*.json"))]
+    rng, summary = np.random.default_rng(0), []
+
+    def of(arm: str, batch: int, key: str) -> np.ndarray:
+        found = [r[key] for one in runs for r in one["rows"] if r["loss"] == arm and r["batch_size"] == batch]
+        return np.array([x[0] if isinstance(x, list) else x for x in found])
+
+    print(f"{len(runs)} seeds, {runs[0]['updates']} updates of 4 requests, plan {TIMED}; mean over seeds [95 %]")
+    heads = "".join(f"{f'speedup, batch {b}':>26}" for b in BATCHES)
+    print(f"{'loss':28}{'accept length':>24}{heads}{'P(better), paired':>20}")
+    for arm in ARMS:
+        cells = []
+        for values in (of(arm, 1, "accept_length"), *(of(arm, batch, "speedup") for batch in BATCHES)):
+            cells.append(mean_interval(values, rng=rng) if len(values) > 1 else values[0])
+        ours, theirs = of(arm, 1, "speedup"), of(REFERENCE, 1, "speedup")
+        better, paired = probability_of_improvement(ours, theirs), float(np.mean(ours > theirs))
+        shown = "" if arm == REFERENCE else f"{better:.2f}, {paired:.2f}"
+        print(f"{arm:28}{cells[0]!s:>24}" + "".join(f"{c!s:>26}" for c in cells[1:]) + f"{shown:>20}")
+        summary.append({"loss": arm, "better": None if arm == REFERENCE else better, "cells": [str(c) for c in cells]})
+    print(json.dumps(summary))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=500)
+    parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--seconds", type=float, default=40.0, help="of measuring, for each batch size")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "losses")
+    args = parser.parse_args()
+    keep_large_blocks()
+    args.output.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.seeds if args.what == "run" else 0):
+        path = args.output / f"seed{seed}.json"
+        if not path.exists():
+            path.write_text(json.dumps(run(seed, args.updates, args.requests, args.seconds)) + "\n")
+    report(args.output)
+
+
+if __name__ == "__main__":
+    main()
