@@ -6,6 +6,7 @@ if __name__ != "specrl.envs":
 import gymnasium
 
 SPEC_DECODE = "SpecRL/SpecDecode-v0"
+DRAFT_TOKENS = "SpecRL/DraftTokens-v0"
 SIMULATED = "SpecRL/Simulated-v0"
 
 
@@ -14,6 +15,13 @@ def register() -> None:
     if SPEC_DECODE not in gymnasium.registry:
         gymnasium.register(
             SPEC_DECODE, entry_point="specrl.envs.spec_decode:SpecDecodeEnv", nondeterministic=True, order_enforce=True
+        )
+    if DRAFT_TOKENS not in gymnasium.registry:
+        gymnasium.register(
+            DRAFT_TOKENS,
+            entry_point="specrl.envs.draft_tokens:DraftTokensEnv",
+            nondeterministic=True,
+            order_enforce=True,
         )
     if SIMULATED not in gymnasium.registry:
         gymnasium.register(

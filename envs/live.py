@@ -13,6 +13,18 @@ from specrl.rounds import Round
 _FIRST_SAMPLES = 3  # plain steps measured when a batch size is met for the first time
 
 
+def check_episode(max_rounds: int | None, max_tokens: int | None, reward: str) -> None:
+    """Raise a ValueError unless exactly one length of an episode is given, and it suits the reward."""
+    if (max_rounds is None) == (max_tokens is None):
+        raise ValueError(
+            f"exactly one of max_rounds and max_tokens must be given, but got {max_rounds} and {max_tokens}"
+        )
+    if min(v for v in (max_rounds, max_tokens) if v is not None) < 1:
+        raise ValueError(f"an episode must have at least 1 round or token, but got {max_rounds or max_tokens}")
+    if reward == "time_saved" and max_tokens is None:
+        raise ValueError("reward 'time_saved' is right only in episodes of max_tokens, but got max_rounds")
+
+
 def measure_plain(session: Session, baseline: PlainCost, context: float) -> None:
     """Re-measure plain decoding where it is due; outside every timed window.
 

@@ -11,11 +11,11 @@ from rich.panel import Panel
 from rich.table import Table
 
 
-def panel(info: Mapping[str, Any] | None, rounds: int) -> Panel:
+def panel(info: Mapping[str, Any] | None, rounds: int, title: str = "SpecDecode") -> Panel:
     """The last round and the episode so far; `info` is None before the first round."""
     grid = Table.grid(padding=(0, 3))
     if info is None:
-        return Panel("no round yet", title="SpecDecode", title_align="left", expand=False)
+        return Panel("no round yet", title=title, title_align="left", expand=False)
     split = "  ".join(f"{name} {info[f'{name}_s'] * 1e3:.2f}" for name in ("draft", "verify", "other", "thinking"))
     histogram = " ".join(str(count) for count in info["histogram"])
     rows = {
@@ -27,7 +27,7 @@ def panel(info: Mapping[str, Any] | None, rounds: int) -> Panel:
     }
     for name, value in rows.items():
         grid.add_row(name, value)
-    return Panel(grid, title="SpecDecode", title_align="left", expand=False)
+    return Panel(grid, title=title, title_align="left", expand=False)
 
 
 def as_text(view: Panel) -> str:

@@ -19,7 +19,7 @@ from specrl.baseline import PlainCost
 from specrl.clock import WallClock
 from specrl.engines.base import Engine, Session, Workload
 from specrl.envs.exclusive import Exclusive
-from specrl.envs.live import describe, measure_plain, named_workload
+from specrl.envs.live import check_episode, describe, measure_plain, named_workload
 from specrl.envs.panel import as_text, panel
 from specrl.envs.rewards import Outcome, make_reward
 from specrl.observation import Observation, Observer, vector_bounds
@@ -126,14 +126,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         allow_parallel: bool = False,
         render_mode: str | None = None,
     ) -> None:
-        if (max_rounds is None) == (max_tokens is None):
-            raise ValueError(
-                f"exactly one of max_rounds and max_tokens must be given, but got {max_rounds} and {max_tokens}"
-            )
-        if min(v for v in (max_rounds, max_tokens) if v is not None) < 1:
-            raise ValueError(f"an episode must have at least 1 round or token, but got {max_rounds or max_tokens}")
-        if reward == "time_saved" and max_tokens is None:
-            raise ValueError("reward 'time_saved' is right only in episodes of max_tokens, but got max_rounds")
+        check_episode(max_rounds, max_tokens, reward)
         if action not in ("discrete", "multi_discrete"):
             raise ValueError(f"action must be 'discrete' or 'multi_discrete', but got {action!r}")
         if render_mode not in (None, *self.metadata["render_modes"]):

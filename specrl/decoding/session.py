@@ -135,6 +135,11 @@ class LocalSession:
         """Of the live requests, row by row."""
         return [live.id for live in self._live]
 
+    @property
+    def last_tokens(self) -> list[int]:
+        """The last committed token of each live request."""
+        return self._known[self._every, self._length - 1].tolist()
+
     @torch.inference_mode()
     def resize(self, batch_size: int) -> None:
         """Decode `batch_size` requests from the next round on; more are prefilled, or the last ones parked.

@@ -95,6 +95,11 @@ class ProposalSession(Session, Protocol):
         """Of the live requests, row by row."""
         ...
 
+    @property
+    def last_tokens(self) -> Sequence[int]:
+        """The last committed token of each live request."""
+        ...
+
     def round_with(self, drafted: Tensor, distributions: Tensor | None = None) -> Round:
         """Verify and commit these drafts for every live request; `draft_s` is what taking them over took.
 

@@ -1,0 +1,310 @@
+"""`SpecRL/DraftTokens-v0`: draft the tokens of every round of live speculative decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from specrl.baseline import PlainCost
+from specrl.clock import WallClock
+from specrl.decoding.session import MOST_NODES
+from specrl.engines.base import ProposalSession, Workload
+from specrl.engines.local import LocalEngine
+from specrl.envs.exclusive import Exclusive
+from specrl.envs.live import check_episode, describe, measure_plain, named_workload
+from specrl.envs.panel import as_text, panel
+from specrl.envs.proposals import Arrays, Prefill, Reader, Window
+from specrl.envs.rewards import Outcome, make_reward
+from specrl.envs.spec_decode import BatchSizes, read_batch_sizes
+from specrl.models.config import default_taps
+from specrl.models.target import load_target
+from specrl.rounds import Trace
+from specrl.traffic import batch_sizes
+
+
+class DraftTokensEnv(gymnasium.Env[Arrays, Any]):
+    """Live speculative decoding in which the agent is the draft; every step is one round, rewarded by the clock.
+
+    The agent drafts in whatever way it likes, a network, a table or a guess, while the clock runs. B is the most live
+    requests of an episode, K `num_steps`, V the target's vocabulary, H its hidden size.
+
+    ## Action space
+    `MultiDiscrete` [B, K] int64: the drafted tokens of each request, in [-1, V). A draft ends at its first -1, so
+    that all -1 is a round without speculation; rows of requests that do not live are not read. Drafts stand where the
+    target itself chooses them, so that the output is the target's own **whatever is drafted**: token by token at
+    temperature 0, in distribution above.
+
+    With `probabilities=True` an action may also be `{"tokens", "probabilities"}`, the latter [B, K, V] float32: the
+    distribution q that each token was sampled from, given those before it. Such drafts are accepted by rejection
+    sampling (Leviathan et al., 2023, arXiv:2211.17192), which accepts more: Σ min(p, q) instead of Σ p·q. Greedy
+    output is still the target's own whatever q says; sampled output is if the tokens are truly samples of q, which
+    no environment can check. Do not let a reward teach q apart from what samples the tokens.
+
+    ## Observation space
+    `Dict`: what a draft may see, since the agent last saw the request. Row i of a request are a token that was
+    committed and the features of the token before it (an EAGLE3 draft reads just these pairs).
+
+    | Key | Shape, dtype | Observation |
+    |-----|--------------|-------------|
+    | features | [B, K + 1, 3H] float32 | the target's fused features at the token before each |
+    | tokens | [B, K + 1] int64 | committed tokens, oldest first: accepted drafts, then the target's own; else -1 |
+    | positions | [B, K + 1] int64 | their positions in the request, prompt included; else -1 |
+    | mask | [B, K + 1] int8 | 1 where there is such a token |
+    | last | [B] int64 | the last committed token, after which to draft |
+    | live | [B] int8 | 1 for the requests that decode |
+
+    With `flat=True`, as Stable-Baselines3 wants it, every array is a vector, and so is the action: [B * K] in [0, V],
+    where V stands for -1.
+
+    ## Rewards
+    By name, as in `SpecRL/SpecDecode-v0` (`specrl.envs.rewards`): plain decoding of the same requests, t0, is measured
+    between rounds. Drafting is the time between the return of one step and the call of the next, `thinking_s`, and
+    counts in full; `drain`, `render` and what runs inside `off_the_clock()` do not count, nor does prefill. Reading
+    prompts (`info["prefills"]`) is prefill: do it inside `off_the_clock()`.
+
+    ## Starting state
+    `reset(seed=...)` reproduces prompts, batch sizes and the first observation. Timings are real, so what follows is
+    not reproducible (`nondeterministic=True`).
+
+    ## Episode end
+    Truncated after `max_rounds` rounds, or terminated when `max_tokens` tokens were committed; exactly one is given.
+
+    ## Info
+    As in `SpecRL/SpecDecode-v0` (`plan` is the longest chain of the round), and `request_ids` [live] int64 of the rows
+    to draft for next, `prefills`: a `specrl.envs.proposals.Prefill` for each request that came in (also at reset).
+
+    ## Arguments
+        engine: 'local', or an engine ready-made: a `specrl.LocalEngine` with taps.
+        target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        taps: the three layers whose inputs are the features; None: SGLang's default for EAGLE3.
+        num_steps: K, the longest draft.
+        batch_size, temperature, reward, workload, prompt_tokens, max_new_tokens, ignore_eos, max_rounds, max_tokens,
+            allow_parallel, render_mode: as in `SpecRL/SpecDecode-v0`.
+        probabilities: let actions carry q.
+        flat: vectors for everything.
+        trace: keep traces for `drain`.
+
+    ## Version history
+    * v0: initial version
+    """
+
+    metadata = {"render_modes": ["ansi", "human"], "render_fps": 30}
+
+    def __init__(
+        self,
+        *,
+        engine: str | LocalEngine = "local",
+        target: str | Path = "embedded",
+        taps: tuple[int, ...] | None = None,
+        num_steps: int = 4,
+        batch_size: BatchSizes = 4,
+        temperature: float = 0.7,
+        reward: str = "differential",
+        workload: str | Path | Workload = "stdlib",
+        prompt_tokens: int = 64,
+        max_new_tokens: int = 128,
+        ignore_eos: bool = False,
+        max_rounds: int | None = None,
+        max_tokens: int | None = None,
+        probabilities: bool = False,
+        flat: bool = False,
+        trace: bool = False,
+        allow_parallel: bool = False,
+        render_mode: str | None = None,
+    ) -> None:
+        if not 1 <= num_steps < MOST_NODES:
+            raise ValueError(f"num_steps must be in [1, {MOST_NODES - 1}], but got {num_steps}")
+        if flat and probabilities:
+            raise ValueError("flat actions carry no probabilities, but both were asked for; leave one out")
+        check_episode(max_rounds, max_tokens, reward)
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode must be None, 'ansi' or 'human', but got {render_mode!r}")
+        self.render_mode = render_mode
+        self._phases, self._drawn = read_batch_sizes(batch_size)
+        self._max_rounds, self._max_tokens, self._trace = max_rounds, max_tokens, trace
+        self._reward = make_reward(reward)
+        self._owned = isinstance(engine, str)
+        self.engine = _drafting_engine(engine, target, taps, prompt_tokens + max_new_tokens)
+        if isinstance(workload, (str, Path)):
+            workload = named_workload(workload, target, prompt_tokens, max_new_tokens, temperature, ignore_eos)
+        self.workload: Workload = workload
+        config = self.engine.target.config
+        rows = max(phase.batch_size for phase in (*self._phases, *self._drawn))
+        self._rows, features = rows, len(self.engine.taps) * config.hidden_size
+        self._window_of = (rows, num_steps, features, config.vocab_size, self.engine.max_context, flat)
+        self._window = Window(*self._window_of)
+        self._reader = Reader(rows, num_steps, config.vocab_size, probabilities, flat)
+        self.observation_space, self.action_space = self._window.space, self._reader.space
+        self.baseline = PlainCost()
+        clock = self.engine.clock
+        alone = isinstance(clock, WallClock) and not allow_parallel
+        self._exclusive = Exclusive(str(clock.device)) if alone else None  # type: ignore[attr-defined]
+        self._session: ProposalSession | None = None
+        self._info: dict[str, Any] | None = None
+        self._live: Any = None
+        self._closed = False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Arrays, dict[str, Any]]:
+        """Begin an episode with fresh prompts; no options are known."""
+        super().reset(seed=seed)
+        if self._closed:
+            raise ValueError("the environment is closed; make another one")
+        if options:
+            raise ValueError(f"reset knows no options, but got {', '.join(options)}; pass them to gym.make")
+        self._let_others_run()
+        if self._session is not None:
+            self._session.close()
+        phases = self._phases
+        if self._drawn:
+            phases = (self._drawn[int(self.np_random.integers(len(self._drawn)))],)
+        self._schedule = batch_sizes(phases)
+        session = self.engine.start(
+            self.workload,
+            batch_size=next(self._schedule),
+            max_batch_size=self._rows,
+            seed=int(self.np_random.integers(2**31)),
+            trace=True,
+        )
+        self._session, self._window, self._traces = session, Window(*self._window_of), list[Trace]()
+        self._plain = self._spent = 0.0
+        self._rounds = self._tokens = 0
+        self._info = None
+        came = self._take(session)
+        self._paused_s = 0.0
+        self._returned = self.engine.clock.now()
+        return self._window.show(session.batch_size), self._who(session, came)
+
+    def step(self, action: Any) -> tuple[Arrays, float, bool, bool, dict[str, Any]]:
+        """Verify the drafts in one round.
+
+        Raises:
+            ValueError: before `reset`, an action that is not in the space, probabilities that are none, or another
+                timed environment is in the middle of an episode on the same device. Nothing is committed then.
+        """
+        session, clock = self._running(), self.engine.clock
+        thinking_s = max(clock.now() - self._returned - self._paused_s, 0.0)
+        batch = session.batch_size
+        drafted, distributions = self._reader.read(action, batch)
+        if self._exclusive is not None:
+            self._exclusive.take()
+        context = sum(session.context_lengths) / batch
+        measure_plain(session, self.baseline, context)
+        done = session.round_with(drafted, distributions)
+        t0 = self.baseline.estimate(batch, context)
+        outcome = Outcome(sum(done.tokens.tolist()), batch, done.seconds + thinking_s, t0.seconds)
+        reward = self._reward(outcome)
+        self._rounds += 1
+        self._tokens += outcome.tokens
+        self._plain += outcome.plain_total_s
+        self._spent += outcome.seconds
+        self._info = describe(done, outcome, thinking_s, t0.standard_error, self._plain / self._spent)
+        terminated = self._max_tokens is not None and self._tokens >= self._max_tokens
+        truncated = self._max_rounds is not None and self._rounds >= self._max_rounds
+        if terminated or truncated:
+            self._let_others_run()
+        came = self._take(session)
+        size = next(self._schedule)
+        if size != batch:
+            session.resize(size)
+            came += self._take(session)
+        self._info |= self._who(session, came) | {"batch_size": batch}
+        if self.render_mode == "human":
+            self.render()
+        observation = self._window.show(size)
+        self._paused_s = 0.0
+        self._returned = clock.now()
+        return observation, reward, terminated, truncated, self._info
+
+    def drain(self) -> list[Trace]:
+        """Take the traces of the rounds so far; off the clock. Needs `trace=True`.
+
+        Raises:
+            ValueError: the environment keeps no traces.
+        """
+        if not self._trace:
+            raise ValueError("drain needs traces, but the environment keeps none; make it with trace=True")
+        self._running()
+        with self.off_the_clock():
+            traces, self._traces = self._traces, []
+        return traces
+
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """What happens inside is not drafting time: reading prompts, learning, logging."""
+        self._let_others_run()
+        began = self.engine.clock.now()
+        try:
+            yield
+        finally:
+            if self._session is not None:
+                self._paused_s += self.engine.clock.now() - began
+
+    def render(self) -> str | None:
+        """The last round and the episode so far: text for 'ansi', a live panel for 'human'."""
+        if self.render_mode is None:
+            return None
+        with self.off_the_clock():
+            view = panel(self._info, self._rounds, "DraftTokens")
+            if self.render_mode == "ansi":
+                return as_text(view)
+            if self._live is None:
+                from rich.live import Live
+
+                self._live = Live(auto_refresh=False)
+                self._live.start()
+            self._live.update(view, refresh=True)
+        return None
+
+    def close(self) -> None:
+        """End the session, and the engine if the environment made it; idempotent."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._let_others_run()
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        if self._owned and not self._closed:
+            self.engine.close()
+        self._closed = True
+
+    def _take(self, session: ProposalSession) -> tuple[Prefill, ...]:
+        """Let the window read what happened; the requests that came in."""
+        traces = session.drain()
+        if self._trace:
+            self._traces += traces
+        return self._window.take(session, traces)
+
+    def _who(self, session: ProposalSession, came: tuple[Prefill, ...]) -> dict[str, Any]:
+        ids = np.array(session.request_ids, dtype=np.int64)
+        return {"request_ids": ids, "prefills": came, "batch_size": session.batch_size}
+
+    def _let_others_run(self) -> None:
+        if self._exclusive is not None:
+            self._exclusive.give_back()
+
+    def _running(self) -> ProposalSession:
+        if self._closed:
+            raise ValueError("the environment is closed; make another one")
+        if self._session is None:
+            raise ValueError("an episode must have begun, but reset was never called; call reset() first")
+        return self._session
+
+
+def _drafting_engine(
+    engine: str | LocalEngine, target: str | Path, taps: tuple[int, ...] | None, max_context: int
+) -> LocalEngine:
+    """The engine of that name, or the one given, which hands out features."""
+    if not isinstance(engine, str):
+        if not getattr(engine, "taps", ()):
+            raise ValueError("the engine must hand out features, but has no taps; make it with LocalEngine(taps=...)")
+        return engine
+    if engine != "local":
+        raise ValueError(f"engine must be 'local' or a LocalEngine with taps, but got {engine!r}")
+    model = load_target(target)
+    return LocalEngine(model, max_context=max_context, taps=taps or default_taps(model.config.num_layers))

@@ -1,0 +1,387 @@
+"""Whatever an agent drafts, the output is the target's own; it sees what a draft may see, and its time counts.
+
+Odds: each of the 6 statistics of sampled tokens is refused at ALPHA = 8e-6 (see test_distribution.py), so that the odds
+of failing falsely are below 1e-4; the seeds are fixed. What a wrong rule does to the same statistic is tested, too.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import cycle, repeat
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as check_env_sb3
+from test_distribution import ALPHA, p_value
+from tiny import CONFIG, TAPS, Listed, prompts, tiny_target
+
+from specrl.clock import VirtualClock
+from specrl.decoding.sampling import Temperatures, distribution
+from specrl.engines.base import Request
+from specrl.engines.local import LocalEngine
+from specrl.envs.draft_tokens import DraftTokensEnv
+from specrl.plan import Plan
+
+V, K = CONFIG.vocab_size, 3
+Agent = Callable[[dict[str, Any], dict[str, Any]], Any]
+
+
+class TickingClock(VirtualClock):
+    """A millisecond passes with every reading, so that all durations are known."""
+
+    def now(self) -> float:
+        self.advance(1e-3)
+        return super().now()
+
+
+class Once(Listed):
+    """These requests, then ones that outlast the test."""
+
+    def requests(self, seed: int) -> Iterator[Request]:
+        yield from self.listed
+        yield from repeat(Request((1,), 600, self.listed[0].temperature, ignore_eos=True))
+
+
+def make(requests: list[Request] | None = None, *, max_context: int = 64, **changes: Any) -> DraftTokensEnv:
+    engine = LocalEngine(tiny_target(), max_context=max_context, clock=TickingClock(), taps=TAPS)
+    if requests is None:
+        requests = [Request(prompt, 10, 0.0, ignore_eos=True) for prompt in prompts(12, 5)]
+    defaults: dict[str, Any] = {"num_steps": K, "batch_size": 3, "max_rounds": 10_000}
+    return DraftTokensEnv(engine=engine, workload=Once(requests), **{**defaults, **changes})
+
+
+def drafts(tokens: Any, rows: int = 3) -> Any:
+    """[B, K] of these tokens, -1 elsewhere."""
+    action = np.full((rows, K), -1)
+    for row, listed in enumerate(tokens):
+        action[row, : len(listed)] = listed
+    return action
+
+
+class Finished:
+    """Runs an agent until the first `count` requests are done."""
+
+    def __init__(self, env: DraftTokensEnv, agent: Agent, count: int) -> None:
+        self.tokens: dict[int, tuple[int, ...]] = {}
+        self.order: dict[int, list[int]] = {i: [0] for i in range(count)}  # where in its round each token came
+        self.correct = self.proposed = 0
+        obs, info = env.reset(seed=0)
+        while not all(i in self.tokens for i in range(count)):
+            obs, _, _, _, info = env.step(agent(obs, info))
+            done = info["round"]
+            self.correct += int(done.correct_drafts.sum())
+            self.proposed += done.batch_size * done.plan.num_steps
+            for request, kept in zip(done.request_ids.tolist(), done.tokens.tolist(), strict=True):
+                self.order.setdefault(request, []).extend(range(kept))
+            self.tokens |= {c.request_id: c.prompt + c.tokens for c in done.finished}
+        env.close()
+
+
+def random_agent(seed: int = 0) -> Agent:
+    rng = np.random.default_rng(seed)
+    return lambda obs, info: rng.integers(-1, V, obs["tokens"][:, 1:].shape)
+
+
+class Memory:
+    """What each request is known to hold: kept from prefills and observations alone."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, list[int]] = {}
+        self.row: dict[int, int] = {}
+
+    def read(self, obs: dict[str, Any], info: dict[str, Any]) -> list[list[int]]:
+        for prefill in info["prefills"]:
+            self.known[prefill.request_id] = prefill.tokens.tolist()
+        for row, request in enumerate(info["request_ids"].tolist()):
+            new = obs["tokens"][row][obs["mask"][row] == 1]
+            at = int(obs["positions"][row, 0])
+            self.known[request][at:] = new.tolist()
+        return [self.known[request] for request in info["request_ids"].tolist()]
+
+
+def ngram_agent() -> Agent:
+    memory = Memory()
+
+    def act(obs: dict[str, Any], info: dict[str, Any]) -> Any:
+        found = []
+        for known in memory.read(obs, info):
+            at = next((i for i in range(len(known) - 2, -1, -1) if known[i] == known[-1]), len(known))
+            found.append(known[at + 1 : at + 1 + K])
+        return drafts(found, len(obs["live"]))
+
+    return act
+
+
+def adversarial_agent(outputs: dict[tuple[int, ...], tuple[int, ...]], probabilities: bool) -> Agent:
+    """Knows what the target will say: drafts it rightly up to a point, wrongly after it, and lies about its odds."""
+    memory, rng = Memory(), np.random.default_rng(1)
+
+    def act(obs: dict[str, Any], info: dict[str, Any]) -> Any:
+        found = []
+        for known in memory.read(obs, info):
+            output = outputs.get(tuple(known[:5]), ())
+            ahead = list(output[len(known) : len(known) + int(rng.integers(0, K + 1))])
+            wrong = int(rng.integers(0, K + 1))
+            found.append([t if i < wrong else (t + 1) % V for i, t in enumerate(ahead)])
+        action = drafts(found, len(obs["live"]))
+        if not probabilities:
+            return action
+        odds = rng.dirichlet(np.ones(V), action.shape).astype(np.float32)
+        return {"tokens": action, "probabilities": odds}
+
+    return act
+
+
+def test_gymnasium_and_stable_baselines_find_no_fault() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 12, "prompt_tokens": 16, "max_rounds": 8}
+        small["allow_parallel"] = True  # of other tests
+        env = gym.make("SpecRL/DraftTokens-v0", **small)
+        check_env(env.unwrapped)
+        check_env_sb3(make(flat=True))
+        env.close()
+    assert gym.spec("SpecRL/DraftTokens-v0").nondeterministic
+
+
+@pytest.mark.parametrize("agent", ["random", "ngram", "adversarial", "lying"])
+def test_greedy_output_is_the_targets_own_whatever_is_drafted(agent: str) -> None:
+    requests = [Request(prompt, 12 + i, 0.0) for i, prompt in enumerate(prompts(12, 5))]  # eos ends some of them
+    plain = LocalEngine(tiny_target(), max_context=64).start(Listed(requests), batch_size=12, seed=0, plain=True)
+    right: dict[tuple[int, ...], tuple[int, ...]] = {}
+    while len(right) < 12:
+        right |= {c.prompt: c.prompt + c.tokens for c in plain.round(Plan(0)).finished if c.request_id < 12}
+    agents = {
+        "random": random_agent(),
+        "ngram": ngram_agent(),
+        "adversarial": adversarial_agent(right, False),
+        "lying": adversarial_agent(right, True),
+    }
+    env = make(requests, max_context=640, probabilities=agent == "lying", batch_size="3x4,1x2,2x3")
+    found = Finished(env, agents[agent], 12)
+    assert {found.tokens[i][:5]: found.tokens[i] for i in range(12)} == right
+    if agent in ("adversarial", "lying"):  # many stand and many fall, so that both are put to the test
+        assert 0.2 < found.correct / found.proposed < 0.8
+
+
+class Sampler:
+    """Samples from odds that depend on the token before; chains end where the token is even, or after K."""
+
+    def __init__(self, honest: bool) -> None:
+        self.honest, self.rng = honest, np.random.default_rng(2)
+        self.odds = np.random.default_rng(3).dirichlet(np.ones(V), V).astype(np.float32)  # [V before, V]
+
+    def __call__(self, obs: dict[str, Any], info: dict[str, Any]) -> Any:
+        last, alive = obs["last"], obs["live"] == 1
+        action = np.full((len(last), K), -1)
+        q = np.full((len(last), K, V), np.nan, dtype=np.float32)  # rows after the end of a chain are not read
+        for step in range(K):
+            chances = self.odds[last]
+            drawn = (chances.cumsum(1) > self.rng.random((len(last), 1)) * chances.sum(1, keepdims=True)).argmax(1)
+            q[:, step], action[:, step] = chances, np.where(alive, drawn, -1)
+            alive = alive & (drawn % 2 == 1)
+            last = drawn
+        if not self.honest:  # claims to draw evenly what it draws by its odds
+            q[:] = 1.0 / V
+        return {"tokens": action, "probabilities": q}
+
+
+def sampled(agent: Agent, probabilities: bool) -> tuple[float, float, float]:
+    """The share of drafts that stood, and p-values by the token before and by the order in the round."""
+    count, new = 200, 40
+    heats = [heat for _, heat in zip(range(count), cycle((0.7, 1.0, 1.5)), strict=False)]
+    requests = [Request(p, new, heat, ignore_eos=True) for p, heat in zip(prompts(count, 3), heats, strict=True)]
+    env = make(requests, max_context=640, batch_size=count, probabilities=probabilities)
+    found = Finished(env, agent, count)
+    ids = torch.tensor([found.tokens[i] for i in range(count)])
+    logits = tiny_target()(ids)[:, 2:-1]
+    p = distribution(logits, Temperatures.of(heats, "cpu"))[:, 1:].flatten(0, 1)
+    order = torch.tensor([found.order[i][1:new] for i in range(count)]).flatten()
+    tokens, before = ids[:, 4:].flatten(), ids[:, 3:-1].flatten()
+    return found.correct / found.proposed, p_value(tokens, p, before), p_value(tokens, p, order)
+
+
+@pytest.mark.parametrize(
+    ("agent", "probabilities"),
+    [(Sampler(honest=True), True), (ngram_agent(), False), (random_agent(), False)],
+    ids=["rejection", "ngram", "random"],
+)
+def test_sampled_output_is_distributed_as_the_targets_own(agent: Agent, probabilities: bool) -> None:
+    accepted, *p_values = sampled(agent, probabilities)
+    assert accepted > 0.02 and min(p_values) > ALPHA
+
+
+def test_the_statistic_sees_a_false_account_of_the_odds() -> None:
+    """What the docstring warns of: nobody can check q, and a false one shifts sampled output."""
+    assert min(sampled(Sampler(honest=False), True)[1:]) < ALPHA
+
+
+def test_the_observation_is_what_the_target_computed_of_the_tokens_committed() -> None:
+    requests = [Request(prompt, 9, 1.0, ignore_eos=True) for prompt in prompts(30, 5)]
+    env = make(requests, batch_size="2x3,1x2,3x2")
+    memory, rng = Memory(), np.random.default_rng(0)
+    seen: dict[int, dict[int, np.ndarray]] = {}
+    prompted: dict[int, np.ndarray] = {}
+    done: dict[int, tuple[int, ...]] = {}
+    obs, info = env.reset(seed=1)
+    for _ in range(60):
+        assert obs in env.observation_space
+        live = len(info["request_ids"])
+        assert obs["live"].tolist() == [1] * live + [0] * (3 - live)
+        assert not obs["features"][live:].any() and (obs["tokens"][live:] == -1).all()
+        prompted |= {prefill.request_id: prefill.features for prefill in info["prefills"]}
+        for known, last in zip(memory.read(obs, info), obs["last"].tolist(), strict=False):
+            assert known[-1] == last
+        for row, request in enumerate(info["request_ids"].tolist()):
+            for i in range(int(obs["mask"][row].sum())):
+                seen.setdefault(request, {})[int(obs["positions"][row, i]) - 1] = obs["features"][row, i]
+        obs, _, _, _, info = env.step(rng.integers(-1, V, (3, K)))
+        done |= {c.request_id: c.prompt + c.tokens for c in info["round"].finished}
+    assert len(done) > 10
+    for request, tokens in done.items():
+        known = memory.known[request]  # the round that ends a request is not seen any more
+        assert tuple(known) == tokens[: len(known)] and len(known) > 5
+        ids = torch.tensor([tokens])
+        target = tiny_target()
+        right = target.prefill(ids, target.new_cache(1, ids.shape[1]), taps=TAPS).features
+        assert right is not None
+        for position, features in seen[request].items():
+            np.testing.assert_allclose(features, right[0, position].numpy(), rtol=1e-3, atol=1e-3)
+        assert sorted(seen[request]) == list(range(4, len(known) - 1))
+        np.testing.assert_allclose(prompted[request], right[0, :5].numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_chains_differ_in_length_and_the_longest_is_the_plan() -> None:
+    env = make()
+    env.reset(seed=0)
+    info = env.step(drafts([[1, 2], [], [3]]))[4]
+    assert info["plan"] == "2/1/3" and sum(info["histogram"]) == 3
+    assert env.step(drafts([]))[4]["plan"] == "0"
+    assert env.step(drafts([[], [-1, 5, 5]]))[4]["plan"] == "0"  # a draft ends at its first -1
+
+
+def test_flat_actions_and_observations_are_the_same_in_vectors() -> None:
+    wide, flat = make(), make(flat=True)
+    one, other = wide.reset(seed=0)[0], flat.reset(seed=0)[0]
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        for name in one:
+            np.testing.assert_array_equal(one[name].reshape(-1), other[name])
+        action = rng.integers(-1, V, (3, K))
+        one, other = wide.step(action)[0], flat.step(np.where(action < 0, V, action).reshape(-1))[0]
+
+
+def test_drafting_counts_in_full_and_what_is_off_the_clock_does_not() -> None:
+    env = make()
+    env.reset(seed=0)
+    env.step(drafts([[1]]))
+    env.engine.clock.advance(2.0)  # type: ignore[attr-defined]
+    with env.off_the_clock():
+        env.engine.clock.advance(100.0)  # type: ignore[attr-defined]
+    _, reward, _, _, info = env.step(drafts([[1]]))
+    assert info["thinking_s"] == pytest.approx(2.0, abs=5e-3)
+    parts = sum(info[f"{name}_s"] for name in ("draft", "verify", "other", "thinking"))
+    assert info["seconds"] == pytest.approx(parts)
+    assert reward < -100  # a plain round takes a few milliseconds
+
+
+def test_rewards_are_those_of_the_other_environment_by_name() -> None:
+    env = make(reward="speedup")
+    env.reset(seed=0)
+    _, reward, _, _, info = env.step(drafts([[1]]))
+    assert reward == pytest.approx(info["tokens"] * info["t0_s"] / (3 * info["seconds"]))
+
+
+def test_an_episode_ends_after_max_rounds_or_max_tokens_and_a_seed_reproduces() -> None:
+    env = make(max_rounds=2)
+    first = env.reset(seed=4)[0]
+    assert [env.step(drafts([]))[2:4] for _ in range(2)] == [(False, False), (False, True)]
+    again = env.reset(seed=4)[0]
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    env = make(max_rounds=None, max_tokens=6, reward="time_saved")
+    env.reset(seed=0)
+    assert [env.step(drafts([]))[2:4] for _ in range(2)] == [(False, False), (True, False)]
+
+
+def test_traces_are_drained_and_panels_drawn() -> None:
+    env = make(trace=True, render_mode="ansi")
+    env.reset(seed=0)
+    assert "no round yet" in str(env.render())
+    env.step(drafts([[1, 2]]))
+    traces = env.drain()
+    assert [trace.plan for trace in traces] == [None] * 3 + [Plan(2)] and env.drain() == []
+    assert "plan 2/1/3" in str(env.render()) and "DraftTokens" in str(env.render())
+    with pytest.raises(ValueError, match="make it with trace=True"):
+        make().drain()
+
+
+def odds(value: float) -> dict[str, Any]:
+    return {"tokens": np.ones((3, K), dtype=np.int64), "probabilities": np.full((3, K, V), value, dtype=np.float32)}
+
+
+ZERO = odds(0.0)
+ZERO["probabilities"][..., 2] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (np.zeros((2, K), dtype=np.int64), r"integers \[3, 3\], but got int64 \[2, 3\]"),
+        (np.zeros((3, K + 1), dtype=np.int64), r"integers \[3, 3\]"),
+        (np.zeros((3, K)), "integers .* but got float64"),
+        (drafts([[V]]), rf"in \[-1, {V - 1}\], but got -1..{V}"),
+        (drafts([[-2]]), r"but got -2..-1"),
+        ({"tokens": drafts([[1]])}, "must be 'tokens' and 'probabilities', but got 'tokens'"),
+        ({**odds(0.1), "probabilities": np.zeros((3, K))}, r"float32 \[3, 3, \d+\], but got float64 \[3, 3\]"),
+        (odds(float("nan")), "finite and at least 0, but got NaN"),
+        (odds(-0.1), "finite and at least 0"),
+        (odds(0.5), "must sum to 1 within"),
+        (ZERO, "possible under the distribution it was drawn from, but got odds of 0"),
+    ],
+)
+def test_wrong_actions_get_one_clear_line_and_change_nothing(action: Any, message: str) -> None:
+    env = make(probabilities=True)
+    env.reset(seed=0)
+    before = env.step(drafts([]))[4]
+    with pytest.raises(ValueError, match=message) as error:
+        env.step(action)
+    assert "\n" not in str(error.value)
+    after = env.step(drafts([]))[4]
+    assert (after["round"].context_lengths == before["round"].context_lengths + 1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 0}, r"num_steps must be in \[1, 63\], but got 0"),
+        ({"num_steps": 64}, "num_steps must be in"),
+        ({"flat": True, "probabilities": True}, "flat actions carry no probabilities"),
+        ({"max_rounds": None}, "exactly one of max_rounds and max_tokens"),
+        ({"reward": "speed"}, "reward must be one of"),
+        ({"render_mode": "rgb"}, "render_mode must be"),
+        ({"engine": "remote"}, "engine must be 'local' or a LocalEngine with taps"),
+        ({"engine": LocalEngine(tiny_target())}, "the engine must hand out features"),
+    ],
+)
+def test_wrong_arguments_get_one_clear_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DraftTokensEnv(**{"max_rounds": 5, "engine": "local", **changes})
+
+
+def test_wrong_calls_get_one_clear_line() -> None:
+    env = make()
+    with pytest.raises(ValueError, match="reset was never called"):
+        env.step(drafts([]))
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="'tokens' and|an array of tokens; see probabilities="):
+        env.step(odds(0.1))
+    with pytest.raises(ValueError, match="reset knows no options"):
+        env.reset(options={"a": 1})
+    env.close()
+    env.close()
+    for call in (env.reset, lambda: env.step(drafts([]))):
+        with pytest.raises(ValueError, match="closed"):
+            call()
