@@ -30,8 +30,11 @@ COMMANDS = {
     "quickstart": Command("specrl.apps.quickstart:quickstart", "from a random draft to a measured speedup, in minutes"),
     "train": Command("specrl.apps.train:train", "learn a draft, and a plan per batch size, on live traffic"),
     "export": Command("specrl.apps.export:export", "what a run learned, as a directory that serves"),
+    "import": Command("specrl.apps.import_draft:import_draft", "a published EAGLE3 draft, to start learning from"),
     "doctor": Command("specrl.apps.doctor:doctor", "what this machine can do, and what would slow it down"),
     "bench": Command("specrl.apps.bench:bench", "speculative against plain decoding, by plan and batch size"),
+    "evaluate": Command("specrl.apps.evaluate:evaluate", "choosers of plans against each other, simulated or live"),
+    "validate": Command("specrl.apps.validate:validate", "does a record of an evaluation hold?"),
     "profile": Command("specrl.apps.profile:profile", "record this machine's rounds, for simulation"),
 }
 

@@ -1,0 +1,128 @@
+"""EAGLE3 drafts as others publish them, read into our layout for a warm start; every oddity is reported.
+
+Layouts met: `midlayer.*` (the EAGLE-3 authors', SGLang's) and `layers.0.*` (vLLM's, SpecForge's later ones), with or
+without a leading `model.`; the target's embedding inside; vocabulary maps as offsets or as ids, or one of the two only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specrl.models.checkpoint import read_tensors
+from specrl.models.config import default_taps, read_draft_config
+from specrl.models.draft import Draft
+
+_ARCHITECTURE = "LlamaForCausalLMEagle3"
+_KNOWN_AS = frozenset({_ARCHITECTURE, "Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle", "LlamaModel"})
+_DROPPED = ("embed_tokens.weight", "rotary_emb.inv_freq")
+_TAPS = "eagle_aux_hidden_state_layer_ids"
+
+
+def import_draft(directory: Path, *, num_layers: int | None = None) -> tuple[Draft, list[str]]:
+    """Read a published EAGLE3 draft (config.json and safetensors).
+
+    Args:
+        directory: of the published draft.
+        num_layers: of its target; needed where the draft does not name its taps.
+
+    Returns:
+        The draft, and a line for everything that was not as SGLang's layout has it.
+
+    Raises:
+        ValueError: a variant that would compute something else, by name.
+    """
+    notes: list[str] = []
+    tensors = _names(read_tensors(Path(directory)), notes)
+    config = _config(Path(directory) / "config.json", tensors, num_layers, notes)
+    _vocabulary(tensors, config, notes)
+    kinds = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
+    if kinds != ["float32"]:
+        notes.append(f"weights are {', '.join(kinds)}: learned on in float32")
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return Draft(read_draft_config(Path(temporary)), tensors), notes
+
+
+def _names(found: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """SGLang's names; what a draft does not keep is dropped."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        short = re.sub(r"^layers\.0\.", "midlayer.", name.removeprefix("model."))
+        if short.endswith(_DROPPED):
+            why = "the target's own serves" if short == _DROPPED[0] else "it follows from the configuration"
+            notes.append(f"{name} is dropped: {why}")
+            continue
+        if short in out:
+            raise ValueError(f"a draft must hold each tensor once, but {short} comes twice, once as {name}")
+        out[short] = tensor
+    renamed = sorted(name for name in found if name not in out and not name.endswith(_DROPPED))
+    if renamed:
+        notes.append(f"{len(renamed)} tensors are renamed to SGLang's names, {renamed[0]} among them")
+    return out
+
+
+def _config(path: Path, tensors: dict[str, Tensor], num_layers: int | None, notes: list[str]) -> dict[str, Any]:
+    """The configuration with what SGLang must find there."""
+    if not path.is_file():
+        raise ValueError(f"a draft must hold config.json, but {str(path.parent)!r} does not; download it again")
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    names = config.get("architectures") or [_ARCHITECTURE]
+    if names != [_ARCHITECTURE]:
+        if len(names) != 1 or names[0] not in _KNOWN_AS:
+            raise ValueError(f"a draft's architecture must be one of {', '.join(sorted(_KNOWN_AS))}, but got {names}")
+        notes.append(f"architecture {names[0]} is read as {_ARCHITECTURE}")
+    config["architectures"] = [_ARCHITECTURE]
+    for key, tensor, axis in (("draft_vocab_size", "lm_head.weight", 0), ("target_hidden_size", "fc.weight", 1)):
+        if config.get(key) is None and tensor in tensors:
+            size = tensors[tensor].shape[axis] // (3 if axis else 1)
+            config[key] = size
+            if key == "draft_vocab_size" or size != config.get("hidden_size"):
+                notes.append(f"{key} is not in config.json: {size}, by {tensor}")
+    eagle = dict(config.get("eagle_config") or {})
+    if config.get(_TAPS) is not None:  # at the top, where SGLang does not look
+        eagle.setdefault(_TAPS, config.pop(_TAPS))
+        notes.append(f"{_TAPS} stood outside eagle_config")
+    if eagle.get(_TAPS) is None:
+        if num_layers is None:
+            raise ValueError(
+                f"the draft must name its taps ({_TAPS}), but does not; say how many layers its target has"
+            )
+        eagle[_TAPS] = [tap - 1 for tap in default_taps(num_layers)]
+        notes.append(f"taps are not named: SGLang's defaults for {num_layers} layers, {eagle[_TAPS]}")
+    config["eagle_config"] = eagle
+    return config
+
+
+def _vocabulary(tensors: dict[str, Tensor], config: dict[str, Any], notes: list[str]) -> None:
+    """d2t as offsets, whatever was published."""
+    size, whole = int(config["draft_vocab_size"]), int(config["vocab_size"])
+    if size == whole:
+        for name in ("d2t", "t2d"):
+            if tensors.pop(name, None) is not None:
+                notes.append(f"{name} is dropped: the draft's vocabulary is the target's")
+        return
+    if "t2d" in tensors and tensors["t2d"].dtype != torch.bool:
+        notes.append(f"t2d is {tensors['t2d'].dtype}: read as truth values")
+        tensors["t2d"] = tensors["t2d"] != 0
+    member = tensors["t2d"].nonzero().flatten() if "t2d" in tensors else None  # [Vd] int64 target ids
+    if "d2t" not in tensors:
+        if member is None or len(member) != size:
+            raise ValueError(f"a draft of {size} tokens must hold d2t or a t2d of as many, but holds neither")
+        tensors["d2t"] = member - torch.arange(size)
+        notes.append("d2t is missing: worked out from t2d")
+        return
+    d2t = tensors["d2t"].to(torch.int64)
+    offsets = d2t + torch.arange(len(d2t))
+    if member is not None and not torch.equal(offsets.sort().values, member):
+        if not torch.equal(d2t.sort().values, member):
+            raise ValueError("d2t and t2d must say the same, but they do not, neither as offsets nor as ids")
+        d2t = d2t - torch.arange(len(d2t))
+        notes.append("d2t holds ids: SGLang reads offsets, so they are made ones")
+    tensors["d2t"] = d2t
