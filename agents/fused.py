@@ -126,21 +126,24 @@ def _add_product(of_head: Tensor, slopes: Tensor, x: Tensor) -> None:
         of_head[start : start + size] += slopes[:, start : start + size].t() @ x
 
 
-def head_steps(rows: Tensor, head: Tensor, targets: Targets, at: Tensor, sampled: bool) -> Step:
+def head_steps(
+    rows: Tensor, head: Tensor, targets: Targets, at: Tensor, sampled: bool, sharpness: float = SHARPNESS
+) -> Step:
     """Each row as a step of a chain (see `losses.survival`), with gradients; logits are made again backwards.
 
     Args:
         rows: [N, H].
         head: [Vd, H] in the dtype of the products.
         targets, at: as in `head_loss`.
-        sampled: drafts are sampled and rejection-sampled; else the surrogate for the draft's best token.
+        sampled: drafts are sampled and rejection-sampled; else they are the draft's best token,
+        sharpness: or, where this is finite, its surrogate.
     """
 
     def step(rows: Tensor, head: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(rows.device.type, enabled=False):
             logits = F.linear(rows.to(head.dtype), head).float()
             q, p, token = torch.softmax(logits / targets.heat[here], -1), targets.p(here), targets.tokens[here]
-            return sampled_step(q, p, token) if sampled else greedy_step(q, p, token, SHARPNESS)
+            return sampled_step(q, p, token) if sampled else greedy_step(q, p, token, sharpness)
 
     size = max(1, BLOCK // 4 // head.shape[0])
     steps = [

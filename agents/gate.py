@@ -1,26 +1,25 @@
 """The gate: whether a candidate draft may serve in place of the one that serves.
 
-Two looks, each of which can only refuse. `Gate.compare` recomputes the accept length of both drafts on held-out
-recent sequences: no clock, small intervals, nothing served. `trial` judges speeds measured with the candidate
+Two looks, each of which can only refuse. `Gate.compare` computes the accept length of both drafts on held-out recent
+sequences: no clock, small intervals, nothing served. `trial` judges speeds measured with the candidate
 serving in short turns: the last word, for it does not rest on recorded traces, which may be what is wrong.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from specrl.agents.fused import make_targets
-from specrl.agents.losses import Step, greedy_step, sampled_step, survival
+from specrl.agents.fused import head_steps, make_targets
 from specrl.agents.objective import draft_ids
-from specrl.agents.sequences import Sequence, chosen_by_target, collate, next_tokens
+from specrl.agents.sequences import Sequence, collate, next_tokens
 from specrl.agents.unroll import unroll_states
 from specrl.models.config import DraftConfig
 from specrl.models.rope import rope_table
@@ -112,7 +111,10 @@ class Gate:
 
     @torch.no_grad()
     def accept_lengths(self, weights: Mapping[str, Tensor], sequences: Many[Sequence]) -> np.ndarray:
-        """E[τ] = 1 + Σ P_k of a chain of `num_steps`, a mean over the rounds of each sequence: [n] float64."""
+        """Tokens over expected rounds of a chain of `num_steps`, from the token after prefill on: [n] float64.
+
+        Exact, given the tokens: what a draft would have been accepted of is known at every one of them.
+        """
         out = []
         for start in range(0, len(sequences), _AT_ONCE):
             out.append(self._accept_lengths(weights, list(sequences[start : start + _AT_ONCE])))
@@ -125,8 +127,7 @@ class Gate:
         back = None if ids is None else draft_ids(ids, self.shape.vocab_size)
         heats = [max(s.temperature, _GREEDY_HEAT) for s in sequences]
         targets = make_targets([s.logits[1:] for s in sequences], heats, next_tokens(sequences), back, ids)
-        every = torch.arange(len(targets.tokens))
-        p, steps = targets.p(every), []
+        every, head, stands = torch.arange(len(targets.tokens)), weights["lm_head.weight"], []
         states = unroll_states(
             weights,
             self.shape,
@@ -136,11 +137,35 @@ class Gate:
             self.num_steps,
         )
         for state in states:
-            q = torch.softmax(F.linear(state[inside], weights["lm_head.weight"]) / targets.heat, -1)
-            step = (sampled_step if self.sampled else greedy_step)(q, p, targets.tokens)
-            steps.append(Step(*(torch.zeros(inside.shape).masked_scatter_(inside, x) for x in step)))
-        sums, counts = survival(steps, chosen_by_target(sequences, inside), inside)
-        return 1.0 + (sums / counts.clamp_min(1)).sum(-1)
+            step = head_steps(state[inside], head, targets, every, self.sampled, sharpness=math.inf)
+            stands.append(torch.zeros(inside.shape).masked_scatter_(inside, step.stands))
+        rounds = expected_rounds(stands, inside)
+        # A slot predicts two tokens on, and the first token of an answer comes from prefill.
+        first = torch.tensor([[max(0, s.prompt_tokens - 1)] for s in sequences])
+        return (inside.sum(1) - first[:, 0]) / rounds.gather(1, first)[:, 0]
+
+
+def expected_rounds(stands: Many[Tensor], inside: Tensor) -> Tensor:
+    """How many rounds it takes from each slot to the end, given the tokens: [B, T].
+
+    From slot t a chain walks on while its drafts stand, and the target adds a token:
+    R(t) = 1 + Σ_j P(exactly j stand) R(t + j + 1).
+
+    Args:
+        stands: of pass 0 .. K - 1, [B, T], the odds that the next token was drafted and accepted (`losses.Step`);
+            0 where it is not known.
+        inside: [B, T] bool, no padding.
+    """
+    batch, length = inside.shape
+    rounds = torch.zeros(batch, length + len(stands) + 1)
+    for t in reversed(range(length)):
+        reach, total = torch.ones(batch), torch.ones(batch)
+        for k, odds in enumerate(stands[: length - t]):
+            stood = reach * odds[:, t + k]
+            total = total + (reach - stood) * rounds[:, t + k + 1]
+            reach = stood
+        rounds[:, t] = (total + reach * rounds[:, t + len(stands) + 1]) * inside[:, t]
+    return rounds[:, :length]
 
 
 def trial(
@@ -167,11 +192,13 @@ def trial(
         rng: of the bootstrap.
 
     Raises:
-        ValueError: the speeds are not paired, the serving draft's are not positive, or least is below 2.
+        ValueError: the speeds are not paired, the serving draft's are not finite and above 0, or least is below 2.
     """
     ours, theirs = np.asarray(serving, dtype=np.float64), np.asarray(candidate, dtype=np.float64)
     if least < 2 or ours.shape != theirs.shape:
         raise ValueError(f"a trial needs least >= 2 and pairs, but got {least}, {ours.shape} and {theirs.shape}")
+    if not (np.isfinite(ours).all() and (ours > 0).all()):
+        raise ValueError("the serving draft's speeds must be finite and above 0; leave out rounds without tokens")
     if len(ours) < least:
         return Verdict(False, f"{len(ours)} pairs are fewer than the {least} needed")
     if not (np.isfinite(theirs).all() and (theirs > 0).all()):
