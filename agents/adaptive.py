@@ -17,7 +17,7 @@ from specrl.rounds import Round
 
 _WELL_KNOWN = 50.0  # rounds after which nothing but a change speaks for trying a plan again
 _PLAUSIBLE = 0.8  # a plan below this share of the best one's speed is not looked at again
-_SETTLED = 0.03  # log standard deviation of a cost below which sampling it calms down
+_SETTLED = 0.06  # log standard deviation of a cost below which sampling it calms down
 _HOLD = 8  # rounds that one sample decides
 _IDLE = 200  # rounds without drafts after which one is made, to see how they fare by now
 _BUYS = 3  # rounds that one request's draft keeps that from
@@ -50,8 +50,8 @@ class AdaptiveChooser:
     Args:
         plans: to choose from.
         seed: of the sampling.
-        revisit: rounds, times the number of plans, after which a plausible plan is tried again; less the less is
-            known of it.
+        revisit: rounds, times the number of plans, after which a plausible plan is tried again; the sooner the less
+            is known of it, if two standard deviations of its cost might make it best.
 
     Raises:
         ValueError: no plans.
@@ -103,8 +103,7 @@ class AdaptiveChooser:
             drafting = [speed if plan.num_steps else -math.inf for plan, speed in zip(self.plans, speeds, strict=True)]
             return self.plans[drafting.index(max(drafting))], 1
         for plan in self.plans:
-            patience = self._revisit * len(self.plans) * min(costs.tried(batch, plan) / _WELL_KNOWN, 1.0)
-            if plan != best and costs.unseen(batch, plan) > patience and self._near(batch, plan):
+            if plan != best and self._due(batch, plan):
                 return plan, 2
         return best, _HOLD
 
@@ -117,8 +116,15 @@ class AdaptiveChooser:
         hope = math.log(self.survival.accept_length(plan)) - mean + 3.0 * sd
         return hope > max(self._speed(batch, p) for p in tried)
 
-    def _near(self, batch: int, plan: Plan) -> bool:
-        return self._speed(batch, plan) > self._speed(batch, self.best(batch)) + math.log(_PLAUSIBLE)
+    def _due(self, batch: int, plan: Plan) -> bool:
+        """Whether a plan that is no more chosen should be looked at again."""
+        patience = self._revisit * len(self.plans) * min(self.costs.tried(batch, plan) / _WELL_KNOWN, 1.0)
+        unseen = self.costs.unseen(batch, plan)
+        if unseen <= patience:
+            return False
+        behind = self._speed(batch, self.best(batch)) - self._speed(batch, plan)
+        doubt = 2.0 * self.costs.log_seconds(batch, plan)[1]
+        return behind < (-math.log(_PLAUSIBLE) if unseen > self._revisit * len(self.plans) else doubt)
 
     def _speed(self, batch: int, plan: Plan) -> float:
         return math.log(self.survival.accept_length(plan)) - self.costs.log_seconds(batch, plan)[0]

@@ -13,10 +13,11 @@ _NOISE = 0.12  # log standard deviation of one round's seconds until it is known
 _STEP = 0.15  # what one draft step is taken to add, relative to plan 0, before it is measured
 _GUESS = 0.35  # log standard deviation of such a guess
 _OCTAVE = 0.05  # what a ratio of two plans may differ by between batch sizes, for every doubling
+_BEND = 0.015  # the same between two batch sizes that enclose it
 _SPIKE = 0.6  # a round more than this above the mean in log seconds is a hiccup, unless it recurs
-_SLACK, _ALARM = 0.75, 6.0  # of the change detection, in standard deviations of one round
-_MOST = 2.0  # that one round may speak for a change: five at least must agree, for machines stutter in bursts
-_LEANS = 12.0  # a cost seen more often than this does without its neighbours
+_SLACK, _ALARM = 0.75, 9.0  # of the change detection, in standard deviations of one round
+_MOST = 2.0  # that one round may speak for a change: eight at least must agree, for machines stutter in bursts
+_LEANS = 40.0  # a cost seen more often than this does without its neighbours
 
 
 @dataclass(slots=True)
@@ -37,7 +38,7 @@ class Costs:
     """T(batch size, plan).
 
     Each cost is a mean of log seconds that forgets slowly. A cost that moves at once is noticed by a two-sided CUSUM of
-    its standardised residuals z, clipped at ±2 (Page, 1954): S ← max(0, S ± z - 0.75), and S > 6 is a change. The cost
+    its standardised residuals z, clipped at ±2 (Page, 1954): S ← max(0, S ± z - 0.75), and S > 9 is a change. The cost
     then begins anew with the rounds that S was made of, and the same plan's costs at other batch sizes are believed
     that much less. A cost with little evidence leans on what its plan costs, relative to another one, at the nearest
     batch size.
@@ -131,7 +132,7 @@ class Costs:
         """Mean and variance without the cost's own rounds.
 
         From the plan most like it that is known at this batch size, moved by what the two differ by at the nearest
-        one, or by their steps; where nothing is known here, the plan's cost at the nearest batch size.
+        ones, or by their steps; where nothing is known here, the plan's cost at the nearest batch size.
         """
         cells = self._cells
         known = [p for p in self.plans if p != plan and (batch_size, p) in cells]
@@ -145,13 +146,29 @@ class Costs:
         here = cells[batch_size, near]
         sizes = [b for b, p in cells if p == plan and b != batch_size and (b, near) in cells]
         if sizes:
-            b = min(sizes, key=lambda size: abs(math.log(size / batch_size)))
-            there, other = cells[b, plan], cells[b, near]
-            spread = _OCTAVE * (0.5 + abs(math.log2(b / batch_size)))
-            variance = self._variance * (1 / here.weight + 1 / there.weight + 1 / other.weight) + spread**2
-            return here.mean + there.mean - other.mean, variance
+            ratio, variance, spread = self._ratio(batch_size, plan, near, sizes)
+            return here.mean + ratio, self._variance / here.weight + variance + spread**2
         steps = math.log((1 + _STEP * plan.num_steps) / (1 + _STEP * near.num_steps))
         return here.mean + steps, _GUESS**2
+
+    def _ratio(self, batch_size: int, plan: Plan, near: Plan, sizes: Sequence[int]) -> tuple[float, float, float]:
+        """Log ratio of two plans' costs, its variance, and what it may be off by, from other batch sizes.
+
+        Between two of them it is a line over log batch size; beyond, as at the nearest.
+        """
+        low = max((b for b in sizes if b < batch_size), default=0)
+        high = min((b for b in sizes if b > batch_size), default=0)
+        if low and high:
+            weight, spread = math.log(batch_size / low) / math.log(high / low), _BEND * math.log2(high / low)
+        else:
+            low = high = low or high
+            weight, spread = 0.0, _OCTAVE * (0.5 + abs(math.log2(low / batch_size)))
+        ratio = variance = 0.0
+        for share, b in ((1.0 - weight, low), (weight, high)):
+            one, two = self._cells[b, plan], self._cells[b, near]
+            ratio += share * (one.mean - two.mean)
+            variance += share**2 * self._variance * (1.0 / one.weight + 1.0 / two.weight)
+        return ratio, variance, spread
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, JSON-able."""

@@ -45,7 +45,7 @@ class Survival:
         version_memory: the share of evidence kept when the draft's weights change.
     """
 
-    def __init__(self, memory: float = 800.0, version_memory: float = 0.97) -> None:
+    def __init__(self, memory: float = 1600.0, version_memory: float = 0.97) -> None:
         self._keep, self.version_memory = math.exp(-1.0 / memory), version_memory
         self._counts: dict[str, Floats] = {}  # family -> [2, K]: accepted, tried
         self._watches: dict[str, Watch] = {}

@@ -16,14 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from specrl.agents.adaptive import AdaptiveChooser
-from specrl.agents.bandits import EXP3, UCB1, MedianGreedy
 from specrl.agents.base import PlanChooser
-from specrl.agents.fixed import ClairvoyantLength, best_table
-from specrl.agents.sglang_rule import SGLangRule
-from specrl.agents.threshold import ThresholdStopping
-from specrl.agents.throughput_rule import ThroughputRule
-from specrl.plan import Plan
+from specrl.agents.choosers import CHOOSERS, Known, make_chooser
+from specrl.agents.fixed import ClairvoyantLength
 from specrl.statistics import mean_interval, probability_of_improvement, stratified_iqm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -33,37 +28,21 @@ OURS = "adaptive"
 Make = Callable[[Script, int], PlanChooser]
 
 
-def same_steps(script: Script) -> dict[str, dict[str, list[int]]]:
-    return {"1": {"candidate_steps": sorted(p.num_steps for p in script.table.plans if p.is_chain)}}
-
-
-def drafting(script: Script) -> list[Plan]:
-    return [plan for plan in script.table.plans if plan.num_steps]
-
-
-def known(script: Script) -> PlanChooser:
+def known(script: Script) -> Known:
+    """What a profile at start-up tells."""
     plans = script.table.plans
-    return best_table(script.table.costs(), dict(zip(plans, script.tokens[0].tolist(), strict=True)))
+    return Known(plans, script.table.costs(), dict(zip(plans, script.tokens[0].tolist(), strict=True)))
+
+
+def catalogued(name: str) -> Make:
+    return lambda script, seed: make_chooser(name, known(script), seed)
 
 
 MAKERS: dict[str, Make] = {
-    OURS: lambda s, seed: AdaptiveChooser(s.table.plans, seed=seed),
-    # as proposed; with plan 0 beside it; and at its best: no hysteresis, every round, windows kept
-    "throughput": lambda s, seed: ThroughputRule(drafting(s), s.table.costs()),
-    "throughput-0": lambda s, seed: ThroughputRule(s.table.plans, s.table.costs()),
-    "throughput-eager": lambda s, seed: ThroughputRule(
-        s.table.plans, s.table.costs(), update_interval=1, hysteresis=0, forget=False
-    ),
-    "sglang": lambda s, seed: SGLangRule(s.table.plans),
-    "sglang-all": lambda s, seed: SGLangRule(s.table.plans, config=same_steps(s)),
-    "best-table": lambda s, seed: known(s),
-    "median-greedy": lambda s, seed: MedianGreedy(s.table.plans, seed=seed),
-    "ucb1": lambda s, seed: UCB1(s.table.plans, seed=seed),
-    "exp3": lambda s, seed: EXP3(s.table.plans, seed=seed),
-    "threshold": lambda s, seed: ThresholdStopping(s.table.plans),
+    **{name: catalogued(name) for name in CHOOSERS},
     "clairvoyant": lambda s, seed: ClairvoyantLength(s.table.plans, s.table.costs(), lambda: s.foresee().tolist()),
 }
-ON_SHIFTS = (OURS, "throughput", "throughput-0", "throughput-eager", "sglang", "sglang-all", "best-table")
+ON_SHIFTS = (OURS, "throughput", "throughput-0", "throughput-eager", "sglang", "sglang-same", "best-table")
 
 
 def windows(script: Script) -> dict[str, np.ndarray]:
@@ -74,11 +53,13 @@ def windows(script: Script) -> dict[str, np.ndarray]:
     return out
 
 
-def measure(table: Table, shift: Shift, names: list[str], seeds: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+def measure(
+    table: Table, shift: Shift, names: list[str], seeds: int, rounds: int, bursts: float
+) -> dict[str, dict[str, list[float]]]:
     """Shares by chooser and window, one per seed; and per batch size over the settled rounds of all seeds."""
     out: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for seed in range(seeds):
-        script = Script(table, rounds, seed=seed, shift=shift)
+        script = Script(table, rounds, seed=seed, shift=shift, bursts=bursts)
         parts = windows(script)
         for batch in script.loads:
             parts[f"at {batch}"] = parts["settled"] & (script.batches == batch)
@@ -96,6 +77,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3600, help="of a run; six batch sizes share them")
     parser.add_argument("--only", default="", help="choosers, separated by commas; ours is always there")
     parser.add_argument("--shift", default="", help="one of steady, dearer, worse, better; all by default")
+    parser.add_argument("--bursts", type=float, default=0.0, help="share of rounds in bursts of five 1.5x slower ones")
     args = parser.parse_args()
     wanted = [OURS, *(n for n in args.only.split(",") if n and n != OURS)] if args.only else list(MAKERS)
     rng, summary = np.random.default_rng(0), []
@@ -104,7 +86,7 @@ def main() -> None:
             continue
         for table in TABLES:
             names = [n for n in wanted if shift is STEADY or n in ON_SHIFTS]
-            shares = measure(table, shift, names, args.seeds, args.rounds)
+            shares = measure(table, shift, names, args.seeds, args.rounds, args.bursts)
             print(f"\n{table.name}, {shift.name}: share of the best plan per batch size")
             heads = f"{'settled':>9}{'end':>8}{'worst B':>9}{'regret':>9}"
             print(f"  {'chooser':17}{'all (IQM, 95 %)':25}{heads}  P(ours better)")

@@ -23,6 +23,7 @@ Floats = NDArray[np.float64]
 LOADS = (1, 2, 4, 8, 16, 32)
 NOISE, HICCUPS, HICCUP = 0.11, 0.01, 6.0  # log standard deviation; share of rounds and how many times longer they take
 MIX, LIFE = 0.6, 40  # requests differ by this much in logits of acceptance; rounds that a request lives
+BURST, SLOWER = 5, 1.5  # rounds in a row of a stuttering machine, and how many times longer they take
 CATCH_UP = 0.2  # of plan 0's seconds: what the first speculative round after plan 0 pays for the draft's cache
 _U = np.linspace(-3.5, 3.5, 141)
 _WEIGHTS = np.exp(-0.5 * _U**2) / np.exp(-0.5 * _U**2).sum()
@@ -135,11 +136,19 @@ class Script:
     """What happens in `rounds` rounds of a table, whatever is chosen.
 
     The load stays about 20 rounds at a batch size and moves to another one; each request is easier or harder than the
-    mean by a normal number of logits, and a_k is set so that the mix has the table's P_k exactly.
+    mean by a normal number of logits, and a_k is set so that the mix has the table's P_k exactly. About a share
+    `bursts` of the rounds lies in bursts of slow ones.
     """
 
     def __init__(
-        self, table: Table, rounds: int, *, seed: int, shift: Shift = STEADY, loads: Sequence[int] = LOADS
+        self,
+        table: Table,
+        rounds: int,
+        *,
+        seed: int,
+        shift: Shift = STEADY,
+        loads: Sequence[int] = LOADS,
+        bursts: float = 0.0,
     ) -> None:
         rng = np.random.default_rng(seed)
         self.table, self.shift, self.rounds = table, shift, rounds
@@ -149,6 +158,8 @@ class Script:
         self.batches = turns[moves.cumsum() - 1]  # [R] int64
         noise = np.exp(NOISE * rng.standard_normal(rounds))
         self.noise = noise * np.where(rng.random(rounds) < HICCUPS, HICCUP, 1.0)
+        begin = np.random.default_rng((seed, 1)).random(rounds) < bursts / BURST
+        self.noise *= np.where(np.convolve(begin, np.ones(BURST))[:rounds] > 0, SLOWER, 1.0)
         slots = max(loads)
         request = (rng.random((rounds, slots)) < 1 / LIFE).cumsum(0)
         ease = MIX * rng.standard_normal((int(request.max()) + 1, slots))[request, np.arange(slots)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import json
 import re
 import types
@@ -55,7 +56,7 @@ def read_options(
     from jsonargparse import ArgumentError
 
     try:
-        config = parser.parse_args(_bracketed(words, function))
+        config = parser.parse_args(_bracketed(_named(words, function), function))
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from error
     config.pop("config", None)
@@ -95,6 +96,12 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     kinds = re.sub(r"Literal\[(.*?)\]", r"one of \1", kinds)
     kinds = re.sub(r"(?:, )?(?:list|tuple)\[(\w+)(?:, \.\.\.)?\]", r" or \1,\1,...", kinds).removeprefix(" or ")
     return f"--{key} must be {kinds.replace(', null', ' or null')}, but got {given[1]}; {remedy}"
+
+
+def _named(words: Sequence[str], function: Callable[..., object]) -> Sequence[str]:
+    """Let what must be given stand first without its option's name ('validate RECORD')."""
+    needed = [name for name, given in inspect.signature(function).parameters.items() if given.default is given.empty]
+    return [f"--{needed[0]}", *words] if needed and words and not words[0].startswith("-") else words
 
 
 def _bracketed(words: Sequence[str], function: Callable[..., object]) -> list[str]:

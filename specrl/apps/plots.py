@@ -52,6 +52,27 @@ def plot_speedups(results: Sequence[Measured], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_regret(lines: Sequence[Mapping[str, object]], path: Path) -> None:
+    """Cumulative regret of choosers over rounds, a panel per source, of rows as `specrl.apps.compare.curves` has."""
+    sources = list(dict.fromkeys(str(line["source"]) for line in lines))
+    figure = Figure(figsize=(4.8 * len(sources), 3.6), layout="constrained")
+    for axes, source in zip(figure.subplots(1, len(sources), squeeze=False)[0], sources, strict=True):
+        here = [line for line in lines if line["source"] == source]
+        for n, chooser in enumerate(dict.fromkeys(str(line["chooser"]) for line in here)):
+            x, y, low, high = (
+                [line[name] for line in here if line["chooser"] == chooser]
+                for name in ("round", "regret", "least", "greatest")
+            )
+            colour = _COLOURS[n % len(_COLOURS)]
+            axes.plot(x, y, color=colour, label=chooser)
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+        axes.set(xlabel="round", ylabel="cumulative regret, rounds", title=source)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=150)

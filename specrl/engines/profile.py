@@ -222,6 +222,18 @@ def load_profile(source: str | Path | Profile) -> Profile:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
+def profile_from_json(text: str) -> Profile:
+    """What `Profile.to_json` gave.
+
+    Raises:
+        ValueError: it is not a valid profile.
+    """
+    try:
+        return _parse(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"not a profile: {' '.join(str(error).split())}") from error
+
+
 def _parse(record: Any) -> Profile:
     if not isinstance(record, dict):
         raise ValueError(f"a profile must be a JSON object, but got {type(record).__name__}")

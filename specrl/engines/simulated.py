@@ -277,6 +277,14 @@ class SimulatedSession:
         self._engine.clock.advance(seconds)
         return PlainSample(self.batch_size, context, seconds)
 
+    def foresee(self, plan: Plan) -> NDArray[np.int64]:
+        """Correct drafts [B] int64 that a round of `plan` would have now; nothing changes. For bounds, not choosers."""
+        self._check_open()
+        noise, drift = self._noise.bit_generator.state, self._drift
+        correct = self._accept(plan, np.array(self.context_lengths))
+        self._noise.bit_generator.state, self._drift = noise, drift
+        return correct
+
     def drain(self) -> list[Trace]:
         """Nothing: there are no tensors to trace."""
         return []

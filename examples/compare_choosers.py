@@ -1,0 +1,31 @@
+"""Our chooser against SGLang's rule and a fixed plan, when drafts get dearer half way.
+
+    python examples/compare_choosers.py [folder]
+
+The same as 'specrl evaluate' with these options; the records in runs/ can be checked with 'specrl validate'.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from specrl.apps.evaluate import evaluate
+
+
+def main(folder: Path) -> None:
+    """Play, show the table, write tables, regret curves and records."""
+    evaluate(
+        profiles=("aurora-qwen3-coder-next-fp8",),
+        choosers=("adaptive", "sglang-same", "throughput", "5/1/6"),
+        reference="sglang-same",
+        seeds=2,
+        rounds=480,
+        shifts="at=240,cost=1.3,from_steps=3",
+        leaderboard=folder / "leaderboard.csv",
+        output_dir=folder / "compare-choosers",
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs"))

@@ -1,0 +1,233 @@
+"""`specrl evaluate`: choosers of plans on profiles or on the live engine, against a reference and against bounds."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from specrl.apps.compare import Comparison, Score, compare, curves
+from specrl.apps.output import OutputDir, environment, progress, show, table
+from specrl.apps.records import Record, write_record
+from specrl.apps.sources import Live, Simulated, live_source
+from specrl.engines.profile import Shift, load_profile, shipped_profiles
+from specrl.plan import parse_plans
+from specrl.statistics import Interval
+from specrl.traffic import parse_traffic
+
+LOAD = "1x20,8x20,2x20,32x20,4x20,16x20"
+_LEADERBOARD = ("date_utc", "source", "chooser", "seeds", "rounds", "speedup", "low", "high", "share", "end", "record")
+
+
+def evaluate(
+    *,
+    profiles: tuple[str, ...] = (),
+    choosers: tuple[str, ...] = ("adaptive", "sglang-same", "throughput", "throughput-eager"),
+    reference: str = "sglang-same",
+    seeds: int = 10,
+    rounds: int = 2400,
+    traffic: str = LOAD,
+    shifts: str = "",
+    target: str = "embedded",
+    draft: str | None = None,
+    plans: str = "0,1/1/2,2/1/3,3/1/4",
+    temperature: float = 0.7,
+    workload: str = "stdlib",
+    prompt_tokens: int = 64,
+    max_new_tokens: int = 128,
+    leaderboard: Path = Path("runs/leaderboard.csv"),
+    output_dir: Path | None = None,
+) -> list[dict[str, object]]:
+    """Compare choosers of plans, in simulation or live, and record what they did so that it can be checked.
+
+    In simulation all choosers of a seed meet the same luck. Live, plain decoding, the choosers and every single plan
+    take turns in one process, there and back. The share is what the best plan per batch size would need for the same
+    expected tokens, over what the choices need: 1 is the best table. 'specrl validate' checks the records.
+
+    Args:
+        profiles: names or .json files; 'live' is the engine on this machine; by default all that are shipped.
+        choosers: 'adaptive', 'sglang', 'sglang-same' (with our plans), 'throughput', 'throughput-0',
+            'throughput-eager', 'threshold', 'median-greedy', 'ucb1', 'exp3', 'best-table', or a plan such as '3/1/4'.
+        reference: that the others are compared with; one of the choosers.
+        seeds: runs of each chooser on each profile.
+        rounds: of a run; live in whole cycles of the traffic.
+        traffic: batch size x rounds, repeated.
+        shifts: in simulation, as 'at=1200,cost=1.3,from_steps=3,log_odds=0;at=...'.
+        target: live: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        draft: live: EAGLE3 draft directory; by default a random one, which accepts next to nothing.
+        plans: live: num_steps/topk/num_draft_tokens, separated by commas; a profile brings its own.
+        temperature: live: of sampling; 0 is greedy.
+        workload: live: 'stdlib', or a .txt, .jsonl or directory of prompts.
+        prompt_tokens: live: tokens of a prompt.
+        max_new_tokens: live: tokens generated per request.
+        leaderboard: a .csv to which each run's results are appended.
+        output_dir: where tables, curves and records go; by default runs/evaluate-<time>.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        specrl evaluate --choosers adaptive,sglang-same,3/1/4 --seeds 20
+    """
+    if seeds < 2 and profiles != ("live",):
+        raise ValueError(f"seeds must be at least 2 for an interval, but got {seeds}")
+    if reference not in choosers or len(set(choosers)) < len(choosers):
+        raise ValueError(f"reference must be one of the choosers, each named once, but got {reference!r} of {choosers}")
+    phases, moved = parse_traffic(traffic), parse_shifts(shifts)
+    cycle = sum(phase.rounds for phase in phases)
+    if rounds < cycle:
+        raise ValueError(f"rounds must be at least one cycle of the traffic, {cycle}, but got {rounds}")
+    sources: list[Simulated | Live] = []
+    for name in profiles or shipped_profiles():
+        if name != "live":
+            sources.append(Simulated(load_profile(name), phases, rounds, moved))
+        elif moved:
+            raise ValueError("shifts must be left out where 'live' is evaluated, for no one can order them there")
+        else:
+            sources.append(
+                live_source(
+                    parse_plans(plans), phases, rounds // cycle, target=target, draft=draft, temperature=temperature,
+                    workload=workload, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens,
+                )
+            )  # fmt: skip
+    if len({source.name for source in sources}) < len(sources):
+        raise ValueError(f"profiles must have different names, but got {', '.join(s.name for s in sources)}")
+    scores: dict[str, dict[str, list[Score]]] = {}
+    done = 0.0
+
+    def advance(more: float) -> None:
+        nonlocal done
+        done += more
+        bar(done)
+
+    with progress("playing", seeds * len(sources) * len(choosers)) as bar:
+        for source in sources:
+            scores[source.name] = source.run(choosers, range(seeds), advance)
+    compared = compare(scores, {source.name: source.bounds for source in sources}, reference)
+    out = rows(compared)
+    show(table(shown(compared, reference), title=f"{seeds} seeds, {rounds} rounds, traffic {traffic}"))
+    for source in sources:
+        reach = ", ".join(f"{bound} {speedup:.3f}" for bound, speedup in source.bounds.items())
+        show(f"{source.name}: speedup of the bounds: {reach}")
+    if output_dir is not None:
+        directory = OutputDir(output_dir)
+        records = [
+            (source.record(name, range(seeds), played), played)
+            for source in sources
+            for name, played in scores[source.name].items()
+        ]
+        _write(directory, out, scores, records, rounds, {s.name: s.bounds for s in sources}, leaderboard)
+    return out
+
+
+def parse_shifts(text: str) -> tuple[Shift, ...]:
+    """Read 'at=1200,cost=1.3,from_steps=3;at=1800,log_odds=-0.5'.
+
+    Raises:
+        ValueError: another form, or a number out of range.
+    """
+    out = []
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        found = dict(re.findall(r"([a-z_]+)=(-?[0-9.]+)", part))
+        if set(found) - {"at", "cost", "from_steps", "log_odds"} or "at" not in found or len(found) != part.count("="):
+            raise ValueError(f"a shift is written 'at=1200,cost=1.3,from_steps=3,log_odds=-0.5', but got {part!r}")
+        at, steps = int(found["at"]), int(found.get("from_steps", 1))
+        out.append(Shift(at, float(found.get("cost", 1.0)), steps, float(found.get("log_odds", 0.0))))
+    return tuple(out)
+
+
+def rows(compared: Sequence[Comparison]) -> list[dict[str, object]]:
+    """Comparisons as rows of CSV and JSON."""
+    out = []
+    for c in compared:
+        row: dict[str, object] = {"source": c.source, "chooser": c.chooser, "seeds": c.seeds, "regret": c.regret}
+        for name in ("speedup", "share", "end", "better"):
+            interval: Interval | None = getattr(c, name)
+            for part in ("value", "low", "high"):
+                key = name if part == "value" else f"{name}_{part}"
+                row[key] = None if interval is None else getattr(interval, part)
+        out.append({**row, **{f"closed to {bound}": share for bound, share in c.closed.items()}})
+    return out
+
+
+def shown(compared: Sequence[Comparison], reference: str) -> list[dict[str, object]]:
+    """The same for people."""
+    return [
+        {
+            "source": c.source,
+            "chooser": c.chooser,
+            "speedup [95 %]": _text(c.speedup),
+            "share of best [95 %]": str(c.share),
+            "at end": f"{c.end.value:.3f}",
+            "regret": c.regret,
+            f"P(> {reference})": "–" if c.better is None else f"{c.better.value:.2f}",
+            "gap closed": "–" if c.closed.get("best table") is None else f"{c.closed['best table']:.2f}",
+        }
+        for c in compared
+    ]
+
+
+def _text(interval: Interval) -> str:
+    """Of two or three samples the interval is so wide that its ends say nothing."""
+    return str(interval) if interval.high < 10.0 * interval.value else f"{interval.value:.3f} [too few seeds]"
+
+
+def _write(
+    directory: OutputDir,
+    out: Sequence[Mapping[str, object]],
+    scores: Mapping[str, Mapping[str, Sequence[Score]]],
+    records: Sequence[tuple[Record, Sequence[Score]]],
+    rounds: int,
+    bounds: Mapping[str, Mapping[str, float]],
+    leaderboard: Path,
+) -> None:
+    from specrl.apps.plots import plot_regret
+
+    where = environment()
+    directory.write_csv("evaluate.csv", out)
+    directory.write_json("evaluate.json", {"environment": where, "bounds": bounds, "rows": out})
+    lines = curves(scores)
+    directory.write_csv("regret.csv", lines)
+    plot_regret(lines, directory.path / "regret.png")
+    board = []
+    for record, played in records:
+        path = write_record(directory, record)
+        claim = record.claimed
+        board.append(
+            {
+                "date_utc": where["date_utc"],
+                "source": record.source,
+                "chooser": record.chooser,
+                "seeds": len(record.seeds),
+                "rounds": rounds,
+                "speedup": f"{claim.value:.6g}",
+                "low": f"{claim.low:.6g}",
+                "high": f"{claim.high:.6g}",
+                "share": f"{np.mean([s.share for s in played]):.6g}",
+                "end": f"{np.mean([s.end for s in played]):.6g}",
+                "record": path.resolve(),
+            }
+        )
+    append(leaderboard, board)
+    show(f"written: {directory.path}; appended to {leaderboard}")
+
+
+def append(path: Path, lines: Sequence[Mapping[str, object]]) -> None:
+    """Append rows to a leaderboard, with a header where it is new.
+
+    Raises:
+        ValueError: the file is there but has another header.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8", newline="") as file:
+        file.seek(0)
+        head = file.readline().rstrip("\n")
+        if head not in ("", ",".join(_LEADERBOARD)):
+            raise ValueError(f"a leaderboard must have the header {','.join(_LEADERBOARD)}, but {path} has {head!r}")
+        writer = csv.DictWriter(file, _LEADERBOARD, lineterminator="\n")
+        if not head:
+            writer.writeheader()
+        writer.writerows(lines)

@@ -1,0 +1,209 @@
+"""Where choosers are evaluated: a profile in simulation, or the local engine on its own clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specrl.agents.base import PlanChooser
+from specrl.agents.choosers import Known, make_chooser
+from specrl.agents.fixed import FixedPlan
+from specrl.apps.compare import Score, score, speedup_interval
+from specrl.apps.live import PLAIN, block_speedups, greedy_tokens, measured_values, play_live
+from specrl.apps.plays import Play, Replayed, World
+from specrl.apps.records import Record, digest
+from specrl.engines.profile import Profile, Shift
+from specrl.plan import Plan
+from specrl.traffic import Phase
+
+if TYPE_CHECKING:
+    from specrl.engines.base import Engine, Workload
+
+Done = Callable[[float], None]
+
+
+class Simulated:
+    """A profile as a source of scores; every chooser of a seed meets the same luck."""
+
+    def __init__(self, profile: Profile, phases: Sequence[Phase], rounds: int, shifts: Sequence[Shift] = ()) -> None:
+        self.world, self.phases = World(profile, phases, rounds, shifts), tuple(phases)
+        self.name, self.plans, self.bounds = profile.name, self.world.plans, dict[str, float]()
+
+    def run(self, names: Sequence[str], seeds: Sequence[int], done: Done) -> dict[str, list[Score]]:
+        """Scores by chooser, one for each seed; `bounds` are the speedups of the three bounds on the same seeds."""
+        world = self.world
+        scores: dict[str, list[Score]] = {name: [] for name in names}
+        bounds: dict[str, list[Score]] = {"best table": [], "best plan": [], "clairvoyant": []}
+        for seed in seeds:
+            for name in names:
+                scores[name].append(self.score(make_chooser(name, world.known, seed), seed))
+                done(1.0)
+            for name, chooser in zip(bounds, (world.best(), world.single(), world.clairvoyant()), strict=True):
+                bounds[name].append(self.score(chooser, seed))
+        self.bounds = {
+            name: speedup_interval(np.concatenate([s.speedups for s in found])).value for name, found in bounds.items()
+        }
+        return scores
+
+    def score(self, chooser: PlanChooser, seed: int) -> Score:
+        """One play."""
+        world, play = self.world, self.world.play(chooser, seed)
+        tokens, choices = np.array(play.tokens), np.array(play.choices)
+        earned = (tokens * world.plain[world.load] / world.batches).sum()
+        speedup = np.array([earned / np.sum(play.seconds)])
+        return score(speedup, world.earned, world.spent, choices, tokens)
+
+    def record(self, name: str, seeds: Sequence[int], scores: Sequence[Score]) -> Record:
+        """What a replay needs."""
+        samples = np.concatenate([s.speedups for s in scores])
+        config = {
+            "profile": self.world.profile.to_json(),
+            "traffic": _text(self.phases),
+            "shifts": [[s.at, s.cost, s.from_steps, s.log_odds] for s in self.world.shifts],
+        }
+        return Record(
+            "simulated", self.name, name, tuple(seeds), self.plans, config, np.stack([s.choices for s in scores]),
+            samples, speedup_interval(samples), digest([s.tokens.tolist() for s in scores]),
+        )  # fmt: skip
+
+
+class Live:
+    """An engine as a source of scores. Bounds and regret are from lanes of every single plan in the same run.
+
+    The best of several measured plans is a little better than it truly is: the bounds lean to the high side.
+
+    Args:
+        engine: that decodes.
+        workload: prompts.
+        plans: on offer.
+        phases: of the load.
+        cycles: through the phases, for each seed.
+        config: what a replay needs to make engine and workload again.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        workload: Workload,
+        plans: tuple[Plan, ...],
+        phases: Sequence[Phase],
+        cycles: int,
+        config: Mapping[str, Any],
+    ) -> None:
+        if cycles < 2:
+            raise ValueError(f"an interval needs at least 2 cycles of the traffic, but got {cycles}; raise rounds")
+        if wrong := [str(plan) for plan in plans if not engine.supports(plan)]:
+            raise ValueError(f"plans must be ones that the engine runs, but it cannot run {', '.join(wrong)}")
+        self.name, self.plans, self.bounds = "live", plans, dict[str, float]()
+        self._engine, self._workload, self._phases, self._cycles = engine, workload, tuple(phases), cycles
+        self._config = dict(config)
+        self.cycle_rounds = sum(phase.rounds + 1 for phase in phases)
+        self._sizes = sorted({phase.batch_size for phase in phases})
+
+    def run(self, names: Sequence[str], seeds: Sequence[int], done: Done) -> dict[str, list[Score]]:
+        """Scores by chooser, one for each seed."""
+        fixed = {str(plan): FixedPlan(plan) for plan in self.plans}
+        known = self._known(fixed)
+        scores: dict[str, list[Score]] = {name: [] for name in names}
+        bounds: dict[str, list[float]] = {"best table": [], "best plan": []}
+        for seed in seeds:
+            lanes: dict[str, PlanChooser] = {**fixed, **{n: make_chooser(n, known, seed) for n in names}}
+            plays = self._play(lanes, self._cycles, seed, lambda _: done(len(names) / self._cycles))
+            at = np.searchsorted(self._sizes, np.array(plays[PLAIN].batches))
+            earned, spent = measured_values(plays, self.plans, self._sizes)[:, at]  # [R, plans] each
+            rows, best = np.arange(len(at)), (earned / spent).argmax(1)
+            bounds["best table"].append(float(earned[rows, best].sum() / spent[rows, best].sum()))
+            bounds["best plan"].append(float((earned.sum(0) / spent.sum(0)).max()))
+            for name in names:
+                play = plays[name]
+                speedups = block_speedups(plays[PLAIN], play, self.cycle_rounds)
+                choices, tokens = np.array(play.choices), np.array(play.tokens)
+                scores[name].append(score(speedups, earned, spent, choices, tokens))
+        self.bounds = {name: float(np.exp(np.mean(np.log(found)))) for name, found in bounds.items()}
+        return scores
+
+    def _play(self, lanes: Mapping[str, PlanChooser], cycles: int, seed: int, done: Done) -> dict[str, Play]:
+        return play_live(
+            self._engine, self._workload, lanes, self.plans, self._phases, cycles, seed=seed, on_cycle=done
+        )
+
+    def _known(self, fixed: Mapping[str, PlanChooser]) -> Known:
+        """What a profile at start-up finds out, in two cycles."""
+        plays = self._play(fixed, 2, 0, lambda _: None)
+        earned, spent = measured_values(plays, self.plans, self._sizes)
+        costs = {b: dict(zip(self.plans, spent[i].tolist(), strict=True)) for i, b in enumerate(self._sizes)}
+        t0 = earned[:, self.plans.index(Plan(0))] if Plan(0) in self.plans else earned.min(1)
+        lengths = (earned / t0[:, None]).mean(0)
+        return Known(self.plans, costs, dict(zip(self.plans, lengths.tolist(), strict=True)))
+
+    def replay(self, record: Record, done: Done) -> NDArray[np.float64]:
+        """Speedups of all blocks when the recorded choices are repeated beside plain decoding."""
+        found = []
+        for seed, choices in zip(record.seeds, record.choices, strict=True):
+            lane = {"replayed": Replayed(record.plans, choices.tolist())}
+            plays = self._play(lane, self._cycles, seed, done)
+            found.append(block_speedups(plays[PLAIN], plays["replayed"], self.cycle_rounds))
+        return np.concatenate(found)
+
+    def greedy_sha256(self, choices: Sequence[Plan], seed: int) -> str:
+        """Of the greedy continuations of the first prompts, decoded by these plans in turn; without any, plainly."""
+        return digest(greedy_tokens(self._engine, self._workload, choices, seed))
+
+    def record(self, name: str, seeds: Sequence[int], scores: Sequence[Score]) -> Record:
+        """What a replay needs."""
+        samples = np.concatenate([s.speedups for s in scores])
+        config = {**self._config, "traffic": _text(self._phases), "cycles": self._cycles}
+        return Record(
+            "live", "live", name, tuple(seeds), self.plans, config, np.stack([s.choices for s in scores]),
+            samples, speedup_interval(samples), self.greedy_sha256((), seeds[0]),
+        )  # fmt: skip
+
+
+def live_source(
+    plans: tuple[Plan, ...],
+    phases: Sequence[Phase],
+    cycles: int,
+    *,
+    target: str,
+    draft: str | None,
+    temperature: float,
+    workload: str,
+    prompt_tokens: int,
+    max_new_tokens: int,
+) -> Live:
+    """The local engine on a target, a draft (None: a random one) and prompts, as `specrl bench` makes them."""
+    from specrl.apps.bench import target_directory
+    from specrl.engines.local import LocalEngine
+    from specrl.models.draft import load_draft, new_draft
+    from specrl.models.target import load_target
+    from specrl.workload import load_tokenizer, load_workload
+
+    config = {
+        "target": target,
+        "draft": draft,
+        "temperature": temperature,
+        "workload": workload,
+        "prompt_tokens": prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+    }
+    model = load_target(target)
+    drafted = new_draft(model, intermediate_size=256) if draft is None else load_draft(Path(draft))
+    source = load_workload(
+        workload,
+        load_tokenizer(target_directory(target)),
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        ignore_eos=True,
+        split="held_out" if workload == "stdlib" else "all",
+    )
+    engine = LocalEngine(model, drafted, max_context=prompt_tokens + max_new_tokens)
+    return Live(engine, source, plans, phases, cycles, config)
+
+
+def _text(phases: Sequence[Phase]) -> str:
+    return ",".join(f"{phase.batch_size}x{phase.rounds}" for phase in phases)
