@@ -1,0 +1,136 @@
+"""An EAGLE3 draft that acts on `SpecRL/DraftTokens-v0`: from an observation to drafts, and what they were sampled from.
+
+It keeps a cache of its own, row by row. Slot t of a request holds (features of token t, token t + 1), so the rows of an
+observation fill the slots before their tokens' positions, and drafting goes on from the last of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from specrl.models.draft import Draft, ServingDraft
+from specrl.models.target import Target
+
+
+class Prompt(Protocol):
+    """A request that came in: `info["prefills"]` holds them."""
+
+    @property
+    def row(self) -> int:
+        """Where it stands."""
+        ...
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """[T] int64."""
+        ...
+
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """[T, 3H] float32."""
+        ...
+
+
+class DraftActor:
+    """A draft that answers observations.
+
+    Args:
+        draft: its weights.
+        target: whose embedding it shares.
+        rows, num_steps: B and K of the environment.
+        max_context: tokens a request may reach.
+        temperature: that drafts are sampled at; 0: the best ones.
+        seed: of the samples.
+    """
+
+    def __init__(
+        self,
+        draft: Draft,
+        target: Target,
+        *,
+        rows: int,
+        num_steps: int,
+        max_context: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.serving = ServingDraft(draft, target)
+        self._num_steps, self._temperature = num_steps, temperature
+        self._cache = self.serving.new_cache(rows, max_context + 2 * num_steps + 2)
+        self._rows, self._vocab = rows, target.config.vocab_size
+        self._generator = torch.Generator(target.device).manual_seed(seed)
+
+    def load(self, weights: Mapping[str, Tensor], *, version: int) -> None:
+        """Act by these weights from now on (SGLang's names); what was read so far stays as it was read."""
+        self.serving.load(weights, version=version)
+
+    @torch.inference_mode()
+    def read(self, prompts: Iterable[Prompt]) -> None:
+        """Read the prompts of requests that came in (inside `off_the_clock()`: it is prefill)."""
+        device = self.serving.device
+        for prompt in prompts:
+            count = len(prompt.tokens) - 1
+            if count:
+                tokens = torch.from_numpy(prompt.tokens[1:])[None].to(device)
+                hidden = self.serving.fuse(self._features(prompt.features[None, :-1]))
+                slots = torch.arange(count, device=device)[None]
+                self.serving.decode(tokens, hidden, self._cache, slots, length=count, first=prompt.row)
+
+    @torch.inference_mode()
+    def act(self, observation: Mapping[str, Any], num_steps: int | None = None) -> tuple[Tensor, Tensor]:
+        """Draft for the live requests.
+
+        Args:
+            observation: of the environment, not flat.
+            num_steps: of this round, at most K; None: K.
+
+        Returns:
+            tokens [B, K] int64, -1 where none, and q [B, K, V] float32 that they were sampled from (one-hot where they
+            are the best), on the CPU.
+        """
+        device, steps = self.serving.device, self._num_steps if num_steps is None else num_steps
+        live = int(observation["live"].sum())
+        counts = observation["mask"][:live].sum(1).astype(np.int64)  # [b]
+        width, first = int(counts.max()), observation["positions"][:live, 0] - 1
+        slots = torch.from_numpy(first[:, None] + np.arange(width)).to(device)  # past a request's own: written over
+        tokens = torch.from_numpy(observation["tokens"][:live, :width]).clamp(min=0).to(device)
+        hidden = self.serving.fuse(self._features(observation["features"][:live, :width]))
+        length = int(first.max()) + width
+        hidden = self.serving.decode(tokens, hidden, self._cache, slots, length=length)
+        at = torch.from_numpy(counts).to(device)
+        state, free = hidden[torch.arange(live, device=device), at - 1], slots[:, 0] + at  # [b, H], [b]
+        drafted = torch.full((self._rows, self._num_steps), -1)
+        odds = torch.zeros(self._rows, self._num_steps, self._vocab)
+        length = int((first + counts).max())
+        for step in range(steps):
+            chosen, q = self._choose(state)
+            drafted[:live, step], odds[:live, step] = chosen.cpu(), q.cpu()
+            if step + 1 < steps:
+                length += 1
+                state = self.serving.decode(
+                    chosen[:, None], state[:, None], self._cache, free[:, None] + step, length=length
+                )[:, 0]
+        return drafted, odds
+
+    def _features(self, features: NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy(features).to(self.serving.device, self.serving.dtype)
+
+    def _choose(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [b] int64 of the target's vocabulary, and q [b, V]."""
+        logits, ids = self.serving.logits(state), self.serving.target_ids
+        if self._temperature:
+            q = torch.softmax(logits / self._temperature, -1)
+            race = torch.empty_like(q).exponential_(generator=self._generator)  # the first to arrive is a sample of q
+            best = (q / race).argmax(-1)
+        else:
+            best = logits.argmax(-1)
+            q = torch.zeros_like(logits).scatter_(-1, best[:, None], 1.0)
+        if ids is None:
+            return best, q
+        return ids[best], q.new_zeros(len(q), self._vocab).index_copy_(1, ids, q)
