@@ -16,7 +16,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 from test_distribution import ALPHA, p_value
-from tiny import CONFIG, TAPS, Listed, prompts, tiny_target
+from tiny import CONFIG, TAPS, Listed, prompts, tiny_draft, tiny_target
 
 from specrl.clock import VirtualClock
 from specrl.decoding.sampling import Temperatures, distribution
@@ -261,6 +261,45 @@ def test_chains_differ_in_length_and_the_longest_is_the_plan() -> None:
     assert info["plan"] == "2/1/3" and sum(info["histogram"]) == 3
     assert env.step(drafts([]))[4]["plan"] == "0"
     assert env.step(drafts([[], [-1, 5, 5]]))[4]["plan"] == "0"  # a draft ends at its first -1
+
+
+def test_given_and_own_drafts_may_alternate_in_a_session() -> None:
+    """Greedy output stays the target's own, and the engine's draft is none the worse for rounds that were not its."""
+    requests = [Request(prompt, 40, 0.0, ignore_eos=True) for prompt in prompts(6, 5)]
+    engine = LocalEngine(tiny_target(), tiny_draft(), max_context=640)
+    rng = np.random.default_rng(0)
+    outputs, stood = [], []
+    for given in (False, True):
+        session = engine.start(Once(requests), batch_size=6, seed=0)
+        done: dict[int, tuple[int, ...]] = {}
+        own: list[float] = []
+        while not all(i in done for i in range(6)):
+            own.append(float((last := session.round(Plan(K))).correct_drafts.mean()))
+            done |= {c.request_id: c.tokens for c in last.finished}
+            if given:
+                drafted = torch.from_numpy(rng.integers(0, V, (6, K)))
+                done |= {c.request_id: c.tokens for c in session.round_with(drafted).finished}
+        outputs.append({i: done[i] for i in range(6)})
+        stood.append(np.mean(own))
+    assert outputs[0] == outputs[1]
+    assert stood[0] > 1.0 and stood[1] > 0.8 * stood[0]  # a draft that had lost its place would stand for nothing
+
+
+def test_a_session_refuses_what_is_no_proposal() -> None:
+    session = LocalEngine(tiny_target(), max_context=64).start(Listed([Request((1, 2), 9)]), batch_size=2, seed=0)
+    for drafted, message in [
+        (torch.zeros(3, 2, dtype=torch.int64), r"int64 \[2, num_steps\], .* but got torch.int64 \[3, 2\]"),
+        (torch.zeros(2, 2), "but got torch.float32"),
+        (torch.zeros(2, 64, dtype=torch.int64), "at most 63 tokens per request, but got 64"),
+        (torch.tensor([[1, V], [1, 1]]), f"but got 1..{V}"),
+        (torch.tensor([[1, 1], [-1, 1]]), "a token after -1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            session.round_with(drafted)
+    assert session.round_with(torch.tensor([[1, 1], [1, -1]])).plan == Plan(2)
+    session.close()
+    with pytest.raises(ValueError, match="closed"):
+        session.round_with(torch.zeros(2, 1, dtype=torch.int64))
 
 
 def test_flat_actions_and_observations_are_the_same_in_vectors() -> None:
