@@ -8,6 +8,7 @@ algorithms for connectionist reinforcement learning", equation 11)
 
 unbiased for any baseline b that was known before the round; ours is the running mean of the rewards at the round's
 batch size. Drafts after the first that fell are left out: r does not depend on them, so their term is 0 on average.
+The estimate is unbiased; the clipping of its norm and Adam's steps come after it.
 
 Three conditions. Drafts must be verified without their q: under rejection sampling r depends on q_θ itself, beyond the
 samples, and the formula lacks that term. The weights must be those that drafted: so one update is made per episode, and
