@@ -37,7 +37,9 @@ def new_actor(draft: Draft, rows: int = BATCH) -> DraftActor:
 def play(env: DraftTokensEnv, actor: DraftActor, learner: Reinforce | None = None, seed: int = 0) -> dict[str, Any]:
     """An episode; mean reward and accept length, and log q of what was tested, in the learner's order."""
     obs, info = env.reset(seed=seed)
-    over, rewards, lengths, tested = False, [], [], []
+    over, tested = False, []
+    rewards: list[float] = []
+    lengths: list[float] = []
     while not over:
         actor.read(info["prefills"])
         if learner is not None:
