@@ -3,14 +3,16 @@ VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
+SGLANG_VENV ?= .venv-sglang
 export PYTHON CONSTRAINTS
 
 requirements := pyproject.toml tools/setup_venv.sh $(wildcard $(CONSTRAINTS))
 base := $(VENV)/.specrl-base
 dev := $(VENV)/.specrl-dev
 resolved := $(VENV)/.specrl-resolved
+sglang := $(SGLANG_VENV)/.specrl-sglang
 
-.PHONY: help quickstart bench test check check-static check-ranges format setup constraints clean
+.PHONY: help quickstart bench test test-sglang check check-static check-ranges format setup constraints clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -25,6 +27,11 @@ bench: $(base)  ## measure speculative against plain decoding on this machine
 
 test: $(dev)  ## run the tests
 	$(VENV)/bin/python -m pytest $(ARGS)
+	@echo "Not run: tests/sglang, with SGLang itself (make test-sglang; an environment of its own, about 2 GB)"
+
+test-sglang: $(sglang)  ## run the tests with SGLang itself, on the CPU
+	PYTHONPATH=$(CURDIR)/tests/sglang/shim SGLANG_USE_CPU_ENGINE=1 TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+	    $(SGLANG_VENV)/bin/python -m pytest -c tests/sglang/pytest.ini tests/sglang $(ARGS)
 
 check: check-static check-ranges test  ## everything that must hold before a commit: the two below, and the tests
 
@@ -60,3 +67,7 @@ $(dev): $(requirements)
 
 $(resolved): $(dev) tools/check_resolve.py
 	$(VENV)/bin/python tools/check_resolve.py && touch $@ || [ $$? -eq 3 ]  # 3: no package index to ask
+
+$(sglang): pyproject.toml tools/setup_sglang.sh
+	@tools/setup_sglang.sh $(SGLANG_VENV)
+	@touch $@

@@ -1,0 +1,73 @@
+"""A learned draft, exported and served by SGLang: the same tokens and the same accepted drafts as our own engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from learned import Decoded, decode, margin, prompts
+from server import Server
+
+from specrl.export.bundle import Bundle
+from specrl.export.card import Provenance
+from specrl.export.serving import plan_serving
+from specrl.models.draft import Draft
+from specrl.models.embedded import embedded_directory
+from specrl.models.target import Target
+from specrl.plan import Plan
+from specrl.plugin.policy import LearnedPolicy
+
+NEW = 40
+NEAR_TIE = 1e-3  # logits closer than this may be ordered either way by two implementations in float32
+
+
+def export(draft: Draft, table: dict[int, Plan], directory: Path) -> Path:
+    policy = LearnedPolicy(table, tuple(dict.fromkeys(table.values())))
+    source, path = Provenance("embedded", 0.0), str(embedded_directory())
+    Bundle(draft, policy, plan_serving(table), source, path).write(directory)
+    return directory
+
+
+def compare(
+    target: Target, listed: list[tuple[int, ...]], ours: list[Decoded], answers: list[dict[str, Any]], *, drafts: bool
+) -> int:
+    """How many prompts differ from a near-tie on; all else must be equal, the accepted drafts too where `drafts`."""
+    ties = 0
+    for prompt, own, answer in zip(listed, ours, answers, strict=True):
+        tokens = tuple(answer["output_ids"])
+        if tokens != own.tokens:
+            at = next(i for i, (a, b) in enumerate(zip(tokens, own.tokens, strict=True)) if a != b)
+            assert margin(target, [*prompt, *tokens[:at]]) < NEAR_TIE, f"other tokens from {at} on"
+            ties += 1
+        elif drafts:
+            found = tuple(answer["meta_info"]["spec_correct_drafts_histogram"])  # without zeros at its end
+            assert found + (0,) * (len(own.histogram) - len(found)) == own.histogram
+    print(f"{len(listed) - ties} of {len(listed)} prompts token by token, {ties} from a near-tie on")
+    return ties
+
+
+def test_an_adaptive_chain_gives_our_tokens_and_accepted_drafts(
+    target: Target, draft: Draft, start: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = start(export(draft, {1: Plan(3), 4: Plan(1)}, tmp_path / "bundle"))
+    listed = prompts(8)
+    ours = decode(target, draft, listed, Plan(3), NEW)
+    assert sum(sum(d.histogram[1:]) for d in ours) > sum(d.histogram[0] for d in ours), "the draft learned something"
+    alone = [server.generate(prompt, NEW) for prompt in listed]
+    assert compare(target, listed, ours, alone, drafts=True) <= 1
+    # Eight at once are in the tier with one step; only once most are done may more drafts stand.
+    together = server.generate_together(listed, NEW)
+    assert compare(target, listed, ours, together, drafts=False) <= 1
+    long = [sum(sum(a["meta_info"]["spec_correct_drafts_histogram"][2:]) for a in x) for x in (alone, together)]
+    assert long[1] < long[0] / 2, long
+
+
+def test_a_tree_gives_our_tokens_and_accepted_drafts(
+    target: Target, draft: Draft, start: Callable[..., Server], tmp_path: Path
+) -> None:
+    tree = Plan(3, 2, 6)
+    server = start(export(draft, {1: tree}, tmp_path / "bundle"))
+    listed = prompts(8)
+    ours = decode(target, draft, listed, tree, NEW)
+    assert compare(target, listed, ours, [server.generate(prompt, NEW) for prompt in listed], drafts=True) <= 1
