@@ -39,12 +39,16 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
     with context known) instead of a robust line through them, skills lie on a grid (`specrl.engines.batched`), and
     actions are 'discrete' only.
 
-    Environments whose episode ended are reset in the next step, which ignores their action and rewards 0
-    (`AutoresetMode.NEXT_STEP`). `info` holds arrays over environments: `tokens`, `seconds`, `accept_length`,
-    `batch_size`, `t0_s`, `plan` (its index), `episode_speedup`, `action_mask` [N, n].
+    `info` holds arrays over environments: `tokens`, `seconds`, `accept_length`, `batch_size`, `t0_s`, `plan` (its
+    index), `episode_speedup`, `action_mask` [N, n].
 
     Args:
         num_envs: N.
+        autoreset_mode: NEXT_STEP resets environments whose episode ended in the next step, which ignores their action
+            and rewards 0; SAME_STEP at once: the observation is then the next episode's first, and
+            `info["final_obs"]` [N, D] the last one's, where `info["_final_obs"]` says so.
+        stagger: let the first episodes be of every length up to `max_rounds`, so that environments do not all begin
+            anew in the same step; learners that normalise what they see need that.
         (others): as `SimulatedEnv`.
 
     Raises:
@@ -68,6 +72,8 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         extrapolate: bool = False,
         shifts: Sequence[Shift] = (),
         render_mode: str | None = None,
+        autoreset_mode: AutoresetMode = AutoresetMode.NEXT_STEP,
+        stagger: bool = False,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, but got {num_envs}")
@@ -75,6 +81,10 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
             raise ValueError(
                 f"render_mode must be None, since many environments have no panel, but got {render_mode!r}"
             )
+        if autoreset_mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
+            raise ValueError(f"autoreset_mode must be NEXT_STEP or SAME_STEP, but got {autoreset_mode}")
+        self._at_once = autoreset_mode == AutoresetMode.SAME_STEP
+        self.metadata = {**self.metadata, "autoreset_mode": autoreset_mode}
         engine, requests, self.plans = simulation(
             profile, batch_size, plans, prompt_tokens, max_new_tokens, extrapolate=extrapolate, shifts=shifts
         )
@@ -85,6 +95,9 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
             raise ValueError(
                 f"max_rounds or max_tokens must be at least 1, and one of them only, but got {max_rounds}, {max_tokens}"
             )
+        if stagger and max_rounds is None:
+            raise ValueError("stagger needs episodes of max_rounds, but got max_tokens; leave one of them out")
+        self._stagger = stagger
         self._mask = np.array([engine.supports(plan) for plan in self.plans])
         if not self._mask.any():
             raise ValueError(f"the profile must offer one of the plans, but none of {', '.join(map(str, self.plans))}")
@@ -129,6 +142,8 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         self._late: deque[tuple[Ints, Ints, Ints, Rounds, Floats, Ints]] = deque()
         self._episode = np.zeros(self.num_envs, dtype=np.int64)
         self._begin(None)
+        if self._stagger and self._max_rounds is not None:
+            self._rounds = self._rng.integers(self._max_rounds, size=self.num_envs)
         everywhere = np.ones(self.num_envs, dtype=np.bool_)
         info = {"action_mask": self.action_masks(), "batch_size": self._sessions.live.copy()}
         return self._observe(), info | {f"_{key}": everywhere for key in info}
@@ -136,7 +151,7 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
     def step(
         self, actions: Ints
     ) -> tuple[NDArray[np.float32], Floats, NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        """One round of every environment; a reset of those whose episode is over.
+        """One round of every environment; a reset of those whose episode is over (see `autoreset_mode`).
 
         Raises:
             ValueError: before `reset`, or an action that is not in the space or not in the mask.
@@ -177,6 +192,10 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
             self._begin(over)
             reward[over], truncated[over], terminated[over] = 0.0, False, False
         self._over = truncated | terminated
+        if self._at_once and self._over.any():
+            info |= {"final_obs": self._observe(), "_final_obs": self._over}
+            self._begin(np.flatnonzero(self._over))
+            self._over = np.zeros(self.num_envs, dtype=np.bool_)
         return self._observe(), reward, terminated, truncated, info
 
     def action_masks(self) -> NDArray[np.bool_]:

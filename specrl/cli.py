@@ -29,6 +29,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "quickstart": Command("specrl.apps.quickstart:quickstart", "from a random draft to a measured speedup, in minutes"),
     "train": Command("specrl.apps.train:train", "learn a draft, and a plan per batch size, on live traffic"),
+    "record": Command("specrl.apps.record:record", "serve traffic, and keep what a draft can be learnt from"),
     "export": Command("specrl.apps.export:export", "what a run learned, as a directory that serves"),
     "import": Command("specrl.apps.import_draft:import_draft", "a published EAGLE3 draft, to start learning from"),
     "doctor": Command("specrl.apps.doctor:doctor", "what this machine can do, and what would slow it down"),
@@ -36,6 +37,7 @@ COMMANDS = {
     "evaluate": Command("specrl.apps.evaluate:evaluate", "choosers of plans against each other, simulated or live"),
     "validate": Command("specrl.apps.validate:validate", "does a record of an evaluation hold?"),
     "profile": Command("specrl.apps.profile:profile", "record this machine's rounds, for simulation"),
+    "rl": Command("specrl.apps.rl:rl", "a policy that chooses plans, by PPO and others, simulated or live"),
 }
 
 _HELP = """\

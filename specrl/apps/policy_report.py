@@ -1,0 +1,120 @@
+"""How a policy fares: played in simulation beside the best plan per batch size, and the table that it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specrl.agents.distill import Distilled, distill
+from specrl.agents.fixed import PlanTable
+from specrl.agents.network import NetworkChooser
+from specrl.engines.profile import Profile
+from specrl.envs.simulated_vector import SimulatedVectorEnv
+from specrl.plan import Plan
+
+Act = Callable[[NDArray[np.float32]], NDArray[np.int64]]
+PHASE = 64  # rounds that the load stays
+_SETTLE = 1  # passes over the loads before what counts, so that costs have been seen
+
+
+class Played(NamedTuple):
+    """Rounds that were played; [S] each, S = rounds x environments."""
+
+    batch_sizes: NDArray[np.int64]
+    actions: NDArray[np.int64]
+    tokens: NDArray[np.float64]  # per request
+    seconds: NDArray[np.float64]
+
+
+class Report(NamedTuple):
+    """What a policy earns of the best plan per batch size.
+
+    Attributes:
+        share: seconds that the best plans would need for the same tokens, over the seconds spent, both as played.
+        by_batch_size: tokens per second and request over the best plan's, at each batch size.
+        best: the best plan of the profile at each batch size.
+        distilled: the table that the policy comes to, over the states visited.
+    """
+
+    share: float
+    by_batch_size: dict[int, float]
+    best: PlanTable
+    distilled: Distilled
+
+
+def best_plans(profile: Profile, batch_sizes: Sequence[int], plans: Sequence[Plan]) -> PlanTable:
+    """argmax E[τ] / T(B, plan) at each batch size, from the profile."""
+    return PlanTable({b: max(plans, key=lambda plan: profile.tokens_per_second(b, plan)) for b in batch_sizes})
+
+
+def report(
+    chooser: NetworkChooser,
+    profile: Profile,
+    batch_sizes: Sequence[int],
+    *,
+    passes: int = 3,
+    num_envs: int = 64,
+    seed: int = 0,
+) -> Report:
+    """Play a policy and the best plans over a load that moves between small and large batch sizes.
+
+    The load stays 64 rounds at each batch size, in an order that goes up and down; it passes over all of them once
+    before what counts. Both see the same seed.
+    """
+    allowed = [plan for plan, able in zip(chooser.plans, chooser.allowed, strict=True) if able]
+    best = best_plans(profile, batch_sizes, allowed)
+    index = np.zeros(max(batch_sizes) + 1, dtype=np.int64)
+    for size in batch_sizes:
+        index[size] = chooser.plans.index(best.best(size))
+    kwargs: dict[str, Any] = {"passes": passes, "num_envs": num_envs, "seed": seed}
+    state = chooser.network.start(num_envs)
+
+    def greedy(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+        nonlocal state
+        actions, state = chooser.act(vectors, state)
+        return actions
+
+    def ideal(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+        return index[np.rint(2.0 ** (10.0 * vectors[:, 0])).astype(np.int64)]
+
+    own, top = (play(act, profile, chooser.plans, batch_sizes, **kwargs) for act in (greedy, ideal))
+    shares, needed = {}, 0.0
+    for size in sorted(set(batch_sizes)):
+        here, there = own.batch_sizes == size, top.batch_sizes == size
+        speed = top.tokens[there].sum() / top.seconds[there].sum()
+        shares[size] = float(own.tokens[here].sum() / own.seconds[here].sum() / speed)
+        needed += own.tokens[here].sum() / speed
+    table = distill(own.batch_sizes, own.actions, chooser.plans)
+    return Report(float(needed / own.seconds.sum()), shares, best, table)
+
+
+def play(
+    act: Act,
+    profile: Profile,
+    plans: Sequence[Plan],
+    batch_sizes: Sequence[int],
+    *,
+    passes: int,
+    num_envs: int,
+    seed: int,
+) -> Played:
+    """Rounds of `act`, from observations [N, D] to actions [N], after a pass that does not count."""
+    sizes = sorted(set(batch_sizes))
+    order = [size for pair in zip(sizes, reversed(sizes), strict=True) for size in pair][: len(sizes)]
+    trace = ",".join(f"{size}x{PHASE}" for size in order)
+    skipped = _SETTLE * PHASE * len(order)
+    rounds = skipped + passes * PHASE * len(order)
+    env = SimulatedVectorEnv(num_envs, profile=profile, batch_size=trace, plans=list(plans), max_rounds=rounds + 1)
+    vectors, _ = env.reset(seed=seed)
+    parts = []
+    for number in range(rounds):
+        actions = act(vectors)
+        vectors, *_, info = env.step(actions)
+        if number >= skipped:
+            size = info["batch_size"]
+            parts.append((size.copy(), actions, info["tokens"] / size, info["seconds"]))
+    env.close()
+    return Played(*(np.concatenate(column) for column in zip(*parts, strict=True)))

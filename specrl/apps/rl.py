@@ -1,0 +1,269 @@
+"""`specrl rl`: learn to choose plans with deep reinforcement learning, in simulation or on live decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from specrl.agents.distill import distill
+from specrl.agents.network import NetworkChooser, load_chooser
+from specrl.agents.sb3 import Agent, make_agent
+from specrl.apps.output import OutputDir, environment, show, table
+from specrl.apps.policy_report import report
+from specrl.clock import WallClock
+from specrl.engines.profile import load_profile
+from specrl.envs import SIMULATED, SPEC_DECODE
+from specrl.envs.simulated_vector import SimulatedVectorEnv
+from specrl.envs.spec_decode import SpecDecodeEnv
+from specrl.export.bundle import PLANS, read_plans
+from specrl.plan import Plan
+
+if TYPE_CHECKING:
+    from gymnasium.vector import VectorEnv
+    from stable_baselines3.common.callbacks import BaseCallback
+
+HYPERPARAMETERS = Path(__file__).parent.parent / "hyperparameters"
+_EPISODE = {SIMULATED: 256, SPEC_DECODE: 128}  # rounds, at one batch size each
+_EVERY_S = 0.25  # least time between two rows of the learning curve
+
+
+def rl(
+    *,
+    algo: Literal["ppo", "dqn", "recurrent_ppo", "maskable_ppo"] = "maskable_ppo",
+    profile: str = "aurora-qwen3-coder-next-fp8",
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 24, 32),
+    plans: str | None = None,
+    reward: str = "differential",
+    n_timesteps: int | None = None,
+    seconds: float | None = None,
+    hyperparameters: Path | None = None,
+    policy: Path | None = None,
+    live: bool = False,
+    target: str = "embedded",
+    draft: Path | None = None,
+    temperature: float = 0.7,
+    seed: int = 0,
+    output_dir: Path | None = None,
+) -> Agent:
+    """Train an agent of Stable-Baselines3 that chooses the plan of every round.
+
+    It learns in simulation, thousands of environments at once; `--live true` lets it learn on live decoding instead,
+    and `--policy DIR` goes on from a policy that was saved, of the same algorithm and plans. Each episode draws one
+    of the batch sizes. Written are policy.safetensors and policy.json (the policy; no pickle), plans.json (the plan
+    per batch size that it comes to: the one it chooses most often in the states that it visits), curve.csv (what was
+    earned while learning) and results.json.
+
+    Args:
+        algo: of Stable-Baselines3 or sb3-contrib.
+        profile: simulated: a shipped profile or a .json file of `specrl profile`.
+        batch_sizes: of which each episode draws one.
+        plans: on offer, separated by commas; by default the policy's, else all that the profile knows, and on live
+            decoding 0,1/1/2,2/1/3,3/1/4,4/1/5.
+        reward: by name, as the environments have it.
+        n_timesteps: rounds to learn from; by default what the hyperparameters say.
+        seconds: to stop after, if that is sooner.
+        hyperparameters: YAML as RL Baselines3 Zoo writes it: by environment, arguments of the algorithm.
+        policy: directory of a policy to go on from.
+        live: learn on live decoding of `target`, timed by the clock; let nothing else run meanwhile.
+        target: live: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        draft: live: EAGLE3 draft directory; by default a random one, which accepts next to nothing.
+        temperature: live: of sampling; 0 is greedy.
+        seed: of weights, exploration and environments.
+        output_dir: where results go; by default runs/rl-<time>.
+
+    Raises:
+        ValueError: an argument out of range, or a policy that does not fit.
+
+    Example:
+        specrl rl --algo maskable_ppo --seconds 60 --output_dir runs/sim
+        specrl rl --policy runs/sim --live true --draft runs/quickstart/draft --batch_sizes 1,4 --seconds 120
+    """
+    if n_timesteps is not None and n_timesteps < 1:
+        raise ValueError(f"n_timesteps must be at least 1, but got {n_timesteps}")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds must be above 0, but got {seconds}")
+    task = SPEC_DECODE if live else SIMULATED
+    hyper = read_hyperparameters(hyperparameters or HYPERPARAMETERS / f"{algo}.yaml", task)
+    offered = plans or (",".join(map(str, load_chooser(policy).plans)) if policy else None)
+    out = OutputDir(output_dir) if output_dir is not None else None
+    off_the_clock: Callable[[], AbstractContextManager[None]] | None = None
+    if live:
+        decoding = SpecDecodeEnv(
+            target=target,
+            draft=draft,
+            batch_size=batch_sizes,
+            temperature=temperature,
+            plans=offered or "0,1/1/2,2/1/3,3/1/4,4/1/5",
+            reward=reward,
+            max_rounds=_EPISODE[task],
+        )
+        env, known, allowed = as_vector(decoding), decoding.plans, decoding.action_masks()
+        off_the_clock = decoding.off_the_clock
+    else:
+        from gymnasium.vector import AutoresetMode
+
+        simulated = SimulatedVectorEnv(
+            int(hyper.get("n_envs", 1)),
+            profile=profile,
+            batch_size=batch_sizes,
+            plans=offered,
+            reward=reward,
+            max_rounds=_EPISODE[task],
+            autoreset_mode=AutoresetMode.SAME_STEP,
+            stagger=True,
+        )
+        env, known, allowed = simulated, simulated.plans, simulated.action_masks()[0]
+    if algo != "maskable_ppo" and not allowed.all():
+        able = ",".join(str(plan) for plan, can in zip(known, allowed, strict=True) if can)
+        raise ValueError(
+            f"{algo} knows no masks, so all plans must be to be had; set plans to {able}, or algo to maskable_ppo"
+        )
+    agent = make_agent(algo, env, hyper, plans=known, allowed=allowed.tolist(), seed=seed)
+    if policy is not None:
+        agent.load(policy)
+    curve = Curve(agent, seconds=seconds, off_the_clock=off_the_clock)
+    agent.model.learn(n_timesteps or int(hyper["n_timesteps"]), callback=curve.callback())
+    chooser = agent.chooser()
+    results: dict[str, Any] = {"algorithm": algo, "task": task, "timesteps": agent.model.num_timesteps}
+    results |= {"seconds": curve.seconds, "environment": environment()}
+    if live:
+        found = distill(*visit(env, chooser), known)
+    else:
+        told = report(chooser, load_profile(profile), batch_sizes, seed=seed + 1)
+        found = told.distilled
+        results |= {"share_of_best": told.share, "share_by_batch_size": told.by_batch_size}
+        results["best"] = told.best.state_dict()
+    chosen = {size: found.table.best(size) for size in sorted(set(batch_sizes))}
+    results |= {"plans": chosen, "agreement": found.agreement, "states": found.states}
+    env.close()
+    rows = [{"batch size": size, "plan": str(plan)} for size, plan in chosen.items()]
+    if not live:
+        rows = [
+            {**row, "best": str(told.best.best(size)), "share of best": told.by_batch_size[size]}
+            for row, size in zip(rows, chosen, strict=True)
+        ]
+        show(f"{told.share:.1%} of the best plan per batch size, in simulation")
+    show(table(rows), f"{found.agreement:.1%} of its choices are this table's, over {found.states:,} states")
+    if out is not None:
+        agent.save(out.path)
+        out.write_json(PLANS, {"plans": chosen})
+        verify(out.path, agent, chosen)
+        out.write_csv("curve.csv", curve.rows)
+        out.write_json("results.json", results)
+        show(f"written: {out.path}")
+    return agent
+
+
+def read_hyperparameters(path: Path, task: str) -> dict[str, Any]:
+    """The hyperparameters of an environment.
+
+    Raises:
+        ValueError: no such file, or nothing for this environment in it.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    if not path.is_file():
+        raise ValueError(f"hyperparameters must be a YAML file, but there is no {str(path)!r}")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(path)!r} must be YAML, but {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict) or not isinstance(found.get(task), dict) or "n_timesteps" not in found[task]:
+        raise ValueError(f"{str(path)!r} must hold hyperparameters under {task!r}, n_timesteps among them")
+    return dict(found[task])
+
+
+def as_vector(env: SpecDecodeEnv) -> VectorEnv[Any, Any, Any]:
+    """One live environment as a vector of one, reset in the step that ends an episode."""
+    from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+    return SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def visit(env: VectorEnv[Any, Any, Any], chooser: NetworkChooser, rounds: int = 1024) -> tuple[Any, Any]:
+    """Batch sizes and choices [S] int64 of a policy's own rounds on a vector environment."""
+    vectors, _ = env.reset()
+    state = chooser.network.start(len(vectors))
+    sizes, choices = [], []
+    for _ in range(rounds):
+        actions, state = chooser.act(vectors, state)
+        sizes.append(np.rint(2.0 ** (10.0 * vectors[:, 0])).astype(np.int64))
+        choices.append(actions)
+        vectors, *_ = env.step(actions)
+    return np.concatenate(sizes), np.concatenate(choices)
+
+
+def verify(directory: Path, agent: Agent, plans: dict[int, Plan]) -> None:
+    """Read back what was written.
+
+    Raises:
+        ValueError: the table or the policy differs from the one written.
+    """
+    if read_plans(directory / PLANS) != plans:
+        raise ValueError(f"the plans written must read back as they were, but {directory} differs; is the disk sound?")
+    low, high = (getattr(agent.model.observation_space, name) for name in ("low", "high"))
+    vectors = np.random.default_rng(0).uniform(low, high, size=(1000, len(low))).astype(np.float32)
+    saved, own = (c.act(vectors, c.network.start(1000))[0] for c in (load_chooser(directory), agent.chooser()))
+    if (saved != own).any():
+        raise ValueError(f"the policy written must choose as it did, but {directory} differs; is the disk sound?")
+
+
+class Curve:
+    """What is earned while an agent learns: a row every quarter of a second, and a stop after some seconds.
+
+    Args:
+        agent: that learns.
+        seconds: to stop after; None: never.
+        off_the_clock: of a live environment: what updates take is not the chooser's thinking.
+    """
+
+    def __init__(
+        self, agent: Agent, *, seconds: float | None, off_the_clock: Callable[[], AbstractContextManager[None]] | None
+    ) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self._agent, self._limit, self._off = agent, seconds, off_the_clock
+
+    def callback(self) -> BaseCallback:
+        """For `model.learn`."""
+        from stable_baselines3.common.callbacks import BaseCallback
+
+        curve, clock = self, WallClock()
+        began, source = clock.now(), _source(self._agent)
+
+        class Watch(BaseCallback):
+            """Fills the curve."""
+
+            paused: AbstractContextManager[None] | None = None
+
+            def _on_rollout_start(self) -> None:
+                if self.paused is not None:
+                    self.paused.__exit__(None, None, None)
+                    self.paused = None
+
+            def _on_step(self) -> bool:
+                return curve._limit is None or clock.now() - began < curve._limit
+
+            def _on_rollout_end(self) -> None:
+                if curve._off is not None:
+                    self.paused = curve._off()
+                    self.paused.__enter__()
+                curve.seconds = clock.now() - began
+                if not curve.rows or curve.seconds - curve.rows[-1]["seconds"] >= _EVERY_S:
+                    row = {"timesteps": float(self.num_timesteps), "seconds": curve.seconds}
+                    curve.rows.append({**row, "speedup": source.take_speedup()})
+
+            def _on_training_end(self) -> None:
+                self._on_rollout_start()
+
+        return Watch()
+
+
+def _source(agent: Agent) -> Any:
+    """The environment that counts speedups, below what normalises."""
+    env = agent.model.get_env()
+    return getattr(env, "venv", env)
