@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from specrl.agents.losses import Mixture, Step, acceptance, greedy_step, sampled_step, top_k_of
 
-BLOCK = 1 << 26  # numbers of one block of logits: 128 MiB in bfloat16
+BLOCK = 1 << 25  # numbers of one block of logits: 64 MiB in bfloat16
 PIECE = 1 << 20  # numbers of one piece in float32: 4 MiB, about a processor's cache
 SHARPNESS = 4.0  # of the surrogate for deterministic drafts, see `losses.greedy_step`
 

@@ -52,7 +52,8 @@ class Objective:
         """
         c, batch = self.config, self._batch(sequences)
         head = parameters["lm_head.weight"]
-        of_head, fixed_head, cast_head = torch.zeros_like(head), head.detach().to(self.dtype), head.to(self.dtype)
+        cast_head = head.to(self.dtype)
+        of_head, fixed_head = torch.zeros_like(head), cast_head.detach()
         loss, metrics = torch.zeros(()), {}
         ends: list[Tensor] = []
         slopes: list[Tensor | None] = []
@@ -123,7 +124,7 @@ class Objective:
         fallen = self._fallen(sequences, heats, inside.shape[1]) if c.rejected else None
         passes = min(c.passes, inside.shape[1])
         starts = chosen_by_target(sequences, inside)
-        return Batch(tokens[:, 1:], features[:, :-1].float(), inside, slots, starts, targets, passes, fallen)
+        return Batch(tokens[:, 1:], features[:, :-1].to(self.dtype), inside, slots, starts, targets, passes, fallen)
 
     def _fallen(self, sequences: list[Sequence], heats: list[float], length: int) -> Fallen | None:
         """What was rejected at slots 1 and later; None if nothing was."""
@@ -150,7 +151,7 @@ class Batch:
     """Sequences side by side; slot t of T holds features t and token t + 1, and predicts token t + 2."""
 
     tokens: Tensor  # [B, T] int64, the token each slot reads
-    features: Tensor  # [B, T, 3H] float32
+    features: Tensor  # [B, T, 3H] in the dtype of the products
     inside: Tensor  # [B, T] bool, no padding
     slots: Tensor  # [B, T] int64, where `targets` holds each slot
     starts: Tensor  # [B, T] bool, the target chose the token that the slot predicts

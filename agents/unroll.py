@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from specrl.agents.attention import attend
 from specrl.models.config import DraftConfig
 from specrl.models.layer import interleave
 
 Parameters = Mapping[str, Tensor]
+_RECOMPUTE_FROM = 1 << 22  # numbers in the MLP of a pass from which its products are made again rather than kept
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -29,6 +31,12 @@ def _cast(weight: Tensor) -> Tensor:
     """In the dtype of the products, once for all passes."""
     kind = weight.device.type
     return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+
+
+def _swiglu(wide: Tensor, down: Tensor) -> Tensor:
+    """The second half of the MLP, from gate and up side by side."""
+    gate, up = wide.chunk(2, -1)
+    return F.linear(F.silu(gate) * up, down)
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -106,6 +114,10 @@ def unroll_states(
         attended = attended.transpose(1, 2).reshape(batch, length, heads * size)
         state = state + F.linear(attended, parameters[f"{at}o_proj.weight"])
         normed = _norm(state, parameters["midlayer.post_attention_layernorm.weight"], c.rms_norm_eps)
-        gate, up = F.linear(normed, gate_up).chunk(2, -1)
-        state = state + F.linear(F.silu(gate) * up, parameters["midlayer.mlp.down_proj.weight"])
+        wide = F.linear(normed, gate_up)
+        down = parameters["midlayer.mlp.down_proj.weight"]
+        if wide.requires_grad and wide.numel() >= _RECOMPUTE_FROM:
+            state = state + checkpoint(_swiglu, wide, down, use_reentrant=False, preserve_rng_state=False)
+        else:
+            state = state + _swiglu(wide, down)
         yield _norm(state, parameters["norm.weight"], c.rms_norm_eps)

@@ -1,6 +1,6 @@
 """Tokens per second and peak memory of the learner's update, against a plain one written out below.
 
-    python benchmarks/learner_speed.py [--shape embedded|real] [--dtype auto] [--length T] [--updates 3]
+    python benchmarks/learner_speed.py [--shape embedded|real] [--dtype auto] [--length T] [--pairs N]
 
 Both make the same update (forward KL, AdamW, clipping, running average) of one batch from the same weights. The plain
 one unrolls with whole attention matrices, holds the logits of all passes, and differentiates everything at once.

@@ -10,6 +10,7 @@ from tiny import TAPS, tiny_target
 from torch import Tensor
 
 from specrl.agents import attention, fused
+from specrl.agents import unroll as unroll_module
 from specrl.agents.fused import SHARPNESS
 from specrl.agents.learner_config import LearnerConfig
 from specrl.agents.losses import (
@@ -138,6 +139,7 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         monkeypatch.setattr(fused, "BLOCK", 25)
         monkeypatch.setattr(fused, "PIECE", 13)
         monkeypatch.setattr(attention, "_WHOLE_UP_TO", 0)
+        monkeypatch.setattr(unroll_module, "_RECOMPUTE_FROM", 0)
     return str(request.param)
 
 
