@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
 
 HYPERPARAMETERS = Path(__file__).parent.parent / "hyperparameters"
-_EPISODE = {SIMULATED: 256, SPEC_DECODE: 128}  # rounds, at one batch size each
+EPISODE = {SIMULATED: 256, SPEC_DECODE: 128}  # rounds, at one batch size each
 _EVERY_S = 0.25  # least time between two rows of the learning curve
 
 
@@ -99,7 +99,7 @@ def rl(
             temperature=temperature,
             plans=offered or "0,1/1/2,2/1/3,3/1/4,4/1/5",
             reward=reward,
-            max_rounds=_EPISODE[task],
+            max_rounds=EPISODE[task],
         )
         env, known, allowed = as_vector(decoding), decoding.plans, decoding.action_masks()
         off_the_clock = decoding.off_the_clock
@@ -112,7 +112,7 @@ def rl(
             batch_size=batch_sizes,
             plans=offered,
             reward=reward,
-            max_rounds=_EPISODE[task],
+            max_rounds=EPISODE[task],
             autoreset_mode=AutoresetMode.SAME_STEP,
             stagger=True,
         )
