@@ -17,8 +17,9 @@ from specrl.agents.distill import distill
 from specrl.agents.network import NetworkChooser, PolicyNetwork, load_chooser
 from specrl.agents.sb3 import ALGORITHMS, Agent, make_agent
 from specrl.agents.sb3_vector import SB3VectorEnv
+from specrl.apps.curve import Curve
 from specrl.apps.policy_report import best_plans, report
-from specrl.apps.rl import HYPERPARAMETERS, Curve, as_vector, read_hyperparameters, rl
+from specrl.apps.rl import HYPERPARAMETERS, as_vector, read_hyperparameters, rl
 from specrl.engines.base import Request
 from specrl.engines.profile import load_profile
 from specrl.envs.simulated_vector import SimulatedVectorEnv

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from numpy.typing import NDArray
 
 from specrl.agents.distill import distill
 from specrl.agents.network import NetworkChooser, load_chooser
 from specrl.agents.sb3 import Agent, make_agent
+from specrl.apps.curve import Curve
 from specrl.apps.output import OutputDir, environment, show, table
 from specrl.apps.policy_report import report
-from specrl.clock import WallClock
 from specrl.engines.profile import load_profile
 from specrl.envs import SIMULATED, SPEC_DECODE
 from specrl.envs.simulated_vector import SimulatedVectorEnv
@@ -22,13 +24,25 @@ from specrl.envs.spec_decode import SpecDecodeEnv
 from specrl.export.bundle import PLANS, read_plans
 from specrl.plan import Plan
 
-if TYPE_CHECKING:
-    from gymnasium.vector import VectorEnv
-    from stable_baselines3.common.callbacks import BaseCallback
-
 HYPERPARAMETERS = Path(__file__).parent.parent / "hyperparameters"
 EPISODE = {SIMULATED: 256, SPEC_DECODE: 128}  # rounds, at one batch size each
-_EVERY_S = 0.25  # least time between two rows of the learning curve
+LIVE_PLANS = "0,1/1/2,2/1/3,3/1/4,4/1/5"  # on offer, unless it is said otherwise
+
+
+class World(NamedTuple):
+    """What an agent learns in.
+
+    Attributes:
+        env: of one environment or many, reset in the step that ends an episode.
+        plans: in the order of the actions.
+        allowed: which of them are to be had [n] bool.
+        off_the_clock: live: a context in which time is not the chooser's.
+    """
+
+    env: VectorEnv[Any, Any, Any]
+    plans: tuple[Plan, ...]
+    allowed: NDArray[np.bool_]
+    off_the_clock: Callable[[], AbstractContextManager[None]] | None
 
 
 def rl(
@@ -57,12 +71,14 @@ def rl(
     per batch size that it comes to: the one it chooses most often in the states that it visits), curve.csv (what was
     earned while learning) and results.json.
 
+    While it learns live, choosing with torch counts as thinking, updates do not; a saved policy chooses in NumPy.
+
     Args:
         algo: of Stable-Baselines3 or sb3-contrib.
         profile: simulated: a shipped profile or a .json file of `specrl profile`.
         batch_sizes: of which each episode draws one.
         plans: on offer, separated by commas; by default the policy's, else all that the profile knows, and on live
-            decoding 0,1/1/2,2/1/3,3/1/4,4/1/5.
+            decoding 0 to 4/1/5.
         reward: by name, as the environments have it.
         n_timesteps: rounds to learn from; by default what the hyperparameters say.
         seconds: to stop after, if that is sooner.
@@ -90,56 +106,38 @@ def rl(
     hyper = read_hyperparameters(hyperparameters or HYPERPARAMETERS / f"{algo}.yaml", task)
     offered = plans or (",".join(map(str, load_chooser(policy).plans)) if policy else None)
     out = OutputDir(output_dir) if output_dir is not None else None
-    off_the_clock: Callable[[], AbstractContextManager[None]] | None = None
+    common: dict[str, Any] = {"batch_size": batch_sizes, "reward": reward, "max_rounds": EPISODE[task]}
     if live:
-        decoding = SpecDecodeEnv(
-            target=target,
-            draft=draft,
-            batch_size=batch_sizes,
-            temperature=temperature,
-            plans=offered or "0,1/1/2,2/1/3,3/1/4,4/1/5",
-            reward=reward,
-            max_rounds=EPISODE[task],
-        )
-        env, known, allowed = as_vector(decoding), decoding.plans, decoding.action_masks()
-        off_the_clock = decoding.off_the_clock
+        common |= {"target": target, "draft": draft, "temperature": temperature, "plans": offered or LIVE_PLANS}
+        decoding = SpecDecodeEnv(**common)
+        world = World(as_vector(decoding), decoding.plans, decoding.action_masks(), decoding.off_the_clock)
     else:
-        from gymnasium.vector import AutoresetMode
-
-        simulated = SimulatedVectorEnv(
-            int(hyper.get("n_envs", 1)),
-            profile=profile,
-            batch_size=batch_sizes,
-            plans=offered,
-            reward=reward,
-            max_rounds=EPISODE[task],
-            autoreset_mode=AutoresetMode.SAME_STEP,
-            stagger=True,
-        )
-        env, known, allowed = simulated, simulated.plans, simulated.action_masks()[0]
-    if algo != "maskable_ppo" and not allowed.all():
-        able = ",".join(str(plan) for plan, can in zip(known, allowed, strict=True) if can)
+        common |= {"profile": profile, "plans": offered, "autoreset_mode": AutoresetMode.SAME_STEP, "stagger": True}
+        simulated = SimulatedVectorEnv(int(hyper.get("n_envs", 1)), **common)
+        world = World(simulated, simulated.plans, simulated.action_masks()[0], None)
+    if algo != "maskable_ppo" and not world.allowed.all():
+        able = ",".join(str(plan) for plan, can in zip(world.plans, world.allowed, strict=True) if can)
         raise ValueError(
             f"{algo} knows no masks, so all plans must be to be had; set plans to {able}, or algo to maskable_ppo"
         )
-    agent = make_agent(algo, env, hyper, plans=known, allowed=allowed.tolist(), seed=seed)
+    agent = make_agent(algo, world.env, hyper, plans=world.plans, allowed=world.allowed.tolist(), seed=seed)
     if policy is not None:
         agent.load(policy)
-    curve = Curve(agent, seconds=seconds, off_the_clock=off_the_clock)
+    curve = Curve(agent, seconds=seconds, off_the_clock=world.off_the_clock)
     agent.model.learn(n_timesteps or int(hyper["n_timesteps"]), callback=curve.callback())
     chooser = agent.chooser()
     results: dict[str, Any] = {"algorithm": algo, "task": task, "timesteps": agent.model.num_timesteps}
     results |= {"seconds": curve.seconds, "environment": environment()}
     if live:
-        found = distill(*visit(env, chooser), known)
+        found = distill(*visit(world.env, chooser), world.plans)
     else:
         told = report(chooser, load_profile(profile), batch_sizes, seed=seed + 1)
         found = told.distilled
         results |= {"share_of_best": told.share, "share_by_batch_size": told.by_batch_size}
         results["best"] = told.best.state_dict()
-    chosen = {size: found.table.best(size) for size in sorted(set(batch_sizes))}
+    chosen = {size: found.table.best(size) for size in found.by_batch_size}
     results |= {"plans": chosen, "agreement": found.agreement, "states": found.states}
-    env.close()
+    world.env.close()
     rows = [{"batch size": size, "plan": str(plan)} for size, plan in chosen.items()]
     if not live:
         rows = [
@@ -179,8 +177,6 @@ def read_hyperparameters(path: Path, task: str) -> dict[str, Any]:
 
 def as_vector(env: SpecDecodeEnv) -> VectorEnv[Any, Any, Any]:
     """One live environment as a vector of one, reset in the step that ends an episode."""
-    from gymnasium.vector import AutoresetMode, SyncVectorEnv
-
     return SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.SAME_STEP)
 
 
@@ -210,60 +206,3 @@ def verify(directory: Path, agent: Agent, plans: dict[int, Plan]) -> None:
     saved, own = (c.act(vectors, c.network.start(1000))[0] for c in (load_chooser(directory), agent.chooser()))
     if (saved != own).any():
         raise ValueError(f"the policy written must choose as it did, but {directory} differs; is the disk sound?")
-
-
-class Curve:
-    """What is earned while an agent learns: a row every quarter of a second, and a stop after some seconds.
-
-    Args:
-        agent: that learns.
-        seconds: to stop after; None: never.
-        off_the_clock: of a live environment: what updates take is not the chooser's thinking.
-    """
-
-    def __init__(
-        self, agent: Agent, *, seconds: float | None, off_the_clock: Callable[[], AbstractContextManager[None]] | None
-    ) -> None:
-        self.rows: list[dict[str, float]] = []
-        self.seconds = 0.0
-        self._agent, self._limit, self._off = agent, seconds, off_the_clock
-
-    def callback(self) -> BaseCallback:
-        """For `model.learn`."""
-        from stable_baselines3.common.callbacks import BaseCallback
-
-        curve, clock = self, WallClock()
-        began, source = clock.now(), _source(self._agent)
-
-        class Watch(BaseCallback):
-            """Fills the curve."""
-
-            paused: AbstractContextManager[None] | None = None
-
-            def _on_rollout_start(self) -> None:
-                if self.paused is not None:
-                    self.paused.__exit__(None, None, None)
-                    self.paused = None
-
-            def _on_step(self) -> bool:
-                return curve._limit is None or clock.now() - began < curve._limit
-
-            def _on_rollout_end(self) -> None:
-                if curve._off is not None:
-                    self.paused = curve._off()
-                    self.paused.__enter__()
-                curve.seconds = clock.now() - began
-                if not curve.rows or curve.seconds - curve.rows[-1]["seconds"] >= _EVERY_S:
-                    row = {"timesteps": float(self.num_timesteps), "seconds": curve.seconds}
-                    curve.rows.append({**row, "speedup": source.take_speedup()})
-
-            def _on_training_end(self) -> None:
-                self._on_rollout_start()
-
-        return Watch()
-
-
-def _source(agent: Agent) -> Any:
-    """The environment that counts speedups, below what normalises."""
-    env = agent.model.get_env()
-    return getattr(env, "venv", env)
