@@ -22,6 +22,7 @@ from specrl.rounds import Trace
 __all__ = ["LearnerConfig", "OnlineLearner", "product_dtype"]
 
 _HELD_OUT = 64  # sequences kept for a gate
+_LOST = ("skipped", "passed_over", "opted_out")  # counted by the assembler
 
 
 class OnlineLearner:
@@ -72,14 +73,7 @@ class OnlineLearner:
             Means over the good updates of loss, gradient_norm, alpha_k (mean Σ min(p, q) of pass k - 1) and staleness
             (draft versions since a sequence was served); updates tried; and `counts`.
         """
-        new = [sequence for sequence in self._assembler.add(traces) if len(sequence.tokens) > 1]
-        kept: list[Sequence] = []
-        for sequence in new:
-            self.requests += 1
-            apart = self.config.held_out and uniform_hash(self.requests, self._seed + 1) < self.config.held_out
-            (self.held_out if apart else kept).append(sequence)
-        self.replay.extend(kept)
-        self._owed += len(kept) * self.config.updates_per_request
+        self.take(traces)
         seen: dict[str, list[float]] = {}
         count, tokens, bad = 0, 0, self._guard.bad
         began = 0.0 if self._clock is None else self._clock.now()
@@ -97,6 +91,27 @@ class OnlineLearner:
         if self._clock is not None and tokens:
             metrics["tokens_per_s"] = tokens / max(self._clock.now() - began, 1e-9)
         return {**metrics, "updates": float(count), **self.counts()}
+
+    def take(self, traces: Iterable[Trace]) -> None:
+        """Take traces, and leave the updates that they are due to the next `learn`."""
+        kept: list[Sequence] = []
+        for sequence in self._assembler.add(traces):
+            if len(sequence.tokens) > 1:
+                self.requests += 1
+                apart = self.config.held_out and uniform_hash(self.requests, self._seed + 1) < self.config.held_out
+                (self.held_out if apart else kept).append(sequence)
+        self.replay.extend(kept)
+        self._owed += len(kept) * self.config.updates_per_request
+
+    def end_session(self) -> None:
+        """Throw away what was seen of unfinished requests: their session is over, and ids begin anew."""
+        self._assembler.forget()
+
+    def forget(self) -> None:
+        """Throw away all finished requests, those held out too, and the updates that they are due."""
+        self.replay.clear()
+        self.held_out.clear()
+        self._owed = 0.0
 
     def counts(self) -> dict[str, float]:
         """What is held and what was lost so far.
@@ -136,9 +151,18 @@ class OnlineLearner:
         """Remember the weights of now as good."""
         self._guard.keep()
 
+    def good(self) -> Mapping[str, Tensor]:
+        """The weights remembered last, by SGLang's names."""
+        return {name: t.clone() for name, t in {**self._guard.good, **self._fixed}.items()}
+
     def roll_back(self) -> None:
         """Go back to the weights remembered last; the optimiser begins anew."""
         self._guard.roll_back()
+
+    @property
+    def prices(self) -> bool:
+        """Whether the loss counts seconds, and so wants to be told what they cost (`price`)."""
+        return "seconds_saved" in self._objective.mixture.chain
 
     def price(self, costs: Many[PlanCost], speedup: float = 1.0) -> None:
         """What the loss 'seconds_saved' counts with from now on; until told, it is the accept length of the chain."""
@@ -165,11 +189,13 @@ class OnlineLearner:
         return {"loss": metrics["loss"], "gradient_norm": norm, **alphas}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything needed to go on, but the replay: tensors, and JSON-able numbers."""
+        """Everything needed to go on, but sequences (`replay`, `held_out`): tensors, and JSON-able numbers."""
         tensors = {}
         for name, parameter in self.parameters.items():
             tensors[f"parameters.{name}"] = parameter.detach()
             tensors[f"served.{name}"] = self._served[name]
+            if self._gated:
+                tensors[f"good.{name}"] = self._guard.good[name]
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = value
         numbers = {
@@ -179,6 +205,7 @@ class OnlineLearner:
             "bad_updates": self._guard.bad,
             "rollbacks": self._guard.rollbacks,
             "rng": self.replay.rng.bit_generator.state,
+            "lost": [self.replay.dropped, *(getattr(self._assembler, name) for name in _LOST)],
         }
         return tensors, numbers
 
@@ -196,6 +223,9 @@ class OnlineLearner:
                     f"a learner's state must fit its draft: {name} is {tuple(parameter.shape)}, but got {got}"
                 )
         with torch.no_grad():
+            for name, served in self._served.items():
+                served.copy_(tensors.get(f"good.{name}", tensors[f"served.{name}"]))
+            self._guard.keep()
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameters.{name}"])
                 self._served[name].copy_(tensors[f"served.{name}"])
@@ -207,7 +237,10 @@ class OnlineLearner:
         self._owed = float(numbers["owed"])
         self.replay.rng.bit_generator.state = numbers["rng"]
         self._guard.bad, self._guard.rollbacks = numbers.get("bad_updates", 0), numbers.get("rollbacks", 0)
-        self._guard.keep()
+        if "lost" in numbers:
+            self.replay.dropped, *lost = numbers["lost"]
+            for name, count in zip(_LOST, lost, strict=True):
+                setattr(self._assembler, name, count)
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:
         """Version and the weights to serve, by SGLang's names; later updates do not touch them."""

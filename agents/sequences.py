@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,6 +87,11 @@ class Assembler:
             if self._open.get(request) is not None:
                 self._open[request] = None
                 self.opted_out += 1
+
+    def forget(self) -> None:
+        """Throw away what is not finished: the session ended, and the ids of the next one begin anew."""
+        self._open.clear()
+        self._refusing.clear()
 
     def add(self, traces: Iterable[Trace]) -> list[Sequence]:
         """Take traces in the order of their rounds; the sequences of the requests that ended with them."""
@@ -201,6 +206,13 @@ class Replay:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._held)
+
+    def clear(self) -> None:
+        """Hold nothing; what is thrown away so does not count as dropped."""
+        self._held.clear()
 
     def extend(self, sequences: Iterable[Sequence]) -> None:
         """Add newer sequences."""

@@ -82,17 +82,18 @@ def describe(done: Round, outcome: Outcome, thinking_s: float, error_s: float, s
 def named_workload(
     spec: str | Path, target: str | Path, prompt_tokens: int, max_new_tokens: int, temperature: float, ignore_eos: bool
 ) -> Workload:
-    """A workload by name, in the tokens of a target by name or directory (see `specrl.workload.load_workload`)."""
+    """A workload or stream by name, in the tokens of a target by name or directory (see `specrl.streams`)."""
     from specrl.models.embedded import embedded_directory
-    from specrl.workload import load_tokenizer, load_workload
+    from specrl.streams import open_stream
+    from specrl.workload import load_tokenizer
 
     embedded = str(target).startswith("embedded")
-    return load_workload(
+    return open_stream(
         spec,
         load_tokenizer(embedded_directory(str(target)) if embedded else Path(target)),
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         ignore_eos=ignore_eos,
-        split="train" if str(spec) == "stdlib" else "all",
+        split="train",
     )

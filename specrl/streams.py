@@ -141,6 +141,30 @@ def load_stream(
     return Shifting(tuple(parts), tuple(counts))
 
 
+def open_stream(
+    spec: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    split: Split,
+    prompt_tokens: int | Sequence[int] = 64,
+    max_new_tokens: int = 128,
+    temperature: float | Sequence[float] = 0.7,
+    ignore_eos: bool = False,
+) -> Workload:
+    """What a command's workload names: one's own file or directory, of which all is used, or else a stream's split."""
+    own = str(spec) not in ("stdlib", *SHIFTED) and Path(spec).exists()
+    load, part = (load_workload, "all") if own else (load_stream, split)
+    return load(
+        str(spec),
+        tokenizer,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        ignore_eos=ignore_eos,
+        split=part,
+    )
+
+
 def _mixture(names: str, part: str, settings: _Settings) -> Workload:
     workloads, weights = [], []
     for each in names.split("+"):

@@ -29,10 +29,11 @@ _KEYS = ("prompt", "text", "messages", "conversations")
 
 @dataclass(frozen=True)
 class Text:
-    """One source text: a document to cut windows from, or a whole prompt."""
+    """One source text: a document to cut windows from, or a whole prompt; and whether a draft may learn from it."""
 
     content: str
     whole: bool = False
+    learn: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class TextWorkload:
                 prompt = self._last(text, count)
             temperature = self.temperatures[int(rng.integers(len(self.temperatures)))]
             if len(prompt) == count or (text.whole and prompt):
-                yield Request(tuple(prompt), self.max_new_tokens, temperature, self.ignore_eos)
+                yield Request(tuple(prompt), self.max_new_tokens, temperature, self.ignore_eos, text.learn)
 
     def _encode(self, text: Text, start: int, count: int) -> list[int]:
         """The first `count` tokens from character `start` on; fewer at the end of the text."""
@@ -148,7 +149,7 @@ def load_workload(
         spec: 'stdlib' (the running interpreter's standard library sources), a .jsonl or .txt file, or a directory
             (searched for .py, .txt, .md and .jsonl). Lines of .jsonl hold 'prompt', 'text' (a document), 'messages'
             or 'conversations'; of a conversation the contents are joined, without a chat template, up to the last
-            that is not the assistant's.
+            that is not the assistant's. A line with "learn": false is served, and never learnt from.
         tokenizer: of the target (`load_tokenizer`).
         prompt_tokens: prompt length, or the least and the greatest.
         max_new_tokens: tokens to generate at most.
@@ -245,7 +246,10 @@ def _lines(path: Path) -> list[Text]:
         content = _conversation(value) if keys[0] in ("messages", "conversations") else value
         if not isinstance(content, str):
             raise ValueError(f"{keys[0]!r} must hold text, but {path}:{number} has {json.dumps(value)[:60]}")
-        texts.append(Text(content, whole=keys[0] != "text"))
+        learn = record.get("learn", True)
+        if not isinstance(learn, bool):
+            raise ValueError(f"'learn' must be true or false, but {path}:{number} has {json.dumps(learn)[:60]}")
+        texts.append(Text(content, whole=keys[0] != "text", learn=learn))
     return texts
 
 

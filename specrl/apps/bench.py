@@ -17,7 +17,8 @@ from specrl.models.draft import Draft, load_draft, new_draft
 from specrl.models.embedded import embedded_directory
 from specrl.models.target import Target, load_target
 from specrl.plan import Plan, parse_plans
-from specrl.workload import load_tokenizer, load_workload
+from specrl.streams import open_stream
+from specrl.workload import load_tokenizer
 
 _COLUMNS = {
     "batch_size": "batch",
@@ -74,7 +75,7 @@ def bench(
         batch_sizes: requests decoded together.
         plans: num_steps/topk/num_draft_tokens, separated by commas; 0 drafts nothing but keeps the draft ready.
         temperature: of sampling; 0 is greedy.
-        workload: 'stdlib', or a .txt, .jsonl or directory of prompts.
+        workload: 'stdlib', a .txt, .jsonl or directory of prompts, or a stream of them (see `specrl train`).
         prompt_tokens: tokens of a prompt.
         max_new_tokens: tokens generated per request.
         use_rejection_sampling: sample chains from the draft; else drafts are its best tokens (SGLang's default).
@@ -100,14 +101,14 @@ def bench(
     parsed = parse_plans(plans)
     model = load_target(target, device=device)
     drafted = load_draft(draft) if draft is not None else new_draft(model, intermediate_size=256)
-    source = load_workload(
+    source = open_stream(
         workload,
         load_tokenizer(target_directory(target)),
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         ignore_eos=True,
-        split="held_out" if workload == "stdlib" else "all",
+        split="held_out",
     )
     results: list[Measured] = []
     for batch in batch_sizes:

@@ -62,7 +62,7 @@ def read_options(
     config.pop("config", None)
     if "output_dir" in config and config["output_dir"] is None:
         config["output_dir"] = output_dir
-    return dict(vars(parser.instantiate(config))), parser.dump(config, skip_unset=False)
+    return parser.instantiate(config).as_dict(), parser.dump(config, skip_unset=False)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

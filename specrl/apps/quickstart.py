@@ -13,7 +13,9 @@ from specrl.apps.loop import OnlineLoop
 from specrl.apps.output import OutputDir, environment, show, table, to_json
 from specrl.apps.paired import PLAIN, Measured, rows
 from specrl.apps.plots import plot_learning, plot_speedups
-from specrl.apps.train import Reporter, Run, fresh_draft
+from specrl.apps.report import Reporter
+from specrl.apps.run import Run
+from specrl.apps.train import fresh_draft
 from specrl.clock import WallClock
 from specrl.engines.base import Workload
 from specrl.models.draft import Draft

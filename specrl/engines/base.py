@@ -23,12 +23,14 @@ class Request:
         max_new_tokens: tokens to generate at most, at least 1.
         temperature: 0 is greedy.
         ignore_eos: go on to `max_new_tokens` even after the end-of-sequence token (fixed-length measurements).
+        learn: whether a draft may be learnt from it.
     """
 
     prompt: tuple[int, ...]
     max_new_tokens: int = 128
     temperature: float = 0.0
     ignore_eos: bool = False
+    learn: bool = True
 
     def __post_init__(self) -> None:
         if not self.prompt:

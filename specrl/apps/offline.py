@@ -1,0 +1,87 @@
+"""Learning a draft from recorded traces, epoch by epoch, without serving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import numpy as np
+
+from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
+from specrl.agents.gate import Gate
+from specrl.apps.output import OutputDir, environment, show
+from specrl.apps.shards import Traces
+from specrl.clock import WallClock
+from specrl.models.draft import Draft
+from specrl.models.target import Target
+
+HELD_OUT, MOST = 0.1, 64  # share of the sequences that is not learnt from, and how many of them are judged on
+
+
+def learn_from(
+    traces: Traces,
+    model: Target,
+    draft: Draft,
+    config: LearnerConfig,
+    directory: OutputDir,
+    *,
+    target: str,
+    epochs: int,
+    num_steps: int = 3,
+    seed: int = 0,
+    print_line: Callable[[str], None] = show,
+) -> list[dict[str, object]]:
+    """Learn `draft` from recorded sequences, each once an epoch; writes draft/ and log.csv after every epoch.
+
+    Returns:
+        A row per epoch, the first, 0, before any: updates, loss, alpha, and the accept length on held-out sequences
+        of a chain of `num_steps`.
+
+    Raises:
+        ValueError: traces of another target, too few of them, or fewer than one epoch.
+    """
+    about = traces.about
+    ours = {"target": target, "vocab_size": model.config.vocab_size, "taps": list(draft.config.taps)}
+    if wrong := {name: about.get(name) for name, value in ours.items() if about.get(name) != value}:
+        raise ValueError(f"traces must be of the draft's target, {ours}, but got {wrong}; name that target, or record")
+    if epochs < 1 or len(traces) < 4:
+        raise ValueError(f"learning from traces needs an epoch and 4 sequences, but got {epochs} and {len(traces)}")
+    if config.rejected and not about.get("rejected"):
+        raise ValueError("learner.rejected needs rejected drafts, which these traces lack; record with --rejected")
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(traces)).tolist()
+    apart = max(2, round((config.held_out or HELD_OUT) * len(traces)))
+    held_out = [
+        s for s in traces.read(order[: min(apart, MOST)]) if len(s.tokens) > max(s.prompt_tokens, num_steps + 1)
+    ]
+    if not held_out:
+        raise ValueError(f"held-out sequences must have more than {num_steps + 1} tokens, but all are shorter")
+    learnt = np.array(order[apart:])
+    learner = OnlineLearner(draft, model.embedding, config, seed=seed)
+    judge = Gate(draft.config, model.embedding, num_steps=num_steps, sampled=config.drafts == "sampled", seed=seed)
+    clock, rows = WallClock(), list[dict[str, object]]()
+    began = clock.now()
+    for epoch in range(epochs + 1):
+        seen: list[dict[str, float]] = []
+        for start in range(0, len(learnt) if epoch else 0, config.batch_size):
+            batch = [s for s in traces.read(learnt[start : start + config.batch_size].tolist()) if len(s.tokens) > 1]
+            if batch and (metrics := learner.update(batch)):
+                seen.append(metrics)
+        rng.shuffle(learnt)
+        weights = learner.weights()[1]
+        length = float(judge.accept_lengths(weights, held_out).mean())
+        row: dict[str, object] = {"epoch": epoch, "updates": learner.updates, "accept_length": length}
+        row |= {name: _mean(seen, key) for name, key in (("loss", "loss"), ("alpha", "alpha_1"))}
+        rows.append({**row, "seconds": round(clock.now() - began, 1)})
+        directory.write_csv("log.csv", rows)
+        Draft(draft.config, weights).save(directory.path / "draft")
+        print_line(
+            f"epoch {epoch:3d}  {learner.updates:6d} updates  accept length {length:.3f} on {len(held_out)} held out"
+        )
+    directory.write_json("learner.json", asdict(config))
+    directory.write_json("environment.json", environment())
+    return rows
+
+
+def _mean(seen: list[dict[str, float]], key: str) -> float:
+    return float(np.mean([metrics[key] for metrics in seen])) if seen else float("nan")

@@ -1,0 +1,270 @@
+"""The online loop and its policies, on a clock that every look at moves: the same seed gives the same numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import TAPS, Listed, prompts, tiny_draft, tiny_target
+
+from specrl.agents.adaptive import AdaptiveChooser
+from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
+from specrl.agents.fixed import FixedPlan
+from specrl.agents.gate import Gate
+from specrl.agents.losses import PlanCost
+from specrl.apps.loop import OnlineLoop, Stream
+from specrl.apps.pricing import plan_costs
+from specrl.apps.updates import PAIRS, TURN, Better
+from specrl.clock import VirtualClock
+from specrl.engines.base import Request, Workload
+from specrl.engines.local import LocalEngine
+from specrl.models.draft import Draft, new_draft
+from specrl.plan import Plan
+from specrl.rounds import Round, Trace
+from specrl.traffic import Phase, parse_traffic
+
+PLAN = Plan(3)
+QUICK: dict[str, Any] = {
+    "dtype": "float32",
+    "batch_size": 8,
+    "passes": 3,
+    "held_out": 0.25,
+    "average": 0.9,
+    "updates_per_request": 0.75,
+}
+
+
+class Ticking(VirtualClock):
+    """Time passes when it is read, 2⁻¹⁰ s each time: a round costs the same whatever its plan."""
+
+    def now(self) -> float:
+        self.advance(2.0**-10)
+        return super().now()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Random prompts, of which every `never`-th is not to be learnt from."""
+
+    never: int = 0
+
+    def requests(self, seed: int) -> Iterator[Request]:
+        for i, prompt in enumerate(prompts(100_000, 4, seed=seed)):
+            yield Request(prompt, 20, 1.0, ignore_eos=True, learn=not self.never or i % self.never > 0)
+
+
+def new() -> Draft:
+    return new_draft(tiny_target(), intermediate_size=32, taps=TAPS)
+
+
+class Lane:
+    """A loop whose updates must be better, and what it did."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        engine: LocalEngine | None = None,
+        learner: type[OnlineLearner] = OnlineLearner,
+        **changes: Any,
+    ) -> None:
+        target = tiny_target()
+        self.engine = engine or LocalEngine(target, draft, max_context=32, clock=Ticking())
+        self.learner = learner(draft, target.embedding, LearnerConfig(**{**QUICK, **changes}), gated=True)
+        self.decisions: list[dict[str, Any]] = []
+        gate = Gate(draft.config, target.embedding, least_gain=0.0)
+        chooser = FixedPlan(PLAN)
+        self.updates = Better(self.engine, self.learner, gate, chooser.plans, on_decision=self.decisions.append)
+        self.loop = OnlineLoop(
+            self.engine, Drawn(), chooser, self.learner, [Phase(16)], sync_every=16, updates=self.updates
+        )
+        self.versions: list[int] = []
+
+    def run(self, rounds: int) -> None:
+        for _ in range(rounds):
+            self.versions.append(self.loop.step().draft_version)
+
+    def looks(self, look: str) -> list[dict[str, Any]]:
+        return [decision for decision in self.decisions if decision["look"] == look]
+
+
+def test_a_better_draft_comes_to_serve() -> None:
+    lane = Lane(new(), learning_rate=1e-2)
+    while not any(decision["passed"] for decision in lane.looks("trial")):
+        lane.run(8)
+        assert len(lane.versions) < 800
+    lane.run(24)
+    passed = [decision for decision in lane.looks("trial") if decision["passed"]]
+    assert lane.updates.version == passed[-1]["version"] > 0
+    serving = [version for version in lane.versions if version == passed[0]["version"]]
+    assert len(serving) > PAIRS[0] * TURN  # longer than its turns of the trial
+    accept = Gate(lane.engine._serving.config, tiny_target().embedding)  # type: ignore[union-attr]
+    held = list(lane.learner.held_out)
+    gain = accept.accept_lengths(lane.updates.serving(), held) - accept.accept_lengths(new().tensors, held)
+    assert gain.mean() > 0.05
+
+
+class Broken(OnlineLearner):
+    """Its weights are not numbers after every call."""
+
+    def learn(self, traces: list[Trace]) -> Mapping[str, float]:
+        metrics = super().learn(traces)
+        self._served["fc.weight"][0, 0] = math.nan
+        return metrics
+
+
+def test_weights_that_are_not_numbers_never_serve() -> None:
+    lane = Lane(tiny_draft(), learner=Broken)
+    lane.run(120)
+    assert len(lane.decisions) >= 5 and all(decision["harmful"] for decision in lane.decisions)
+    assert "fc.weight is not finite" in lane.decisions[0]["reason"]
+    assert set(lane.versions) == {0} and lane.learner.counts()["rollbacks"] >= 5
+    assert all(torch.isfinite(weight).all() for weight in lane.updates.serving().values())
+
+
+def test_gradients_that_are_not_numbers_change_nothing() -> None:
+    lane = Lane(tiny_draft())
+    objective = lane.learner._objective
+    right = objective.gradients
+
+    def wrong(parameters: Any, sequences: Any) -> dict[str, float]:
+        metrics = right(parameters, sequences)
+        parameters["fc.weight"].grad.fill_(math.nan)
+        return metrics
+
+    objective.gradients = wrong  # type: ignore[method-assign]
+    lane.run(100)
+    assert lane.learner.updates == 0 and lane.learner.counts()["bad_updates"] > 10
+    assert set(lane.versions) == {0}
+    assert torch.equal(lane.learner.weights()[1]["fc.weight"], tiny_draft().tensors["fc.weight"])
+
+
+def test_a_learning_rate_a_hundred_times_too_high_never_serves_longer_than_a_trial() -> None:
+    lane = Lane(tiny_draft(), learning_rate=0.5, average=0.0)
+    lane.run(150)
+    assert lane.decisions and not any(decision["passed"] for decision in lane.looks("trial"))
+    assert any(decision["harmful"] for decision in lane.decisions) and lane.learner.counts()["rollbacks"] > 0
+    assert lane.updates.version == 0
+    assert all(lane.versions.count(version) <= PAIRS[-1] * TURN for version in set(lane.versions) - {0})
+
+
+class Spoilt(LocalEngine):
+    """Its traces tell of another language: every token is called by the next one's number."""
+
+    def start(self, workload: Workload, **settings: Any) -> Any:
+        session = super().start(workload, **settings)
+        drain = session.drain
+        session.drain = lambda: [_renamed(trace) for trace in drain()]  # type: ignore[method-assign]
+        return session
+
+
+def _renamed(trace: Trace) -> Trace:
+    return replace(trace, tokens=(trace.tokens + 1) % 10, logits=trace.logits.roll(1, -1))
+
+
+def test_poisoned_traces_convince_the_comparison_and_fail_the_trial() -> None:
+    engine = Spoilt(tiny_target(), tiny_draft(), max_context=32, clock=Ticking())
+    lane = Lane(tiny_draft(), engine, learning_rate=2e-2, average=0.0)
+    while not lane.looks("trial"):
+        lane.run(1)
+        assert len(lane.versions) < 1000
+    refused = lane.looks("trial")[0]
+    assert lane.looks("held-out")[-1]["passed"] and refused["harmful"] and not refused["passed"]
+    assert 0 < lane.versions.count(refused["version"]) <= PAIRS[-1] * TURN
+    assert engine.draft_version == 0 and len(lane.learner.replay) == len(lane.learner.held_out) == 0
+    assert torch.equal(lane.learner.weights()[1]["fc.weight"], tiny_draft().tensors["fc.weight"])
+    tried = len(lane.versions)
+    lane.run(20)
+    assert set(lane.versions[tried:]) == {0}, "the next trial waits"
+
+
+def test_in_a_trial_both_drafts_run_the_same_plans_and_the_chooser_sees_one() -> None:
+    """A chooser that prefers plan 0 tells nothing of a draft: then the shortest plan that drafts is run."""
+    lane = Lane(new(), learning_rate=1e-2)
+    seen: list[int] = []
+    chooser = AdaptiveChooser([Plan(0), Plan(2), Plan(3)], seed=0)
+    chooser.learn = lambda done: seen.append(done.draft_version)  # type: ignore[method-assign]
+    chooser.choose = lambda observation: Plan(0)  # type: ignore[method-assign]
+    gate = Gate(new().config, tiny_target().embedding, least_gain=0.0)
+    updates = Better(lane.engine, lane.learner, gate, chooser.plans)
+    loop = OnlineLoop(lane.engine, Drawn(), chooser, lane.learner, [Phase(16)], updates=updates)
+    tried: list[Round] = []
+    while len(tried) < 2 * TURN * PAIRS[0]:
+        trying, done = updates.trying, loop.step()
+        assert loop.rounds < 600
+        if trying:
+            tried.append(done)
+        else:
+            assert done.plan == Plan(0)
+    assert {done.plan for done in tried} == {Plan(2)} and len({done.draft_version for done in tried}) == 2
+    turns = [done.draft_version for done in tried[::TURN]][:4]
+    assert turns[0] == turns[3] == 0 and turns[1] == turns[2] > 0
+    assert set(seen) == {0}
+
+
+def test_without_held_out_sequences_there_is_no_gate() -> None:
+    with pytest.raises(ValueError, match="learner.held_out is 0"):
+        Lane(new(), held_out=0.0)
+
+
+class Priced(OnlineLearner):
+    """Remembers what it was told."""
+
+    told: tuple[Sequence[PlanCost], float] = ((), 0.0)
+
+    def price(self, costs: Sequence[PlanCost], speedup: float = 1.0) -> None:
+        self.told = costs, speedup
+        super().price(costs, speedup)
+
+
+@pytest.mark.parametrize("loss", ["seconds_saved", "forward_kl"])
+def test_a_loss_in_seconds_is_told_what_they_cost(loss: str) -> None:
+    target = tiny_target()
+    engine = LocalEngine(target, tiny_draft(), max_context=32, clock=Ticking())
+    learner = Priced(tiny_draft(), target.embedding, LearnerConfig(**{**QUICK, "loss": loss}))
+    chooser = AdaptiveChooser([Plan(0), Plan(1), Plan(3)], seed=0)
+    loop = OnlineLoop(engine, Drawn(), chooser, learner, parse_traffic("8x12,2x6"), sync_every=16)
+    for _ in range(180):
+        loop.step()
+    costs, speedup = learner.told
+    if loss == "forward_kl":
+        assert not costs
+        return
+    assert {cost.batch_size for cost in costs} == {2, 8} and {cost.num_steps for cost in costs} <= {0, 1, 3}
+    shares = {b: sum(cost.share for cost in costs if cost.batch_size == b) for b in (2, 8)}
+    assert shares[8] == pytest.approx(2 * shares[2], rel=0.3)
+    for cost in costs:
+        assert cost.plain_s == pytest.approx(loop.baseline.estimate(cost.batch_size, 12.0).seconds, rel=0.01)
+        assert cost.round_s == pytest.approx(3 * 2.0**-10, rel=0.35)  # four looks at the clock, and the belief's prior
+    assert 0.2 < speedup < 3.0 and loop.metrics["updates"] > 0
+
+    tally = loop.tallies[8]
+    (cost, _), fixed = plan_costs(FixedPlan(PLAN), loop.tallies)
+    assert (cost.num_steps, cost.share) == (3, tally.rounds) and cost.round_s == tally.round_s
+    sums = np.sum([t.sums() for t in loop.tallies.values()], 0)
+    assert fixed == pytest.approx(sums[0] / sums[1])
+
+
+def test_a_request_that_opted_out_is_served_and_not_learnt_from() -> None:
+    target = tiny_target()
+    engine = LocalEngine(target, tiny_draft(), max_context=32, clock=Ticking())
+    learner = OnlineLearner(tiny_draft(), target.embedding, LearnerConfig(**QUICK))
+    loop = OnlineLoop(engine, Drawn(never=4), FixedPlan(PLAN), learner, [Phase(8)], sync_every=8)
+    while loop.requests < 64:
+        loop.step()
+    counts = learner.counts()
+    assert learner.requests + counts["opted_out"] >= 60
+    assert 0.15 < counts["opted_out"] / (learner.requests + counts["opted_out"]) < 0.35
+
+
+def test_a_stream_goes_on_where_it_stopped_whatever_the_sessions() -> None:
+    listed = Listed([Request((i,), 4) for i in range(1, 9)])
+    once = Stream(listed, seed=0)
+    first, again = once.requests(0), once.requests(1)
+    taken = [next(first).prompt[0] for _ in range(3)] + [next(again).prompt[0] for _ in range(2)]
+    assert taken == [1, 2, 3, 4, 5] and once.taken == 5
+    assert next(Stream(listed, seed=0, taken=5).requests(7)).prompt[0] == 6
