@@ -58,7 +58,7 @@ class Gate:
             A little below 0 lets through what cannot be told from the serving draft; 0 asks for a proven gain.
         least: sequences without which nothing passes.
         level: of the interval.
-        seed: of its bootstrap.
+        seed: of its bootstrap, which every comparison begins anew.
 
     Raises:
         ValueError: a number out of range.
@@ -86,7 +86,7 @@ class Gate:
         self.least_gain, self.least, self.level = least_gain, least, level
         self._embedding = embedding.detach().float()
         self._rotation = rope_table(shape.rope, shape.head_dim, shape.max_position_embeddings)
-        self._rng = np.random.default_rng(seed)
+        self._seed = seed
 
     def compare(
         self, serving: Mapping[str, Tensor], candidate: Mapping[str, Tensor], sequences: Many[Sequence]
@@ -101,7 +101,7 @@ class Gate:
         before, after = (self.accept_lengths(weights, usable) for weights in (serving, candidate))
         if not np.isfinite(after).all():
             return Verdict(False, "the candidate's accept length is not finite", harmful=True)
-        gain = mean_interval(after - before, level=self.level, rng=self._rng)
+        gain = mean_interval(after - before, level=self.level, rng=np.random.default_rng(self._seed))
         passed = gain.low > self.least_gain
         reason = (
             f"accept length {before.mean():.3f} -> {after.mean():.3f}, gain {gain} over {len(usable)} sequences, "

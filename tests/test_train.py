@@ -10,9 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from specrl.cli import main
 from specrl.models.draft import load_draft
@@ -161,3 +164,65 @@ def test_wrong_input_ends_in_one_line_and_leaves_nothing(
 ) -> None:
     assert message in error(f"train {option}", capsys)
     assert not [path for path in Path().rglob("*") if path.is_file()]
+
+
+def test_a_stream_of_parts_a_vocabulary_and_metrics(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specrl.apps.train.VOCABULARY_REQUESTS", 8)
+    stream = "--workload stdlib@8,encodings@8 --draft_vocab_size 100"
+    assert main(f"train {SHORT} --requests 16 --checkpoint_every 8 {stream} --output_dir run".split()) == 0
+    printed = capsys.readouterr().out
+    assert "draft vocabulary: 100 of 512 tokens" in printed and "encodings@8" in printed
+    rows = log("run")
+    assert {row["part"] for row in rows} <= {"stdlib@8", "encodings@8"} and len(rows) == 2
+    last = rows[-1]
+    assert float(last["tokens_per_s"]) > 0 and float(last["staleness"]) >= 0 and float(last["dropped"]) == 0
+    assert float(last["held"]) >= 12 and last["open"] == "0.0", "nothing is open at a checkpoint"
+    draft = load_draft("run/draft")
+    assert draft.config.draft_vocab_size == 100 and draft.target_ids is not None
+
+    events = EventAccumulator("run/tensorboard").Reload()
+    written = {event.step: event.value for event in events.Scalars("loss")}
+    assert written == pytest.approx({int(row["requests"]): float(row["loss"]) for row in rows}, rel=1e-5)
+
+    again = "train --config run/config.yaml --resume --requests 24 --tensorboard false"
+    assert main(again.split()) == 0
+    resumed = load_draft("run/draft")
+    assert resumed.target_ids is not None and torch.equal(resumed.target_ids, draft.target_ids)
+    assert "is fixed for a run, of 100 tokens, but got 90" in error(f"{again} --draft_vocab_size 90", capsys)
+    assert "name --draft or --draft_vocab_size" in error("train --draft run/draft --draft_vocab_size 9", capsys)
+    assert "must have 1 to 512 tokens" in error("train --draft_vocab_size 513", capsys)
+
+
+def test_only_better_drafts_serve_where_asked_for() -> None:
+    better = "--update better --learner.held_out 0.5 --chooser 2/1/3"
+    line = f"train {SHORT} --requests 40 --checkpoint_every 100 {better} --tensorboard false --output_dir run"
+    assert main(line.split()) == 0
+    decisions = list(csv.DictReader(Path("run/gate.csv").read_text().splitlines()))
+    assert "fewer than the 8 needed" in decisions[0]["reason"]
+    assert {row["look"] for row in decisions} <= {"held-out", "trial"}
+    counts = [int(row["requests"]) for row in decisions]
+    assert counts == sorted(counts) and counts[-1] <= served("run")
+    assert not Path("run/tensorboard").exists()
+
+
+def test_weights_and_biases_gets_the_rows_or_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "--wandb needs Weights & Biases" in error(f"train {SHORT} --wandb mine --output_dir run", capsys)
+    assert not Path("run").exists()
+    told: list[Any] = []
+    run = SimpleNamespace(log=lambda row, step: told.append((step, row)), finish=lambda: told.append("finished"))
+
+    def init(**settings: str) -> SimpleNamespace:
+        told.append(settings)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    line = f"train {SHORT} --requests 4 --wandb mine --tensorboard false --output_dir run"
+    assert main(line.split()) == 0
+    settings, (step, row), end = told
+    assert settings["project"] == "mine" and end == "finished"
+    assert step == served("run") and row["loss"] == pytest.approx(float(log("run")[-1]["loss"]))

@@ -25,6 +25,7 @@ from specrl.streams import Shifting, open_stream
 from specrl.workload import load_tokenizer
 
 DRAFT_MLP = 256  # width of the MLP of a draft made anew for an embedded target
+VOCABULARY_REQUESTS = 96  # served plainly for `draft_vocab_size`
 
 
 def train(
@@ -194,7 +195,9 @@ def _vocabulary(
         if len(ids) != size:
             raise ValueError(f"a draft's vocabulary is fixed for a run, of {len(ids)} tokens, but got {size}")
         return ids
-    found, coverage = served_vocabulary(model, source, size, max_context=max_context, seed=seed)
+    found, coverage = served_vocabulary(
+        model, source, size, max_context=max_context, seed=seed, requests=VOCABULARY_REQUESTS
+    )
     show(
         f"draft vocabulary: {size} of {model.config.vocab_size} tokens, {found.seen} were seen, {coverage:.1%} covered"
     )

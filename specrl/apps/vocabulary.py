@@ -11,11 +11,11 @@ from specrl.engines.local import LocalEngine
 from specrl.models.target import Target
 from specrl.plan import Plan
 
-REQUESTS, BATCH = 96, 16
+_BATCH = 16
 
 
 def served_vocabulary(
-    model: Target, workload: Workload, size: int, *, max_context: int, seed: int, requests: int = REQUESTS
+    model: Target, workload: Workload, size: int, *, max_context: int, seed: int, requests: int
 ) -> tuple[Vocabulary, float]:
     """The `size` most frequent tokens of prompts and continuations, and their share of a last quarter kept apart.
 
@@ -27,7 +27,7 @@ def served_vocabulary(
     counts = torch.zeros(2, model.config.vocab_size, dtype=torch.int64)
     top_tokens(counts[0] + 1, size)  # refuses a size before anything is served
     engine = LocalEngine(model, max_context=max_context)
-    session = engine.start(workload, batch_size=min(BATCH, requests), seed=seed, plain=True)
+    session = engine.start(workload, batch_size=min(_BATCH, requests), seed=seed, plain=True)
     done = 0
     while done < requests:
         for ended in session.round(Plan(0)).finished:

@@ -1,0 +1,92 @@
+"""A run that was interrupted at a checkpoint and one that was not do the same, bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_loop import Drawn, Ticking, new
+from tiny import tiny_target
+
+from specrl.agents.draft_learner import LearnerConfig
+from specrl.apps.output import OutputDir
+from specrl.apps.report import Reporter
+from specrl.apps.run import Run
+from specrl.apps.train import serve
+
+EVERY = {"always": 40, "better": 90}  # requests between checkpoints
+LEARNER: dict[str, Any] = {"dtype": "float32", "passes": 2, "replay": 40, "sample": 0.9, "rejected": 0.1}
+
+
+def run(path: Path, stretches: int, update: Any, *, resume: bool = False, rounds: list[Any] | None = None) -> Run:
+    """Serve for so many checkpoints, as `specrl train` does; `rounds` gets what every round was."""
+    started = Run.start(
+        tiny_target(),
+        new(),
+        Drawn(never=7),
+        target="tiny",
+        plans="0,1/1/2,3/1/4,2/2/4",
+        chooser="adaptive",
+        traffic="8x12,2x7",
+        learner=LearnerConfig(**LEARNER, held_out=0.4 if update == "better" else 0.0),
+        sync_every=10,
+        max_context=32,
+        seed=3,
+        update=update,
+        resume=path / "checkpoint" if resume else None,
+        clock=Ticking(),
+    )
+    if rounds is not None:
+        started.loop.on_round = lambda done, plain_s: rounds.append(
+            (str(done.plan), done.tokens.tolist(), done.seconds, done.draft_version, plain_s)
+        )
+    report = Reporter(started, OutputDir(path), every_s=1e9, print_line=lambda line: None)
+    serve(
+        started,
+        report,
+        OutputDir(path),
+        requests=stretches * EVERY[update],
+        checkpoint_every=EVERY[update],
+        replay=True,
+    )
+    return started
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """log.csv, but for the wall-clock time, of which an interruption takes its own."""
+    found = csv.DictReader((path / "log.csv").read_text().splitlines())
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
+
+
+@pytest.mark.parametrize("update", ["always", "better"])
+def test_an_interrupted_run_equals_the_uninterrupted_one(tmp_path: Path, update: str) -> None:
+    whole, cut = list[Any](), list[Any]()
+    through = run(tmp_path / "through", 2, update, rounds=whole)
+    run(tmp_path / "halted", 1, update, rounds=cut)
+    halted = run(tmp_path / "halted", 2, update, resume=True, rounds=cut)
+    assert len(whole) > 100 and whole == cut
+    assert len({plan for plan, *_ in whole}) == 4 and len({version for *_, version, _ in whole}) > 2
+    assert rows(tmp_path / "through") == rows(tmp_path / "halted") and len(rows(tmp_path / "through")) == 2
+    assert through.decisions == halted.decisions
+    assert ("trial" in {decision["look"] for decision in through.decisions}) == (update == "better")
+    for name in ("learner.safetensors", "replay.safetensors"):
+        one, other = (load_file(tmp_path / part / "checkpoint" / name) for part in ("through", "halted"))
+        assert list(one) == list(other)
+        assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    states = [json.loads((tmp_path / part / "checkpoint/state.json").read_text()) for part in ("through", "halted")]
+    for state in states:
+        state.pop("seconds")
+        for row in state["log"]:
+            row.pop("seconds")
+    assert states[0] == states[1]
+
+
+def test_a_run_goes_on_with_the_updates_it_had(tmp_path: Path) -> None:
+    run(tmp_path, 1, "always")
+    with pytest.raises(ValueError, match="with the updates it had, but got --update better"):
+        run(tmp_path, 2, "better", resume=True)
