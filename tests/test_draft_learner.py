@@ -292,3 +292,50 @@ def test_wrong_settings_get_one_clear_line(changes: dict[str, Any], message: str
     with pytest.raises(ValueError, match=message) as error:
         LearnerConfig(**changes)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_taken_is_learnt_at_the_next_call() -> None:
+    at_once, later = make(updates_per_request=1.3), make(updates_per_request=1.3)
+    at_once.learn(traffic(5))
+    later.take(traffic(5))
+    assert later.updates == 0 and later.requests == 5
+    later.learn([])
+    assert at_once.updates == later.updates == 6
+    assert_same(at_once.weights()[1], later.weights()[1])
+
+
+def test_the_end_of_a_session_forgets_what_is_open_and_who_refused() -> None:
+    """The ids of the next session begin anew, and name other requests."""
+    traces, learner = traffic(3), make()
+    learner.opt_out([0, 1])
+    learner.take([trace for trace in traces if not trace.finished])
+    assert learner.counts()["open"] == 1.0
+    learner.end_session()
+    assert learner.counts()["open"] == 0.0
+    learner.take(traffic(3))
+    assert learner.counts()["held"] == 3.0 and learner.counts()["opted_out"] == 2.0
+
+
+def test_forgetting_leaves_weights_and_owes_nothing() -> None:
+    learner = make(held_out=0.5)
+    learner.take(traffic(6))
+    assert len(learner.replay) + len(learner.held_out) == 6 and len(learner.held_out) > 0
+    learner.forget()
+    assert learner.learn([])["updates"] == 0.0 and len(learner.replay) == len(learner.held_out) == 0
+    assert learner.counts()["dropped"] == 0.0
+
+
+def test_a_gated_learner_comes_back_with_the_weights_that_were_good() -> None:
+    target = tiny_target()
+    config = LearnerConfig(**QUICK)
+    learner, again = (OnlineLearner(tiny(), target.embedding, config, gated=True) for _ in range(2))
+    good = learner.weights()[1]
+    learner.learn(traffic(4))
+    again.load_state(*learner.state())
+    assert_same(again.weights()[1], learner.weights()[1])
+    assert_same(again.good(), good)
+    again.roll_back()
+    assert_same(again.weights()[1], good)
+    again.learn(traffic(4, seed=2))
+    again.keep()
+    assert_same(again.good(), again.weights()[1])

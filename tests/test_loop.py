@@ -32,7 +32,7 @@ PLAN = Plan(3)
 QUICK: dict[str, Any] = {
     "dtype": "float32",
     "batch_size": 8,
-    "passes": 3,
+    "passes": 2,
     "held_out": 0.25,
     "average": 0.9,
     "updates_per_request": 0.75,
@@ -145,7 +145,7 @@ def test_gradients_that_are_not_numbers_change_nothing() -> None:
 
 def test_a_learning_rate_a_hundred_times_too_high_never_serves_longer_than_a_trial() -> None:
     lane = Lane(tiny_draft(), learning_rate=0.5, average=0.0)
-    lane.run(150)
+    lane.run(110)
     assert lane.decisions and not any(decision["passed"] for decision in lane.looks("trial"))
     assert any(decision["harmful"] for decision in lane.decisions) and lane.learner.counts()["rollbacks"] > 0
     assert lane.updates.version == 0
@@ -228,7 +228,7 @@ def test_a_loss_in_seconds_is_told_what_they_cost(loss: str) -> None:
     learner = Priced(tiny_draft(), target.embedding, LearnerConfig(**{**QUICK, "loss": loss}))
     chooser = AdaptiveChooser([Plan(0), Plan(1), Plan(3)], seed=0)
     loop = OnlineLoop(engine, Drawn(), chooser, learner, parse_traffic("8x12,2x6"), sync_every=16)
-    for _ in range(180):
+    for _ in range(144):
         loop.step()
     costs, speedup = learner.told
     if loss == "forward_kl":

@@ -86,8 +86,8 @@ def train(
             learner and seed matter then.
         epochs: through the traces.
         checkpoint_every: requests between two checkpoints.
-        checkpoint_replay: keep the sequences that are learnt from in the checkpoint too, some MB each for a large
-            vocabulary; without them a resumed run gathers new ones.
+        checkpoint_replay: keep the sequences that are learnt from in the checkpoint too, each at least 2 bytes x
+            tokens x vocabulary; without them a resumed run gathers new ones.
         tensorboard: write tensorboard/.
         wandb: project of Weights & Biases to report to; WANDB_MODE=offline reports to this machine.
         resume: go on from the checkpoint in output_dir; --config <output_dir>/config.yaml repeats the options.
