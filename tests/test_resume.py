@@ -19,7 +19,7 @@ from specrl.apps.report import Reporter
 from specrl.apps.run import Run
 from specrl.apps.train import serve
 
-EVERY = {"always": 30, "better": 100}  # requests between checkpoints
+EVERY = {"always": 30, "better": 125}  # requests between checkpoints
 LEARNER: dict[str, Any] = {"dtype": "float32", "passes": 2, "replay": 40, "sample": 0.9, "rejected": 0.1}
 
 

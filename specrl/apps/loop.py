@@ -158,10 +158,10 @@ class OnlineLoop:
 
     def rest(self) -> None:
         """Learn from what has finished, and end the session: between this and `begin` the state can be kept."""
-        if isinstance(self.updates, Better):
-            self.updates.abandon()
         if self.learner is not None and self._unlearned:
             self._learn()
+        if isinstance(self.updates, Better):
+            self.updates.abandon()  # which may have begun just now
         self._session.close()
         if isinstance(self.learner, OnlineLearner):
             self.learner.end_session()

@@ -79,7 +79,8 @@ def train(
         requests: to serve, those before a resumption included.
         sync_every: finished requests between two updates of the serving draft.
         update: 'always' serves what was learnt; 'better' only what is surely better on held-out recent sequences, and
-            then surely no slower in a short trial on the traffic; what is worse is rolled back.
+            then surely no slower in a trial of 128 to 512 rounds on the traffic; what is worse is rolled back. A
+            checkpoint ends a trial, so checkpoint_every must leave room for one.
         learn: whether the draft learns.
         learner: how it learns.
         traces: directory of `specrl record`: learn from it without serving; of the other options target, draft,
