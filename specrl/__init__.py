@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from specrl.envs import register as _register
 from specrl.plan import Plan, parse_plans
 from specrl.rounds import PlainSample, Round, Trace
 
@@ -43,4 +43,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'specrl' has no attribute {name!r}")
 
 
-_register()
+if find_spec("gymnasium") is not None:  # not so where only the plugin runs, inside SGLang
+    from specrl.envs import register as _register
+
+    _register()

@@ -53,7 +53,7 @@ def test_chains_become_an_adaptive_config_with_one_candidate_a_tier(tmp_path: Pa
     assert flags["speculative-num-steps"] == "3" and flags["speculative-num-draft-tokens"] == "4"
     assert flags["speculative-adaptive"] == "true" and flags["model-path"] == '"/models/target"'
     assert (tmp_path / "b/launch.sh").stat().st_mode & 0o111
-    assert LearnedPolicy.load(tmp_path / "b/policy").chooser(learning=True).plans == (Plan(3), Plan(1), Plan(0))
+    assert LearnedPolicy.load(tmp_path / "b/policy").chooser().plans == (Plan(3), Plan(1), Plan(0))
 
 
 def test_rejection_sampling_is_asked_for_where_chains_were_learned_with_sampling() -> None:
@@ -154,7 +154,7 @@ def test_the_chooser_goes_along_and_goes_on(tmp_path: Path) -> None:
     (run / "checkpoint/state.json").write_text(json.dumps({"chooser": chooser.state_dict()}))
     words = ["export", "--run", str(run), "--output_dir", str(tmp_path), "--candidates", "2"]
     assert main(words) == 0  # all plans are 0: nothing to adapt
-    again = LearnedPolicy.load(tmp_path / "bundle/policy").chooser(learning=True)
+    again = LearnedPolicy.load(tmp_path / "bundle/policy").chooser()
     assert isinstance(again, AdaptiveChooser)
     assert [e.seconds for e in again.estimates(4)] == [e.seconds for e in chooser.estimates(4)]
     (run / "plans.json").write_text('{"plans": {"4": "1/1/2"}}')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,17 +40,25 @@ class LearnedPolicy:
             got = ", ".join(map(str, strange)) or "none at all"
             raise ValueError(f"a policy's table must hold plans among {', '.join(map(str, self.plans))}, but got {got}")
 
-    def chooser(self, *, learning: bool) -> PlanChooser:
-        """The chooser as it was left, or with `learning` False, or where there was none, the table.
+    def chooser(self, plans: Sequence[Plan] | None = None, *, costs: bool = True) -> PlanChooser:
+        """The chooser that goes on learning, or the table where there was none.
+
+        Args:
+            plans: that it may choose; None: those it was made for.
+            costs: believe the costs as they were learned; False where another engine or machine serves. How far drafts
+                survive is believed in any case.
 
         Raises:
             ValueError: the chooser's state is not one that this version reads.
         """
-        if self.state is None or not learning:
+        if self.state is None:
             return PlanTable(self.table)
-        chooser = AdaptiveChooser(self.plans)
+        chooser = AdaptiveChooser(self.plans if plans is None else plans)
         try:
-            chooser.load_state_dict(self.state)
+            if costs and plans is None:
+                chooser.load_state_dict(self.state)
+            else:
+                chooser.survival.load_state_dict(self.state["survival"])
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"a policy's chooser must be one that this version wrote, but got {error!r}") from error
         return chooser

@@ -19,6 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from specrl.clock import WallClock
+from specrl.export.bundle import Bundle
+from specrl.export.card import Provenance
+from specrl.export.serving import plan_serving
+from specrl.models.draft import Draft
+from specrl.models.embedded import embedded_directory
+from specrl.plan import Plan
+from specrl.plugin.policy import LearnedPolicy
 
 ON_A_CPU = """
 --device cpu --dtype float32 --attention-backend intel_amx --mem-fraction-static 0.5 --max-total-tokens 4096
@@ -58,6 +65,13 @@ class Server:
     def said(self, *words: str) -> list[str]:
         """Lines of the log that hold all of these words."""
         return [line for line in self.log.read_text().splitlines() if all(word in line for word in words)]
+
+
+def export(draft: Draft, table: dict[int, Plan], directory: Path) -> Path:
+    policy = LearnedPolicy(table, tuple(dict.fromkeys(table.values())))
+    source, path = Provenance("embedded", 0.0), str(embedded_directory())
+    Bundle(draft, policy, plan_serving(table), source, path).write(directory)
+    return directory
 
 
 @contextmanager

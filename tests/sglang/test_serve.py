@@ -7,26 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from learned import Decoded, decode, margin, prompts
-from server import Server
+from server import Server, export
 
-from specrl.export.bundle import Bundle
-from specrl.export.card import Provenance
-from specrl.export.serving import plan_serving
 from specrl.models.draft import Draft
-from specrl.models.embedded import embedded_directory
 from specrl.models.target import Target
 from specrl.plan import Plan
-from specrl.plugin.policy import LearnedPolicy
 
 NEW = 40
 NEAR_TIE = 1e-3  # logits closer than this may be ordered either way by two implementations in float32
-
-
-def export(draft: Draft, table: dict[int, Plan], directory: Path) -> Path:
-    policy = LearnedPolicy(table, tuple(dict.fromkeys(table.values())))
-    source, path = Provenance("embedded", 0.0), str(embedded_directory())
-    Bundle(draft, policy, plan_serving(table), source, path).write(directory)
-    return directory
 
 
 def compare(
@@ -61,6 +49,7 @@ def test_an_adaptive_chain_gives_our_tokens_and_accepted_drafts(
     assert compare(target, listed, ours, together, drafts=False) <= 1
     long = [sum(sum(a["meta_info"]["spec_correct_drafts_histogram"][2:]) for a in x) for x in (alone, together)]
     assert long[1] < long[0] / 2, long
+    assert not [line for line in server.said("plugin") if "specrl plugin" in line.lower()], "the plugin is inert"
 
 
 def test_a_tree_gives_our_tokens_and_accepted_drafts(
