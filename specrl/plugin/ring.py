@@ -62,7 +62,8 @@ class Ring:
 
     def close(self) -> None:
         """Listen and send no more."""
-        self._safe.on = False
+        with self._changed:
+            self._safe.on = False
         hang_up(self._listener)
         self._leave(self._peer)
 
@@ -74,8 +75,12 @@ class Ring:
                 return
             self._leave(self._peer)
             with self._changed:
-                self._peer = peer
-                self._changed.notify()
+                welcome = self._safe.on  # not where `close` came between
+                if welcome:
+                    self._peer = peer
+                    self._changed.notify()
+            if not welcome:
+                peer.close()
 
     def _leave(self, peer: socket.socket | None) -> None:
         """This subscriber is gone."""
