@@ -43,6 +43,7 @@ from specrl.apps.paired import Setting, measure
 from specrl.apps.quickstart import NEW, PROMPT, TARGET, _workload
 from specrl.apps.train import fresh_draft
 from specrl.engines.local import LocalEngine
+from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft
 from specrl.models.target import load_target
 from specrl.plan import Plan
@@ -139,7 +140,7 @@ def run(arm: str, seed: int, requests: int, tuned: Mapping[str, float], *, probe
             course.append({**now(), "accept_length": length})
         if probe and "speedup" not in reached and length >= WORTH and loop.requests >= probed + EVERY:
             probed, before = loop.requests, time.process_time()
-            found = speedup_now(target, engine, learner)
+            found = speedup_now(target, draft.config, learner)
             probes.append({"requests": loop.requests, **found})
             probing_cpu += time.process_time() - before
             if found["low"] > 1.0:
@@ -153,9 +154,9 @@ def run(arm: str, seed: int, requests: int, tuned: Mapping[str, float], *, probe
     }  # fmt: skip
 
 
-def speedup_now(target: Any, engine: LocalEngine, learner: Any) -> dict[str, float]:
+def speedup_now(target: Any, shape: DraftConfig, learner: Any) -> dict[str, float]:
     """Speedup of the draft that serves, at batch 1 on held-out prompts."""
-    draft = Draft(engine._serving.config, dict(learner.weights()[1]))
+    draft = Draft(shape, dict(learner.weights()[1]))
     fast, plain = LocalEngine(target, draft, max_context=PROMPT + NEW), LocalEngine(target, max_context=PROMPT + NEW)
     settings = [Setting("plain", plain, None), Setting("draft", fast, PROBED)]
     found = measure(

@@ -26,7 +26,6 @@ import numpy as np
 
 from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
 from specrl.agents.fixed import FixedPlan
-from specrl.apps.bench import target_directory
 from specrl.apps.loop import OnlineLoop
 from specrl.apps.malloc import keep_large_blocks
 from specrl.apps.output import environment
@@ -39,25 +38,25 @@ from specrl.models.draft import Draft
 from specrl.models.target import Target, load_target
 from specrl.plan import Plan
 from specrl.statistics import Interval, mean_interval, paired_speedup
-from specrl.streams import load_stream
+from specrl.streams import open_stream
 from specrl.traffic import Phase
-from specrl.workload import load_tokenizer
+from specrl.workload import Split
 
 SHIFTS = ("stdlib,encodings", "stdlib,pydoc_data", "encodings,stdlib", "pydoc_data,stdlib", "encodings,pydoc_data")
 SERVED, TIMED, BATCH = Plan(5), (Plan(1), Plan(3), Plan(5)), 16
 PROBES = (0, 50, 100, 200, 400)  # requests after the shift
 
 
-def workload(name: str, split: str) -> Workload:
+def workload(name: str, split: Split) -> Workload:
     """Traffic by name."""
-    return load_stream(
+    return open_stream(
         name,
-        load_tokenizer(target_directory(TARGET)),
+        TARGET,
         prompt_tokens=PROMPT,
         max_new_tokens=NEW,
         temperature=0.7,
         ignore_eos=True,
-        split=split,  # type: ignore[arg-type]
+        split=split,
     )
 
 

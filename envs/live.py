@@ -83,14 +83,11 @@ def named_workload(
     spec: str | Path, target: str | Path, prompt_tokens: int, max_new_tokens: int, temperature: float, ignore_eos: bool
 ) -> Workload:
     """A workload or stream by name, in the tokens of a target by name or directory (see `specrl.streams`)."""
-    from specrl.models.embedded import embedded_directory
     from specrl.streams import open_stream
-    from specrl.workload import load_tokenizer
 
-    embedded = str(target).startswith("embedded")
     return open_stream(
         spec,
-        load_tokenizer(embedded_directory(str(target)) if embedded else Path(target)),
+        target,
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from specrl.engines.base import Request, Workload
+from specrl.models.embedded import target_directory
 from specrl.models.embedded.corpus import library_root
-from specrl.workload import Split, Text, TextWorkload, Tokenizer, load_workload
+from specrl.workload import Split, Text, TextWorkload, Tokenizer, load_tokenizer, load_workload
 
 SHIFTED = ("pydoc_data", "encodings", "tests")
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
@@ -143,7 +144,7 @@ def load_stream(
 
 def open_stream(
     spec: str | Path,
-    tokenizer: Tokenizer,
+    target: str | Path,
     *,
     split: Split,
     prompt_tokens: int | Sequence[int] = 64,
@@ -151,12 +152,15 @@ def open_stream(
     temperature: float | Sequence[float] = 0.7,
     ignore_eos: bool = False,
 ) -> Workload:
-    """What a command's workload names: one's own file or directory, of which all is used, or else a stream's split."""
+    """What a command's workload names: one's own file or directory, of which all is used, or else a stream's split.
+
+    Its requests are in the tokens of `target`, an embedded one's name or a checkpoint directory.
+    """
     own = str(spec) not in ("stdlib", *SHIFTED) and Path(spec).exists()
     load, part = (load_workload, "all") if own else (load_stream, split)
     return load(
         str(spec),
-        tokenizer,
+        load_tokenizer(target_directory(target)),
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

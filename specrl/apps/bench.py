@@ -14,11 +14,9 @@ from specrl.apps.paired import PLAIN, Measured, Setting, measure, rows
 from specrl.engines.base import Workload
 from specrl.engines.local import LocalEngine
 from specrl.models.draft import Draft, load_draft, new_draft
-from specrl.models.embedded import embedded_directory
 from specrl.models.target import Target, load_target
 from specrl.plan import Plan, parse_plans
 from specrl.streams import open_stream
-from specrl.workload import load_tokenizer
 
 _COLUMNS = {
     "batch_size": "batch",
@@ -103,7 +101,7 @@ def bench(
     drafted = load_draft(draft) if draft is not None else new_draft(model, intermediate_size=256)
     source = open_stream(
         workload,
-        load_tokenizer(target_directory(target)),
+        target,
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -233,8 +231,3 @@ def fastest_plain(
 def shown(row: dict[str, object]) -> str:
     """A speedup with its interval, as text."""
     return "" if row["speedup"] is None else f"{row['speedup']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-
-
-def target_directory(target: str) -> Path:
-    """Where a target's files are."""
-    return embedded_directory(target) if target.startswith("embedded") else Path(target)

@@ -60,7 +60,7 @@ def evaluate(
         draft: live: EAGLE3 draft directory; by default a random one, which accepts next to nothing.
         plans: live: num_steps/topk/num_draft_tokens, separated by commas; a profile brings its own.
         temperature: live: of sampling; 0 is greedy.
-        workload: live: 'stdlib', or a .txt, .jsonl or directory of prompts.
+        workload: live: 'stdlib', a .txt, .jsonl or directory of prompts, or a stream of them (see `specrl train`).
         prompt_tokens: live: tokens of a prompt.
         max_new_tokens: live: tokens generated per request.
         leaderboard: a .csv to which each run's results are appended.

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from specrl.agents.adaptive import AdaptiveChooser
-from specrl.apps.bench import target_directory
 from specrl.apps.output import OutputDir, show
 from specrl.export.bundle import PLANS, Bundle, read_plans
 from specrl.export.card import Provenance
 from specrl.export.hub import push_to_hub as push
 from specrl.export.serving import Lookahead, Speeds, plan_serving
 from specrl.models.draft import load_draft
+from specrl.models.embedded import target_directory
 from specrl.models.target import as_dtype
 from specrl.plan import Plan, parse_plans
 from specrl.plugin.policy import LearnedPolicy

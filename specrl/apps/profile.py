@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from specrl.apps.bench import target_directory
 from specrl.apps.output import OutputDir, environment, progress, show, table
 from specrl.engines.base import Engine, Workload
 from specrl.engines.fit_recording import Block, fit_recording
@@ -15,7 +14,7 @@ from specrl.models.draft import load_draft, new_draft
 from specrl.models.target import load_target
 from specrl.plan import Plan, parse_plans
 from specrl.rounds import PlainSample
-from specrl.workload import load_tokenizer, load_workload
+from specrl.streams import open_stream
 
 _ROUNDS, _UNCOUNTED = 8, 2  # rounds or plain steps of a block, and rounds before it
 _LEAST = 4  # passes
@@ -51,7 +50,7 @@ def profile(
         batch_sizes: requests decoded together.
         plans: num_steps/topk/num_draft_tokens, separated by commas; the only ones that the profile will offer.
         temperature: of sampling; 0 is greedy.
-        workload: 'stdlib', or a .txt, .jsonl or directory of prompts.
+        workload: 'stdlib', a .txt, .jsonl or directory of prompts, or a stream of them (see `specrl train`).
         prompt_tokens: tokens of a prompt.
         max_new_tokens: tokens generated per request.
         use_rejection_sampling: sample chains from the draft; else drafts are its best tokens (SGLang's default).
@@ -83,14 +82,14 @@ def profile(
         max_context=prompt_tokens + max_new_tokens,
         use_rejection_sampling=use_rejection_sampling,
     )
-    source = load_workload(
+    source = open_stream(
         workload,
-        load_tokenizer(target_directory(target)),
+        target,
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         ignore_eos=True,
-        split="held_out" if workload == "stdlib" else "all",
+        split="held_out",
     )
     blocks = record(engine, source, sorted(set(batch_sizes)), parsed, seconds=seconds, seed=seed)
     engine.close()

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from specrl.agents.draft_learner import LearnerConfig
-from specrl.apps.bench import PlainSetting, fastest_plain, measure_plans, shown, target_directory
+from specrl.apps.bench import PlainSetting, fastest_plain, measure_plans, shown
 from specrl.apps.checks import torch_threads
 from specrl.apps.loop import OnlineLoop
 from specrl.apps.output import OutputDir, environment, show, table, to_json
@@ -21,7 +21,8 @@ from specrl.engines.base import Workload
 from specrl.models.draft import Draft
 from specrl.models.target import Target, load_target
 from specrl.plan import Plan
-from specrl.workload import load_tokenizer, load_workload
+from specrl.streams import open_stream
+from specrl.workload import Split
 
 TARGET, TEMPERATURE, PROMPT, NEW = "embedded", 0.7, 64, 128
 PLANS = "0,1/1/2,2/1/3,3/1/4,4/1/5,5/1/6"
@@ -91,15 +92,15 @@ def quickstart(
     return summary
 
 
-def _workload(split: str) -> Workload:
-    return load_workload(
+def _workload(split: Split) -> Workload:
+    return open_stream(
         "stdlib",
-        load_tokenizer(target_directory(TARGET)),
+        TARGET,
         prompt_tokens=PROMPT,
         max_new_tokens=NEW,
         temperature=TEMPERATURE,
         ignore_eos=True,
-        split=split,  # type: ignore[arg-type]
+        split=split,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from specrl.agents.sequences import Assembler
-from specrl.apps.bench import target_directory
 from specrl.apps.loop import Stream
 from specrl.apps.output import OutputDir, environment, progress, show
 from specrl.apps.shards import ShardWriter
@@ -15,7 +14,6 @@ from specrl.models.draft import load_draft
 from specrl.models.target import load_target
 from specrl.plan import Plan
 from specrl.streams import open_stream
-from specrl.workload import load_tokenizer
 
 
 def record(
@@ -72,7 +70,7 @@ def record(
     taps = default_taps(model.config.num_layers) if drafted is None else drafted.config.taps
     source = open_stream(
         workload,
-        load_tokenizer(target_directory(target)),
+        target,
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -176,11 +176,10 @@ def live_source(
     max_new_tokens: int,
 ) -> Live:
     """The local engine on a target, a draft (None: a random one) and prompts, as `specrl bench` makes them."""
-    from specrl.apps.bench import target_directory
     from specrl.engines.local import LocalEngine
     from specrl.models.draft import load_draft, new_draft
     from specrl.models.target import load_target
-    from specrl.workload import load_tokenizer, load_workload
+    from specrl.streams import open_stream
 
     config = {
         "target": target,
@@ -192,14 +191,14 @@ def live_source(
     }
     model = load_target(target)
     drafted = new_draft(model, intermediate_size=256) if draft is None else load_draft(Path(draft))
-    source = load_workload(
+    source = open_stream(
         workload,
-        load_tokenizer(target_directory(target)),
+        target,
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         ignore_eos=True,
-        split="held_out" if workload == "stdlib" else "all",
+        split="held_out",
     )
     engine = LocalEngine(model, drafted, max_context=prompt_tokens + max_new_tokens)
     return Live(engine, source, plans, phases, cycles, config)

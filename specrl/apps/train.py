@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from specrl.agents.draft_learner import LearnerConfig
-from specrl.apps.bench import target_directory
 from specrl.apps.checkpoint import load_checkpoint
 from specrl.apps.offline import learn_from
 from specrl.apps.output import OutputDir, show
@@ -22,7 +21,6 @@ from specrl.engines.base import Workload
 from specrl.models.draft import Draft, load_draft, new_draft
 from specrl.models.target import Target, load_target
 from specrl.streams import Shifting, open_stream
-from specrl.workload import load_tokenizer
 
 DRAFT_MLP = 256  # width of the MLP of a draft made anew for an embedded target
 VOCABULARY_REQUESTS = 96  # served plainly for `draft_vocab_size`
@@ -118,7 +116,7 @@ def train(
         return
     source = open_stream(
         workload,
-        load_tokenizer(target_directory(target)),
+        target,
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

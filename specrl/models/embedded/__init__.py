@@ -22,3 +22,8 @@ def embedded_directory(name: str = "embedded") -> Path:
     if name not in _FOLDERS:
         raise ValueError(f"an embedded target is one of {', '.join(map(repr, _FOLDERS))}, but got {name!r}")
     return Path(__file__).parent / _FOLDERS[name]
+
+
+def target_directory(target: str | Path) -> Path:
+    """Where a target's files are, by the name of an embedded one or by its directory."""
+    return embedded_directory(str(target)) if str(target).startswith("embedded") else Path(target)
