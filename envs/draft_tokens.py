@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,10 @@ import gymnasium
 import numpy as np
 
 from specrl.baseline import PlainCost
-from specrl.clock import WallClock
 from specrl.decoding.session import MOST_NODES
 from specrl.engines.base import ProposalSession, Workload
 from specrl.engines.local import LocalEngine
-from specrl.envs.exclusive import Exclusive
-from specrl.envs.live import check_episode, describe, measure_plain, named_workload
-from specrl.envs.panel import as_text, panel
+from specrl.envs.live import OnTheClock, check_episode, describe, measure_plain, named_workload
 from specrl.envs.proposals import Arrays, Prefill, Reader, Window
 from specrl.envs.rewards import Outcome, make_reward
 from specrl.envs.spec_decode import BatchSizes, read_batch_sizes
@@ -27,7 +22,7 @@ from specrl.rounds import Trace
 from specrl.traffic import batch_sizes
 
 
-class DraftTokensEnv(gymnasium.Env[Arrays, Any]):
+class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
     """Live speculative decoding in which the agent is the draft; every step is one round, rewarded by the clock.
 
     The agent drafts in whatever way it likes, a network, a table or a guess, while the clock runs. B is the most live
@@ -93,6 +88,8 @@ class DraftTokensEnv(gymnasium.Env[Arrays, Any]):
     * v0: initial version
     """
 
+    engine: LocalEngine
+    _title = "DraftTokens"
     metadata = {"render_modes": ["ansi", "human"], "render_fps": 30}
 
     def __init__(
@@ -128,7 +125,7 @@ class DraftTokensEnv(gymnasium.Env[Arrays, Any]):
         self._phases, self._drawn = read_batch_sizes(batch_size)
         self._max_rounds, self._max_tokens, self._trace = max_rounds, max_tokens, trace
         self._reward = make_reward(reward)
-        self._owned = isinstance(engine, str)
+        owned = isinstance(engine, str)
         self.engine = _drafting_engine(engine, target, taps, prompt_tokens + max_new_tokens)
         if isinstance(workload, (str, Path)):
             workload = named_workload(workload, target, prompt_tokens, max_new_tokens, temperature, ignore_eos)
@@ -141,13 +138,7 @@ class DraftTokensEnv(gymnasium.Env[Arrays, Any]):
         self._reader = Reader(rows, num_steps, config.vocab_size, probabilities, flat)
         self.observation_space, self.action_space = self._window.space, self._reader.space
         self.baseline = PlainCost()
-        clock = self.engine.clock
-        alone = isinstance(clock, WallClock) and not allow_parallel
-        self._exclusive = Exclusive(str(clock.device)) if alone else None  # type: ignore[attr-defined]
-        self._session: ProposalSession | None = None
-        self._info: dict[str, Any] | None = None
-        self._live: Any = None
-        self._closed = False
+        self._set_up(owned=owned, allow_parallel=allow_parallel)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Arrays, dict[str, Any]]:
         """Begin an episode with fresh prompts; no options are known."""
@@ -233,46 +224,6 @@ class DraftTokensEnv(gymnasium.Env[Arrays, Any]):
             traces, self._traces = self._traces, []
         return traces
 
-    @contextmanager
-    def off_the_clock(self) -> Iterator[None]:
-        """What happens inside is not drafting time: reading prompts, learning, logging."""
-        self._let_others_run()
-        began = self.engine.clock.now()
-        try:
-            yield
-        finally:
-            if self._session is not None:
-                self._paused_s += self.engine.clock.now() - began
-
-    def render(self) -> str | None:
-        """The last round and the episode so far: text for 'ansi', a live panel for 'human'."""
-        if self.render_mode is None:
-            return None
-        with self.off_the_clock():
-            view = panel(self._info, self._rounds, "DraftTokens")
-            if self.render_mode == "ansi":
-                return as_text(view)
-            if self._live is None:
-                from rich.live import Live
-
-                self._live = Live(auto_refresh=False)
-                self._live.start()
-            self._live.update(view, refresh=True)
-        return None
-
-    def close(self) -> None:
-        """End the session, and the engine if the environment made it; idempotent."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-        self._let_others_run()
-        if self._session is not None:
-            self._session.close()
-            self._session = None
-        if self._owned and not self._closed:
-            self.engine.close()
-        self._closed = True
-
     def _take(self, session: ProposalSession) -> tuple[Prefill, ...]:
         """Let the window read what happened; the requests that came in."""
         traces = session.drain()
@@ -283,17 +234,6 @@ class DraftTokensEnv(gymnasium.Env[Arrays, Any]):
     def _who(self, session: ProposalSession, came: tuple[Prefill, ...]) -> dict[str, Any]:
         ids = np.array(session.request_ids, dtype=np.int64)
         return {"request_ids": ids, "prefills": came, "batch_size": session.batch_size}
-
-    def _let_others_run(self) -> None:
-        if self._exclusive is not None:
-            self._exclusive.give_back()
-
-    def _running(self) -> ProposalSession:
-        if self._closed:
-            raise ValueError("the environment is closed; make another one")
-        if self._session is None:
-            raise ValueError("an episode must have begun, but reset was never called; call reset() first")
-        return self._session
 
 
 def _drafting_engine(

@@ -2,15 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from specrl.baseline import PlainCost
-from specrl.engines.base import Session, Workload
+from specrl.clock import WallClock
+from specrl.engines.base import Engine, Session, Workload
+from specrl.envs.exclusive import Exclusive
+from specrl.envs.panel import as_text, panel
 from specrl.envs.rewards import Outcome
 from specrl.rounds import Round
 
+S = TypeVar("S", bound=Session)
 _FIRST_SAMPLES = 3  # plain steps measured when a batch size is met for the first time
+
+
+class OnTheClock(Generic[S]):
+    """What an environment on a live session does between steps: its lock, its pauses, its panel, its end.
+
+    For a `gymnasium.Env` to inherit beside it, which calls `_set_up` once its engine is there.
+    """
+
+    engine: Engine
+    render_mode: str | None
+    _title: ClassVar[str]
+    _rounds: int
+    _paused_s: float  # since the last step, not the agent's
+
+    def _set_up(self, *, owned: bool, allow_parallel: bool) -> None:
+        clock = self.engine.clock
+        alone = isinstance(clock, WallClock) and not allow_parallel
+        self._exclusive = Exclusive(str(clock.device)) if alone else None  # type: ignore[attr-defined]
+        self._session: S | None = None
+        self._info: dict[str, Any] | None = None
+        self._live: Any = None
+        self._owned, self._closed = owned, False
+
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """What happens inside does not count as the agent's time: learning, logging, other environments."""
+        self._let_others_run()
+        began = self.engine.clock.now()
+        try:
+            yield
+        finally:
+            if self._session is not None:
+                self._paused_s += self.engine.clock.now() - began
+
+    def render(self) -> str | None:
+        """The last round and the episode so far: text for 'ansi', a live panel for 'human'."""
+        if self.render_mode is None:
+            return None
+        with self.off_the_clock():
+            view = panel(self._info, self._rounds, self._title)
+            if self.render_mode == "ansi":
+                return as_text(view)
+            if self._live is None:
+                from rich.live import Live
+
+                self._live = Live(auto_refresh=False)
+                self._live.start()
+            self._live.update(view, refresh=True)
+        return None
+
+    def close(self) -> None:
+        """End the session, and the engine if the environment made it; idempotent."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._let_others_run()
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        if self._owned and not self._closed:
+            self.engine.close()
+        self._closed = True
+
+    def _let_others_run(self) -> None:
+        if self._exclusive is not None:
+            self._exclusive.give_back()
+
+    def _running(self) -> S:
+        if self._closed:
+            raise ValueError("the environment is closed; make another one")
+        if self._session is None:
+            raise ValueError("an episode must have begun, but reset was never called; call reset() first")
+        return self._session
 
 
 def check_episode(max_rounds: int | None, max_tokens: int | None, reward: str) -> None:

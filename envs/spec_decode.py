@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import operator
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,11 +15,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from specrl.baseline import PlainCost
-from specrl.clock import WallClock
 from specrl.engines.base import Engine, Session, Workload
-from specrl.envs.exclusive import Exclusive
-from specrl.envs.live import check_episode, describe, measure_plain, named_workload
-from specrl.envs.panel import as_text, panel
+from specrl.envs.live import OnTheClock, check_episode, describe, measure_plain, named_workload
 from specrl.envs.rewards import Outcome, make_reward
 from specrl.observation import Observation, Observer, vector_bounds
 from specrl.plan import Plan, parse_plans
@@ -35,7 +31,7 @@ if TYPE_CHECKING:
 BatchSizes = int | str | Sequence[int] | Sequence[Phase]
 
 
-class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
+class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]):
     """Live speculative decoding of a language model; every step is one round, rewarded by the clock.
 
     ## Action space
@@ -102,6 +98,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
     * v0: initial version
     """
 
+    _title = "SpecDecode"
     metadata = {"render_modes": ["ansi", "human"], "render_fps": 30}
 
     def __init__(
@@ -137,7 +134,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         self._make_reward = reward
         self._reward = make_reward(reward)
         self._max_rounds, self._max_tokens, self._trace = max_rounds, max_tokens, trace
-        self._owned = isinstance(engine, str)
+        owned = isinstance(engine, str)
         if isinstance(engine, str):
             if engine != "local":
                 close = difflib.get_close_matches(engine, ["local"], n=1)
@@ -168,13 +165,7 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         self._observer = Observer(self.plans)
         self._late: deque[tuple[Round, float]] = deque()  # results on their way, on engines that overlap rounds
         self._delay: int = getattr(self.engine, "result_delay", 0)
-        clock = self.engine.clock
-        alone = isinstance(clock, WallClock) and not allow_parallel
-        self._exclusive = Exclusive(str(clock.device)) if alone else None  # type: ignore[attr-defined]
-        self._session: Session | None = None
-        self._info: dict[str, Any] | None = None
-        self._live: Any = None
-        self._closed = False
+        self._set_up(owned=owned, allow_parallel=allow_parallel)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -270,46 +261,6 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         with self.off_the_clock():
             return self._running().drain()
 
-    @contextmanager
-    def off_the_clock(self) -> Iterator[None]:
-        """What happens inside is not thinking time: learning, logging, other environments between two steps."""
-        self._let_others_run()
-        began = self.engine.clock.now()
-        try:
-            yield
-        finally:
-            if self._session is not None:
-                self._paused_s += self.engine.clock.now() - began
-
-    def render(self) -> str | None:
-        """The last round and the episode so far: text for 'ansi', a live panel for 'human'."""
-        if self.render_mode is None:
-            return None
-        with self.off_the_clock():
-            view = panel(self._info, self._rounds)
-            if self.render_mode == "ansi":
-                return as_text(view)
-            if self._live is None:
-                from rich.live import Live
-
-                self._live = Live(auto_refresh=False)
-                self._live.start()
-            self._live.update(view, refresh=True)
-        return None
-
-    def close(self) -> None:
-        """End the session, and the engine if the environment made it; idempotent."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-        self._let_others_run()
-        if self._session is not None:
-            self._session.close()
-            self._session = None
-        if self._owned and not self._closed:
-            self.engine.close()
-        self._closed = True
-
     def observation(self) -> Observation:
         """The current observation with its names, as plan choosers take it."""
         self._running()
@@ -319,17 +270,6 @@ class SpecDecodeEnv(gymnasium.Env[NDArray[np.float32], Any]):
         assert self._session is not None
         self._context = sum(self._session.context_lengths) / self._batch_size
         return self._observer.observe(self._batch_size, self._context)
-
-    def _let_others_run(self) -> None:
-        if self._exclusive is not None:
-            self._exclusive.give_back()
-
-    def _running(self) -> Session:
-        if self._closed:
-            raise ValueError("the environment is closed; make another one")
-        if self._session is None:
-            raise ValueError("an episode must have begun, but reset was never called; call reset() first")
-        return self._session
 
     def _plan(self, action: Any) -> Plan:
         if isinstance(self.action_space, spaces.Discrete):
