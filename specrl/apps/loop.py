@@ -22,6 +22,7 @@ import numpy as np
 
 from specrl.agents.base import DraftLearner, PlanChooser
 from specrl.agents.draft_learner import OnlineLearner
+from specrl.apps.drift_watch import DriftWatch
 from specrl.apps.pricing import plan_costs
 from specrl.apps.updates import Always, Better, Updates
 from specrl.baseline import PlainCost
@@ -136,7 +137,7 @@ class OnlineLoop:
         self.rounds = self.requests = 0
         self.learn_s = self.serve_s = 0.0
         self.on_round: Callable[[Round, float], None] | None = None
-        self.stream = Stream(workload, seed)
+        self.stream, self.drift = Stream(workload, seed), DriftWatch(seed)
         self._sync_every, self._unlearned = sync_every, 0
         self._traffic, self._seed = tuple(traffic), seed
         if state is not None:
@@ -163,6 +164,7 @@ class OnlineLoop:
         if isinstance(self.updates, Better):
             self.updates.abandon()  # which may have begun just now
         self._session.close()
+        self.drift.end_session()
         if isinstance(self.learner, OnlineLearner):
             self.learner.end_session()
         self.baseline.load_state_dict(self.baseline.state_dict())
@@ -195,6 +197,7 @@ class OnlineLoop:
         self.requests += len(done.finished)
         self.serve_s += done.seconds + done.prefill_s + thinking_s
         self._unlearned += len(done.finished)
+        self.drift.take(done)
         if self.on_round is not None:
             self.on_round(done, plain_s)
         if self.learner is not None and self._unlearned >= self._sync_every:
@@ -229,12 +232,15 @@ class OnlineLoop:
             "serve_s": self.serve_s,
             "learn_s": self.learn_s,
             "metrics": self.metrics,
+            "drift": self.drift.state_dict(),
             "tallies": {str(batch): [tally.rounds, list(tally.saved)] for batch, tally in self.tallies.items()},
         }
 
     def _load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rounds, self.requests, self.stream.taken = state["rounds"], state["requests"], state["taken"]
         self.serve_s, self.learn_s, self.metrics = state["serve_s"], state["learn_s"], dict(state["metrics"])
+        if "drift" in state:
+            self.drift.load_state_dict(state["drift"])
         for batch, (rounds, saved) in state["tallies"].items():
             tally = self.tallies[int(batch)] = Tally(rounds=rounds)
             tally.saved.extend((plain, spent, tokens) for plain, spent, tokens in saved)

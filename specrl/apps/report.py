@@ -1,4 +1,4 @@
-"""What a training run says: a line now and then, log.csv, gate.csv, and metrics for TensorBoard or Weights & Biases."""
+"""What a training run says: a line now and then, log.csv and kin, and metrics for TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from specrl.apps.drift_watch import RECENT
 from specrl.apps.output import OutputDir, show
 from specrl.apps.run import Run
 
@@ -80,7 +81,7 @@ def sinks(directory: OutputDir, *, tensorboard: bool, wandb: str | None) -> list
 
 
 class Reporter:
-    """A line every few seconds, for people, and log.csv, for programs.
+    """A line every few seconds, for people, and log.csv, for programs; lines for alarms of drift, too.
 
     Args:
         run: that is reported on.
@@ -106,7 +107,7 @@ class Reporter:
         self._clock = run.engine.clock
         self._began = self._last = self._clock.now()
         self._reported = -1  # rounds at the last line
-        self._decisions = len(run.decisions)
+        self._decisions, self._alarms = len(run.decisions), len(run.loop.drift.alarms)
 
     @property
     def seconds(self) -> float:
@@ -116,6 +117,7 @@ class Reporter:
     def maybe(self) -> None:
         """Report if it is time to, and what a gate decided in any case."""
         self._decided()
+        self._drifted()
         if self._clock.now() - self._last >= self.every_s:
             self.line()
 
@@ -145,6 +147,7 @@ class Reporter:
         metrics = dict(loop.metrics)
         if run.learner is not None:
             metrics |= run.learner.counts()
+        row |= {"first_draft": loop.drift.level, "drift_alarms": len(loop.drift.alarms)}
         row |= {"alpha": metrics.get("alpha_1", math.nan), "loss": metrics.get("loss", math.nan)}
         row |= {name: metrics.get(name, math.nan) for name in ("staleness", "tokens_per_s", *_COUNTS) if run.learner}
         parts = []
@@ -166,6 +169,19 @@ class Reporter:
         self.print(
             f"{row['seconds']:5.0f} s  {run.served:5d} requests{where}  alpha {alpha:.2f}  |  " + "  |  ".join(parts)
         )
+
+    def _drifted(self) -> None:
+        """drift.csv, and a line for every alarm."""
+        alarms = self.run.loop.drift.alarms
+        if len(alarms) == self._alarms:
+            return
+        for alarm in alarms[self._alarms :]:
+            self.print(
+                f"drift: after {alarm['requests']:.0f} requests first drafts stand less often, "
+                f"{alarm['before']:.0%} before and {alarm['after']:.0%} over the last {RECENT}"
+            )
+        self._alarms = len(alarms)
+        self.directory.write_csv("drift.csv", [dict(alarm) for alarm in alarms])
 
     def _decided(self) -> None:
         """gate.csv, and a line for what passed a trial or was refused as harmful or after a trial."""

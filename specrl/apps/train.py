@@ -56,8 +56,8 @@ def train(
     """Serve live traffic, learn the draft from it, and choose each round's plan.
 
     Writes draft/ (an EAGLE3 checkpoint), plans.json (the plan per batch size), log.csv, tensorboard/ and checkpoint/,
-    from which --resume goes on after any interruption; with --update better, gate.csv. Requests in flight at a
-    checkpoint are given up, so that a resumed run does what an uninterrupted one does.
+    from which --resume goes on after any interruption; with --update better, gate.csv; where traffic drifts, drift.csv.
+    Requests in flight at a checkpoint are given up, so that a resumed run does what an uninterrupted one does.
 
     Args:
         target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
