@@ -6,7 +6,7 @@ observation fill the slots before their tokens' positions, and drafting goes on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,6 +35,9 @@ class Prompt(Protocol):
     def features(self) -> NDArray[np.float32]:
         """[T, 3H] float32."""
         ...
+
+
+Draw = Callable[[Tensor], NDArray[np.int64]]
 
 
 class DraftActor:
@@ -83,12 +86,15 @@ class DraftActor:
                 self.serving.decode(tokens, hidden, self._cache, slots, length=count, first=prompt.row)
 
     @torch.inference_mode()
-    def act(self, observation: Mapping[str, Any], num_steps: int | None = None) -> tuple[Tensor, Tensor]:
+    def act(
+        self, observation: Mapping[str, Any], num_steps: int | None = None, *, draw: Draw | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Draft for the live requests.
 
         Args:
             observation: of the environment, not flat.
             num_steps: of this round, at most K; None: K.
+            draw: samples in the actor's place, from q [b, V] tokens [b]: the environment's `draw`.
 
         Returns:
             tokens [B, K] int64, -1 where none, and q [B, K, V] float32 that they were sampled from (one-hot where they
@@ -109,7 +115,7 @@ class DraftActor:
         odds = torch.zeros(self._rows, self._num_steps, self._vocab)
         length = int((first + counts).max())
         for step in range(steps):
-            chosen, q = self._choose(state)
+            chosen, q = self._choose(state, draw)
             drafted[:live, step], odds[:live, step] = chosen.cpu(), q.cpu()
             if step + 1 < steps:
                 length += 1
@@ -121,16 +127,18 @@ class DraftActor:
     def _features(self, features: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(features).to(self.serving.device, self.serving.dtype)
 
-    def _choose(self, state: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, state: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
         """Tokens [b] int64 of the target's vocabulary, and q [b, V]."""
         logits, ids = self.serving.logits(state), self.serving.target_ids
         if self._temperature:
             q = torch.softmax(logits / self._temperature, -1)
-            race = torch.empty_like(q).exponential_(generator=self._generator)  # the first to arrive is a sample of q
-            best = (q / race).argmax(-1)
         else:
-            best = logits.argmax(-1)
-            q = torch.zeros_like(logits).scatter_(-1, best[:, None], 1.0)
-        if ids is None:
-            return best, q
-        return ids[best], q.new_zeros(len(q), self._vocab).index_copy_(1, ids, q)
+            q = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1)[:, None], 1.0)
+        if ids is not None:
+            q = q.new_zeros(len(q), self._vocab).index_copy_(1, ids, q)
+        if draw is not None:
+            return torch.from_numpy(draw(q.cpu())).to(q.device), q
+        if not self._temperature:
+            return q.argmax(-1), q
+        race = torch.empty_like(q).exponential_(generator=self._generator)  # the first to arrive is a sample of q
+        return (q / race).argmax(-1), q

@@ -12,13 +12,14 @@ from specrl.baseline import PlainCost
 from specrl.decoding.session import MOST_NODES
 from specrl.engines.base import ProposalSession, Workload
 from specrl.engines.local import LocalEngine
+from specrl.envs.draws import Draws
 from specrl.envs.live import OnTheClock, check_episode, describe, measure_plain, named_workload
 from specrl.envs.proposals import Arrays, Prefill, Reader, Window
 from specrl.envs.rewards import Outcome, make_reward
 from specrl.envs.spec_decode import BatchSizes, read_batch_sizes
 from specrl.models.config import default_taps
 from specrl.models.target import load_target
-from specrl.rounds import Trace
+from specrl.rounds import Ints, Trace
 from specrl.traffic import batch_sizes
 
 
@@ -34,11 +35,10 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
     target itself chooses them, so that the output is the target's own **whatever is drafted**: token by token at
     temperature 0, in distribution above.
 
-    With `probabilities=True` an action may also be `{"tokens", "probabilities"}`, the latter [B, K, V] float32: the
-    distribution q that each token was sampled from, given those before it. Such drafts are accepted by rejection
-    sampling (Leviathan et al., 2023, arXiv:2211.17192), which accepts more: Σ min(p, q) instead of Σ p·q. Greedy
-    output is still the target's own whatever q says; sampled output is if the tokens are truly samples of q, which
-    no environment can check. Do not let a reward teach q apart from what samples the tokens.
+    An agent that samples its drafts can do better: let the environment draw them, with `draw(q)` of
+    `env.unwrapped`, and propose what it drew. Such drafts are accepted by rejection sampling (Leviathan et al., 2023,
+    arXiv:2211.17192), which accepts more, Σ min(p, q) instead of Σ p·q, and leaves the output the target's own because
+    the drafts truly are samples of q.
 
     ## Observation space
     `Dict`: what a draft may see, since the agent last saw the request. Row i of a request are a token that was
@@ -80,7 +80,6 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
         num_steps: K, the longest draft.
         batch_size, temperature, reward, workload, prompt_tokens, max_new_tokens, ignore_eos, max_rounds, max_tokens,
             allow_parallel, render_mode: as in `SpecRL/SpecDecode-v0`.
-        probabilities: let actions carry q.
         flat: vectors for everything.
         trace: keep traces for `drain`.
 
@@ -108,7 +107,6 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
         ignore_eos: bool = False,
         max_rounds: int | None = None,
         max_tokens: int | None = None,
-        probabilities: bool = False,
         flat: bool = False,
         trace: bool = False,
         allow_parallel: bool = False,
@@ -116,8 +114,6 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
     ) -> None:
         if not 1 <= num_steps < MOST_NODES:
             raise ValueError(f"num_steps must be in [1, {MOST_NODES - 1}], but got {num_steps}")
-        if flat and probabilities:
-            raise ValueError("flat actions carry no probabilities, but both were asked for; leave one out")
         check_episode(max_rounds, max_tokens, reward)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None, 'ansi' or 'human', but got {render_mode!r}")
@@ -134,8 +130,8 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
         rows = max(phase.batch_size for phase in (*self._phases, *self._drawn))
         self._rows, features = rows, len(self.engine.taps) * config.hidden_size
         self._window_of = (rows, num_steps, features, config.vocab_size, self.engine.max_context, flat)
-        self._window = Window(*self._window_of)
-        self._reader = Reader(rows, num_steps, config.vocab_size, probabilities, flat)
+        self._window, self._draws_of = Window(*self._window_of), (num_steps, config.vocab_size)
+        self._reader = Reader(rows, num_steps, config.vocab_size, flat)
         self.observation_space, self.action_space = self._window.space, self._reader.space
         self.baseline = PlainCost()
         self._set_up(owned=owned, allow_parallel=allow_parallel)
@@ -162,6 +158,7 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
             trace=True,
         )
         self._session, self._window, self._traces = session, Window(*self._window_of), list[Trace]()
+        self._draws = Draws(*self._draws_of, seed=int(self.np_random.integers(2**31)))
         self._plain = self._spent = 0.0
         self._rounds = self._tokens = 0
         self._info = None
@@ -174,18 +171,20 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
         """Verify the drafts in one round.
 
         Raises:
-            ValueError: before `reset`, an action that is not in the space, probabilities that are none, or another
-                timed environment is in the middle of an episode on the same device. Nothing is committed then.
+            ValueError: before `reset`, an action that is not in the space or not what was drawn, or another timed
+                environment is in the middle of an episode on the same device. Nothing is committed then.
         """
         session, clock = self._running(), self.engine.clock
         thinking_s = max(clock.now() - self._returned - self._paused_s, 0.0)
         batch = session.batch_size
-        drafted, distributions = self._reader.read(action, batch)
+        drafted = self._reader.read(action, batch)
+        distributions = self._draws.proposed(drafted)
         if self._exclusive is not None:
             self._exclusive.take()
         context = sum(session.context_lengths) / batch
         measure_plain(session, self.baseline, context)
         done = session.round_with(drafted, distributions)
+        self._draws.clear()
         t0 = self.baseline.estimate(batch, context)
         outcome = Outcome(sum(done.tokens.tolist()), batch, done.seconds + thinking_s, t0.seconds)
         reward = self._reward(outcome)
@@ -210,6 +209,24 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
         self._paused_s = 0.0
         self._returned = clock.now()
         return observation, reward, terminated, truncated, self._info
+
+    def draw(self, q: Any) -> Ints:
+        """Draw one more draft for each live request, to be proposed in the next step; on the clock.
+
+        Call it up to K times between two steps: what an agent says of the second draft may depend on the first. All
+        that is drawn must then be the action.
+
+        Args:
+            q: [live, V] float32, array or tensor: each request's distribution of its next draft. A row of zeros ends
+                its draft. Proposing depends on q alone, never on what was drawn.
+
+        Returns:
+            [live] int64; -1 where a draft has ended.
+
+        Raises:
+            ValueError: before `reset`, another shape or dtype, rows that are no distributions, or a draw too many.
+        """
+        return self._draws.draw(q, self._running().batch_size)
 
     def drain(self) -> list[Trace]:
         """Take the traces of the rounds so far; off the clock. Needs `trace=True`.

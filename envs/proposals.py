@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,46 +113,27 @@ class Reader:
 
     Args:
         rows, num_steps, vocab_size: B, K and V.
-        probabilities: whether an action may say what its drafts were sampled from.
         flat: a vector [B * K] in [0, V], V for none, instead of [B, K] in [-1, V).
     """
 
-    def __init__(self, rows: int, num_steps: int, vocab_size: int, probabilities: bool, flat: bool) -> None:
+    def __init__(self, rows: int, num_steps: int, vocab_size: int, flat: bool) -> None:
         self._shape, self._vocab, self._flat = (rows, num_steps), vocab_size, flat
-        self._probabilities = probabilities
         if flat:
             tokens = spaces.MultiDiscrete([vocab_size + 1] * (rows * num_steps))
         else:
             tokens = spaces.MultiDiscrete(np.full(self._shape, vocab_size + 1), start=np.full(self._shape, -1))
         self.space: spaces.Space[Any] = tokens
-        if probabilities:
-            odds = spaces.Box(0.0, 1.0, (*self._shape, vocab_size), dtype=np.float32)
-            self.space = spaces.Dict({"tokens": tokens, "probabilities": odds})
 
-    def read(self, action: Any, live: int) -> tuple[Tensor, Tensor | None]:
-        """The drafts of the live requests [live, s] int64, s the longest, and their distributions [live, s, V].
+    def read(self, action: Any, live: int) -> Tensor:
+        """The drafts of the live requests: [live, s] int64, s the longest.
 
         Raises:
-            ValueError: another shape or dtype, a token out of range, or probabilities where none are taken.
+            ValueError: another shape or dtype, or a token out of range.
         """
-        given = None
-        if isinstance(action, Mapping):
-            if not self._probabilities or set(action) != {"tokens", "probabilities"}:
-                takes = (
-                    "'tokens' and 'probabilities'" if self._probabilities else "an array of tokens; see probabilities="
-                )
-                raise ValueError(f"an action must be {takes}, but got {', '.join(map(repr, action)) or 'nothing'}")
-            action, given = action["tokens"], np.asarray(action["probabilities"])
         tokens = self._tokens(np.asarray(action))[:live]
         ended = np.logical_or.accumulate(tokens < 0, 1)
         steps = int((~ended).sum(1).max())
-        drafted = torch.from_numpy(np.where(ended, -1, tokens)[:, :steps])
-        if given is None:
-            return drafted, None
-        shape = (*self._shape, self._vocab)
-        if given.shape != shape or given.dtype != np.float32:
-            raise ValueError(f"probabilities must be float32 {list(shape)}, but got {given.dtype} {list(given.shape)}")
-        return drafted, torch.from_numpy(given[:live, :steps])
+        return torch.from_numpy(np.where(ended, -1, tokens)[:, :steps])
 
     def _tokens(self, tokens: NDArray[Any]) -> Ints:
         """[B, K] int64 with -1 for none."""

@@ -21,7 +21,7 @@ NUM_STEPS, TEMPERATURE = 4, 0.7
 
 
 def play(env: DraftTokensEnv, actor: DraftActor, learner: Reinforce | None, seed: int) -> dict[str, float]:
-    """One episode. A learner's drafts are verified without their probabilities, as its gradient asks for."""
+    """One episode. A learner draws its drafts itself, to be verified by the target's choices alone."""
     observation, info = env.reset(seed=seed)
     over, lengths = False, []
     while not over:
@@ -29,10 +29,9 @@ def play(env: DraftTokensEnv, actor: DraftActor, learner: Reinforce | None, seed
             actor.read(info["prefills"])
             if learner is not None:
                 learner.see(observation, info)
-        tokens, q = actor.act(observation)
-        action = {"tokens": tokens.numpy(), "probabilities": q.numpy()} if learner is None else tokens.numpy()
+        tokens, _ = actor.act(observation, draw=env.draw if learner is None else None)
         ids = info["request_ids"]
-        observation, reward, terminated, truncated, info = env.step(action)
+        observation, reward, terminated, truncated, info = env.step(tokens.numpy())
         if learner is not None:
             with env.off_the_clock():
                 learner.record(ids.tolist(), tokens, info["round"].correct_drafts.tolist(), reward)
@@ -54,7 +53,6 @@ def main(
         temperature=TEMPERATURE,
         max_rounds=rounds,
         num_steps=NUM_STEPS,
-        probabilities=True,
         allow_parallel=allow_parallel,
     )
     env = made.unwrapped

@@ -23,10 +23,12 @@ from specrl.decoding.sampling import Temperatures, distribution
 from specrl.engines.base import Request
 from specrl.engines.local import LocalEngine
 from specrl.envs.draft_tokens import DraftTokensEnv
+from specrl.envs.draws import Draws
 from specrl.plan import Plan
 
 V, K = CONFIG.vocab_size, 3
 Agent = Callable[[dict[str, Any], dict[str, Any]], Any]
+Maker = Callable[[DraftTokensEnv], Agent]
 
 
 class TickingClock(VirtualClock):
@@ -115,8 +117,8 @@ def ngram_agent() -> Agent:
     return act
 
 
-def adversarial_agent(outputs: dict[tuple[int, ...], tuple[int, ...]], probabilities: bool) -> Agent:
-    """Knows what the target will say: drafts it rightly up to a point, wrongly after it, and lies about its odds."""
+def adversarial_agent(outputs: dict[tuple[int, ...], tuple[int, ...]]) -> Agent:
+    """Knows what the target will say: drafts it rightly up to a point, and wrongly after it."""
     memory, rng = Memory(), np.random.default_rng(1)
 
     def act(obs: dict[str, Any], info: dict[str, Any]) -> Any:
@@ -126,11 +128,27 @@ def adversarial_agent(outputs: dict[tuple[int, ...], tuple[int, ...]], probabili
             ahead = list(output[len(known) : len(known) + int(rng.integers(0, K + 1))])
             wrong = int(rng.integers(0, K + 1))
             found.append([t if i < wrong else (t + 1) % V for i, t in enumerate(ahead)])
-        action = drafts(found, len(obs["live"]))
-        if not probabilities:
-            return action
-        odds = rng.dirichlet(np.ones(V), action.shape).astype(np.float32)
-        return {"tokens": action, "probabilities": odds}
+        return drafts(found, len(obs["live"]))
+
+    return act
+
+
+def drawing_agent(env: DraftTokensEnv, outputs: dict[tuple[int, ...], tuple[int, ...]]) -> Agent:
+    """Knows what the target will say, and lets drafts be drawn that are it more often than not."""
+    memory, rng = Memory(), np.random.default_rng(1)
+
+    def act(obs: dict[str, Any], info: dict[str, Any]) -> Any:
+        knowns = memory.read(obs, info)
+        action = drafts([], len(obs["live"]))
+        for step in range(int(rng.integers(0, K + 1))):
+            q = rng.dirichlet(np.ones(V), len(knowns)).astype(np.float32)
+            for row, known in enumerate(knowns):
+                output = outputs.get(tuple(known[:5]), ())
+                if len(known) + step < len(output):
+                    q[row] *= 0.4
+                    q[row, output[len(known) + step]] += 0.6
+            action[: len(knowns), step] = env.draw(q)
+        return action
 
     return act
 
@@ -147,55 +165,51 @@ def test_gymnasium_and_stable_baselines_find_no_fault() -> None:
     assert gym.spec("SpecRL/DraftTokens-v0").nondeterministic
 
 
-@pytest.mark.parametrize("agent", ["random", "ngram", "adversarial", "lying"])
+@pytest.mark.parametrize("agent", ["random", "ngram", "adversarial", "drawing"])
 def test_greedy_output_is_the_targets_own_whatever_is_drafted(agent: str) -> None:
     requests = [Request(prompt, 12 + i, 0.0) for i, prompt in enumerate(prompts(12, 5))]  # eos ends some of them
     plain = LocalEngine(tiny_target(), max_context=64).start(Listed(requests), batch_size=12, seed=0, plain=True)
     right: dict[tuple[int, ...], tuple[int, ...]] = {}
     while len(right) < 12:
         right |= {c.prompt: c.prompt + c.tokens for c in plain.round(Plan(0)).finished if c.request_id < 12}
+    env = make(requests, max_context=640, batch_size="3x4,1x2,2x3")
     agents = {
         "random": random_agent(),
         "ngram": ngram_agent(),
-        "adversarial": adversarial_agent(right, False),
-        "lying": adversarial_agent(right, True),
+        "adversarial": adversarial_agent(right),
+        "drawing": drawing_agent(env, right),
     }
-    env = make(requests, max_context=640, probabilities=agent == "lying", batch_size="3x4,1x2,2x3")
     found = Finished(env, agents[agent], 12)
     assert {found.tokens[i][:5]: found.tokens[i] for i in range(12)} == right
-    if agent in ("adversarial", "lying"):  # many stand and many fall, so that both are put to the test
+    if agent in ("adversarial", "drawing"):  # many stand and many fall, so that both are put to the test
         assert 0.2 < found.correct / found.proposed < 0.8
 
 
 class Sampler:
-    """Samples from odds that depend on the token before; chains end where the token is even, or after K."""
+    """Drawn from odds that depend on the token before; chains end where the token is even, or after K."""
 
-    def __init__(self, honest: bool) -> None:
-        self.honest, self.rng = honest, np.random.default_rng(2)
+    def __init__(self, env: DraftTokensEnv) -> None:
+        self.env = env
         self.odds = np.random.default_rng(3).dirichlet(np.ones(V), V).astype(np.float32)  # [V before, V]
 
     def __call__(self, obs: dict[str, Any], info: dict[str, Any]) -> Any:
-        last, alive = obs["last"], obs["live"] == 1
-        action = np.full((len(last), K), -1)
-        q = np.full((len(last), K, V), np.nan, dtype=np.float32)  # rows after the end of a chain are not read
+        live = int(obs["live"].sum())
+        last, action = obs["last"][:live], np.full((len(obs["last"]), K), -1)
         for step in range(K):
-            chances = self.odds[last]
-            drawn = (chances.cumsum(1) > self.rng.random((len(last), 1)) * chances.sum(1, keepdims=True)).argmax(1)
-            q[:, step], action[:, step] = chances, np.where(alive, drawn, -1)
-            alive = alive & (drawn % 2 == 1)
-            last = drawn
-        if not self.honest:  # claims to draw evenly what it draws by its odds
-            q[:] = 1.0 / V
-        return {"tokens": action, "probabilities": q}
+            q = self.odds[last]
+            if step:
+                q[last % 2 == 0] = 0.0
+            action[:live, step] = last = self.env.draw(q)
+        return action
 
 
-def sampled(agent: Agent, probabilities: bool) -> tuple[float, float, float]:
+def sampled(agent: Maker) -> tuple[float, float, float]:
     """The share of drafts that stood, and p-values by the token before and by the order in the round."""
     count, new = 200, 40
     heats = [heat for _, heat in zip(range(count), cycle((0.7, 1.0, 1.5)), strict=False)]
     requests = [Request(p, new, heat, ignore_eos=True) for p, heat in zip(prompts(count, 3), heats, strict=True)]
-    env = make(requests, max_context=640, batch_size=count, probabilities=probabilities)
-    found = Finished(env, agent, count)
+    env = make(requests, max_context=640, batch_size=count)
+    found = Finished(env, agent(env), count)
     ids = torch.tensor([found.tokens[i] for i in range(count)])
     logits = tiny_target()(ids)[:, 2:-1]
     p = distribution(logits, Temperatures.of(heats, "cpu"))[:, 1:].flatten(0, 1)
@@ -205,18 +219,31 @@ def sampled(agent: Agent, probabilities: bool) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize(
-    ("agent", "probabilities"),
-    [(Sampler(honest=True), True), (ngram_agent(), False), (random_agent(), False)],
-    ids=["rejection", "ngram", "random"],
+    "agent", [Sampler, lambda env: ngram_agent(), lambda env: random_agent()], ids=["rejection", "ngram", "random"]
 )
-def test_sampled_output_is_distributed_as_the_targets_own(agent: Agent, probabilities: bool) -> None:
-    accepted, *p_values = sampled(agent, probabilities)
+def test_sampled_output_is_distributed_as_the_targets_own(agent: Maker) -> None:
+    accepted, *p_values = sampled(agent)
     assert accepted > 0.02 and min(p_values) > ALPHA
 
 
-def test_the_statistic_sees_a_false_account_of_the_odds() -> None:
-    """What the docstring warns of: nobody can check q, and a false one shifts sampled output."""
-    assert min(sampled(Sampler(honest=False), True)[1:]) < ALPHA
+def test_the_statistic_sees_a_false_account_of_the_odds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why agents do not draw themselves: claims that do not fit the samples shift the output."""
+    honest = Draws.proposed
+
+    def claimed(draws: Draws, drafted: torch.Tensor) -> torch.Tensor | None:
+        q = honest(draws, drafted)
+        return None if q is None else torch.full_like(q, 1.0 / V)
+
+    monkeypatch.setattr(Draws, "proposed", claimed)
+    assert min(sampled(Sampler)[1:]) < ALPHA
+
+
+def test_draws_are_samples_of_q() -> None:
+    """4,000 of one distribution; each count within 5 standard deviations (odds of failing below 1e-5)."""
+    q = np.array([0.5, 0.0, 0.3, 0.15, 0.05], dtype=np.float32)
+    drawn = Draws(1, 5, seed=0).draw(np.tile(q, (4000, 1)), 4000)
+    counts = np.bincount(drawn, minlength=5)
+    assert counts[1] == 0 and (np.abs(counts - 4000 * q) <= 5 * np.sqrt(4000 * q * (1 - q))).all()
 
 
 def test_the_observation_is_what_the_target_computed_of_the_tokens_committed() -> None:
@@ -357,14 +384,6 @@ def test_traces_are_drained_and_panels_drawn() -> None:
         make().drain()
 
 
-def odds(value: float) -> dict[str, Any]:
-    return {"tokens": np.ones((3, K), dtype=np.int64), "probabilities": np.full((3, K, V), value, dtype=np.float32)}
-
-
-ZERO = odds(0.0)
-ZERO["probabilities"][..., 2] = 1.0
-
-
 @pytest.mark.parametrize(
     ("action", "message"),
     [
@@ -373,16 +392,11 @@ ZERO["probabilities"][..., 2] = 1.0
         (np.zeros((3, K)), "integers .* but got float64"),
         (drafts([[V]]), rf"in \[-1, {V - 1}\], but got -1..{V}"),
         (drafts([[-2]]), r"but got -2..-1"),
-        ({"tokens": drafts([[1]])}, "must be 'tokens' and 'probabilities', but got 'tokens'"),
-        ({**odds(0.1), "probabilities": np.zeros((3, K))}, r"float32 \[3, 3, \d+\], but got float64 \[3, 3\]"),
-        (odds(float("nan")), "finite and at least 0, but got NaN"),
-        (odds(-0.1), "finite and at least 0"),
-        (odds(0.5), "must sum to 1 within"),
-        (ZERO, "possible under the distribution it was drawn from, but got odds of 0"),
+        ({"tokens": drafts([[1]])}, "an action must be integers"),
     ],
 )
 def test_wrong_actions_get_one_clear_line_and_change_nothing(action: Any, message: str) -> None:
-    env = make(probabilities=True)
+    env = make()
     env.reset(seed=0)
     before = env.step(drafts([]))[4]
     with pytest.raises(ValueError, match=message) as error:
@@ -392,12 +406,53 @@ def test_wrong_actions_get_one_clear_line_and_change_nothing(action: Any, messag
     assert (after["round"].context_lengths == before["round"].context_lengths + 1).all()
 
 
+EVEN = np.full((3, V), 1.0 / V, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("q", "message"),
+    [
+        (EVEN[:2], rf"float32 \[3, {V}\], a row for each live request, but got float32 \[2, {V}\]"),
+        (EVEN.astype(np.float64), "but got float64"),
+        (EVEN * np.nan, "must be finite, at least 0 and sum to 1"),
+        (EVEN - 1.0, "must be finite, at least 0 and sum to 1"),
+        (EVEN * 2, "sums of 2 to 2"),
+    ],
+)
+def test_a_wrong_distribution_gets_one_clear_line_and_draws_nothing(q: Any, message: str) -> None:
+    env = make()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=message) as error:
+        env.draw(q)
+    assert "\n" not in str(error.value)
+    assert env.step(drafts([]))[4]["round"].plan == Plan(0)
+
+
+def test_what_was_drawn_is_proposed() -> None:
+    """All of it: who drops drafts after having seen them, or puts others in, shifts sampled output."""
+    env = make()
+    env.reset(seed=0)
+    first, second = env.draw(EVEN), env.draw(np.where([[True], [False], [True]], EVEN, 0.0))
+    assert (first >= 0).all() and second[1] == -1 and (second[[0, 2]] >= 0).all()
+    right = drafts([[a, b] if b >= 0 else [a] for a, b in zip(first, second, strict=True)])
+    shorter, other = right.copy(), right.copy()
+    shorter[0, 1], other[2, 0] = -1, (right[2, 0] + 1) % V
+    for wrong in (shorter, other, drafts([])):
+        with pytest.raises(ValueError, match="must be proposed as they were drawn"):
+            env.step(wrong)
+    assert env.step(right)[4]["round"].plan == Plan(2)
+    assert env.step(drafts([[1]]))[4]["round"].plan == Plan(1)  # nothing drawn, nothing asked
+    for _ in range(K):
+        env.draw(EVEN)
+    with pytest.raises(ValueError, match=f"at most num_steps={K} tokens long"):
+        env.draw(EVEN)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_steps": 0}, r"num_steps must be in \[1, 63\], but got 0"),
         ({"num_steps": 64}, "num_steps must be in"),
-        ({"flat": True, "probabilities": True}, "flat actions carry no probabilities"),
         ({"max_rounds": None}, "exactly one of max_rounds and max_tokens"),
         ({"reward": "speed"}, "reward must be one of"),
         ({"render_mode": "rgb"}, "render_mode must be"),
@@ -415,8 +470,6 @@ def test_wrong_calls_get_one_clear_line() -> None:
     with pytest.raises(ValueError, match="reset was never called"):
         env.step(drafts([]))
     env.reset(seed=0)
-    with pytest.raises(ValueError, match="'tokens' and|an array of tokens; see probabilities="):
-        env.step(odds(0.1))
     with pytest.raises(ValueError, match="reset knows no options"):
         env.reset(options={"a": 1})
     env.close()
