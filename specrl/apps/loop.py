@@ -29,7 +29,10 @@ from specrl.baseline import PlainCost
 from specrl.engines.base import Engine, Request, Session, Workload
 from specrl.observation import Observer
 from specrl.rounds import Round
+from specrl.statistics import Interval, ratio_of_sums
 from specrl.traffic import Phase, batch_sizes
+
+STRETCH = 16  # rounds that are resampled together for an interval
 
 
 @dataclass(slots=True)
@@ -65,6 +68,21 @@ class Tally:
     def accept_length(self) -> float:
         """Mean tokens per request and round over the last 400 rounds."""
         return float(np.array(self.saved)[:, 2].mean()) if self.saved else float("nan")
+
+    def intervals(self) -> tuple[Interval, Interval] | None:
+        """Speedup and accept length with 95 % intervals, over stretches of 16 rounds; None: fewer than two of them.
+
+        They say how much rounds vary; an error of the plain baseline, which all of them share, is not in them.
+        """
+        if len(self.saved) < 2 * STRETCH:
+            return None
+        plain, spent, tokens = np.array(self.saved).T
+        stretch = np.arange(len(plain)) // STRETCH
+        pairs = (plain, spent), (tokens, np.ones_like(tokens))
+        speedup, accept_length = (
+            ratio_of_sums(a, b, groups=stretch, resamples=1000, rng=np.random.default_rng(0)) for a, b in pairs
+        )
+        return speedup, accept_length
 
 
 @dataclass(slots=True)

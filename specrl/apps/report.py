@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from specrl.apps.drift_watch import RECENT
 from specrl.apps.output import OutputDir, show
 from specrl.apps.run import Run
+from specrl.apps.sums import Windows, read_windows
 
 _COUNTS = ("open", "held", "dropped", "skipped", "passed_over", "opted_out", "bad_updates", "rollbacks")
 
@@ -108,6 +109,9 @@ class Reporter:
         self._began = self._last = self._clock.now()
         self._reported = -1  # rounds at the last line
         self._decisions, self._alarms = len(run.decisions), len(run.loop.drift.alarms)
+        self._windows = Windows(run.loop.on_round)
+        run.loop.on_round = self._windows.take
+        self._rows = read_windows(directory.path, run.served)  # of earlier runs that this one goes on from
 
     @property
     def seconds(self) -> float:
@@ -158,9 +162,13 @@ class Reporter:
                 f"speedup_{batch}": tally.speedup,
                 f"accept_length_{batch}": tally.accept_length,
             }
+            for name, interval in zip(("speedup", "accept_length"), tally.intervals() or (), strict=False):
+                row |= {f"{name}_{batch}_low": interval.low, f"{name}_{batch}_high": interval.high}
             parts.append(f"batch {batch}: {plan} {tally.speedup:.2f}x, {tally.accept_length:.2f} tokens")
         run.log.append(row)
         self.directory.write_csv("log.csv", run.log)
+        self._rows += self._windows.rows(run.served)
+        self.directory.write_csv("windows.csv", self._rows)
         numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         for sink in self._sinks:
             sink.write(numbers, run.served)
