@@ -1,4 +1,4 @@
-"""The quickstart and the bench, at a hundredth of their length: what they print and leave behind."""
+"""The quickstart, at a hundredth of their length: what it prints and leaves behind."""
 
 import csv
 import json
@@ -41,31 +41,7 @@ def test_the_quickstart_ends_in_its_result(capsys: pytest.CaptureFixture[str]) -
         assert imread(out / name).std() > 0.01
 
 
-def test_bench_prints_a_table_with_intervals(capsys: pytest.CaptureFixture[str]) -> None:
-    line = "bench --batch_sizes 1,2 --plans 0,3/2/6 --max_new_tokens 16 --seconds 2 --precision 0.5 --output_dir out"
-    assert main(line.split()) == 0
-    printed = capsys.readouterr().out
-    assert "speedup [95 %]" in printed and "3/2/6" in printed
-    report = json.loads(Path("out/bench.json").read_text())
-    assert [(row["batch_size"], row["plan"]) for row in report["rows"]] == [
-        (batch, plan) for batch in (1, 2) for plan in ("plain", "plain (A/A)", "0", "3/2/6")
-    ]
-    for row in report["rows"]:
-        assert row["mean_tps"] > 0 and row["p05_tps"] <= row["p50_tps"] <= row["p95_tps"] and row["count"] >= 1
-        assert row["round_ms"] == pytest.approx(row["draft_ms"] + row["verify_ms"] + row["other_ms"])
-        if row["speedup"] is not None:
-            assert row["low"] <= row["speedup"] <= row["high"]
-    assert report["environment"]["torch"]
-    assert len(Path("out/bench.csv").read_text().splitlines()) == 9
-
-
 WRONG = {
-    "bench --batch_sizes 0": "batch_sizes must be numbers of at least 1",
-    "bench --precision 2": "precision must be in (0, 1)",
-    "bench --device tpu": "device must be one of this machine's",
-    "bench --plans x": "a plan is written",
-    "bench --draft /no/such": "must hold config.json",
-    "bench --temperature nan": "--temperature must be float",
     "quickstart --train_seconds -1": "durations must be above 0 s",
     "quickstart --measure_seconds soon": "--measure_seconds must be float",
     "quickstart --minutes 5": "an option must be one that the command has",

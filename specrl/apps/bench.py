@@ -1,56 +1,34 @@
-"""`specrl bench`: speculative against plain decoding, by batch size and plan."""
+"""`specrl bench`: speculative against plain decoding, by batch size, plan and temperature."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
-
-from specrl.apps.checks import torch_threads
-from specrl.apps.output import OutputDir, environment, progress, show, table, usable_cores
-from specrl.apps.paired import PLAIN, Measured, Setting, measure, rows
-from specrl.engines.base import Workload
-from specrl.engines.local import LocalEngine
-from specrl.models.draft import Draft, load_draft, new_draft
-from specrl.models.target import Target, load_target
+from specrl.apps import bench_tables as tables
+from specrl.apps.local_lanes import NULL, fastest_plain, measure_plans, width
+from specrl.apps.output import OutputDir, progress, show, table
+from specrl.apps.paired import PLAIN, Measured, Setting, measure
+from specrl.clock import WallClock
+from specrl.engines.simulated import Requests, SimulatedEngine
+from specrl.models.draft import load_draft, new_draft
+from specrl.models.target import load_target
 from specrl.plan import Plan, parse_plans
 from specrl.streams import open_stream
 
-_COLUMNS = {
-    "batch_size": "batch",
-    "plan": "plan",
-    "mean_tps": "tok/s mean",
-    "p50_tps": "P50",
-    "p05_tps": "P05",
-    "p95_tps": "P95",
-    "count": "requests",
-    "shown": "speedup [95 %]",
-    "accept_length": "accept length",
-    "round_ms": "round ms",
-    "draft_ms": "draft",
-    "verify_ms": "verify",
-    "other_ms": "other",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class PlainSetting:
-    """A way to decode plainly: the median seconds of a step in it."""
-
-    dtype: str
-    threads: int
-    seconds: float
+PLANS = "0,1/1/2,3/1/4,3/2/6"
+BATCH_SIZES = (1, 4, 16)
 
 
 def bench(
     *,
+    engine: Literal["local", "simulated"] = "local",
     target: str = "embedded",
     draft: Path | None = None,
-    batch_sizes: tuple[int, ...] = (1, 4, 16),
-    plans: str = "0,1/1/2,3/1/4,3/2/6",
-    temperature: float = 0.7,
+    profile: str | None = None,
+    batch_sizes: tuple[int, ...] | None = None,
+    plans: str | None = None,
+    temperatures: tuple[float, ...] = (0.7,),
     workload: str = "stdlib",
     prompt_tokens: int = 64,
     max_new_tokens: int = 128,
@@ -65,38 +43,96 @@ def bench(
 
     Plain decoding is decoding without any draft, in the fastest setting of dtype and threads on this machine, and
     takes turns with the plans in one process on the same prompts. The first lane is plain against itself (A/A): its
-    interval must cover 1. Prompts are held out from training.
+    interval must cover 1. Prompts are held out from training; their prefill is timed apart and counts for neither.
+
+    In simulation rounds are drawn from a profile, every plan with the same luck, so that there is no A/A; the
+    target, prompts and temperatures are the profile's. A profile of a published table gives its tokens/s as all
+    tokens over all seconds; the mean over requests, whose luck differs, lies 1 to 3 % above that.
 
     Args:
+        engine: 'local' decodes here; 'simulated' draws from a profile.
         target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: EAGLE3 draft directory; by default a random one, which accepts next to nothing.
-        batch_sizes: requests decoded together.
-        plans: num_steps/topk/num_draft_tokens, separated by commas; 0 drafts nothing but keeps the draft ready.
-        temperature: of sampling; 0 is greedy.
+        profile: simulated: a shipped profile ('aurora-minimax-m2.1') or a .json file.
+        batch_sizes: requests decoded together; by default 1,4,16, or all that the profile knows.
+        plans: num_steps/topk/num_draft_tokens, separated by commas; 0 drafts nothing but keeps the draft ready. By
+            default 0,1/1/2,3/1/4,3/2/6, or all that the profile knows.
+        temperatures: of sampling; 0 is greedy.
         workload: 'stdlib', a .txt, .jsonl or directory of prompts, or a stream of them (see `specrl train`).
         prompt_tokens: tokens of a prompt.
         max_new_tokens: tokens generated per request.
         use_rejection_sampling: sample chains from the draft; else drafts are its best tokens (SGLang's default).
         device: 'cpu' or 'cuda'; by default a GPU where there is one.
-        precision: stop when every 95 % interval has a half-width of at most this.
-        seconds: or when this much time is spent at a batch size.
+        precision: a plan is measured until its 95 % interval has a half-width of at most this.
+        seconds: or until this much time is spent at its batch size.
         seed: of prompts and sampling.
-        output_dir: where bench.json and bench.csv go; by default runs/bench-<time>.
+        output_dir: where bench.json, .csv and .md, blocks.csv and bench_speculative.jsonl (in the terms of SGLang's
+            script of that name) go; by default runs/bench-<time>.
 
     Raises:
         ValueError: an argument out of range.
 
     Example:
         specrl bench --batch_sizes 1,4,16 --plans 0,1/1/2,3/1/4,3/2/6 --draft runs/quickstart/draft
+        specrl bench --engine simulated --profile aurora-minimax-m2.1
     """
-    import torch
-
     if not 0 < precision < 1 or not 0 < seconds < float("inf"):
         raise ValueError(f"precision must be in (0, 1) and seconds above 0, but got {precision} and {seconds}")
-    if not batch_sizes or min(batch_sizes) < 1:
+    if batch_sizes is not None and (not batch_sizes or min(batch_sizes) < 1):
         raise ValueError(f"batch_sizes must be numbers of at least 1, but got {list(batch_sizes)}; for example 1,4,16")
+    if len(set(temperatures)) < max(1, len(temperatures)) or not all(0 <= t < float("inf") for t in temperatures):
+        raise ValueError(f"temperatures must be different numbers of at least 0, but got {list(temperatures)}")
+    if (profile is None) == (engine == "simulated"):
+        raise ValueError(f"a profile goes with the simulated engine, but got engine {engine!r} and profile {profile!r}")
+    parsed = None if plans is None else parse_plans(plans)
+    cells: dict[float | None, list[Measured]] = {}
+    measured: dict[str, object] = {"engine": engine, "seed": seed, "precision": precision}
+    if profile is not None:
+        simulated = SimulatedEngine(profile)
+        what, max_new_tokens = simulated.profile.name, simulated.profile.max_new_tokens
+        measured |= {"profile": what, "source": simulated.profile.provenance["source"]}
+        cells[None] = _simulated(simulated, batch_sizes, parsed, precision=precision, seconds=seconds, seed=seed)
+    else:
+        what = target
+        measured |= {"target": target, "draft": draft, "workload": workload, "prompt_tokens": prompt_tokens}
+        for temperature in temperatures:
+            cells[temperature] = _local(
+                target, draft, batch_sizes or BATCH_SIZES, parsed or parse_plans(PLANS),
+                temperature=temperature, workload=workload, prompt_tokens=prompt_tokens,
+                max_new_tokens=max_new_tokens, use_rejection_sampling=use_rejection_sampling, device=device,
+                precision=precision, seconds=seconds, seed=seed,
+            )  # fmt: skip
+    for at, results in cells.items():
+        lines = [{**row, "shown": tables.shown(row)} for row in tables.cell_rows({at: results})]
+        show(table(lines, tables.COLUMNS, title=f"{what}, simulated" if at is None else f"{what}, temperature {at:g}"))
+    _say_what_does_not_hold(cells)
+    if output_dir is not None:
+        directory = OutputDir(output_dir)
+        tables.write(directory, cells, title=what, measured=measured, new_tokens=max_new_tokens)
+        show(f"written: {directory.path}/bench.json, .csv, .md, blocks.csv, bench_speculative.jsonl")
+    return tables.cell_rows(cells)
+
+
+def _local(
+    target: str,
+    draft: Path | None,
+    batch_sizes: tuple[int, ...],
+    plans: tuple[Plan, ...],
+    *,
+    temperature: float,
+    workload: str,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    use_rejection_sampling: bool,
+    device: str | None,
+    precision: float,
+    seconds: float,
+    seed: int,
+) -> list[Measured]:
+    """The local engine's lanes at one temperature."""
+    import torch
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    parsed = parse_plans(plans)
     model = load_target(target, device=device)
     drafted = load_draft(draft) if draft is not None else new_draft(model, intermediate_size=256)
     source = open_stream(
@@ -114,7 +150,7 @@ def bench(
         show(f"batch {batch}: fastest plain decoding in {fastest.dtype} with {fastest.threads} threads")
         results += measure_plans(
             model,
-            {str(plan): (drafted, plan) for plan in parsed},
+            {str(plan): (drafted, plan) for plan in plans},
             source,
             fastest,
             target=target,
@@ -124,110 +160,49 @@ def bench(
             precision=precision,
             seconds=seconds,
             use_rejection_sampling=use_rejection_sampling,
+            each=True,
             seed=seed,
         )
-    out = rows(results)
-    show(table([{**row, "shown": shown(row)} for row in out], _COLUMNS, title=f"{target}, temperature {temperature}"))
-    if output_dir is not None:
-        directory = OutputDir(output_dir)
-        directory.write_csv("bench.csv", out)
-        show(f"written: {directory.write_json('bench.json', {'environment': environment(), 'rows': out})}")
-    return out
-
-
-def measure_plans(
-    target_model: Target,
-    lanes: Mapping[str, tuple[Draft, Plan]],
-    workload: Workload,
-    fastest: PlainSetting,
-    *,
-    target: str,
-    batch_size: int,
-    max_context: int,
-    block_tokens: int,
-    precision: float,
-    seconds: float,
-    use_rejection_sampling: bool = True,
-    null: bool = True,
-    shares: Mapping[str, float] | None = None,
-    seed: int = 0,
-) -> list[Measured]:
-    """Plain (in its fastest setting), plain again (A/A, where `null`), and every named draft and plan, taking turns.
-
-    `shares` are tokens of a lane's blocks over those of plain's, 1 where it is not named.
-    """
-    engines = {
-        id(draft): LocalEngine(
-            target_model, draft, max_context=max_context, use_rejection_sampling=use_rejection_sampling
-        )
-        for draft, _ in lanes.values()
-    }
-    own = fastest.dtype == str(target_model.dtype).removeprefix("torch.")
-    model = target_model if own else load_target(target, device=target_model.device, dtype=fastest.dtype)
-    plain = LocalEngine(model, max_context=max_context)
-    settings = [Setting(PLAIN, plain, None, fastest.threads)]
-    if null:
-        settings.append(Setting("A/A", plain, None, fastest.threads))
-    settings += [
-        Setting(name, engines[id(draft)], plan, fastest.threads, (shares or {}).get(name, 1.0))
-        for name, (draft, plan) in lanes.items()
-    ]
-    with progress(f"batch {batch_size}", seconds) as advance:
-        results = measure(
-            settings,
-            workload,
-            batch_size=batch_size,
-            block_tokens=block_tokens,
-            precision=precision,
-            seconds=seconds,
-            seed=seed,
-            on_block=lambda spent, _: advance(spent),
-        )
-    for engine in (plain, *engines.values()):
-        engine.close()
     return results
 
 
-def fastest_plain(
-    target: str,
-    workload: Workload,
-    batch_size: int,
+def _simulated(
+    engine: SimulatedEngine,
+    batch_sizes: tuple[int, ...] | None,
+    plans: tuple[Plan, ...] | None,
     *,
-    device: str = "cpu",
-    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
-    rounds: int = 60,
-) -> PlainSetting:
-    """The setting of {dtype, threads} in which plain decoding is fastest here, by interleaved medians.
-
-    Args:
-        target: as for `load_target`.
-        workload: prompts.
-        batch_size: live requests.
-        device: 'cpu' or a CUDA device, where threads do not matter.
-        dtypes: to try.
-        rounds: timed in each setting, in blocks of ten.
-    """
-    threads = (1,) if device.startswith("cuda") else tuple(sorted({1, usable_cores()}))
-    sessions = {
-        dtype: LocalEngine(load_target(target, device=device, dtype=dtype)).start(
-            workload, batch_size=batch_size, seed=0, plain=True
-        )
-        for dtype in dtypes
-    }
-    turns = [(dtype, count) for dtype in dtypes for count in threads]
-    times: dict[tuple[str, int], list[float]] = {turn: [] for turn in turns}
-    for _ in range(max(1, rounds // 10)):
-        for dtype, count in turns:
-            with torch_threads(count):
-                took = [sessions[dtype].round(Plan(0)).seconds for _ in range(12)]
-            times[dtype, count] += took[2:]
-        turns.reverse()
-    for session in sessions.values():
-        session.close()
-    best = min(times, key=lambda turn: float(np.median(times[turn])))
-    return PlainSetting(*best, float(np.median(times[best])))
+    precision: float,
+    seconds: float,
+    seed: int,
+) -> list[Measured]:
+    """A profile's lanes; `seconds` are ours, not the simulated ones. By default every cell that the profile covers."""
+    profile = engine.profile
+    lengths = [(n, n) for n in (profile.prompt_tokens, profile.max_new_tokens)]
+    results: list[Measured] = []
+    for batch in batch_sizes or profile.batch_sizes:
+        here = plans or tuple(plan for plan in profile.plans if profile.covers(plan, batch))
+        settings = [Setting(PLAIN, engine, None), *(Setting(str(plan), engine, plan) for plan in here)]
+        with progress(f"batch {batch}", seconds) as advance:
+            results += measure(
+                settings,
+                Requests(lengths[0], lengths[1]),
+                batch_size=batch,
+                block_tokens=profile.max_new_tokens,
+                precision=precision,
+                seconds=seconds,
+                seed=seed,
+                each=True,
+                budget_clock=WallClock(),
+                on_block=lambda spent, widest: advance(spent, width(widest, precision)),
+            )
+    return results
 
 
-def shown(row: dict[str, object]) -> str:
-    """A speedup with its interval, as text."""
-    return "" if row["speedup"] is None else f"{row['speedup']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+def _say_what_does_not_hold(cells: tables.Cells) -> None:
+    """A/A intervals that miss 1 (one in twenty does by chance), and what is wider than asked."""
+    for m in (m for results in cells.values() for m in results):
+        if m.name == NULL and m.speedup is not None and not m.speedup.covers(1.0):
+            show(
+                f"batch {m.batch_size}: plain decoding against itself (A/A) is {m.speedup}, which does not cover 1: "
+                "unless that is one chance in twenty, something disturbs this machine; see 'specrl doctor'"
+            )

@@ -135,8 +135,8 @@ def show(*parts: RenderableType) -> None:
 
 
 @contextmanager
-def progress(what: str, total: float) -> Iterator[Callable[[float], None]]:
-    """A bar on standard error for long work; the value is called with how much of `total` is done.
+def progress(what: str, total: float) -> Iterator[Callable[..., None]]:
+    """A bar on standard error for long work; the value is called with how much of `total` is done, and a note or none.
 
     It is drawn only then (no thread draws beside the work), so call it outside timed windows.
     """
@@ -144,7 +144,9 @@ def progress(what: str, total: float) -> Iterator[Callable[[float], None]]:
     with bar:
         task = bar.add_task(what, total=total)
         bar.refresh()
-        yield lambda done: bar.update(task, completed=min(done, total), refresh=True)
+        yield lambda done, note="": bar.update(
+            task, completed=min(done, total), description=f"{what} {note}".rstrip(), refresh=True
+        )
 
 
 def environment() -> dict[str, object]:
@@ -153,7 +155,9 @@ def environment() -> dict[str, object]:
 
     record: dict[str, object] = {
         "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu(),
+        "cpu": _cpu("model name") or platform.processor() or platform.machine(),
+        "cpu_mhz": _cpu("cpu MHz"),
+        "clock_source": _line("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
         "cores": usable_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
@@ -187,13 +191,20 @@ def usable_cores() -> int:
         return cores
 
 
-def _cpu() -> str:
+def _cpu(what: str) -> str | None:
+    """What the system says of the first core; None: nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(what)), None)
+
+
+def _line(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
 
 
 def _commit() -> str | None:

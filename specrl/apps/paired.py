@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from specrl.apps.checks import torch_threads
+from specrl.clock import Clock
 from specrl.engines.base import Engine, Session, Workload
 from specrl.plan import Plan
 from specrl.rounds import Round
@@ -51,7 +52,7 @@ class Lane:
     setting: Setting
     session: Session
     rounds: list[Round] = field(default_factory=list)
-    blocks: list[list[float]] = field(default_factory=list)  # tokens, seconds
+    blocks: list[list[float]] = field(default_factory=list)  # tokens, seconds; its n-th is paired with plain's n-th
     request_tps: list[float] = field(default_factory=list)
     _lived: dict[int, list[float]] = field(default_factory=dict)  # request -> tokens, seconds
 
@@ -98,6 +99,8 @@ class Measured:
     other_ms: float
     round_ms: float
     prefill_s: float
+    round_p20_s: float  # the 20th percentile of a round's seconds
+    blocks: tuple[tuple[float, float], ...] = field(repr=False)  # tokens, seconds; paired with plain's first ones
 
 
 def measure(
@@ -109,6 +112,8 @@ def measure(
     precision: float,
     seconds: float,
     seed: int = 0,
+    each: bool = False,
+    budget_clock: Clock | None = None,
     on_block: Callable[[float, float], None] | None = None,
     lanes_out: list[Lane] | None = None,
 ) -> list[Measured]:
@@ -122,10 +127,12 @@ def measure(
         precision: stop when every speedup's 95 % interval has a half-width of at most this.
         seconds: or when this much time (all lanes together) is spent, after six blocks at least.
         seed: of prompts, sampling and the bootstrap.
+        each: let a lane stop on its own once its interval is narrow enough.
+        budget_clock: that `seconds` are counted on; None: the first engine's.
         on_block: called after each pass with the seconds spent and the widest half-width.
         lanes_out: the lanes are added to it, for what their blocks and rounds say beyond the results.
     """
-    clock = settings[0].engine.clock
+    clock = budget_clock or settings[0].engine.clock
     lanes = [
         Lane(s, s.engine.start(workload, batch_size=batch_size, seed=seed, plain=s.plan is None)) for s in settings
     ]
@@ -135,14 +142,17 @@ def measure(
                 lane.session.round(lane.setting.plan or Plan(0))
     began, order, widest = clock.now(), list(lanes), float("inf")
     while len(lanes[0].blocks) < _LEAST or (widest > precision and clock.now() - began < seconds):
-        for lane in lanes:
+        for lane in order:
             lane.blocks.append([0.0, 0.0])
         for part in range(1, _SLICES + 1):
             for lane in order:
                 lane.run(batch_size * block_tokens * lane.setting.share * part / _SLICES)
             order.reverse()
         if len(lanes[0].blocks) >= _FEWEST:
-            widest = max((speedup(lanes[0], lane, seed).half_width for lane in lanes[1:]), default=0.0)
+            widths = {id(lane): speedup(lanes[0], lane, seed).half_width for lane in order if lane is not lanes[0]}
+            widest = max(widths.values(), default=0.0)
+            if each:
+                order = [lane for lane in order if widths.get(id(lane), np.inf) > precision]
         if on_block is not None:
             on_block(clock.now() - began, widest)
     results = [_result(lanes[0], lane, batch_size, seed) for lane in lanes]
@@ -155,7 +165,7 @@ def measure(
 
 def speedup(plain: Lane, lane: Lane, seed: int = 0) -> Interval:
     """Speedup of a lane over plain by paired blocks, with its 95 % interval."""
-    per_token = [np.array([s / n for n, s in x.blocks]) for x in (plain, lane)]
+    per_token = [np.array([s / n for n, s in x.blocks[: len(lane.blocks)]]) for x in (plain, lane)]
     return paired_speedup(per_token[0], per_token[1], rng=np.random.default_rng(seed))
 
 
@@ -182,6 +192,8 @@ def _result(plain: Lane, lane: Lane, batch_size: int, seed: int) -> Measured:
         other_ms=split[2],
         round_ms=split[3],
         prefill_s=float(sum(r.prefill_s for r in rounds)),
+        round_p20_s=float(np.percentile([r.seconds for r in rounds], 20)),
+        blocks=tuple((n, s) for n, s in lane.blocks),
     )
 
 
@@ -198,6 +210,7 @@ def rows(results: Sequence[Measured]) -> list[dict[str, object]]:
                 "p50_tps": r.p50_tps,
                 "p05_tps": r.p05_tps,
                 "p95_tps": r.p95_tps,
+                "total_tps": r.total_tps,
                 "count": r.count,
                 "speedup": None if s is None else round(s.value, 4),
                 "low": None if s is None else round(s.low, 4),

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from specrl.agents.draft_learner import LearnerConfig
-from specrl.apps.bench import PlainSetting, fastest_plain, measure_plans, shown
+from specrl.apps.bench_tables import shown
 from specrl.apps.checks import torch_threads
+from specrl.apps.local_lanes import PlainSetting, fastest_plain, measure_plans
 from specrl.apps.loop import OnlineLoop
 from specrl.apps.output import OutputDir, environment, show, table, to_json
 from specrl.apps.paired import PLAIN, Measured, rows

@@ -1,0 +1,131 @@
+"""Speculative lanes of the local engine beside plain decoding in its fastest setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from specrl.apps.checks import torch_threads
+from specrl.apps.output import progress, usable_cores
+from specrl.apps.paired import PLAIN, Lane, Measured, Setting, measure
+from specrl.engines.base import Workload
+from specrl.engines.local import LocalEngine
+from specrl.models.draft import Draft
+from specrl.models.target import Target, load_target
+from specrl.plan import Plan
+
+NULL = "A/A"  # plain decoding once more
+
+
+@dataclass(frozen=True, slots=True)
+class PlainSetting:
+    """A way to decode plainly: the median seconds of a step in it."""
+
+    dtype: str
+    threads: int
+    seconds: float
+
+
+def measure_plans(
+    target_model: Target,
+    lanes: Mapping[str, tuple[Draft, Plan]],
+    workload: Workload,
+    fastest: PlainSetting,
+    *,
+    target: str,
+    batch_size: int,
+    max_context: int,
+    block_tokens: int,
+    precision: float,
+    seconds: float,
+    use_rejection_sampling: bool = True,
+    null: bool = True,
+    shares: Mapping[str, float] | None = None,
+    each: bool = False,
+    lanes_out: list[Lane] | None = None,
+    seed: int = 0,
+) -> list[Measured]:
+    """Plain (in its fastest setting), plain again (A/A, where `null`), and every named draft and plan, taking turns.
+
+    `shares` are tokens of a lane's blocks over those of plain's, 1 where it is not named; `each` and `lanes_out` are
+    `measure`'s.
+    """
+    engines = {
+        id(draft): LocalEngine(
+            target_model, draft, max_context=max_context, use_rejection_sampling=use_rejection_sampling
+        )
+        for draft, _ in lanes.values()
+    }
+    own = fastest.dtype == str(target_model.dtype).removeprefix("torch.")
+    model = target_model if own else load_target(target, device=target_model.device, dtype=fastest.dtype)
+    plain = LocalEngine(model, max_context=max_context)
+    settings = [Setting(PLAIN, plain, None, fastest.threads)]
+    if null:
+        settings.append(Setting(NULL, plain, None, fastest.threads))
+    settings += [
+        Setting(name, engines[id(draft)], plan, fastest.threads, (shares or {}).get(name, 1.0))
+        for name, (draft, plan) in lanes.items()
+    ]
+    with progress(f"batch {batch_size}", seconds) as advance:
+        results = measure(
+            settings,
+            workload,
+            batch_size=batch_size,
+            block_tokens=block_tokens,
+            precision=precision,
+            seconds=seconds,
+            seed=seed,
+            each=each,
+            lanes_out=lanes_out,
+            on_block=lambda spent, widest: advance(spent, width(widest, precision)),
+        )
+    for engine in (plain, *engines.values()):
+        engine.close()
+    return results
+
+
+def fastest_plain(
+    target: str,
+    workload: Workload,
+    batch_size: int,
+    *,
+    device: str = "cpu",
+    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+    rounds: int = 60,
+) -> PlainSetting:
+    """The setting of {dtype, threads} in which plain decoding is fastest here, by interleaved medians.
+
+    Args:
+        target: as for `load_target`.
+        workload: prompts.
+        batch_size: live requests.
+        device: 'cpu' or a CUDA device, where threads do not matter.
+        dtypes: to try.
+        rounds: timed in each setting, in blocks of ten.
+    """
+    threads = (1,) if device.startswith("cuda") else tuple(sorted({1, usable_cores()}))
+    sessions = {
+        dtype: LocalEngine(load_target(target, device=device, dtype=dtype)).start(
+            workload, batch_size=batch_size, seed=0, plain=True
+        )
+        for dtype in dtypes
+    }
+    turns = [(dtype, count) for dtype in dtypes for count in threads]
+    times: dict[tuple[str, int], list[float]] = {turn: [] for turn in turns}
+    for _ in range(max(1, rounds // 10)):
+        for dtype, count in turns:
+            with torch_threads(count):
+                took = [sessions[dtype].round(Plan(0)).seconds for _ in range(12)]
+            times[dtype, count] += took[2:]
+        turns.reverse()
+    for session in sessions.values():
+        session.close()
+    best = min(times, key=lambda turn: float(np.median(times[turn])))
+    return PlainSetting(*best, float(np.median(times[best])))
+
+
+def width(widest: float, precision: float) -> str:
+    """How wide the widest interval still is, for a progress bar."""
+    return "" if widest == float("inf") else f"±{widest:.3f}, wanted ±{precision:g}"
