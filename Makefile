@@ -4,6 +4,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
 SGLANG_VENV ?= .venv-sglang
+DOCS_VENV ?= .venv-docs
 export PYTHON CONSTRAINTS
 
 requirements := pyproject.toml tools/setup_venv.sh $(wildcard $(CONSTRAINTS))
@@ -11,8 +12,9 @@ base := $(VENV)/.specrl-base
 dev := $(VENV)/.specrl-dev
 resolved := $(VENV)/.specrl-resolved
 sglang := $(SGLANG_VENV)/.specrl-sglang
+site := $(DOCS_VENV)/.specrl-docs
 
-.PHONY: help quickstart bench test test-sglang check check-static check-ranges format setup constraints clean
+.PHONY: help quickstart bench test test-sglang check check-static check-ranges docs format setup constraints clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -43,6 +45,10 @@ check-static: $(dev)  ## ruff (format and lint), mypy, import-linter
 
 check-ranges: $(resolved)  ## whether the version ranges resolve, SGLang's pins included (again when they change)
 
+docs: $(site)  ## build the documentation into site/, where every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs --quiet build --strict
+	@echo "Open site/index.html"
+
 format: $(dev)  ## let ruff format the code and repair what it can
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
@@ -54,7 +60,7 @@ constraints: $(dev)  ## record the versions installed now in constraints.txt
 	@mv constraints.new constraints.txt
 
 clean:  ## remove the virtual environment, caches and build products (results stay)
-	rm -rf $(VENV) build dist *.egg-info .coverage .*_cache
+	rm -rf $(VENV) $(DOCS_VENV) site build dist *.egg-info .coverage .*_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(base): $(requirements)
@@ -70,4 +76,8 @@ $(resolved): $(dev) tools/check_resolve.py
 
 $(sglang): pyproject.toml tools/setup_sglang.sh
 	@tools/setup_sglang.sh $(SGLANG_VENV)
+	@touch $@
+
+$(site): pyproject.toml tools/setup_docs.sh tools/docs_constraints.txt
+	@tools/setup_docs.sh $(DOCS_VENV)
 	@touch $@

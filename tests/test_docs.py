@@ -1,0 +1,151 @@
+"""What the documentation and the README show runs, parses and exists."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+from specrl.agents.choosers import CHOOSERS
+from specrl.agents.losses import SLOT_LOSSES
+from specrl.apps.options import build_parser, read_options
+from specrl.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+BLOCKS = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], path=str(ROOT))
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+CODE = re.compile(r"`([^`\n]+)`")
+TREES = ("docs/", "examples/", "benchmarks/", "tests/", "tools/", "specrl/", "envs/", "agents/")
+each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Words of every 'specrl …' line in a block for the shell."""
+    for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        for line in block.replace("\\\n", " ").splitlines() if language == "bash" else ():
+            words = shlex.split(line, comments=True)
+            if words and words[0].rpartition("/")[2] == "specrl":
+                yield words[1:]
+
+
+def mentions(page: Path) -> Iterator[str]:
+    """Code within sentences."""
+    yield from CODE.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+def function_of(command: str) -> Callable[..., object]:
+    assert command in COMMANDS, f"there is no 'specrl {command}'"
+    module, _, name = COMMANDS[command].target.partition(":")
+    found: Callable[..., object] = getattr(importlib.import_module(module), name)
+    return found
+
+
+# The README's second block shows lines of a session that tests/test_readme.py begins.
+@pytest.mark.parametrize("page", PAGES[1:], ids=NAMES[1:])
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # locks of timed environments: nobody else's
+    with patch.dict(CHOOSERS), patch.dict(SLOT_LOSSES):
+        for example in BLOCKS.parse(page).examples():
+            example.evaluate()
+
+
+@each_page
+def test_command_lines_parse(page: Path, tmp_path: Path) -> None:
+    for command, *words in commands(page):
+        function = function_of(command)
+        if "--config" in words:  # of a run that is not there
+            at = words.index("--config")
+            del words[at : at + 2]
+        if set(words) & {"--help", "--print_config"}:
+            continue
+        read_options(build_parser(f"specrl {command}", function), function, words, output_dir=tmp_path)
+
+
+@each_page
+def test_configurations_are_accepted(page: Path, tmp_path: Path) -> None:
+    """A block of YAML that begins with '# specrl <command>' is a configuration of it."""
+    for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language == "yaml" and (command := re.match(r"# specrl (\w+)", block)):
+            (tmp_path / "given.yaml").write_text(block, encoding="utf-8")
+            function = function_of(command[1])
+            words = ["--config", str(tmp_path / "given.yaml")]
+            read_options(build_parser(f"specrl {command[1]}", function), function, words, output_dir=tmp_path)
+
+
+@each_page
+def test_options_that_are_mentioned_exist(page: Path) -> None:
+    for code in mentions(page):
+        words = code.split()
+        if words[0] != "specrl" or len(words) == 1 or words[1].startswith(("-", "<", "…")):
+            continue
+        known = build_parser("specrl", function_of(words[1]))._option_string_actions
+        unknown = [word for word in words[2:] if word.startswith("--") and word.partition("=")[0] not in known]
+        assert not unknown, f"'specrl {words[1]}' has no {unknown[0]}"
+
+
+def test_an_option_that_does_not_exist_would_be_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Use `specrl bench --presicion`.\n```bash\n.venv/bin/specrl bench --batchsizes 1  # wrong\n```\n")
+    with pytest.raises(ValueError, match="batchsizes"):
+        test_command_lines_parse(page, tmp_path)
+    with pytest.raises(AssertionError, match="presicion"):
+        test_options_that_are_mentioned_exist(page)
+
+
+@each_page
+def test_relative_links_resolve(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"\w+:", link) and not link.startswith("#"):
+            assert (page.parent / link.partition("#")[0]).exists(), f"{link} leads nowhere"
+
+
+@each_page
+def test_paths_and_modules_that_are_mentioned_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    scripts = re.findall(r"\bpython ((?:examples|benchmarks|tools)/\S+\.py)", text)
+    for code in [*scripts, *" ".join(mentions(page)).split()]:
+        if code.startswith(TREES) and not set("<>*…{") & set(code):
+            assert (ROOT / code.partition("#")[0]).exists(), f"{code} does not exist"
+        elif re.fullmatch(r"specrl(\.\w+)+", code):
+            resolve(code)
+
+
+def resolve(name: str) -> object:
+    """The module or what is in it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        module, _, last = name.rpartition(".")
+        return getattr(resolve(module), last)
+
+
+@each_page
+def test_make_targets_that_are_mentioned_exist(page: Path) -> None:
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    blocks = "\n".join(block for language, block in FENCE.findall(page.read_text()) if language == "bash")
+    named = re.findall(r"^make ([a-z-]+)", "\n".join([blocks, *mentions(page)]), re.MULTILINE)
+    assert set(named) <= set(targets)
+
+
+def test_every_decision_is_in_the_index() -> None:
+    index = (ROOT / "docs/decisions/README.md").read_text(encoding="utf-8")
+    pages = sorted(path.name for path in (ROOT / "docs/decisions").glob("[0-9]*.md"))
+    assert re.findall(r"^- \[\d+\]\((\S+)\):", index, re.MULTILINE) == pages
+
+
+def test_every_example_is_run_by_a_test() -> None:
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    found = [path for path in (ROOT / "examples").glob("*.py") if path.name in tests or f'"{path.stem}"' in tests]
+    assert set(found) == set((ROOT / "examples").glob("*.py")), "let tests/test_examples.py run the rest"
