@@ -202,7 +202,7 @@ def report(directory: Path) -> None:
             needed = [e["requests"] for e in ends]
             medians[arm, mark] = needed
             at, least, most = np.median(needed), min(needed), max(needed)
-            censored = max(r["ended"]["requests"] for r in mine)
+            censored = _censored(mine, mark)
             text = f"{_count(at, censored)} [{_count(least, censored)}, {_count(most, censored)}]"
             cpu, learn = (float(np.median([e[k] for e in ends])) for k in ("cpu_s", "learn_s"))
             print(f"{arm:8}{mark:>9}{sum(np.isfinite(needed)):>6}/{len(mine)}{text:>34}{cpu:9.0f}{learn:11.0f}")
@@ -210,13 +210,18 @@ def report(directory: Path) -> None:
         for arm in arms:
             if arm != OURS and medians[OURS, "2.0"] and medians[arm, "2.0"]:
                 ours, theirs = ([min(x, 1e12) for x in medians[a, "2.0"]] for a in (OURS, arm))
-                censored = max(r["ended"]["requests"] for r in runs if r["arm"] == arm)
+                censored = _censored([r for r in runs if r["arm"] == arm], "2.0")
                 ratio = np.median(ours) / min(float(np.median(theirs)), censored)
                 bound = "at most " if np.median(theirs) > 1e9 else ""
                 better = 1.0 - probability_of_improvement(ours, theirs)
                 print(f"to 2.0: ours needs {bound}{ratio:.2f} of {arm}'s requests; P(fewer) = {better:.2f}")
     summary = {f"{arm} {mark}": [x if np.isfinite(x) else None for x in xs] for (arm, mark), xs in medians.items()}
     print(json.dumps(summary))
+
+
+def _censored(runs: list[dict[str, Any]], mark: str) -> float:
+    """Requests by which surely none of the runs that never reached the mark had reached it."""
+    return min((r["ended"]["requests"] for r in runs if mark not in r["reached"]), default=np.inf)
 
 
 def _count(value: float, censored: float) -> str:

@@ -1,14 +1,15 @@
 """Every loss on the same recorded traffic and budget, then against the clock.
 
-    python benchmarks/losses.py run [--seeds 5] [--updates 500] [--requests 400] [--output DIR]
+    python benchmarks/losses.py run [--seeds 5] [--updates 500] [--requests 400] [--output DIR] [--drafts DIR]
+    python benchmarks/losses.py train [...]            # only what takes no timings, for a busy machine; then 'run'
     python benchmarks/losses.py report [--output DIR]
 
 Traffic: the embedded target at temperature 0.7 serves with a draft that has learnt from 300 requests (5/1/6, sampled
 drafts), so that it holds rejected drafts too; the next `--requests` of them are recorded once for each seed. Every
 loss then trains a draft from the same random initialisation, with the default learner's settings otherwise and the same
 draws of 4 requests. The drafts are measured in turns with plain decoding on held-out prompts, plan 3/1/4, at batch
-sizes 1, 4 and 16. `seconds_saved` counts with costs measured just before; `seconds_saved, unit costs` with the same
-formula and every round at the cost of a plain one (what the clock contributes is the difference).
+sizes 1, 4 and 16. `seconds_saved` counts with the costs of the recorded profile `embedded-fp32`; `seconds_saved, unit
+costs` with the same formula and every round at the cost of a plain one (what the clock contributes is the difference).
 
 P(better): the probability that a seed's speedup at batch 1 is above forward KL's on the same traffic, in pairs of a
 seed (ties count half) and between any two seeds. Raw data: one JSON for each seed.
@@ -34,12 +35,14 @@ from specrl.apps.paired import Setting, measure
 from specrl.apps.quickstart import NEW, PROMPT, TARGET, _workload
 from specrl.apps.train import fresh_draft
 from specrl.engines.local import LocalEngine
-from specrl.models.draft import Draft
+from specrl.engines.profile import load_profile
+from specrl.models.draft import Draft, load_draft
 from specrl.models.target import Target, load_target
 from specrl.plan import Plan
 from specrl.statistics import mean_interval, probability_of_improvement
 from specrl.traffic import Phase
 
+PROFILE = "embedded-fp32"
 SERVED, TIMED, BATCHES = Plan(5), Plan(3), (1, 4, 16)
 REFERENCE = "forward_kl"
 ARMS: dict[str, dict[str, Any]] = {
@@ -76,27 +79,17 @@ def recorded(target: Target, seed: int, requests: int) -> list[Sequence]:
     return kept[:requests]
 
 
-def plan_costs(target: Target, draft: Draft, *, unit: bool) -> list[PlanCost]:
-    """t0 and T of plain decoding and of the chains up to 5, at every batch size."""
-    plans = [Plan(s) for s in range(6)]
-    costs = []
-    for batch in BATCHES:
-        if unit:
-            costs += [PlanCost(batch, plan.num_steps, 1.0, 1.0) for plan in plans]
-            continue
-        engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
-        session = engine.start(_workload("train"), batch_size=batch, seed=3)
-        times: dict[Plan, list[float]] = {plan: [] for plan in plans}
-        plain = []
-        for _ in range(12):
-            for plan in plans:
-                times[plan] += [session.round(plan).seconds for _ in range(4)][1:]
-            sample = session.measure_plain()
-            plain.append(sample.seconds)
-        engine.close()
-        t0 = float(np.median(plain))
-        costs += [PlanCost(batch, plan.num_steps, t0, float(np.median(times[plan]))) for plan in plans]
-    return costs
+def plan_costs(*, unit: bool) -> list[PlanCost]:
+    """t0 and T of plain decoding and of the chains that were recorded, at every batch size."""
+    profile = load_profile(PROFILE)
+    chains = [plan for plan in profile.plans if plan.topk == 1]
+    return [
+        PlanCost(batch, plan.num_steps, 1.0, 1.0)
+        if unit
+        else PlanCost(batch, plan.num_steps, profile.cost(batch, None).seconds, profile.cost(batch, plan).seconds)
+        for batch in BATCHES
+        for plan in chains
+    ]
 
 
 def train(target: Target, seed: int, arm: str, traffic: list[Sequence], updates: int) -> tuple[Draft, list[float]]:
@@ -104,7 +97,7 @@ def train(target: Target, seed: int, arm: str, traffic: list[Sequence], updates:
     draft = fresh_draft(target, TARGET, seed)
     learner = OnlineLearner(draft, target.embedding, LearnerConfig(**ARMS[arm]), seed=seed)
     if "seconds_saved" in learner.config.loss:
-        learner.price(plan_costs(target, draft, unit="unit" in arm))
+        learner.price(plan_costs(unit="unit" in arm))
     rng, alphas = np.random.default_rng(seed), []
     for _ in range(updates):
         drawn = [traffic[i] for i in rng.choice(len(traffic), 4, replace=False)]
@@ -112,14 +105,28 @@ def train(target: Target, seed: int, arm: str, traffic: list[Sequence], updates:
     return Draft(draft.config, dict(learner.weights()[1])), np.array(alphas).reshape(10, -1).mean(1).tolist()
 
 
-def run(seed: int, updates: int, requests: int, seconds: float) -> dict[str, Any]:
-    """All losses on one recording."""
+def trained(seed: int, updates: int, requests: int, kept: Path) -> tuple[dict[str, Draft], dict[str, list[float]]]:
+    """The drafts of all losses, and the course of each; those kept in the directory are not learnt again."""
+    course = kept / f"seed{seed}.json"
+    places = {arm: kept / f"seed{seed}" / arm.replace(" ", "_") for arm in ARMS}
+    if course.exists():
+        return {arm: load_draft(place) for arm, place in places.items()}, json.loads(course.read_text())
     target = load_target(TARGET)
     traffic = recorded(target, seed, requests)
-    drafts, courses = {}, {}
-    for arm in ARMS:
-        drafts[arm], courses[arm] = train(target, seed, arm, traffic, updates)
+    courses = {}
+    for arm, place in places.items():
+        draft, courses[arm] = train(target, seed, arm, traffic, updates)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        draft.save(place)
         print(f"  seed {seed} {arm}: alpha {courses[arm][-1]:.3f}", flush=True)
+    course.write_text(json.dumps(courses))
+    return {arm: load_draft(place) for arm, place in places.items()}, courses
+
+
+def run(seed: int, updates: int, requests: int, seconds: float, kept: Path) -> dict[str, Any]:
+    """All losses on one recording, timed."""
+    drafts, courses = trained(seed, updates, requests, kept)
+    target = load_target(TARGET)
     plain = LocalEngine(target, max_context=PROMPT + NEW)
     engines = {arm: LocalEngine(target, draft, max_context=PROMPT + NEW) for arm, draft in drafts.items()}
     rows = []
@@ -173,19 +180,24 @@ def report(directory: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("what", choices=("run", "train", "report"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=500)
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--seconds", type=float, default=40.0, help="of measuring, for each batch size")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "losses")
+    parser.add_argument("--drafts", type=Path, default=Path("runs") / "losses", help="where drafts are kept")
     args = parser.parse_args()
     keep_large_blocks()
+    if args.what == "train":
+        for seed in range(args.seeds):
+            trained(seed, args.updates, args.requests, args.drafts)
+        return
     args.output.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds if args.what == "run" else 0):
         path = args.output / f"seed{seed}.json"
         if not path.exists():
-            path.write_text(json.dumps(run(seed, args.updates, args.requests, args.seconds)) + "\n")
+            path.write_text(json.dumps(run(seed, args.updates, args.requests, args.seconds, args.drafts)) + "\n")
     report(args.output)
 
 
