@@ -1,0 +1,1 @@
+"""SGLang servers from outside: what is asked of one that runs."""

@@ -1,0 +1,350 @@
+"""New draft weights for a server that serves: paused in place, the draft's alone, checked before and after.
+
+SGLang 0.5.23's way: /pause_generation (in place) → /begin_weight_update → /update_weights_from_tensor →
+/end_weight_update → /continue_generation, each with the selector 'draft'. Requests stay where they are and go on with
+the cache that they have. The weights are on their way before the server is paused, but for their last byte.
+
+SGLang reads weights as a pickle that its own unpickler confines to tensors and names; ours is written here, of one flat
+tensor, and none is ever read. Its bytes hold the weights themselves: tensors in shared memory can end a server that
+cannot open them.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.client
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from specrl.clock import WallClock
+from specrl.models.checkpoint import check_tensors, expected_draft_tensors
+from specrl.models.config import DraftConfig, read_draft_config
+from specrl.models.draft import Draft
+from specrl.serving import guard
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAPS = ("d2t", "t2d")
+_LAST_WORD_S = 5.0  # for each of the two calls that have a server go on, whatever time was left
+_GO_ON = {"torch_empty_cache": False}  # nothing of a pause in place is there to be freed
+_ROWS = 64  # SGLang pads a head to a multiple of so many
+
+
+class SwapError(RuntimeError):
+    """A server did not take new weights; it was told to go on with what it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A hot swap that succeeded.
+
+    Attributes:
+        version: of the weights that serve now; requests carry it as `weight_version`.
+        pause_s: seconds from asking for the pause until the server had been told to go on. The round in flight when
+            the pause was asked for is part of them.
+        stopped_s: those of them in which the server surely decoded nothing.
+        bytes: of weights.
+        checksum: of the draft, by the server.
+        exact: whether every tensor's checksum was computed here too, and was the same. Only servers on a CPU hash in
+            a way that can be repeated without SGLang; elsewhere look at acceptance.
+    """
+
+    version: int
+    pause_s: float
+    stopped_s: float
+    bytes: int
+    checksum: str
+    exact: bool
+
+
+def push(
+    url: str,
+    weights: Mapping[str, Tensor],
+    *,
+    version: int,
+    like: Draft | Path | str | None = None,
+    api_key: str | None = None,
+    timeout_s: float = 30.0,
+) -> Swap:
+    """Have a running SGLang server serve these draft weights, in the middle of its requests.
+
+    Args:
+        url: of the server, such as http://127.0.0.1:30000.
+        weights: every tensor of the draft by SGLang's names, float32, bfloat16 or float16; the vocabulary maps must be
+            the ones that serve, and are not sent.
+        version: of the weights.
+        like: the draft that the server was started with, or its directory; None: the directory that the server names.
+        api_key: of the server.
+        timeout_s: for all of it. Even then the server is told to go on.
+
+    Raises:
+        ValueError: weights that do not fit the draft that serves, or a server that cannot swap; nothing was sent.
+        SwapError: the server refused, died or took too long, or holds something else than what was sent.
+    """
+    with closing(_Line(url, api_key, timeout_s)) as line:
+        facts = line.ask("GET", "/server_info")
+        line.close()  # the server would, while weights are encoded
+        _check_server(facts)
+        check_weights(weights, facts.get("speculative_draft_model_path") if like is None else like, version=version)
+        sent = {name: t.detach().cpu().contiguous() for name, t in weights.items() if name not in _MAPS}
+        pause_s, stopped_s = _swap(line, encode(sent, version))
+        found, checksum = line.checksums()
+    exact = str(facts.get("device")) == "cpu"
+    if exact:
+        _compare(found, sent)
+    return Swap(version, pause_s, stopped_s, sum(t.nbytes for t in sent.values()), checksum, exact)
+
+
+def _swap(line: _Line, body: bytes) -> tuple[float, float]:
+    """Pause, update, go on; `Swap.pause_s` and `stopped_s`."""
+    with _guarded(line), line.upload("/update_weights_from_tensor", body) as finish:
+        began = line.clock.now()
+        try:
+            line.ask("POST", "/pause_generation", {"mode": "in_place"})
+            line.ask("POST", "/begin_weight_update", {"selector": "draft"})
+            stopped = line.clock.now()
+            finish()
+            line.ask("POST", "/end_weight_update", {})
+            line.ask("POST", "/continue_generation", _GO_ON)
+        except BaseException:
+            guard.release(line.url, line.headers, _LAST_WORD_S)
+            raise
+        ended = line.clock.now()
+    return ended - began, ended - stopped
+
+
+def recover(url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> None:
+    """Have a server go on that somebody paused and left, a weight update open perhaps."""
+    guard.release(url, _headers(api_key), timeout_s)
+
+
+def check_weights(weights: Mapping[str, Tensor], like: Draft | Path | str | None, *, version: int) -> None:
+    """Refuse what does not fit the draft that serves.
+
+    Raises:
+        ValueError: a tensor that is missing, extra, misshapen, not finite or of another dtype, or another vocabulary.
+    """
+    config, d2t = _serving(like)
+    what = f"draft version {version}"
+    check_tensors(weights, expected_draft_tensors(config), what=what, optional=("t2d",))
+    wrong = [f"{n} is {t.dtype}" for n, t in weights.items() if n not in _MAPS and t.dtype not in _DTYPES]
+    if wrong:
+        raise ValueError(f"{what}: weights must be float32, bfloat16 or float16, but {wrong[0]}; cast them")
+    if d2t is not None and not torch.equal(weights["d2t"].cpu().long(), d2t):
+        raise ValueError(f"{what}: d2t is fixed while a server serves, but got another; start a server with it")
+
+
+def _serving(like: Draft | Path | str | None) -> tuple[DraftConfig, Tensor | None]:
+    """Configuration and d2t [Vd] int64 of the draft that serves."""
+    if isinstance(like, Draft):
+        return like.config, like.tensors.get("d2t")
+    if like is None or not (Path(like) / "config.json").is_file():
+        raise ValueError(
+            f"the draft that serves must be known, but {str(like)!r} is no directory of one here; name it (like=...)"
+        )
+    config = read_draft_config(Path(like))
+    if config.draft_vocab_size == config.vocab_size:
+        return config, None
+    with safe_open(Path(like) / "model.safetensors", framework="pt") as file:
+        return config, file.get_tensor("d2t").long()
+
+
+def _check_server(facts: Mapping[str, Any]) -> None:
+    if facts.get("speculative_algorithm") != "EAGLE3":
+        raise ValueError(
+            f"a server must serve an EAGLE3 draft to swap it, but its algorithm is {facts.get('speculative_algorithm')}"
+        )
+    for name in ("tp_size", "dp_size", "pp_size"):
+        if int(facts.get(name) or 1) > 1:
+            raise ValueError(f"hot swap is known to work with one rank, but the server's {name} is {facts[name]}")
+
+
+def encode(weights: Mapping[str, Tensor], version: int) -> bytes:
+    """The body of /update_weights_from_tensor: SGLang's flattened bucket.
+
+    Args:
+        weights: on the CPU, contiguous.
+        version: of the weights.
+    """
+    ordered = sorted(weights.items(), key=lambda item: -item[1].element_size())  # so that each begins aligned
+    metadata, at = [], 0
+    for name, tensor in ordered:
+        place = {"start_idx": at, "end_idx": at + tensor.nbytes, "numel": tensor.nbytes}
+        metadata.append(SimpleNamespace(name=name, shape=tensor.shape, dtype=tensor.dtype, **place))
+        at += tensor.nbytes
+    flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in ordered])
+    bucket = pickle.dumps({"flattened_tensor": flat, "metadata": metadata}, protocol=4)
+    said = {
+        "serialized_named_tensors": [base64.b64encode(bucket).decode()],
+        "load_format": "flattened_bucket",
+        "selector": "draft",
+        "flush_cache": False,
+        "weight_version": str(version),
+    }
+    return json.dumps(said).encode()
+
+
+def served_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights by the names and in the pieces in which SGLang's model holds them."""
+    out: dict[str, Tensor] = {}
+    stacks = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+    for stack, parts in stacks.items():
+        module = stack.split(".")[0]
+        out[f"model.layers.0.{stack}.weight"] = torch.cat([weights[f"midlayer.{module}.{p}.weight"] for p in parts])
+    stacked = {part for parts in stacks.values() for part in parts}
+    for name, tensor in weights.items():
+        if name == "lm_head.weight":
+            out[name] = torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % _ROWS))
+        elif name.split(".")[-2] not in stacked:
+            out["model." + name.replace("midlayer.", "layers.0.")] = tensor
+    return out
+
+
+def _compare(found: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
+    """Raise a SwapError where the server holds something else than `weights`, in whichever dtype."""
+    for name, tensor in served_names(weights).items():
+        if found.get(name) not in {_digest(tensor.to(dtype)) for dtype in _DTYPES}:
+            raise SwapError(f"the server must hold the weights that were sent, but its {name} differs; push them again")
+
+
+def _digest(tensor: Tensor) -> str:
+    """SGLang's hash of a tensor on a CPU."""
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    key = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    return {"Content-Type": "application/json", **key}
+
+
+class _Line:
+    """One connection to a server, and the time that is left."""
+
+    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            raise ValueError(f"a server's url must be like http://127.0.0.1:30000, but got {url!r}")
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s must be above 0, but got {timeout_s}")
+        self.url, self.headers, self.timeout_s, self.clock = url, _headers(api_key), timeout_s, WallClock()
+        self._ends, self._root = self.clock.now() + timeout_s, urlsplit(url).path.rstrip("/")
+        self._connection: http.client.HTTPConnection | None = None
+
+    def close(self) -> None:
+        """Hang up; the next `ask` opens another connection."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def ask(self, method: str, path: str, said: object = None) -> dict[str, Any]:
+        """The answer, within the time that is left.
+
+        Raises:
+            SwapError: there is none, or a refusal.
+        """
+        body = None if said is None else json.dumps(said).encode()
+        try:
+            connection = self._open()
+            connection.request(method, self._root + path, body, self.headers)
+            return self._answer(connection, path)
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise self._failure(path, error) from error
+
+    @contextmanager
+    def upload(self, path: str, body: bytes) -> Iterator[Any]:
+        """Send all of a POST but its last byte; what it yields sends that, too, and takes the answer."""
+        connection = guard.connect(self.url, self._left(path))
+        try:
+            connection.putrequest("POST", self._root + path)
+            for name, value in {**self.headers, "Content-Length": str(len(body))}.items():
+                connection.putheader(name, value)
+            connection.endheaders()
+            connection.send(body[:-1])
+
+            def finish() -> None:
+                try:
+                    assert connection.sock is not None
+                    connection.sock.settimeout(self._left(path))
+                    connection.send(body[-1:])
+                    self._answer(connection, path)
+                except (OSError, http.client.HTTPException) as error:
+                    raise self._failure(path, error) from error
+
+            yield finish
+        except (OSError, http.client.HTTPException) as error:
+            raise self._failure(path, error) from error
+        finally:
+            connection.close()
+
+    def checksums(self) -> tuple[dict[str, str], str]:
+        """The server's hash of each tensor of its draft, by its own names, and of all of them."""
+        said = self.ask("POST", "/weights_checker", {"action": "checksum", "selector": "draft"})
+        rank = said["ranks"][0]
+        return {name.removeprefix("draft."): h for name, h in rank["checksums"].items()}, rank["per_gpu_checksum"]
+
+    def _left(self, path: str) -> float:
+        left = self._ends - self.clock.now()
+        if left <= 0:
+            raise SwapError(f"a swap must end within {self.timeout_s} s, but {path} is still due; allow it more")
+        return left
+
+    def _open(self) -> http.client.HTTPConnection:
+        left = self._left("the next call")
+        if self._connection is None:
+            self._connection = guard.connect(self.url, left)
+            self._connection.connect()
+        assert self._connection.sock is not None
+        self._connection.sock.settimeout(left)
+        return self._connection
+
+    def _answer(self, connection: http.client.HTTPConnection, path: str) -> dict[str, Any]:
+        answer = connection.getresponse()
+        text = answer.read()
+        try:
+            said: dict[str, Any] = json.loads(text)
+        except ValueError:
+            said = {}
+        if answer.status != 200 or said.get("success") is False:
+            why = said.get("message") or text[:200].decode(errors="replace")
+            remedy = "give its API key" if answer.status in (401, 403) else "see its log"
+            raise SwapError(f"{self.url}{path} must answer 200, but answers {answer.status}: {why}; {remedy}")
+        return said
+
+    def _failure(self, path: str, error: Exception) -> SwapError:
+        return SwapError(f"{self.url}{path} must answer within {self.timeout_s} s, but {error!r}; is the server up?")
+
+
+@contextmanager
+def _guarded(line: _Line) -> Iterator[None]:
+    """While it lasts, a process stands by that lets the server go on if this one is killed."""
+    told = {"url": line.url, "headers": line.headers, "timeout_s": line.timeout_s}
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", guard.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # what kills our group leaves it be
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(told) + "\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        yield
+    finally:
+        with process:
+            process.stdin.write("done\n")
+            process.stdin.flush()

@@ -1,0 +1,213 @@
+"""New draft weights in a server under load: nothing fails, nothing is altered, and acceptance follows at once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, pairwise
+from pathlib import Path
+from threading import Event
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from learned import Decoded, decode, prompts
+from server import Server, export, serve
+from test_serve import compare
+
+from specrl.clock import WallClock
+from specrl.models.draft import Draft, new_draft
+from specrl.models.target import Target
+from specrl.plan import Plan
+from specrl.serving.hot_swap import SwapError, push, recover
+
+AT_ONCE, SWAPS, NEW, LONG = 8, 20, 96, 200
+PLAN = Plan(3)
+CLOCK = WallClock()
+
+
+class Streamed(NamedTuple):
+    """A request's answer, and when each piece of it came."""
+
+    answer: dict[str, Any]
+    times: list[float]
+    known: list[int]  # tokens by then
+
+    def accept_length(self, begin_s: float, end_s: float) -> float:
+        """Tokens per piece, which is per round, of the pieces that came in between."""
+        steps = [b - a for (a, b), t in zip(pairwise(self.known), self.times[1:], strict=True) if begin_s < t < end_s]
+        return float(np.mean(steps)) if steps else float("nan")
+
+
+def stream(server: Server, prompt: Sequence[int], new: int) -> Streamed:
+    sampling = {"temperature": 0.0, "max_new_tokens": new, "ignore_eos": True}
+    body = json.dumps({"input_ids": list(prompt), "sampling_params": sampling, "stream": True}).encode()
+    request = urllib.request.Request(server.url + "/generate", body, {"Content-Type": "application/json"})
+    out = Streamed({}, [], [])
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                out.answer.update(json.loads(line.removeprefix(b"data: ")))
+                out.times.append(CLOCK.now())
+                out.known.append(len(out.answer["output_ids"]))
+    return out
+
+
+@pytest.fixture(scope="module")
+def fresh(target: Target) -> Draft:
+    """A random draft of the learned one's shape."""
+    return new_draft(target, intermediate_size=128, seed=5)
+
+
+@pytest.fixture(scope="module")
+def started(fresh: Draft, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One for all tests; whatever they do to it, it serves."""
+    directory = tmp_path_factory.mktemp("hot_swap")
+    with serve(export(fresh, {1: PLAN}, directory / "bundle"), log=directory / "server.log") as server:
+        push(server.url, fresh.tensors, version=0, like=fresh)  # the first one loads what later ones find loaded
+        yield server
+
+
+@pytest.fixture
+def server(started: Server, fresh: Draft) -> Server:
+    """It, with the random draft."""
+    push(started.url, fresh.tensors, version=0, like=fresh)
+    return started
+
+
+def test_twenty_swaps_under_load(target: Target, draft: Draft, fresh: Draft, server: Server) -> None:
+    listed = prompts(16)
+    ours = decode(target, draft, listed, PLAN, NEW)
+    done: list[tuple[tuple[int, ...], Decoded, Streamed]] = []
+    enough, numbers = Event(), count()
+
+    def client() -> None:
+        while not enough.is_set():
+            which = next(numbers) % len(listed)
+            done.append((listed[which], ours[which], stream(server, listed[which], NEW)))
+
+    swaps, windows = [], []
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        clients = [pool.submit(client) for _ in range(AT_ONCE)]
+        try:
+            for number in range(1, SWAPS + 1):
+                Event().wait(0.4)
+                began = CLOCK.now()
+                swaps.append(push(server.url, (draft if number % 2 else fresh).tensors, version=number, like=fresh))
+                windows.append((began, CLOCK.now()))
+        finally:
+            enough.set()
+        for one in clients:
+            one.result()  # no request failed
+    assert all(swap.exact for swap in swaps) and [swap.version for swap in swaps] == [*range(1, SWAPS + 1)]
+    answers = [streamed.answer for _, _, streamed in done]
+    assert all(a["meta_info"]["finish_reason"] == {"type": "length", "length": NEW} for a in answers)
+    compare(target, [p for p, _, _ in done], [o for _, o, _ in done], answers, drafts=False)
+    crossed = [len(a["meta_info"]["weight_versions"]) > 1 for a in answers]
+    assert sum(crossed) >= AT_ONCE, "requests lived through swaps"
+    usual = np.concatenate([np.diff(s.times) for _, _, s in done])
+    gaps = [
+        max((b - a for _, _, s in done for a, b in pairwise(s.times) if a < ended and b > began), default=0.0)
+        for began, ended in windows
+    ]
+    pauses, stops = ([getattr(s, name) * 1e3 for s in swaps] for name in ("pause_s", "stopped_s"))
+    print(
+        f"{SWAPS} swaps of {swaps[0].bytes:,} bytes, {len(done)} requests, {sum(crossed)} lived through one; "
+        f"longest pause {max(pauses):.0f} ms with the round in flight, {max(stops):.0f} ms without (median "
+        f"{np.median(stops):.0f}); between two pieces of a request {np.median(usual) * 1e3:.0f} ms as a rule, "
+        f"{max(gaps) * 1e3:.0f} ms at worst around a swap"
+    )
+
+
+def test_acceptance_rises_within_a_request(target: Target, draft: Draft, fresh: Draft, server: Server) -> None:
+    prompt = prompts(1)[0]
+    ours = decode(target, draft, [prompt], PLAN, LONG)
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(stream, server, prompt, LONG)
+        Event().wait(1.5)
+        began = CLOCK.now()
+        push(server.url, draft.tensors, version=1, like=fresh)
+        ended = CLOCK.now()
+        streamed = request.result()
+    compare(target, [prompt], ours, [streamed.answer], drafts=False)
+    before, after = streamed.accept_length(0.0, began), streamed.accept_length(ended, float("inf"))
+    print(f"accept length {before:.2f} before and {after:.2f} after the swap, in one request")
+    assert before < 1.2 and after > before + 0.3
+
+
+def test_what_does_not_fit_never_reaches_the_server(
+    target: Target, draft: Draft, fresh: Draft, server: Server, tmp_path: Path
+) -> None:
+    good, pauses = draft.tensors, len(server.said("pause_generation"))
+
+    def refused(weights: dict[str, torch.Tensor], rule: str, like: Draft | Path | None = fresh) -> None:
+        with pytest.raises(ValueError, match=rule):
+            push(server.url, weights, version=9, like=like)
+
+    refused({**good, "norm.weight": good["norm.weight"][:-1]}, "shapes must fit")
+    refused({**good, "embed_tokens.weight": torch.zeros(512, 192)}, "these are extra: embed_tokens.weight")
+    refused({n: t for n, t in good.items() if n != "fc.weight"}, "these are missing: fc.weight")
+    refused({**good, "fc.weight": good["fc.weight"].double()}, "fc.weight is torch.float64; cast")
+    refused({**good, "fc.weight": good["fc.weight"].int()}, "fc.weight is torch.int32")
+    refused({**good, "fc.weight": good["fc.weight"] * float("nan")}, "must be finite")
+    refused(dict(good), "the draft that serves must be known", None)  # the server names a directory relative to its own
+    small = new_draft(target, draft_vocab_size=256, intermediate_size=128)
+    other = {**small.tensors, "d2t": small.tensors["d2t"] + 1}
+    refused(other, "d2t is fixed", small)
+    small.save(tmp_path / "small")
+    refused(other, "d2t is fixed", tmp_path / "small")
+    assert len(server.said("pause_generation")) == pauses
+
+
+@pytest.fixture
+def pausing(server: Server, draft: Draft, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that dies of kill -9 between the pause and the end of an update."""
+    draft.save(tmp_path / "draft")
+    code = (
+        "import os, signal, sys\n"
+        "from specrl.models.draft import load_draft\n"
+        "from specrl.serving import hot_swap\n"
+        "ask = hot_swap._Line.ask\n"
+        "def dies(line, method, path, said=None, **rest):\n"
+        "    answer = ask(line, method, path, said, **rest)\n"
+        "    if path == '/begin_weight_update':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return answer\n"
+        "hot_swap._Line.ask = dies\n"
+        "draft = load_draft(sys.argv[2])\n"
+        "hot_swap.push(sys.argv[1], draft.tensors, version=1, like=draft)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path / "draft")])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_pusher_killed_in_the_middle_leaves_the_server_serving(
+    server: Server, draft: Draft, fresh: Draft, pausing: subprocess.Popen[bytes]
+) -> None:
+    quiet = server.generate(prompts(1)[0], 24)["output_ids"]
+    begun, ended = (len(server.said(f"{word}_weight_update")) for word in ("begin", "end"))
+    assert pausing.wait(60) == -signal.SIGKILL
+    assert len(server.said("begin_weight_update")) == begun + 1, "it died with the server paused"
+    assert server.generate(prompts(1)[0], 24)["output_ids"] == quiet
+    assert len(server.said("end_weight_update")) == ended + 1, "somebody stood by"
+    assert push(server.url, draft.tensors, version=2, like=fresh).exact
+    # A pause with nobody standing by is for `recover`.
+    server.post("/pause_generation", {"mode": "in_place"})
+    server.post("/begin_weight_update", {"selector": "draft"})
+    recover(server.url)
+    assert server.generate(prompts(1)[0], 24)["output_ids"] == quiet
+
+
+def test_a_server_that_is_not_there_is_one_clear_error(draft: Draft) -> None:
+    with pytest.raises(SwapError, match="is the server up"):
+        push("http://127.0.0.1:9", draft.tensors, version=1, like=draft, timeout_s=5.0)
+    with pytest.raises(ValueError, match="must be like http"):
+        push("127.0.0.1:9", draft.tensors, version=1, like=draft)

@@ -1,0 +1,186 @@
+"""What is asked of a server, in which order, and what happens when it refuses or says nothing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import pickle
+import socket
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from specrl.clock import WallClock
+from specrl.models.draft import Draft, new_draft
+from specrl.serving.hot_swap import SwapError, _digest, encode, push, served_names
+
+
+class Fake:
+    """A server that answers as SGLang does, and keeps what it was asked.
+
+    Args:
+        draft: that it says it holds.
+        fails: path -> status that it answers instead.
+    """
+
+    def __init__(self, draft: Draft, fails: dict[str, int], **facts: object) -> None:
+        self.asked: list[tuple[str, Any]] = []
+        self.keys: set[str | None] = set()
+        fake = self
+        known = {n: t for n, t in draft.tensors.items() if n not in ("d2t", "t2d")}
+        hashes = {f"draft.{name}": _digest(tensor) for name, tensor in served_names(known).items()}
+        hashes["draft.model.embed_tokens.weight"] = "the target's"
+        answers = {
+            "/server_info": {"speculative_algorithm": "EAGLE3", "device": "cpu", "tp_size": 1, **facts},
+            "/weights_checker": {"ranks": [{"checksums": hashes, "per_gpu_checksum": "all"}]},
+        }
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                fake.asked.append((self.path, json.loads(body) if body else None))
+                fake.keys.add(self.headers.get("Authorization"))
+                said = json.dumps(answers.get(self.path, {"success": True, "message": "no"})).encode()
+                self.send_response(fails.get(self.path, 200))
+                self.send_header("Content-Length", str(len(said)))
+                self.end_headers()
+                self.wfile.write(said)
+
+            do_GET = do_POST
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.asked]
+
+
+@pytest.fixture
+def draft() -> Draft:
+    return new_draft(tiny.tiny_target(), draft_vocab_size=8, taps=tiny.TAPS, seed=3)
+
+
+@pytest.fixture
+def fakes(draft: Draft) -> Iterator[Any]:
+    made: list[Fake] = []
+
+    def make(fails: dict[str, int] | None = None, holds: Draft = draft, **facts: object) -> Fake:
+        made.append(Fake(holds, fails or {}, **facts))
+        return made[-1]
+
+    yield make
+    for fake in made:
+        fake.server.shutdown()
+        fake.server.server_close()
+
+
+ORDER = ["/server_info", "/pause_generation", "/begin_weight_update", "/update_weights_from_tensor"]
+RELEASE = ["/end_weight_update", "/continue_generation"]
+
+
+def test_the_draft_alone_is_swapped_in_place(draft: Draft, fakes: Any) -> None:
+    fake = fakes()
+    swap = push(fake.url, draft.tensors, version=7, like=draft, api_key="secret")
+    assert fake.paths == [*ORDER, *RELEASE, "/weights_checker"] and fake.keys == {"Bearer secret"}
+    said = dict(fake.asked)
+    assert said["/pause_generation"] == {"mode": "in_place"}
+    update = said["/update_weights_from_tensor"]
+    assert said["/begin_weight_update"]["selector"] == said["/weights_checker"]["selector"] == "draft"
+    assert (update["selector"], update["flush_cache"], update["weight_version"]) == ("draft", False, "7")
+    assert (swap.version, swap.exact, swap.checksum) == (7, True, "all") and 0 < swap.stopped_s <= swap.pause_s
+    assert swap.bytes == sum(t.nbytes for n, t in draft.tensors.items() if n not in ("d2t", "t2d"))
+
+
+class Confined(pickle.Unpickler):
+    """Reads what SGLang's SafeUnpickler lets through, and this is all of it that we send."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {
+            "types.SimpleNamespace",
+            "torch.Size",
+            "torch._utils._rebuild_tensor_v2",
+            "collections.OrderedDict",
+            "torch.float32",
+            "torch.bfloat16",
+        }
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return lambda data: torch.load(io.BytesIO(data), weights_only=True)
+        if (module, name) == ("torch.serialization", "_get_layout") or f"{module}.{name}" in allowed:
+            return super().find_class(module, name)
+        raise AssertionError(f"{module}.{name} is sent")
+
+
+def test_what_is_sent_is_one_flat_tensor_with_names() -> None:
+    sent = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([3.0], dtype=torch.bfloat16), "c": torch.tensor([4.0])}
+    (text,) = json.loads(encode(sent, 1))["serialized_named_tensors"]
+    bucket = Confined(io.BytesIO(base64.b64decode(text))).load()
+    found = {
+        m.name: bucket["flattened_tensor"][m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape)
+        for m in bucket["metadata"]
+    }
+    assert found.keys() == sent.keys() and all(torch.equal(found[n], t) for n, t in sent.items())
+
+
+@pytest.mark.parametrize("fails", [*ORDER[1:], *RELEASE])
+def test_a_server_that_refuses_is_told_to_go_on(draft: Draft, fakes: Any, fails: str) -> None:
+    fake = fakes({fails: 500})
+    with pytest.raises(SwapError, match=f"{fails} must answer 200, but answers 500: no; see its log"):
+        push(fake.url, draft.tensors, version=1, like=draft)
+    assert fake.paths[-2:] == RELEASE
+    assert "/weights_checker" not in fake.paths
+
+
+def test_a_server_that_wants_a_key_says_so(draft: Draft, fakes: Any) -> None:
+    fake = fakes({"/server_info": 401})
+    with pytest.raises(SwapError, match="answers 401: .*; give its API key"):
+        push(fake.url, draft.tensors, version=1, like=draft)
+    assert fake.paths == ["/server_info"]
+
+
+def test_other_weights_in_the_server_are_noticed(draft: Draft, fakes: Any) -> None:
+    other = new_draft(tiny.tiny_target(), draft_vocab_size=8, taps=tiny.TAPS, seed=4)
+    with pytest.raises(SwapError, match="but its model.layers.0.self_attn.qkv_proj.weight differs; push them again"):
+        push(fakes(holds=other).url, draft.tensors, version=1, like=draft)
+
+
+@pytest.mark.parametrize("facts", [{"speculative_algorithm": None}, {"tp_size": 2}])
+def test_a_server_that_cannot_swap_is_refused(draft: Draft, fakes: Any, facts: dict[str, object]) -> None:
+    fake = fakes(**facts)
+    with pytest.raises(ValueError, match=r"must serve an EAGLE3 draft|the server's tp_size is 2"):
+        push(fake.url, draft.tensors, version=1, like=draft)
+    assert fake.paths == ["/server_info"]
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_is_sent(draft: Draft, fakes: Any) -> None:
+    fake = fakes()
+    for weights, rule in (
+        ({**draft.tensors, "d2t": draft.tensors["d2t"] + 1}, "d2t is fixed"),
+        ({**draft.tensors, "fc.weight": draft.tensors["fc.weight"].double()}, "is torch.float64; cast them"),
+        ({**draft.tensors, "norm.weight": torch.ones(3)}, "shapes must fit"),
+        ({**draft.tensors, "embed_tokens.weight": torch.ones(3)}, "these are extra"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            push(fake.url, weights, version=1, like=draft)
+    assert set(fake.paths) == {"/server_info"}
+
+
+def test_a_server_that_says_nothing_is_waited_for_no_longer_than_asked(draft: Draft) -> None:
+    clock = WallClock()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = clock.now()
+        with pytest.raises(SwapError, match=r"must answer within 0\.3 s"):
+            push(f"http://127.0.0.1:{silent.getsockname()[1]}", draft.tensors, version=1, like=draft, timeout_s=0.3)
+    assert clock.now() - began < 5.0
