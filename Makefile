@@ -47,7 +47,7 @@ check-ranges: $(resolved)  ## whether the version ranges resolve, SGLang's pins 
 
 docs: $(site)  ## build the documentation into site/, where every warning is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs --quiet build --strict
-	@echo "Open site/index.html"
+	@echo "Open site/index.html, or, for the search: python -m http.server --directory site"
 
 format: $(dev)  ## let ruff format the code and repair what it can
 	$(VENV)/bin/ruff format .

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -149,3 +151,27 @@ def test_every_example_is_run_by_a_test() -> None:
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     found = [path for path in (ROOT / "examples").glob("*.py") if path.name in tests or f'"{path.stem}"' in tests]
     assert set(found) == set((ROOT / "examples").glob("*.py")), "let tests/test_examples.py run the rest"
+
+
+@pytest.mark.parametrize("name", ["spec_decode", "draft_tokens", "simulated"])
+def test_pages_of_environments_come_from_docstrings(name: str, tmp_path: Path) -> None:
+    rendered = hooks()["on_page_markdown"]((ROOT / f"docs/environments/{name}.md").read_text(encoding="utf-8"))
+    assert "| `batch_size` | `" in rendered and "## Version history\n* v0: initial version" in rendered
+    assert "    batch_size" not in rendered and "<!--" not in rendered
+
+
+def test_a_page_of_an_environment_cannot_go_stale(tmp_path: Path) -> None:
+    cls = 'class Env:\n    """Text.\n\n    ## Arguments\n        one: said.{}\n\n    ## End\n    """\n'
+    init = "    def __init__(self, *, one: int = 1, two: str = 'x') -> None: ...\n"
+    (tmp_path / "whole.py").write_text(cls.format("\n        two: said\n            as well.") + init)
+    (tmp_path / "stale.py").write_text(cls.format("") + init)
+    table = hooks()["environment"](tmp_path / "whole.py", "Env")
+    assert "| `one` | `1` | said. |\n| `two` | `'x'` | said as well. |\n\n## End" in table
+    with pytest.raises(ValueError, match=r"every argument once, but \{'two'\} differ"):
+        hooks()["environment"](tmp_path / "stale.py", "Env")
+    with pytest.raises(ValueError, match="must hold the class Other"):
+        hooks()["environment"](tmp_path / "whole.py", "Other")
+
+
+def hooks() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "tools/docs_hooks.py"))
