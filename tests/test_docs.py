@@ -157,7 +157,7 @@ def test_every_example_is_run_by_a_test() -> None:
 def test_pages_of_environments_come_from_docstrings(name: str, tmp_path: Path) -> None:
     rendered = hooks()["on_page_markdown"]((ROOT / f"docs/environments/{name}.md").read_text(encoding="utf-8"))
     assert "| `batch_size` | `" in rendered and "## Version history\n* v0: initial version" in rendered
-    assert "    batch_size" not in rendered and "<!--" not in rendered
+    assert "    batch_size" not in rendered and "<!--" not in rendered and "built site" not in rendered
 
 
 def test_a_page_of_an_environment_cannot_go_stale(tmp_path: Path) -> None:

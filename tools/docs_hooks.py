@@ -1,7 +1,8 @@
 """What MkDocs does to a page before it renders it: formulas, and the pages of the environments.
 
 A fence ```math holds LaTeX and becomes MathML, which browsers show by themselves: no script, no network. A comment
-<!-- environment: envs/spec_decode.py SpecDecodeEnv --> becomes that class's docstring, with its arguments as a table.
+<!-- environment: envs/spec_decode.py SpecDecodeEnv -->, with the line below it, which is for readers of the source,
+becomes that class's docstring, with its arguments as a table.
 Sources are read, not imported, so that the documentation builds without torch. Whatever does not fit raises: a page
 cannot go stale silently.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 _MATH = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-_ENVIRONMENT = re.compile(r"^<!-- environment: (\S+) (\w+) -->$", re.MULTILINE)
+_ENVIRONMENT = re.compile(r"^<!-- environment: (\S+) (\w+) -->\n.*$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
