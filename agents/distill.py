@@ -1,4 +1,4 @@
-"""From a policy to a table: the plan per batch size that it chooses most often. NumPy only."""
+"""From a policy to a table: the plan per batch size that it chooses, always or most often. NumPy only."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specrl.agents.fixed import PlanTable
+from specrl.agents.network import NetworkChooser
+from specrl.observation import Observer
 from specrl.plan import Plan
 
 
@@ -50,3 +52,19 @@ def distill(batch_sizes: NDArray[np.int64], actions: NDArray[np.int64], plans: S
         table[size], shares[size] = plans[int(counts.argmax())], float(counts.max() / counts.sum())
     agreement = sum(shares[size] * float((batch_sizes == size).mean()) for size in shares)
     return Distilled(PlanTable(table), agreement, shares, len(actions))
+
+
+def tabulate(chooser: NetworkChooser, most: int) -> PlanTable:
+    """The table that a policy is which sees the batch size alone: the same choice at every batch size 1 .. `most`.
+
+    Raises:
+        ValueError: the policy sees or remembers more, so that it is no table.
+    """
+    network = chooser.network
+    if not network.is_table:
+        raise ValueError("only a policy that sees the batch size alone is a table; train it with 'observe: batch_size'")
+    vectors = np.zeros((most, network.inputs), dtype=np.float32)
+    vectors[:, 0] = [Observer(chooser.plans).observe(size, 1.0).values[0] for size in range(1, most + 1)]
+    actions = chooser.act(vectors, network.start(most))[0].tolist()
+    changes = [size for size in range(1, most + 1) if size == 1 or actions[size - 1] != actions[size - 2]]
+    return PlanTable({size: chooser.plans[actions[size - 1]] for size in changes})

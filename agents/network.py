@@ -23,7 +23,7 @@ from specrl.rounds import Round
 
 Array = NDArray[np.float32]
 WEIGHTS, DESCRIPTION = "policy.safetensors", "policy.json"
-MEAN, VARIANCE = "observation.mean", "observation.variance"
+MEAN, VARIANCE, SEEN = "observation.mean", "observation.variance", "observation.seen"
 _EPSILON, _CLIP = 1e-8, 10.0  # of VecNormalize
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": np.tanh, "relu": lambda x: np.maximum(x, np.float32(0.0))}
 _LAYERS = r"(?:mlp_extractor\.policy_net|q_net\.q_net)\.(\d+)\.weight"
@@ -39,7 +39,7 @@ class State:
 
 
 class PolicyNetwork:
-    """Scores of plans from observations: normalise, LSTM where there is one, layers.
+    """Scores of plans from observations: leave out what it does not see, normalise, LSTM where there is one, layers.
 
     Args:
         tensors: by Stable-Baselines3's names, float32; those of critics and target networks are not looked at.
@@ -69,9 +69,15 @@ class PolicyNetwork:
         self.hidden_size = self._lstm[1].shape[0] if self._lstm else 0
         first = self._lstm[0] if self._lstm else self._layers[0][0]
         self.inputs, self.outputs = first.shape[0], self._layers[-1][0].shape[1]
+        self._seen = own.get(SEEN)
         self._mean = own.get(MEAN, np.zeros(self.inputs, dtype=np.float32))
         self._scale = np.sqrt(own[VARIANCE] + np.float32(_EPSILON)) if VARIANCE in own else np.float32(1.0)
         self._clip = _CLIP if MEAN in own else np.inf
+
+    @property
+    def is_table(self) -> bool:
+        """Whether its choice depends on the batch size alone: it sees nothing else and remembers nothing."""
+        return self._seen is not None and not self._seen[1:].any() and self._lstm is None
 
     def start(self, count: int = 1) -> State:
         """What is remembered before the first round of `count` sequences."""
@@ -79,6 +85,7 @@ class PolicyNetwork:
 
     def scores(self, vectors: Array, state: State) -> tuple[Array, State]:
         """Scores [N, plans] float32 of observations [N, D] float32, and what is remembered afterwards."""
+        vectors = vectors if self._seen is None else vectors * self._seen
         x = np.clip((vectors - self._mean) / self._scale, -self._clip, self._clip)
         if self._lstm is not None:
             x, state = self._remember(x, state)

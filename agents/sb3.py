@@ -15,8 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
+from numpy.typing import NDArray
 
-from specrl.agents.network import DESCRIPTION, MEAN, VARIANCE, WEIGHTS, NetworkChooser, PolicyNetwork, read_description
+from specrl.agents.network import (
+    DESCRIPTION,
+    MEAN,
+    SEEN,
+    VARIANCE,
+    WEIGHTS,
+    NetworkChooser,
+    PolicyNetwork,
+    read_description,
+)
 from specrl.plan import Plan
 
 if TYPE_CHECKING:
@@ -30,7 +40,7 @@ ALGORITHMS = {
     "maskable_ppo": "sb3_contrib:MaskablePPO",
 }
 _ACTIVATIONS = {"tanh": "Tanh", "relu": "ReLU"}
-_NOT_OF_THE_MODEL = ("n_timesteps", "n_envs", "normalize")
+_NOT_OF_THE_MODEL = ("n_timesteps", "n_envs", "normalize", "observe")
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,9 @@ class Agent:
         scale = _scale(self.model)
         if scale is not None:
             found |= {MEAN: torch.tensor(scale.mean), VARIANCE: torch.tensor(scale.var)}
+        seen = _seen(self.hyperparameters, self.model.observation_space.shape)
+        if seen is not None:
+            found[SEEN] = torch.tensor(seen)
         return found
 
     def chooser(self) -> NetworkChooser:
@@ -100,6 +113,11 @@ class Agent:
         for what, own in (("algorithm", self.algorithm), ("plans", [str(plan) for plan in self.plans])):
             if described[what] != own:
                 raise ValueError(f"a policy must have the agent's {what}, {own}, but got {described[what]}")
+        seen, sees = found.pop(SEEN, None), _seen(self.hyperparameters, self.model.observation_space.shape)
+        if (seen is None) != (sees is None) or (seen is not None and not np.array_equal(seen.numpy(), sees)):
+            raise ValueError(
+                f"saved policy and agent must agree on 'observe', but {str(directory)!r} differs; change it"
+            )
         mean, variance, scale = found.pop(MEAN, None), found.pop(VARIANCE, None), _scale(self.model)
         if (mean is None) != (scale is None):
             saved = "does not" if mean is None else "does"
@@ -134,6 +152,7 @@ def make_agent(
         algorithm: 'ppo', 'dqn', 'recurrent_ppo' or 'maskable_ppo'.
         env: discrete actions.
         hyperparameters: arguments of the algorithm as RL Baselines3 Zoo writes them: `policy`, `n_steps`, ...;
+            `observe: batch_size` hides all else from the policy, so that it is a table ('all' hides nothing);
             `normalize: true` scales observations (and `normalize: {norm_reward: true}` rewards too); a
             `learning_rate` 'lin_0.001' falls to 0; `policy_kwargs` may name an `activation`, 'tanh' or 'relu'.
         plans: in the order of the actions.
@@ -156,7 +175,9 @@ def make_agent(
     activation = getattr(importlib.import_module("torch.nn"), _ACTIVATIONS[_activation(algorithm, hyperparameters)])
     known = {key: value for key, value in options.get("policy_kwargs", {}).items() if key != "activation"}
     options["policy_kwargs"] = {**known, "activation_fn": activation}
-    venv: Any = SB3VectorEnv(env)
+    venv: Any = SB3VectorEnv(env, _seen(hyperparameters, env.single_observation_space.shape))
+    if algorithm == "recurrent_ppo" and hyperparameters.get("observe", "all") != "all":
+        raise ValueError("observe must be 'all' for recurrent_ppo, which remembers more than it sees, but got another")
     normalize = hyperparameters.get("normalize", False)
     if normalize:
         settings = {"norm_reward": False, **(normalize if isinstance(normalize, Mapping) else {})}
@@ -175,6 +196,17 @@ def _activation(algorithm: str, hyperparameters: Mapping[str, Any]) -> str:
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, but got {name!r}")
     return name
+
+
+def _seen(hyperparameters: Mapping[str, Any], shape: tuple[int, ...] | None) -> NDArray[np.float32] | None:
+    """Which entries of an observation the policy sees [D] float32, 1 or 0; None: all."""
+    observe = hyperparameters.get("observe", "all")
+    if observe not in ("all", "batch_size"):
+        raise ValueError(f"observe must be 'all' or 'batch_size', but got {observe!r}")
+    if observe == "all":
+        return None
+    assert shape is not None
+    return np.eye(1, shape[0], dtype=np.float32)[0]  # the batch size comes first
 
 
 def _falling(rate: str) -> Any:

@@ -21,12 +21,13 @@ class SB3VectorEnv(VecEnv):
 
     Args:
         env: with `AutoresetMode.SAME_STEP`.
+        seen: entries of an observation that are shown [D] float32, 1 or 0; None: all.
 
     Raises:
         ValueError: another mode.
     """
 
-    def __init__(self, env: gymnasium.vector.VectorEnv[Any, Any, Any]) -> None:
+    def __init__(self, env: gymnasium.vector.VectorEnv[Any, Any, Any], seen: NDArray[np.float32] | None = None) -> None:
         mode = env.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
             raise ValueError(
@@ -34,6 +35,7 @@ class SB3VectorEnv(VecEnv):
                 "make it with autoreset_mode=AutoresetMode.SAME_STEP"
             )
         self.env: Any = env
+        self._seen = np.float32(1.0) if seen is None else seen
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._actions: NDArray[Any] = np.zeros(env.num_envs, dtype=np.int64)
         self._plain = self._spent = 0.0
@@ -43,7 +45,7 @@ class SB3VectorEnv(VecEnv):
         observations, _ = self.env.reset(seed=self._seeds[0])
         self._reset_seeds()
         self._reset_options()
-        return np.asarray(observations)
+        return np.asarray(observations * self._seen)
 
     def step_async(self, actions: NDArray[Any]) -> None:
         """Take the actions [N]."""
@@ -57,10 +59,10 @@ class SB3VectorEnv(VecEnv):
         infos: list[dict[str, Any]] = [{}] * self.num_envs
         for index in np.flatnonzero(over):
             infos[index] = {
-                "terminal_observation": info["final_obs"][index],
+                "terminal_observation": info["final_obs"][index] * self._seen,
                 "TimeLimit.truncated": bool(truncated[index] and not terminated[index]),
             }
-        return np.array(observations), np.asarray(rewards, dtype=np.float32), over, infos
+        return observations * self._seen, np.asarray(rewards, dtype=np.float32), over, infos
 
     def take_speedup(self) -> float:
         """ΣN·t0/B ÷ ΣΔt over all rounds since the last call; NaN where there were none."""

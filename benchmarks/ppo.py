@@ -68,11 +68,13 @@ class Measure(BaseCallback):
             + " ".join(f"{b}:{told.distilled.table.best(b)}" for b in told.by_batch_size)
         )
         self.rows[-1] |= {"least": told.by_batch_size[worst], "agreement": told.distilled.agreement}
+        self.rows[-1]["table_share"] = told.table_share
         self._began += self.spent() - spent
 
 
 def run(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
     hyper = read_hyperparameters(args.hyperparameters or HYPERPARAMETERS / f"{args.algo}.yaml", SIMULATED)
+    hyper |= {"observe": args.observe} if args.observe else {}
     env = SimulatedVectorEnv(
         hyper["n_envs"],
         profile=args.profile,
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--every", type=float, default=5.0, help="seconds of training between measurements")
     parser.add_argument("--hyperparameters", type=Path, help="YAML; by default the shipped ones")
+    parser.add_argument("--observe", choices=["all", "batch_size"], help="by default what the hyperparameters say")
     parser.add_argument("--max_rounds", type=int, default=EPISODE[SIMULATED], help="of an episode of training")
     parser.add_argument("--together", action="store_true", help="let all episodes end in the same step")
     parser.add_argument("--threads", type=int, default=2)

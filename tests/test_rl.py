@@ -13,7 +13,8 @@ from tiny import TAPS, Listed, prompts, tiny_target
 
 import specrl
 from specrl.agents.conformance import CHECKS
-from specrl.agents.distill import distill
+from specrl.agents.distill import distill, tabulate
+from specrl.agents.fixed import PlanTable
 from specrl.agents.network import NetworkChooser, PolicyNetwork, load_chooser
 from specrl.agents.sb3 import ALGORITHMS, Agent, make_agent
 from specrl.agents.sb3_vector import SB3VectorEnv
@@ -100,6 +101,37 @@ def test_a_saved_policy_is_no_pickle_and_chooses_and_goes_on_as_before(algorithm
     other.model.learn(64)
 
 
+@pytest.mark.parametrize("algorithm", ["maskable_ppo", "dqn"])
+def test_a_policy_that_sees_the_batch_size_alone_is_its_table(algorithm: str, tmp_path: Path) -> None:
+    env = simulated(batch_size=[1, 8, 32])
+    hyper = {**SMALL[algorithm], "normalize": True, "observe": "batch_size"}
+    agent = make_agent(algorithm, env, hyper, plans=env.plans, allowed=env.action_masks()[0].tolist(), seed=3)
+    agent.model.learn(2000)
+    agent.save(tmp_path)
+    chooser, table = load_chooser(tmp_path), tabulate(agent.chooser(), 32)
+    sizes, vectors = np.random.default_rng(0).integers(1, 33, size=1000), visited(agent, 1000)
+    vectors[:, 0] = np.log2(sizes) / 10.0
+    chosen = chooser.act(vectors, chooser.network.start(1000))[0]
+    assert [chooser.plans[action] for action in chosen] == [table.best(size) for size in sizes.tolist()]
+    shown = np.zeros_like(vectors)
+    shown[:, 0] = vectors[:, 0]
+    normalised = agent.model.get_env().normalize_obs(shown)  # type: ignore[union-attr]
+    theirs, _ = agent.model.predict(normalised, deterministic=True)
+    assert (theirs == chosen).mean() > 0.95  # scores of float32 may tie
+    blind, whole = trained(algorithm), trained(algorithm).chooser()
+    with pytest.raises(ValueError, match="must agree on 'observe'"):
+        blind.load(tmp_path)
+    with pytest.raises(ValueError, match="is a table; train it with"):
+        tabulate(whole, 32)
+
+
+def test_what_a_policy_may_observe_is_checked() -> None:
+    env = simulated()
+    for algorithm, observe, rule in (("ppo", "load", "'all' or"), ("recurrent_ppo", "batch_size", "must be 'all'")):
+        with pytest.raises(ValueError, match=rule):
+            make_agent(algorithm, env, {**SMALL[algorithm], "observe": observe}, plans=env.plans)
+
+
 @pytest.mark.parametrize("recurrent", [False, True])
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_policy_is_a_chooser(check: Any, recurrent: bool) -> None:
@@ -183,11 +215,12 @@ def test_the_command_writes_what_serves(tmp_path: Path) -> None:
     assert names == {"policy.json", "policy.safetensors", "plans.json", "curve.csv", "results.json"}
     results, chooser = json.loads((tmp_path / "results.json").read_text()), load_chooser(tmp_path)
     assert 0.5 < results["share_of_best"] < 1.05 and results["timesteps"] >= 20_000
-    table = specrl.agents.fixed.PlanTable(dict(read_plans(tmp_path / "plans.json")))
-    told = report(chooser, load_profile("aurora-qwen3-coder-next-fp8"), (1, 32), seed=1)
-    states = np.random.default_rng(0).choice([1, 32], size=1000)
-    for size in states.tolist():
-        assert table.best(size) == told.distilled.table.best(size)
+    table = PlanTable(dict(read_plans(tmp_path / "plans.json")))
+    sizes, vectors = np.random.default_rng(1).integers(1, 33, size=1000), np.zeros((1000, chooser.network.inputs))
+    vectors[:, 0] = np.log2(sizes) / 10.0
+    chosen = chooser.act(vectors.astype(np.float32), chooser.network.start(1000))[0]
+    assert [chooser.plans[action] for action in chosen] == [table.best(size) for size in sizes.tolist()]
+    assert results["agreement"] == 1.0 and results["share_of_table"] == results["share_of_best"]
     header, *rows = (tmp_path / "curve.csv").read_text().splitlines()
     assert header == "timesteps,seconds,speedup" and 0.5 < float(rows[0].split(",")[2]) < 2.0
     rl(policy=tmp_path, **options | {"n_timesteps": 1})

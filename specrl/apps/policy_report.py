@@ -35,12 +35,14 @@ class Report(NamedTuple):
     Attributes:
         share: seconds that the best plans would need for the same tokens, over the seconds spent, both as played.
         by_batch_size: tokens per second and request over the best plan's, at each batch size.
+        table_share: the share of the table that the policy comes to, which is what an export serves.
         best: the best plan of the profile at each batch size.
-        distilled: the table that the policy comes to, over the states visited.
+        distilled: that table, over the states visited.
     """
 
     share: float
     by_batch_size: dict[int, float]
+    table_share: float
     best: PlanTable
     distilled: Distilled
 
@@ -66,9 +68,6 @@ def report(
     """
     allowed = [plan for plan, able in zip(chooser.plans, chooser.allowed, strict=True) if able]
     best = best_plans(profile, batch_sizes, allowed)
-    index = np.zeros(max(batch_sizes) + 1, dtype=np.int64)
-    for size in batch_sizes:
-        index[size] = chooser.plans.index(best.best(size))
     kwargs: dict[str, Any] = {"passes": passes, "num_envs": num_envs, "seed": seed}
     state = chooser.network.start(num_envs)
 
@@ -77,18 +76,33 @@ def report(
         actions, state = chooser.act(vectors, state)
         return actions
 
-    def ideal(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-        return index[np.rint(2.0 ** (10.0 * vectors[:, 0])).astype(np.int64)]
+    own = play(greedy, profile, chooser.plans, batch_sizes, **kwargs)
+    distilled = distill(own.batch_sizes, own.actions, chooser.plans)
+    top, served = (
+        play(follow(table, chooser.plans, batch_sizes), profile, chooser.plans, batch_sizes, **kwargs)
+        for table in (best, distilled.table)
+    )
+    (share, by_size), (table_share, _) = (_shares(one, top) for one in (own, served))
+    return Report(share, by_size, table_share, best, distilled)
 
-    own, top = (play(act, profile, chooser.plans, batch_sizes, **kwargs) for act in (greedy, ideal))
+
+def follow(table: PlanTable, plans: Sequence[Plan], batch_sizes: Sequence[int]) -> Act:
+    """A table as actions from observations."""
+    index = np.zeros(max(batch_sizes) + 1, dtype=np.int64)
+    for size in batch_sizes:
+        index[size] = list(plans).index(table.best(size))
+    return lambda vectors: index[np.rint(2.0 ** (10.0 * vectors[:, 0])).astype(np.int64)]
+
+
+def _shares(own: Played, top: Played) -> tuple[float, dict[int, float]]:
+    """Of the best plans' speed, over all rounds and by batch size."""
     shares, needed = {}, 0.0
-    for size in sorted(set(batch_sizes)):
+    for size in np.unique(own.batch_sizes).tolist():
         here, there = own.batch_sizes == size, top.batch_sizes == size
         speed = top.tokens[there].sum() / top.seconds[there].sum()
         shares[size] = float(own.tokens[here].sum() / own.seconds[here].sum() / speed)
         needed += own.tokens[here].sum() / speed
-    table = distill(own.batch_sizes, own.actions, chooser.plans)
-    return Report(float(needed / own.seconds.sum()), shares, best, table)
+    return float(needed / own.seconds.sum()), shares
 
 
 def play(

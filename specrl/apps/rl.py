@@ -11,7 +11,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
-from specrl.agents.distill import distill
+from specrl.agents.distill import distill, tabulate
+from specrl.agents.fixed import PlanTable
 from specrl.agents.network import NetworkChooser, load_chooser
 from specrl.agents.sb3 import Agent, make_agent
 from specrl.apps.curve import Curve
@@ -68,8 +69,12 @@ def rl(
     It learns in simulation, thousands of environments at once; `--live true` lets it learn on live decoding instead,
     and `--policy DIR` goes on from a policy that was saved, of the same algorithm and plans. Each episode draws one
     of the batch sizes. Written are policy.safetensors and policy.json (the policy; no pickle), plans.json (the plan
-    per batch size that it comes to: the one it chooses most often in the states that it visits), curve.csv (what was
-    earned while learning) and results.json.
+    per batch size, which is what serves), curve.csv (what was earned while learning) and results.json.
+
+    Where the hyperparameters say 'observe: batch_size', as those of maskable_ppo do, the policy sees nothing else and
+    plans.json is the policy itself, at every batch size up to the largest; this is checked on 1,000 states. With
+    'observe: all' plans.json holds the plan it chooses most often in the states that it visits, and what is printed is
+    how many of its choices are that table's and what either earns.
 
     While it learns live, choosing with torch counts as thinking, updates do not; a saved policy chooses in NumPy.
 
@@ -134,9 +139,12 @@ def rl(
         told = report(chooser, load_profile(profile), batch_sizes, seed=seed + 1)
         found = told.distilled
         results |= {"share_of_best": told.share, "share_by_batch_size": told.by_batch_size}
+        results["share_of_table"] = told.table_share
         results["best"] = told.best.state_dict()
     chosen = {size: found.table.best(size) for size in found.by_batch_size}
-    results |= {"plans": chosen, "agreement": found.agreement, "states": found.states}
+    served = tabulate(chooser, max(batch_sizes)) if chooser.network.is_table else found.table
+    plans_json = served.state_dict()
+    results |= {"plans": plans_json, "agreement": found.agreement, "states": found.states}
     world.env.close()
     rows = [{"batch size": size, "plan": str(plan)} for size, plan in chosen.items()]
     if not live:
@@ -144,12 +152,12 @@ def rl(
             {**row, "best": str(told.best.best(size)), "share of best": told.by_batch_size[size]}
             for row, size in zip(rows, chosen, strict=True)
         ]
-        show(f"{told.share:.1%} of the best plan per batch size, in simulation")
+        show(f"{told.share:.1%} of the best plan per batch size, in simulation; its table {told.table_share:.1%}")
     show(table(rows), f"{found.agreement:.1%} of its choices are this table's, over {found.states:,} states")
     if out is not None:
         agent.save(out.path)
-        out.write_json(PLANS, {"plans": chosen})
-        verify(out.path, agent, chosen)
+        out.write_json(PLANS, {"plans": plans_json})
+        verify(out.path, agent, served, max(batch_sizes))
         out.write_csv("curve.csv", curve.rows)
         out.write_json("results.json", results)
         show(f"written: {out.path}")
@@ -193,16 +201,24 @@ def visit(env: VectorEnv[Any, Any, Any], chooser: NetworkChooser, rounds: int = 
     return np.concatenate(sizes), np.concatenate(choices)
 
 
-def verify(directory: Path, agent: Agent, plans: dict[int, Plan]) -> None:
-    """Read back what was written.
+def verify(directory: Path, agent: Agent, served: PlanTable, most: int) -> None:
+    """Read back what was written, and let policy and table choose at 1,000 states of batch sizes 1 .. `most`.
 
     Raises:
-        ValueError: the table or the policy differs from the one written.
+        ValueError: the table or the policy differs from the one written, or they from each other where they must not.
     """
-    if read_plans(directory / PLANS) != plans:
+    table, own, saved = PlanTable(dict(read_plans(directory / PLANS))), agent.chooser(), load_chooser(directory)
+    if table.state_dict() != served.state_dict():
         raise ValueError(f"the plans written must read back as they were, but {directory} differs; is the disk sound?")
-    low, high = (getattr(agent.model.observation_space, name) for name in ("low", "high"))
-    vectors = np.random.default_rng(0).uniform(low, high, size=(1000, len(low))).astype(np.float32)
-    saved, own = (c.act(vectors, c.network.start(1000))[0] for c in (load_chooser(directory), agent.chooser()))
-    if (saved != own).any():
+    rng, space = np.random.default_rng(0), agent.model.observation_space
+    low, high = (getattr(space, name) for name in ("low", "high"))
+    vectors = rng.uniform(low, high, size=(1000, len(low))).astype(np.float32)
+    sizes = rng.integers(1, most, size=1000, endpoint=True)
+    vectors[:, 0] = np.log2(sizes) / 10.0
+    again, actions = (c.act(vectors, c.network.start(1000))[0] for c in (saved, own))
+    if (again != actions).any():
         raise ValueError(f"the policy written must choose as it did, but {directory} differs; is the disk sound?")
+    if own.network.is_table and any(
+        table.best(size) != own.plans[action] for size, action in zip(sizes.tolist(), actions.tolist(), strict=True)
+    ):
+        raise ValueError(f"a policy that sees the batch size alone must choose as its table, but {directory} differs")
