@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from specrl.envs.rewards import Outcome
 from specrl.rounds import Round
 
 S = TypeVar("S", bound=Session)
+_ZEROS = 32  # rounds of plan 0 that its cost is the mean of
 _FIRST_SAMPLES = 3  # plain steps measured when a batch size is met for the first time
 
 
@@ -123,8 +126,38 @@ def measure_plain(session: Session, baseline: PlainCost, context: float) -> None
     for _ in range(_FIRST_SAMPLES if first else 1):
         sample = session.measure_plain()
         if sample is None:
-            raise ValueError("the engine must measure plain decoding between rounds, but it does not; use 'local'")
+            raise ValueError(
+                "the engine must measure plain decoding between rounds, but it does not; use 'local', or 'sglang' with "
+                "baseline='alternate'"
+            )
         baseline.add(sample)
+
+
+class PlanZero:
+    """What rounds of plan 0 cost at each batch size, and how much faster the episode is than they.
+
+    A draft that proposes nothing still follows the text, so that this is not plain decoding.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, deque[float]] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """An episode begins; costs are kept."""
+        self._saved = self._spent = 0.0
+
+    def compare(self, done: Round, outcome: Outcome) -> dict[str, float]:
+        """Take a round; what `info` tells of it."""
+        batch = outcome.batch_size
+        if done.plan.num_steps == 0:
+            self._seconds.setdefault(batch, deque(maxlen=_ZEROS)).append(done.seconds)
+        known = self._seconds.get(batch)
+        cost = sum(known) / len(known) if known else math.nan
+        if known:
+            self._saved += outcome.tokens * cost / batch
+            self._spent += outcome.seconds
+        return {"plan0_s": cost, "episode_speedup_over_plan0": self._saved / self._spent if self._spent else math.nan}
 
 
 def describe(done: Round, outcome: Outcome, thinking_s: float, error_s: float, speedup: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 
 from specrl.baseline import PlainCost
 from specrl.engines.base import Engine, Session, Workload
-from specrl.envs.live import OnTheClock, check_episode, describe, measure_plain, named_workload
+from specrl.engines.named import make_engine
+from specrl.envs.live import OnTheClock, PlanZero, check_episode, describe, measure_plain, named_workload
 from specrl.envs.rewards import Outcome, make_reward
 from specrl.observation import Observation, Observer, vector_bounds
 from specrl.plan import Plan, parse_plans
@@ -73,10 +73,13 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
     ## Info
     `tokens`, `seconds` and their split (`draft_s`, `verify_s`, `other_s`, `thinking_s`; `prefill_s` apart),
     `accept_length`, `histogram` of correct drafts [num_steps + 1], `plan`, `draft_version`, `batch_size`, `t0_s`,
-    `t0_error_s`, `episode_speedup` = ΣN·t0/B ÷ ΣΔt, `action_mask`, and the whole `round`.
+    `t0_error_s`, `episode_speedup` = ΣN·t0/B ÷ ΣΔt, `action_mask`, and the whole `round`. `plan0_s` and
+    `episode_speedup_over_plan0` are the same against rounds of plan 0, which keep the draft warm; nan before there were
+    any at this batch size.
 
     ## Arguments
-        engine: 'local', or an `Engine` ready-made (target and draft are then its own).
+        engine: 'local', 'sglang' (`specrl.serving.engine`; launched, or `engine_options={"server": "http://..."}`), or
+            an `Engine` ready-made (target and draft are then its own).
         target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: None: random initialisation; else an EAGLE3 directory or a `Draft`.
         batch_size: live requests: a number; several, of which each episode draws one; or a trace within the episode,
@@ -93,6 +96,7 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
         allow_parallel: let other timed environments of this user decode on the same device during an episode. By
             default the second is refused, since neither's rewards would be true.
         render_mode: None, 'ansi' (text) or 'human' (a live panel in the terminal).
+        engine_options: for an engine by name.
 
     ## Version history
     * v0: initial version
@@ -122,6 +126,7 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
         trace: bool = False,
         allow_parallel: bool = False,
         render_mode: str | None = None,
+        engine_options: Mapping[str, Any] | None = None,
     ) -> None:
         check_episode(max_rounds, max_tokens, reward)
         if action not in ("discrete", "multi_discrete"):
@@ -135,14 +140,13 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
         self._reward = make_reward(reward)
         self._max_rounds, self._max_tokens, self._trace = max_rounds, max_tokens, trace
         owned = isinstance(engine, str)
-        if isinstance(engine, str):
-            if engine != "local":
-                close = difflib.get_close_matches(engine, ["local"], n=1)
-                meant = "; did you mean 'local'?" if close else "; pass an Engine for any other"
-                raise ValueError(f"engine must be 'local' or an Engine, but got {engine!r}{meant}")
-            self.engine: Engine = _local_engine(target, draft, prompt_tokens + max_new_tokens, use_rejection_sampling)
+        if not isinstance(engine, str):
+            self.engine: Engine = engine
+        elif engine == "local":
+            self.engine = _local_engine(target, draft, prompt_tokens + max_new_tokens, use_rejection_sampling)
         else:
-            self.engine = engine
+            options = dict(engine_options or {})
+            self.engine = make_engine(engine, target=target, draft=draft, plans=self.plans, trace=trace, **options)
         if isinstance(workload, (str, Path)):
             self.workload: Workload = named_workload(
                 workload, target, prompt_tokens, max_new_tokens, temperature, ignore_eos
@@ -162,6 +166,7 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
         low, high = vector_bounds(self.plans)
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
         self.baseline = PlainCost()
+        self._zero = PlanZero()
         self._observer = Observer(self.plans)
         self._late: deque[tuple[Round, float]] = deque()  # results on their way, on engines that overlap rounds
         self._delay: int = getattr(self.engine, "result_delay", 0)
@@ -194,6 +199,7 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
         self._observer.reset()
         self._late.clear()
         self._plain = self._spent = 0.0
+        self._zero.begin()
         self._rounds = self._tokens = 0
         self._info = None
         self._paused_s = 0.0
@@ -226,6 +232,7 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
         self._plain += outcome.plain_total_s
         self._spent += outcome.seconds
         self._info = describe(done, outcome, thinking_s, t0.standard_error, self._plain / self._spent)
+        self._info |= self._zero.compare(done, outcome)
         self._info["action_mask"] = self._action_mask.copy()
         terminated = self._max_tokens is not None and self._tokens >= self._max_tokens
         truncated = self._max_rounds is not None and self._rounds >= self._max_rounds

@@ -1,6 +1,7 @@
 """The plugin's entry point (group `sglang.srt.plugins`): hooks what the environment asks for, or does nothing.
 
-SGLang calls `register` in each of its processes. Without SPECRL_POLICY and SPECRL_TRACES it returns at once.
+SGLang calls `register` in each of its processes. Without SPECRL_POLICY, SPECRL_TRACES and SPECRL_ROUNDS it
+returns at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ def register() -> None:
     if settings.traces is not None:
         tracing = Failsafe("tracing", "SGLang serves without it")
         tracing.call(_register_traces, settings)
+    if settings.rounds is not None:
+        telling = Failsafe("telling of rounds", "SGLang serves without it")
+        telling.call(_register_rounds, settings)
 
 
 def _register_policy(settings: Settings) -> None:
@@ -49,6 +53,21 @@ def _register_traces(settings: Settings) -> None:
     hooks = Hooks(settings, _rank)
     HookRegistry.register(VERIFY.target, hooks.around_verify, HookType.AROUND)
     HookRegistry.register(PREFILL.target, hooks.around_prefill, HookType.AROUND)
+
+
+def _register_rounds(settings: Settings) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from specrl.plugin.rounds import RoundHooks
+    from specrl.plugin.seams import CONTEXT, INGEST, PROCESS, RUN, WORKER, check_seams
+
+    check_seams((*CONTEXT, INGEST, RUN, PROCESS, WORKER))
+    _note()
+    hooks = RoundHooks(settings, _rank, _ranks)
+    HookRegistry.register(INGEST.target, hooks.around_ingest, HookType.AROUND)
+    HookRegistry.register(RUN.target, hooks.around_run, HookType.AROUND)
+    HookRegistry.register(PROCESS.target, hooks.around_process, HookType.AROUND)
+    HookRegistry.register(WORKER.target, hooks.around_verify, HookType.AROUND)
 
 
 def _note() -> None:

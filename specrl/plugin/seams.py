@@ -60,10 +60,16 @@ PREFILL = Seam(
     "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._draft_extend_for_prefill",
     ("self", "batch", "target_hidden_states", "next_token_ids"),
 )
+INGEST = Seam("sglang.srt.managers.scheduler.Scheduler.ingest_requests", ("self",))
+RUN = Seam("sglang.srt.managers.scheduler.Scheduler.run_batch", ("self", "batch"))
+PROCESS = Seam("sglang.srt.managers.scheduler.Scheduler.process_batch_result", ("self", "batch", "result"))
+WORKER = Seam("sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2.verify", ("self", "batch"))
 CONTEXT = (
     Seam("sglang.srt.runtime_context.get_server_args", ()),
     Seam("sglang.srt.runtime_context.get_parallel", ()),
+    Seam("sglang.srt.runtime_context.get_serving", ()),
 )
+EVERY = (*CONTEXT, POLICY, VERIFY, PREFILL, INGEST, RUN, PROCESS, WORKER)
 
 
 def check_seams(seams: Iterable[Seam]) -> None:

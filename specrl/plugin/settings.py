@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+LONGEST_S = 240.0
 _SOCKET = "unix:"
 
 
@@ -20,6 +21,9 @@ class Settings:
         traces: SPECRL_TRACES=unix:PATH, a socket on which traces are handed out; None: not asked for.
         rate: SPECRL_TRACES_RATE, the share of requests that are traced, in (0, 1].
         ring: SPECRL_TRACES_RING, rounds and prefills that may wait for the subscriber.
+        rounds: SPECRL_ROUNDS=unix:PATH, a socket that tells of every round; None: not asked for.
+        lockstep: SPECRL_LOCKSTEP, seconds that a round waits at most for whoever is connected there to let it go; 0:
+            no round waits.
     """
 
     policy: Path | None = None
@@ -28,25 +32,30 @@ class Settings:
     traces: Path | None = None
     rate: float = 1.0
     ring: int = 64
+    rounds: Path | None = None
+    lockstep: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.rate <= 1.0:
             raise ValueError(f"SPECRL_TRACES_RATE must be in (0, 1], but got {self.rate}; unset SPECRL_TRACES for none")
         if self.ring < 1:
             raise ValueError(f"SPECRL_TRACES_RING must be at least 1, but got {self.ring}")
+        if not 0.0 <= self.lockstep <= LONGEST_S:  # SGLang's watchdog ends a server that stands still for longer
+            raise ValueError(f"SPECRL_LOCKSTEP must be in [0, {LONGEST_S:g}] seconds, but got {self.lockstep}")
+        if self.lockstep and self.rounds is None:
+            raise ValueError("SPECRL_LOCKSTEP needs a socket to take leave from, but SPECRL_ROUNDS is not set")
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Settings | None:
-        """The settings; None where neither a policy nor traces are asked for.
+        """The settings; None where nothing is asked for.
 
         Raises:
             ValueError: a value that is not one.
         """
-        policy, traces = environment.get("SPECRL_POLICY", ""), environment.get("SPECRL_TRACES", "")
-        if not policy and not traces:
+        policy = environment.get("SPECRL_POLICY", "")
+        traces, rounds = (_socket(environment, f"SPECRL_{name}") for name in ("TRACES", "ROUNDS"))
+        if not policy and traces is None and rounds is None:
             return None
-        if traces and not traces.startswith(_SOCKET):
-            raise ValueError(f"SPECRL_TRACES must be written unix:/path/of/socket, but got {traces!r}")
         pin, rate, ring = (environment.get(f"SPECRL_{n}", "") for n in ("POLICY_PIN", "TRACES_RATE", "TRACES_RING"))
         if pin not in ("", "0", "1"):
             raise ValueError(f"SPECRL_POLICY_PIN must be 0 or 1, but got {pin!r}")
@@ -55,10 +64,19 @@ class Settings:
             policy=Path(policy) if policy and not followed else None,
             plans=Path(policy.removeprefix(_SOCKET)) if followed else None,
             pin=pin == "1",
-            traces=Path(traces.removeprefix(_SOCKET)) if traces else None,
+            traces=traces,
             rate=_number(float, rate, "SPECRL_TRACES_RATE", 1.0),
             ring=int(_number(int, ring, "SPECRL_TRACES_RING", 64)),
+            rounds=rounds,
+            lockstep=_number(float, environment.get("SPECRL_LOCKSTEP", ""), "SPECRL_LOCKSTEP", 0.0),
         )
+
+
+def _socket(environment: Mapping[str, str], name: str) -> Path | None:
+    text = environment.get(name, "")
+    if text and not text.startswith(_SOCKET):
+        raise ValueError(f"{name} must be written unix:/path/of/socket, but got {text!r}")
+    return Path(text.removeprefix(_SOCKET)) if text else None
 
 
 def _number(kind: type[float], text: str, name: str, default: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,13 @@ class Subscriber:
     Args:
         path: of the plugin's socket, which is there from the server's first request on.
         timeout_s: after which `frames` and `traces` end where nothing comes.
+        number: of a request by SGLang's name for it; None: they are counted as they come.
 
     Raises:
         OSError: nobody listens there.
     """
 
-    def __init__(self, path: str | Path, timeout_s: float = 10.0) -> None:
+    def __init__(self, path: str | Path, timeout_s: float = 10.0, number: Callable[[str], int] | None = None) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(timeout_s)
         try:
@@ -51,8 +52,9 @@ class Subscriber:
             self._socket.close()
             raise
         self._known: dict[str, _Known] = {}
-        self._count = 0
+        self._count, self._number = 0, number
         self.dropped = self.incomplete = 0
+        self.gone = False  # the server has hung up
 
     def __enter__(self) -> Subscriber:
         """Itself; leaving hangs up."""
@@ -73,6 +75,7 @@ class Subscriber:
             except TimeoutError:
                 return
             if frame is None:
+                self.gone = True
                 return
             self.dropped = int(frame.said["dropped"])
             yield frame
@@ -94,7 +97,7 @@ class Subscriber:
                         out.append(replace(known.held, finished=(known.number,)))
                 continue
             if known is None:
-                known = self._known[rid] = _Known(self._count)
+                known = self._known[rid] = _Known(self._count if self._number is None else self._number(rid))
                 self._count += 1
             if frame.said["kind"] == "prefill":
                 known.pieces.append(frame)

@@ -1,0 +1,91 @@
+"""Plain decoding on a server of its own, without a draft: what every speedup is counted against.
+
+It stands on the same device and takes turns with the one that speculates: that one waits for leave meanwhile, and this
+one sleeps otherwise. It schedules as SGLang does by default.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from statistics import median
+from threading import Thread
+
+from specrl.rounds import PlainSample
+from specrl.serving.errors import ServerError, ServerFailed, ServerSilent
+from specrl.serving.launch import ROUNDS, Server
+from specrl.serving.plugin_link import Rounds
+
+_STEPS = 6  # of a sample, of which the first two find their feet
+_SKIPPED = 2
+
+
+class PlainServer:
+    """Times steps of plain decoding.
+
+    Args:
+        server: without speculation, with the plugin telling of its rounds.
+        timeout_s: for a sample.
+    """
+
+    def __init__(self, server: Server, timeout_s: float = 60.0) -> None:
+        self.server, self._timeout_s = server, timeout_s
+
+    def measure(self, texts: Sequence[Sequence[int]]) -> PlainSample:
+        """The median of some steps that continue these texts together.
+
+        Args:
+            texts: token ids of each live request.
+
+        Raises:
+            ServerError: the server did not decode them together, or not at all.
+        """
+        path = self.server.socket(ROUNDS)
+        if path is None:
+            raise ServerFailed(
+                "the server without speculation must tell of its rounds, but its plugin is off; see its log"
+            )
+        failed: list[ServerError] = []
+        rids = [f"plain-{secrets.token_hex(4)}-{index}" for index in range(len(texts))]
+        rounds = Rounds(path, lambda: self._check(failed), self._timeout_s)
+        asking = Thread(target=self._ask, args=(texts, rids, failed), name="specrl-plain", daemon=True)
+        asking.start()
+        try:
+            taken: list[tuple[float, float]] = []
+            ended: set[str] = set()
+            while ended < set(rids):
+                said = rounds.next()
+                ended |= set(said["finished"]) & set(rids)
+                if said["kind"] == "round" and len(said["requests"]) == len(rids):
+                    seconds = said["draft_s"] + said["verify_s"] + said["other_s"]
+                    taken.append((seconds, sum(said["contexts"]) / len(rids)))
+        finally:
+            rounds.close()
+        asking.join(self._timeout_s)
+        if asking.is_alive():
+            raise ServerSilent(f"{self.server.client.url} must answer within {self._timeout_s:g} s; see its log")
+        kept = taken[_SKIPPED:]
+        if not kept:
+            raise ServerFailed(
+                f"the server without speculation must decode {len(texts)} requests at once, but did not; raise its "
+                "--max-running-requests or --max-total-tokens"
+            )
+        contexts = [len(text) for text in texts]
+        return PlainSample(len(texts), sum(contexts) / len(contexts), median(seconds for seconds, _ in kept))
+
+    def close(self) -> None:
+        """End the server if it is ours; idempotent."""
+        self.server.close()
+
+    def _check(self, failed: Sequence[ServerError]) -> None:
+        self.server.check()
+        if failed:
+            raise failed[0]
+
+    def _ask(self, texts: Sequence[Sequence[int]], rids: Sequence[str], failed: list[ServerError]) -> None:
+        sampling = {"temperature": 0.0, "max_new_tokens": _STEPS + 1, "ignore_eos": True}
+        body = {"rid": list(rids), "input_ids": [list(text) for text in texts], "sampling_params": sampling}
+        try:
+            self.server.client.post("/generate", body, timeout_s=self._timeout_s)
+        except ServerError as error:
+            failed.append(error)

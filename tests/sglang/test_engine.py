@@ -1,0 +1,134 @@
+"""The engine `sglang` on real servers: plans of every round, true rewards, and one clear error when a server dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from itertools import cycle
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from learned import decode, prompts
+from server import ON_A_CPU
+from tiny import Listed
+
+import specrl  # noqa: F401 - registers the environments
+from specrl.clock import WallClock
+from specrl.engines.base import Request
+from specrl.models.draft import Draft
+from specrl.models.target import Target
+from specrl.plan import Plan, parse_plans
+from specrl.serving.engine import SGLangEngine, launch_engine
+from specrl.serving.errors import ServerError
+
+NEW = 40
+PLANS = parse_plans("0,1,3")
+
+
+@pytest.fixture(scope="module")
+def engine(draft: Draft) -> Iterator[SGLangEngine]:
+    alone = ["--disable-overlap-schedule"]
+    engine = launch_engine("embedded", draft, plans=PLANS, flags=ON_A_CPU, plain_flags=alone, trace=True)
+    yield engine
+    engine.close()
+
+
+def requests(count: int, new: int = NEW) -> list[Request]:
+    return [Request(prompt, new, ignore_eos=True) for prompt in prompts(count)]
+
+
+def test_rounds_are_as_planned_and_the_output_is_the_local_engines(
+    engine: SGLangEngine, target: Target, draft: Draft
+) -> None:
+    listed = prompts(6)
+    session = engine.start(Listed(requests(6)), batch_size=2, max_batch_size=3, seed=0, trace=True)
+    found: dict[int, tuple[int, ...]] = {}
+    traced = 0
+    for index, plan in zip(range(200), cycle(PLANS), strict=False):
+        before = list(session.context_lengths)
+        done = session.round(plan)
+        assert done.plan == plan and done.context_lengths.tolist() == before
+        assert done.batch_size == session.batch_size and done.seconds > 0.0
+        ended = {completion.request_id for completion in done.finished}
+        for row, number in enumerate(done.request_ids.tolist()):
+            assert number in ended or done.tokens[row] == done.correct_drafts[row] + 1
+        found |= {completion.request_id: completion.tokens for completion in done.finished}
+        if index in (20, 30):
+            session.resize(3 if index == 20 else 1)
+        if index == 40:
+            session.resize(2)
+        traced += len(session.drain())
+        if len(found) >= 6:
+            break
+    ours = decode(target, draft, listed, Plan(3), NEW)
+    for number, tokens in found.items():
+        assert tokens == ours[number % 6].tokens
+    assert len(found) >= 6 and traced > 0
+    session.close()
+
+
+def test_a_thousand_rounds_with_another_plan_each(engine: SGLangEngine, target: Target) -> None:
+    """Output is that of no speculation; what stood in each round shows that its plan was in force."""
+    new = 400
+    session = engine.start(Listed(requests(4, new)), batch_size=2, seed=0)
+    generator = np.random.default_rng(0)
+    found: dict[int, tuple[int, ...]] = {}
+    stood: dict[Plan, list[int]] = {plan: [] for plan in PLANS}
+    plan = PLANS[0]
+    for _ in range(1000):
+        plan = [other for other in PLANS if other != plan][generator.integers(len(PLANS) - 1)]
+        done = session.round(plan)
+        assert done.plan == plan
+        stood[plan] += done.correct_drafts.tolist()
+        found |= {completion.request_id: completion.tokens for completion in done.finished}
+    session.close()
+    assert {plan.num_steps: max(each) for plan, each in stood.items()} == {0: 0, 1: 1, 3: 3}
+    plain = engine.start(Listed(requests(4, new)), batch_size=2, seed=0, plain=True)
+    unspeculated: dict[int, tuple[int, ...]] = {}
+    while len(unspeculated) < 4:
+        unspeculated |= {done.request_id: done.tokens for done in plain.round(Plan(0)).finished}
+    plain.close()
+    assert len(found) >= 4
+    same = [tokens == unspeculated[number % 4] for number, tokens in found.items()]
+    print(f"{len(same)} requests in 1000 rounds; as without speculation: {sum(same)}")
+    assert all(same)
+
+
+def test_the_environment_rewards_against_the_alternated_plain_server(engine: SGLangEngine) -> None:
+    env = gym.make(
+        "SpecRL/SpecDecode-v0", engine=engine, plans=PLANS, batch_size=2, temperature=0.0, max_rounds=24,
+        prompt_tokens=32, max_new_tokens=24,
+    )  # fmt: skip
+    env.reset(seed=0)
+    seen = []
+    for index in range(24):
+        observation, reward, terminated, truncated, info = env.step(index % len(PLANS))
+        assert env.observation_space.contains(observation) and np.isfinite(reward)
+        assert info["plan"] == str(PLANS[index % len(PLANS)]) and info["t0_s"] > 0.0
+        seen.append(info)
+    assert truncated and not terminated
+    last = seen[-1]
+    assert last["episode_speedup"] > 0.0 and last["episode_speedup_over_plan0"] > 0.0 and last["plan0_s"] > 0.0
+    env.close()
+
+
+def test_a_killed_server_is_one_clear_error(draft: Draft) -> None:
+    engine = launch_engine("embedded", draft, plans="3", flags=ON_A_CPU, baseline="none", timeout_s=30.0)
+    try:
+        session = engine.start(Listed(requests(4, 200)), batch_size=2, seed=0)
+        for _ in range(5):
+            session.round(Plan(3))
+        assert engine.server.process_id is not None
+        os.killpg(engine.server.process_id, signal.SIGKILL)
+        clock = WallClock()
+        began = clock.now()
+        with pytest.raises(ServerError, match="the server must run, but ended|must answer|hung up"):
+            for _ in range(3):
+                session.round(Plan(3))
+        assert clock.now() - began < 30.0
+        session.close()
+        assert clock.now() - began < 60.0
+    finally:
+        engine.close()

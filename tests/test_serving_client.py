@@ -1,0 +1,186 @@
+"""What a server may answer instead of an answer, and that every call ends."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Thread
+
+import pytest
+
+from specrl.clock import WallClock
+from specrl.engines.base import Request
+from specrl.serving.client import Client
+from specrl.serving.errors import (
+    ServerBusy,
+    ServerError,
+    ServerFailed,
+    ServerGone,
+    ServerOutOfMemory,
+    ServerRefuses,
+    ServerSilent,
+)
+from specrl.serving.requests import Flight, Flights
+
+Answers = Callable[[BaseHTTPRequestHandler, int], None]
+Serve = Callable[[Answers], str]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Serves what a function makes of each request and its number; gives the URL."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(answers: Answers) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            count = 0
+
+            def do_POST(self) -> None:
+                Handler.count += 1
+                with suppress(OSError):  # whoever asked has gone
+                    answers(self, Handler.count)
+
+            do_GET = do_POST
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        servers.append(server)
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def say(handler: BaseHTTPRequestHandler, status: int, said: object) -> None:
+    body = json.dumps(said).encode()
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def test_an_answer_is_json_and_the_key_is_sent(serve: Serve) -> None:
+    url = serve(lambda handler, _: say(handler, 200, {"key": handler.headers["Authorization"]}))
+    assert Client(url, api_key="secret").post("/x", {}) == {"key": "Bearer secret"}
+    assert Client(url + "/").get("/x") == {"key": None}
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "kind", "words"),
+    [
+        (401, "Unauthorized", ServerRefuses, "pass api_key="),
+        (400, "input too long", ServerFailed, "input too long"),
+        (500, "boom", ServerFailed, "boom.*see its log"),
+        (500, "CUDA out of memory", ServerOutOfMemory, "--mem-fraction-static"),
+        (503, "Not enough memory", ServerOutOfMemory, "lower --max-running-requests"),
+    ],
+)
+def test_refusals_say_what_to_do(serve: Serve, status: int, said: str, kind: type[ServerError], words: str) -> None:
+    url = serve(lambda handler, _: say(handler, status, said))
+    with pytest.raises(kind, match=words):
+        Client(url).post("/generate", {})
+
+
+def test_a_busy_server_is_asked_again_within_the_deadline(serve: Serve) -> None:
+    url = serve(lambda handler, count: say(handler, 429 if count < 3 else 200, "queue is full"))
+    assert Client(url).post("/generate", {}) == "queue is full"
+    full = serve(lambda handler, _: say(handler, 429, "queue is full"))
+    clock = WallClock()
+    began = clock.now()
+    with pytest.raises(ServerBusy, match="send fewer at once"):
+        Client(full, timeout_s=0.4).post("/generate", {})
+    assert clock.now() - began < 2.0
+
+
+def test_nobody_and_nonsense(serve: Serve) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ServerGone, match="is it running"):
+        Client(f"http://127.0.0.1:{port}").get("/model_info")
+
+    def html(handler: BaseHTTPRequestHandler, _: int) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(b"<html>")
+
+    with pytest.raises(ServerFailed, match="in JSON"):
+        Client(serve(html)).get("/")
+    for url in ("localhost:30000", "ftp://x"):
+        with pytest.raises(ValueError, match="named http://host:port"):
+            Client(url)
+    with pytest.raises(ValueError, match="timeout_s must be above 0"):
+        Client("http://x", timeout_s=0.0)
+
+
+@pytest.mark.parametrize("drips", [False, True])
+def test_a_hang_ends_at_the_deadline(serve: Serve, drips: bool) -> None:
+    """Also where bytes come, one now and then."""
+
+    def hang(handler: BaseHTTPRequestHandler, _: int) -> None:
+        if drips:
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+        for _ in range(30):
+            if drips:
+                handler.wfile.write(b" ")
+                handler.wfile.flush()
+            Event().wait(0.1)
+
+    clock = WallClock()
+    began = clock.now()
+    with pytest.raises(ServerSilent, match="in time"):
+        Client(serve(hang), timeout_s=0.3).post("/generate", {})
+    assert clock.now() - began < 2.0
+
+
+def test_a_server_that_dies_in_the_middle(serve: Serve) -> None:
+    def die(handler: BaseHTTPRequestHandler, _: int) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.wfile.write(b'{"output_ids": [1, 2')
+        handler.wfile.flush()
+        handler.connection.shutdown(socket.SHUT_RDWR)
+
+    with pytest.raises(ServerGone, match="hung up|is it running"):
+        Client(serve(die)).post("/generate", {})
+
+
+def test_requests_fly_at_once_and_one_failure_is_everybodys(serve: Serve) -> None:
+    def answer(handler: BaseHTTPRequestHandler, _: int) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        status = 500 if body["input_ids"] == [9] else 200
+        say(handler, status, {"output_ids": body["input_ids"], "asked": body["sampling_params"]})
+
+    flights = Flights(Client(serve(answer)))
+    for number in range(3):
+        flights.send(Flight(number, Request((number, 1), 5, 0.5, learn=False), f"r{number}"))
+    for number in range(3):
+        found = flights.take(f"r{number}", 5.0)
+        assert found["output_ids"] == [number, 1]
+        assert found["asked"]["max_new_tokens"] == 5 and found["asked"]["custom_params"] == {"specrl_traces": False}
+    flights.check()
+    with pytest.raises(ServerSilent, match="must answer request nobody"):
+        flights.take("nobody", 0.05)
+    flights.send(Flight(4, Request((9,), 5), "bad"))
+    with pytest.raises(ServerFailed, match="500"):
+        flights.take("r2", 5.0)
+
+
+def test_a_parked_request_goes_on_from_its_tokens() -> None:
+    flight = Flight(0, Request((1, 2), 10), "r", said=[3, 4, 5], earlier=3)
+    assert flight.body()["input_ids"] == [1, 2, 3, 4, 5]
+    assert flight.body()["sampling_params"]["max_new_tokens"] == 7
+    assert flight.context == 6  # its prefill adds one
+    assert Flight(0, Request((1, 2), 10), "r").context == 3
