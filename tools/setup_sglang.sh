@@ -29,7 +29,8 @@ pip install -qq --no-deps "$sglang" transformers==5.19.0 compressed-tensors==0.1
 pip install -qq tokenizers==0.23.2 aiohttp apache-tvm-ffi==0.1.11 einops fastapi huggingface_hub interegular IPython \
     jsonschema loguru msgspec numpy openai==2.8.0 openai-harmony==0.0.4 orjson packaging partial_json_parser pillow \
     prometheus-client psutil pybase64 pydantic python-multipart pyzmq regex requests safetensors setproctitle \
-    soundfile tqdm uvicorn uvloop xxhash zstandard pytest gymnasium 2> >(grep -v -e 'which is not installed' \
+    soundfile tqdm uvicorn uvloop xxhash zstandard pytest gymnasium rich \
+    'jsonargparse[signatures]>=4.40,<5' 2> >(grep -v -e 'which is not installed' \
     -e 'which is incompatible' -e 'dependency resolver' >&2)
 say "installing specrl, without requirements"
 pip install -qq --no-deps --no-build-isolation --editable . 2>/dev/null || pip install -qq --no-deps --editable .

@@ -16,6 +16,7 @@ from specrl.apps.output import OutputDir, show
 from specrl.apps.report import Reporter, sinks
 from specrl.apps.run import Run
 from specrl.apps.shards import Traces
+from specrl.apps.train_sglang import Follower, Source, follow
 from specrl.apps.vocabulary import served_vocabulary
 from specrl.engines.base import Workload
 from specrl.models.draft import Draft, load_draft, new_draft
@@ -28,6 +29,9 @@ VOCABULARY_REQUESTS = 96  # served plainly for `draft_vocab_size`
 
 def train(
     *,
+    engine: Literal["local", "sglang"] = "local",
+    server: str | None = None,
+    server_traces: Path | None = None,
     target: str = "embedded",
     draft: Path | None = None,
     draft_vocab_size: int | None = None,
@@ -60,6 +64,11 @@ def train(
     Requests in flight at a checkpoint are given up, so that a resumed run does what an uninterrupted one does.
 
     Args:
+        engine: 'local', or 'sglang': learn from the traffic of a running server and swap what was learnt in, without
+            a request being touched. Of the other options target, draft (that it was started with), learner, requests,
+            sync_every, checkpoint_every, resume and seed matter then. Its API key comes from SPECRL_API_KEY.
+        server: URL of that server.
+        server_traces: socket of its plugin, where it was started with SPECRL_TRACES=unix:PATH.
         target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: EAGLE3 draft directory to start from; by default random initialisation.
         draft_vocab_size: tokens that a new draft can say, the most frequent ones of 96 requests served plainly first;
@@ -105,8 +114,16 @@ def train(
         raise ValueError(f"requests and checkpoint_every must be at least 1, but got {requests} and {checkpoint_every}")
     if draft is not None and draft_vocab_size is not None:
         raise ValueError("a draft that is there has its vocabulary, so name --draft or --draft_vocab_size, not both")
+    followed = _followed(engine, server, server_traces, draft)
     directory = OutputDir(output_dir or Path("runs/train"))
     model = load_target(target)
+    if followed is not None and draft is not None:
+        checkpoint = directory.path / "checkpoint" if resume else None
+        taught = Follower(
+            model, load_draft(draft), learner, followed, sync_every=sync_every, seed=seed, resume=checkpoint
+        )
+        follow(taught, directory, requests=requests, checkpoint_every=checkpoint_every)
+        return
     if traces is not None:
         if resume or draft_vocab_size is not None:
             raise ValueError("--traces goes with neither --resume nor --draft_vocab_size; name a --draft to go on from")
@@ -157,6 +174,23 @@ def train(
     serve(run, report, directory, requests=requests, checkpoint_every=checkpoint_every, replay=checkpoint_replay)
     run.write_results(directory)
     show(f"written: {directory.path}")
+
+
+def _followed(engine: str, server: str | None, traces: Path | None, draft: Path | None) -> Source | None:
+    """The server to learn from; None: we serve."""
+    named = {"--server": server, "--server_traces": traces}
+    if engine == "local":
+        strange = [name for name, value in named.items() if value is not None]
+        if strange:
+            raise ValueError(f"{strange[0]} is for --engine sglang, but the engine is 'local'; name that engine")
+        return None
+    missing = [name for name, value in {**named, "--draft": draft}.items() if value is None]
+    if server is None or traces is None or missing:
+        raise ValueError(
+            f"--engine sglang learns from a server that runs, so it needs {', '.join(missing)}; start one with "
+            "launch.sh of a 'specrl export' and SPECRL_TRACES=unix:PATH"
+        )
+    return Source.of(server, traces)
 
 
 def serve(

@@ -50,7 +50,7 @@ def _register_traces(settings: Settings) -> None:
 
     check_seams((*CONTEXT, VERIFY, PREFILL))
     _note()
-    hooks = Hooks(settings, _rank)
+    hooks = Hooks(settings, _rank, _weight_version)
     HookRegistry.register(VERIFY.target, hooks.around_verify, HookType.AROUND)
     HookRegistry.register(PREFILL.target, hooks.around_prefill, HookType.AROUND)
 
@@ -89,3 +89,9 @@ def _rank() -> int:
     from sglang.srt.runtime_context import get_parallel
 
     return int(get_parallel().tp_rank)
+
+
+def _weight_version() -> str:
+    from sglang.srt.runtime_context import get_serving
+
+    return str(get_serving().weight_version)

@@ -108,7 +108,7 @@ class Subscriber:
     def _round(self, known: _Known, said: Mapping[str, Any], row: dict[str, Tensor], index: int) -> list[Trace]:
         out: list[Trace] = []
         temperature = float(said["temperatures"][index])
-        trace = _trace(known.number, Plan.parse(said["plan"]), row, temperature)
+        trace = _trace(known.number, Plan.parse(said["plan"]), row, temperature, _version(said))
         position = int(row["positions"])
         if not known.began:
             known.began = True
@@ -132,7 +132,13 @@ class Subscriber:
         self.incomplete += 1
 
 
-def _trace(number: int, plan: Plan, row: Mapping[str, Tensor], temperature: float) -> Trace:
+def _version(said: Mapping[str, Any]) -> int:
+    """Of the draft of a round; 0 before any was swapped in."""
+    name = str(said.get("weight_version", ""))
+    return int(name) if name.isdecimal() else 0
+
+
+def _trace(number: int, plan: Plan, row: Mapping[str, Tensor], temperature: float, version: int = 0) -> Trace:
     """A request's round; row by row as in the frame, with parents for the tree's links."""
     n = len(row["tokens"])
     parents = torch.arange(n) - 1
@@ -151,7 +157,7 @@ def _trace(number: int, plan: Plan, row: Mapping[str, Tensor], temperature: floa
         logits=row["logits"][None].float(),
         parents=parents[None],
         path=row["path"][None],
-        draft_version=0,
+        draft_version=version,
         plan=plan,
         temperatures=(temperature,),
     )
@@ -179,7 +185,7 @@ def _prompt(known: _Known, following: int, end: int, like: Trace) -> Trace | Non
         logits=logits[None],
         parents=(rows - 1)[None],
         path=rows[None],
-        draft_version=0,
+        draft_version=like.draft_version,
         plan=None,
         temperatures=like.temperatures,
     )

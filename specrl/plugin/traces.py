@@ -54,11 +54,12 @@ class Tracer:
         settings: with a socket for traces.
         safe: of this part.
         clock: that times rounds, on the host alone.
+        version: gives SGLang's name for the weights that serve, which hot swaps of a draft set; '': not known.
     """
 
-    def __init__(self, settings: Settings, safe: Failsafe, clock: Clock) -> None:
+    def __init__(self, settings: Settings, safe: Failsafe, clock: Clock, version: Callable[[], str] = str) -> None:
         assert settings.traces is not None
-        self._rate, self._clock = settings.rate, clock
+        self._rate, self._clock, self._version = settings.rate, clock, version
         self._live: dict[str, Any] = {}  # request id -> SGLang's request
         self._last = 0.0
         self.ring = Ring(settings.traces, settings.ring, self._ended, safe)
@@ -113,6 +114,7 @@ class Tracer:
             "plan": f"{verified.spec_steps}/{verified.topk}/{n}" if verified.spec_steps else "0",
             "temperatures": [0.0 if g else t for g, t in zip(greedy, temperatures, strict=True)],
             "batch_size": count,
+            "weight_version": self._version(),
             "seconds": now - before if before else None,  # since the verification before, on the host
         }
         self._put(said, tensors)
@@ -142,11 +144,12 @@ class Hooks:
     Args:
         settings: with a socket for traces.
         rank: gives the rank of tensor parallelism; only rank 0 hands traces out.
+        version: gives SGLang's name for the weights that serve; '': not known.
     """
 
-    def __init__(self, settings: Settings, rank: Callable[[], int]) -> None:
+    def __init__(self, settings: Settings, rank: Callable[[], int], version: Callable[[], str] = str) -> None:
         self.safe = Failsafe("tracing", "SGLang serves without it")
-        self._settings, self._rank = settings, rank
+        self._settings, self._rank, self._version = settings, rank, version
         self._tracer: Tracer | None = None
         self._asked = False
 
@@ -156,7 +159,7 @@ class Hooks:
         if not self._asked:
             self._asked = True
             if self._rank() == 0:
-                self._tracer = Tracer(self._settings, self.safe, WallClock())
+                self._tracer = Tracer(self._settings, self.safe, WallClock(), self._version)
         return self._tracer
 
     def around_verify(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

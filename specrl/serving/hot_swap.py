@@ -35,6 +35,7 @@ from specrl.models.checkpoint import check_tensors, expected_draft_tensors
 from specrl.models.config import DraftConfig, read_draft_config
 from specrl.models.draft import Draft
 from specrl.serving import guard
+from specrl.serving.errors import ServerError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAPS = ("d2t", "t2d")
@@ -43,8 +44,8 @@ _GO_ON = {"torch_empty_cache": False}  # nothing of a pause in place is there to
 _ROWS = 64  # SGLang pads a head to a multiple of so many
 
 
-class SwapError(RuntimeError):
-    """A server did not take new weights; it was told to go on with what it has."""
+class SwapError(ServerError):
+    """A server did not answer, or did not take new weights; then it was told to go on with what it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,16 @@ def _swap(line: _Line, body: bytes) -> tuple[float, float]:
 def recover(url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> None:
     """Have a server go on that somebody paused and left, a weight update open perhaps."""
     guard.release(url, _headers(api_key), timeout_s)
+
+
+def describe(url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> dict[str, Any]:
+    """What the server says of itself (/server_info).
+
+    Raises:
+        SwapError: it does not.
+    """
+    with closing(_Line(url, api_key, timeout_s)) as line:
+        return line.ask("GET", "/server_info")
 
 
 def check_weights(weights: Mapping[str, Tensor], like: Draft | Path | str | None, *, version: int) -> None:
@@ -259,6 +270,8 @@ class _Line:
             connection = self._open()
             connection.request(method, self._root + path, body, self.headers)
             return self._answer(connection, path)
+        except SwapError:
+            raise
         except (OSError, http.client.HTTPException) as error:
             self.close()
             raise self._failure(path, error) from error
@@ -280,10 +293,14 @@ class _Line:
                     connection.sock.settimeout(self._left(path))
                     connection.send(body[-1:])
                     self._answer(connection, path)
+                except SwapError:
+                    raise
                 except (OSError, http.client.HTTPException) as error:
                     raise self._failure(path, error) from error
 
             yield finish
+        except SwapError:
+            raise
         except (OSError, http.client.HTTPException) as error:
             raise self._failure(path, error) from error
         finally:
