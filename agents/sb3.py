@@ -114,7 +114,7 @@ class Agent:
             if described[what] != own:
                 raise ValueError(f"a policy must have the agent's {what}, {own}, but got {described[what]}")
         seen, sees = found.pop(SEEN, None), _seen(self.hyperparameters, self.model.observation_space.shape)
-        if (seen is None) != (sees is None) or (seen is not None and not np.array_equal(seen.numpy(), sees)):
+        if ([] if seen is None else seen.tolist()) != ([] if sees is None else sees.tolist()):
             raise ValueError(
                 f"saved policy and agent must agree on 'observe', but {str(directory)!r} differs; change it"
             )

@@ -13,6 +13,7 @@ from specrl.agents.conformance import CHECKS
 from specrl.agents.fixed import FixedPlan
 from specrl.apps.compare import agree, compare, improvement, regret, score, share, speedup_interval
 from specrl.apps.evaluate import append, evaluate, parse_shifts
+from specrl.apps.headroom import blocks, closed, headroom, lines
 from specrl.apps.live import PLAIN, block_speedups, measured_values, play_live
 from specrl.apps.plays import Play, Replayed, World
 from specrl.apps.sources import Live, Simulated
@@ -178,6 +179,8 @@ def test_live_lanes_take_turns_on_the_same_load() -> None:
     assert all(len(x[0].speedups) == 3 and (x[0].speedups > 0).all() for x in scores.values())
     assert set(source.bounds) == {"best table", "best plan"}
     assert source.bounds["best plan"] <= source.bounds["best table"] * (1 + 1e-9)
+    assert source.blocks is not None and len(source.blocks.table) == 3
+    assert source.blocks.own["adaptive"] == pytest.approx(np.log(scores["adaptive"][0].speedups))
     record = source.record("adaptive", range(1), scores["adaptive"])
     assert record.choices.shape == (1, 30)
     chosen = [record.plans[i] for i in record.choices[0].tolist()]
@@ -185,6 +188,53 @@ def test_live_lanes_take_turns_on_the_same_load() -> None:
     assert len(source.replay(record, lambda _: None)) == 3
     with pytest.raises(ValueError, match="at least 2 cycles"):
         live_source(1)
+
+
+def stretch(plan: int, seconds: tuple[float, float], cycles: int, tokens: int = 2) -> Play:
+    """Cycles of a round at batch size 1 and one at 2, a warm-up before each."""
+    out = Play()
+    for _ in range(cycles):
+        for batch, spent in zip((1, 2), seconds, strict=True):
+            for counted in (False, True):
+                out.batches.append(batch)
+                out.choices.append(plan)
+                out.tokens.append(tokens * batch)
+                out.seconds.append(spent)
+                out.counted.append(counted)
+    return out
+
+
+def test_headroom_is_the_best_table_over_the_best_single_plan_and_choosers_close_it() -> None:
+    plans, cycles = parse_plans("0,2"), 6
+    plays = {
+        PLAIN: stretch(-1, (1.0, 1.0), cycles, tokens=1),
+        "0": stretch(0, (1.0, 1.0), cycles, tokens=1),
+        "2/1/3": stretch(1, (1.0, 3.0), cycles),  # 2 at batch size 1, 2/3 at batch size 2
+        "ideal": stretch(0, (1.0, 1.0), cycles, tokens=1),
+        "late": stretch(0, (1.0, 1.0), cycles, tokens=1),
+    }
+    for name, at in (("ideal", range(cycles)), ("late", range(3, cycles))):
+        for c in at:
+            plays[name].tokens[4 * c + 1] = 2  # plan 2/1/3 at batch size 1
+    found = blocks(plays, ("ideal", "late", "0"), plans, (1, 2), 4)
+    assert np.exp(found.table) == pytest.approx(1.5) and np.exp(found.single) == pytest.approx(1.0)  # 4/4 < 2/2 + 0
+    assert headroom(found).value == pytest.approx(1.5)
+    share = closed(found, "ideal").share
+    assert share is not None and share.value == pytest.approx(1.0)
+    late = closed(found, "late").share
+    assert late is not None and late.value == pytest.approx(0.5) and late.low < 0.5 < late.high
+    assert closed(found, "0").over_single.value == pytest.approx(1.0)
+    assert any("last half: 1.500" in line for line in lines(found))
+    only = blocks({**plays, "2/1/3": stretch(1, (2.0, 2.0), cycles)}, ("0",), plans, (1, 2), 4)
+    assert closed(only, "0").share is None  # plans are equal: nothing to close
+
+
+def test_plans_that_were_lucky_once_are_no_headroom() -> None:
+    rng, plans = np.random.default_rng(0), parse_plans("0,1,2,3,4,5")
+    plays = {name: stretch(0, (1.0, 1.0), 20, tokens=1) for name in (PLAIN, *map(str, plans))}
+    for play in plays.values():
+        play.seconds = np.exp(0.2 * rng.standard_normal(len(play.seconds))).tolist()
+    assert headroom(blocks(plays, (), plans, (1, 2), 4)).low < 1.0
 
 
 def test_lanes_go_there_and_back(monkeypatch: pytest.MonkeyPatch) -> None:

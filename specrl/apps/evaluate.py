@@ -6,10 +6,12 @@ import csv
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from specrl.apps.compare import Comparison, Score, compare, curves
+from specrl.apps.headroom import as_json, lines
 from specrl.apps.output import OutputDir, environment, progress, show, table
 from specrl.apps.records import Record, write_record
 from specrl.apps.sources import Live, Simulated, live_source
@@ -38,6 +40,7 @@ def evaluate(
     workload: str = "stdlib",
     prompt_tokens: int = 64,
     max_new_tokens: int = 128,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     leaderboard: Path = Path("runs/leaderboard.csv"),
     output_dir: Path | None = None,
 ) -> list[dict[str, object]]:
@@ -46,6 +49,9 @@ def evaluate(
     In simulation all choosers of a seed meet the same luck. Live, plain decoding, the choosers and every single plan
     take turns in one process, there and back. The share is what the best plan per batch size would need for the same
     expected tokens, over what the choices need: 1 is the best table. 'specrl validate' checks the records.
+
+    Live, the oracle headroom is printed too: the best plan per batch size over the best single plan, each chosen on all
+    cycles of the traffic but the one it is measured on, and how much of it each chooser closes.
 
     Args:
         profiles: names or .json files; 'live' is the engine on this machine; by default all that are shipped.
@@ -63,6 +69,7 @@ def evaluate(
         workload: live: 'stdlib', a .txt, .jsonl or directory of prompts, or a stream of them (see `specrl train`).
         prompt_tokens: live: tokens of a prompt.
         max_new_tokens: live: tokens generated per request.
+        dtype: live: of the target; greedy tokens, which 'specrl validate' compares, are only sure to repeat in float32.
         leaderboard: a .csv to which each run's results are appended.
         output_dir: where tables, curves and records go; by default runs/evaluate-<time>.
 
@@ -91,6 +98,7 @@ def evaluate(
                 live_source(
                     parse_plans(plans), phases, rounds // cycle, target=target, draft=draft, temperature=temperature,
                     workload=workload, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens,
+                    dtype=dtype,
                 )
             )  # fmt: skip
     if len({source.name for source in sources}) < len(sources):
@@ -112,6 +120,8 @@ def evaluate(
     for source in sources:
         reach = ", ".join(f"{bound} {speedup:.3f}" for bound, speedup in source.bounds.items())
         show(f"{source.name}: speedup of the bounds: {reach}")
+        if isinstance(source, Live) and source.blocks is not None:
+            show(*lines(source.blocks))
     if output_dir is not None:
         directory = OutputDir(output_dir)
         records = [
@@ -120,6 +130,9 @@ def evaluate(
             for name, played in scores[source.name].items()
         ]
         _write(directory, out, scores, records, rounds, {s.name: s.bounds for s in sources}, leaderboard)
+        for source in sources:
+            if isinstance(source, Live) and source.blocks is not None:
+                directory.write_json("headroom.json", as_json(source.blocks))
     return out
 
 

@@ -101,7 +101,7 @@ def block_speedups(plain: Play, play: Play, rounds: int) -> NDArray[np.float64]:
     """[blocks] speedup Σ N·t0(B)/B ÷ Σ Δt of each block of `rounds` rounds, t0 from plain decoding's same block."""
     out = []
     for begin in range(0, len(play.seconds), rounds):
-        t0 = _plain_seconds(plain, begin, rounds)
+        t0 = plain_seconds(plain, begin, rounds)
         earned = spent = 0.0
         for r in range(begin, begin + rounds):
             if play.counted[r]:
@@ -111,7 +111,7 @@ def block_speedups(plain: Play, play: Play, rounds: int) -> NDArray[np.float64]:
     return np.array(out)
 
 
-def _plain_seconds(plain: Play, begin: int, rounds: int) -> dict[int, float]:
+def plain_seconds(plain: Play, begin: int, rounds: int) -> dict[int, float]:
     """Mean seconds of a plain round by batch size in a block; a round's tokens are at most one per request."""
     spent: dict[int, list[float]] = {}
     for r in range(begin, begin + rounds):
@@ -127,7 +127,7 @@ def measured_values(plays: Mapping[str, Play], plans: Sequence[Plan], sizes: Seq
     """
     out = np.empty((2, len(sizes), len(plans)))
     everything = len(plays[PLAIN].seconds)
-    t0 = _plain_seconds(plays[PLAIN], 0, everything)
+    t0 = plain_seconds(plays[PLAIN], 0, everything)
     for j, plan in enumerate(plans):
         play = plays[str(plan)]
         for i, batch in enumerate(sizes):

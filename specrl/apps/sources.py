@@ -13,6 +13,7 @@ from specrl.agents.base import PlanChooser
 from specrl.agents.choosers import Known, make_chooser
 from specrl.agents.fixed import FixedPlan
 from specrl.apps.compare import Score, score, speedup_interval
+from specrl.apps.headroom import Blocks, blocks, together
 from specrl.apps.live import PLAIN, block_speedups, greedy_tokens, measured_values, play_live
 from specrl.apps.plays import Play, Replayed, World
 from specrl.apps.records import Record, digest
@@ -99,6 +100,7 @@ class Live:
         if wrong := [str(plan) for plan in plans if not engine.supports(plan)]:
             raise ValueError(f"plans must be ones that the engine runs, but it cannot run {', '.join(wrong)}")
         self.name, self.plans, self.bounds = "live", plans, dict[str, float]()
+        self.blocks: Blocks | None = None  # of all seeds, after `run`
         self._engine, self._workload, self._phases, self._cycles = engine, workload, tuple(phases), cycles
         self._config = dict(config)
         self.cycle_rounds = sum(phase.rounds + 1 for phase in phases)
@@ -110,9 +112,11 @@ class Live:
         known = self._known(fixed)
         scores: dict[str, list[Score]] = {name: [] for name in names}
         bounds: dict[str, list[float]] = {"best table": [], "best plan": []}
+        found: list[Blocks] = []
         for seed in seeds:
             lanes: dict[str, PlanChooser] = {**fixed, **{n: make_chooser(n, known, seed) for n in names}}
             plays = self._play(lanes, self._cycles, seed, lambda _: done(len(names) / self._cycles))
+            found.append(blocks(plays, names, self.plans, self._sizes, self.cycle_rounds))
             at = np.searchsorted(self._sizes, np.array(plays[PLAIN].batches))
             earned, spent = measured_values(plays, self.plans, self._sizes)[:, at]  # [R, plans] each
             rows, best = np.arange(len(at)), (earned / spent).argmax(1)
@@ -123,7 +127,8 @@ class Live:
                 speedups = block_speedups(plays[PLAIN], play, self.cycle_rounds)
                 choices, tokens = np.array(play.choices), np.array(play.tokens)
                 scores[name].append(score(speedups, earned, spent, choices, tokens))
-        self.bounds = {name: float(np.exp(np.mean(np.log(found)))) for name, found in bounds.items()}
+        self.bounds = {name: float(np.exp(np.mean(np.log(reached)))) for name, reached in bounds.items()}
+        self.blocks = together(found)
         return scores
 
     def _play(self, lanes: Mapping[str, PlanChooser], cycles: int, seed: int, done: Done) -> dict[str, Play]:
@@ -174,6 +179,7 @@ def live_source(
     workload: str,
     prompt_tokens: int,
     max_new_tokens: int,
+    dtype: str = "float32",
 ) -> Live:
     """The local engine on a target, a draft (None: a random one) and prompts, as `specrl bench` makes them."""
     from specrl.engines.local import LocalEngine
@@ -188,8 +194,9 @@ def live_source(
         "workload": workload,
         "prompt_tokens": prompt_tokens,
         "max_new_tokens": max_new_tokens,
+        "dtype": dtype,
     }
-    model = load_target(target)
+    model = load_target(target, dtype=dtype)
     drafted = new_draft(model, intermediate_size=256) if draft is None else load_draft(Path(draft))
     source = open_stream(
         workload,
