@@ -37,6 +37,8 @@ COMMANDS = {
     "evaluate": Command("specrl.apps.evaluate:evaluate", "choosers of plans against each other, simulated or live"),
     "validate": Command("specrl.apps.validate:validate", "does a record of an evaluation hold?"),
     "profile": Command("specrl.apps.profile:profile", "record this machine's rounds, for simulation"),
+    "report": Command("specrl.apps.html.report:report", "runs side by side on one HTML page, for any browser"),
+    "watch": Command("specrl.apps.watch:watch", "a run in the terminal, while it goes on"),
     "rl": Command("specrl.apps.rl:rl", "a policy that chooses plans, by PPO and others, simulated or live"),
 }
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from specrl.apps.loop import STRETCH, Tally
-from specrl.apps.sums import RoundSums, Windows, read_windows
+from specrl.apps.sums import WINDOW, RoundSums, Windows, read_windows
 from specrl.cli import main
 from specrl.plan import Plan
 from specrl.rounds import Round
 
 
-def a_round(correct: list[int], plan: str = "3", **seconds: float) -> Round:
+def a_round(correct: list[int], plan: str = "3", verify_s: float = 0.002) -> Round:
     drafts = np.array(correct, dtype=np.int64)
-    times = {"draft_s": 0.001, "verify_s": 0.002, "other_s": 0.0005, **seconds}
-    return Round(Plan.parse(plan), np.arange(len(drafts)), drafts + 1, drafts, np.full(len(drafts), 9), **times)
+    ids, lengths = np.arange(len(drafts)), np.full(len(drafts), 9)
+    return Round(Plan.parse(plan), ids, drafts + 1, drafts, lengths, draft_s=0.001, verify_s=verify_s, other_s=0.0005)
 
 
 def test_sums_count_what_stood_to_each_position() -> None:
@@ -43,12 +43,15 @@ def test_windows_start_anew_after_their_rows_and_hand_rounds_on() -> None:
         (1, "0", 7), (1, "3/1/4", 7), (2, "3/1/4", 7),
     ]  # fmt: skip
     assert seen == [0.5, 0.25, 0.25] and windows.rows(8) == []
+    for _ in range(WINDOW + 1):
+        windows.take(a_round([2]), 0.25)
+    assert [row["rounds"] for row in windows.rows(9)] == [WINDOW, 1]
 
 
 def test_a_tally_gives_intervals_that_hold_its_values() -> None:
     tally, rng = Tally(), np.random.default_rng(0)
-    for n in range(6 * STRETCH):
-        assert (tally.intervals() is None) == (n < 2 * STRETCH)
+    for n in range(12 * STRETCH):
+        assert (tally.intervals() is None) == (n < 8 * STRETCH)
         tally.add(a_round(rng.integers(0, 4, 2).tolist(), verify_s=0.002 + 0.001 * rng.random()), 0.003, 0.0)
     found = tally.intervals()
     assert found is not None

@@ -7,7 +7,7 @@ from typing import Literal
 
 from specrl.apps import bench_tables as tables
 from specrl.apps.local_lanes import NULL, fastest_plain, measure_plans, width
-from specrl.apps.output import OutputDir, progress, show, table
+from specrl.apps.output import OutputDir, hint, progress, show, table
 from specrl.apps.paired import PLAIN, Measured, Setting, measure
 from specrl.clock import WallClock
 from specrl.engines.simulated import Requests, SimulatedEngine
@@ -110,6 +110,7 @@ def bench(
         directory = OutputDir(output_dir)
         tables.write(directory, cells, title=what, measured=measured, new_tokens=max_new_tokens)
         show(f"written: {directory.path}/bench.json, .csv, .md, blocks.csv, bench_speculative.jsonl")
+        show(hint(directory.path))
     return tables.cell_rows(cells)
 
 

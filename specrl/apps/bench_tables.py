@@ -41,10 +41,10 @@ def cell_rows(cells: Cells) -> list[dict[str, object]]:
 def block_rows(cells: Cells) -> list[dict[str, object]]:
     """A row for every block; the n-th of a lane is paired with the n-th of plain decoding at its batch size."""
     return [
-        {"temperature": t, "batch_size": m.batch_size, "lane": m.name, "block": n, "tokens": tokens, "seconds": seconds}
+        {"temperature": t, "batch_size": m.batch_size, "lane": m.name, "block": n, "seconds": seconds, **sums.row()}
         for t, results in cells.items()
         for m in results
-        for n, (tokens, seconds) in enumerate(m.blocks)
+        for n, ((_, seconds), sums) in enumerate(zip(m.blocks, m.sums, strict=True))
     ]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from specrl.apps.compare import Comparison, Score, compare, curves
 from specrl.apps.headroom import as_json, lines
-from specrl.apps.output import OutputDir, environment, progress, show, table
+from specrl.apps.output import OutputDir, environment, hint, progress, show, table
 from specrl.apps.records import Record, write_record
 from specrl.apps.sources import Live, Simulated, live_source
 from specrl.engines.profile import Shift, load_profile, shipped_profiles
@@ -226,6 +226,7 @@ def _write(
         )
     append(leaderboard, board)
     show(f"written: {directory.path}; appended to {leaderboard}")
+    show(hint(directory.path))
 
 
 def append(path: Path, lines: Sequence[Mapping[str, object]]) -> None:

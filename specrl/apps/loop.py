@@ -70,11 +70,11 @@ class Tally:
         return float(np.array(self.saved)[:, 2].mean()) if self.saved else float("nan")
 
     def intervals(self) -> tuple[Interval, Interval] | None:
-        """Speedup and accept length with 95 % intervals, over stretches of 16 rounds; None: fewer than two of them.
+        """Speedup and accept length with 95 % intervals, over stretches of 16 rounds; None: fewer than 8 of them.
 
         They say how much rounds vary; an error of the plain baseline, which all of them share, is not in them.
         """
-        if len(self.saved) < 2 * STRETCH:
+        if len(self.saved) < 8 * STRETCH:
             return None
         plain, spent, tokens = np.array(self.saved).T
         stretch = np.arange(len(plain)) // STRETCH

@@ -58,7 +58,7 @@ def read_options(
     try:
         config = parser.parse_args(_bracketed(_named(words, function), function))
     except ArgumentError as error:
-        raise ValueError(_explain(str(error), parser)) from error
+        raise ValueError(explain(str(error), parser)) from error
     config.pop("config", None)
     if "output_dir" in config and config["output_dir"] is None:
         config["output_dir"] = output_dir
@@ -71,7 +71,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _explain(message: str, parser: ArgumentParser) -> str:
+def explain(message: str, parser: ArgumentParser) -> str:
     """A parser's complaint as rule, value and remedy."""
     remedy = f"see '{parser.prog} --help'"
     options = [option for action in parser._actions for option in action.option_strings if not option.endswith("+")]
@@ -99,9 +99,20 @@ def _explain(message: str, parser: ArgumentParser) -> str:
 
 
 def _named(words: Sequence[str], function: Callable[..., object]) -> Sequence[str]:
-    """Let what must be given stand first without its option's name ('validate RECORD')."""
-    needed = [name for name, given in inspect.signature(function).parameters.items() if given.default is given.empty]
-    return [f"--{needed[0]}", *words] if needed and words and not words[0].startswith("-") else words
+    """Let what must be given stand first without its option's name ('validate RECORD'), or a first None."""
+    given = inspect.signature(function).parameters
+    first = [name for name, parameter in list(given.items())[:1] if parameter.default is None]
+    out = list(words)
+    kinds = typing.get_type_hints(function)
+    needed = [name for name, parameter in given.items() if parameter.default is parameter.empty]
+    if needed and typing.get_origin(kinds[needed[0]]) in (list, tuple):  # 'report RUN RUN'
+        count = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
+        out[:count] = [json.dumps(words[:count])] if count else []
+    for at, name in enumerate(needed or first):
+        if len(out) <= 2 * at or out[2 * at].startswith("-"):
+            break
+        out.insert(2 * at, f"--{name}")
+    return out
 
 
 def _bracketed(words: Sequence[str], function: Callable[..., object]) -> list[str]:

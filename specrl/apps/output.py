@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -132,6 +133,11 @@ def show(*parts: RenderableType) -> None:
     """Print tables and text to standard output, in full width where it is not a terminal."""
     width = None if sys.stdout.isatty() else 160
     Console(width=width, markup=False, emoji=False, highlight=False).print(*parts, sep="\n")
+
+
+def hint(directory: Path) -> str:
+    """The line a command ends with: what shows its results."""
+    return f"to see it in a browser: specrl report {shlex.quote(str(directory))}"
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from specrl.apps.checks import torch_threads
+from specrl.apps.sums import RoundSums
 from specrl.clock import Clock
 from specrl.engines.base import Engine, Session, Workload
 from specrl.plan import Plan
@@ -53,6 +54,7 @@ class Lane:
     session: Session
     rounds: list[Round] = field(default_factory=list)
     blocks: list[list[float]] = field(default_factory=list)  # tokens, seconds; its n-th is paired with plain's n-th
+    sums: list[RoundSums] = field(default_factory=list)  # of the same blocks
     request_tps: list[float] = field(default_factory=list)
     _lived: dict[int, list[float]] = field(default_factory=dict)  # request -> tokens, seconds
 
@@ -66,6 +68,7 @@ class Lane:
                 block[0] += float(done.tokens.sum())
                 block[1] += done.seconds
                 self.rounds.append(done)
+                self.sums[-1].add(done)
                 self._follow(done)
 
     def _follow(self, done: Round) -> None:
@@ -101,6 +104,7 @@ class Measured:
     prefill_s: float
     round_p20_s: float  # the 20th percentile of a round's seconds
     blocks: tuple[tuple[float, float], ...] = field(repr=False)  # tokens, seconds; paired with plain's first ones
+    sums: tuple[RoundSums, ...] = field(repr=False)  # of the same blocks
 
 
 def measure(
@@ -144,6 +148,7 @@ def measure(
     while len(lanes[0].blocks) < _LEAST or (widest > precision and clock.now() - began < seconds):
         for lane in order:
             lane.blocks.append([0.0, 0.0])
+            lane.sums.append(RoundSums())
         for part in range(1, _SLICES + 1):
             for lane in order:
                 lane.run(batch_size * block_tokens * lane.setting.share * part / _SLICES)
@@ -194,6 +199,7 @@ def _result(plain: Lane, lane: Lane, batch_size: int, seed: int) -> Measured:
         prefill_s=float(sum(r.prefill_s for r in rounds)),
         round_p20_s=float(np.percentile([r.seconds for r in rounds], 20)),
         blocks=tuple((n, s) for n, s in lane.blocks),
+        sums=tuple(lane.sums),
     )
 
 

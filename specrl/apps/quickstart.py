@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from specrl.agents.draft_learner import LearnerConfig
-from specrl.apps.bench_tables import shown
+from specrl.apps.bench_tables import block_rows, shown
 from specrl.apps.checks import torch_threads
 from specrl.apps.local_lanes import PlainSetting, fastest_plain, measure_plans
 from specrl.apps.loop import OnlineLoop
-from specrl.apps.output import OutputDir, environment, show, table, to_json
+from specrl.apps.output import OutputDir, environment, hint, show, table, to_json
 from specrl.apps.paired import PLAIN, Measured, rows
 from specrl.apps.plots import plot_learning, plot_speedups
 from specrl.apps.report import Reporter
@@ -236,9 +236,11 @@ def _write(
     directory.write_csv("measured.csv", everything)
     directory.write_csv("rounds.csv", raw.rows)
     directory.write_json("summary.json", {**summary, "environment": environment()})
-    directory.write_json("measured.json", [asdict(m) for measured in results.values() for m in measured])
+    flat = [m for measured in results.values() for m in measured]
+    directory.write_json("measured.json", [{k: v for k, v in asdict(m).items() if k != "sums"} for m in flat])
+    directory.write_csv("blocks.csv", block_rows({None: flat}))
     plot_learning(run.log, sorted(TRAFFIC), directory.path / "learning.png")
-    plot_speedups([m for measured in results.values() for m in measured], directory.path / "speedup.png")
+    plot_speedups(flat, directory.path / "speedup.png")
     shown_rows = [
         {
             "batch": row["batch_size"],
@@ -252,3 +254,4 @@ def _write(
     ]
     show(table(shown_rows, title=f"Measured on held-out prompts at temperature {TEMPERATURE}"))
     show(f"draft, plans, plots and raw rounds: {directory.path}")
+    show(hint(directory.path))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from specrl.rounds import Round
 
+WINDOW = 64  # rounds of a stretch of live traffic
+
 
 @dataclass(slots=True)
 class RoundSums:
@@ -51,18 +53,21 @@ class RoundSums:
 
 
 class Windows:
-    """Sums of live rounds by batch size and plan, a row for each since the last `rows`.
+    """Sums of live rounds by batch size and plan, of at most `WINDOW` rounds each.
 
     Args:
         then: is handed every round too.
     """
 
     def __init__(self, then: Callable[[Round, float], None] | None = None) -> None:
-        self._then, self._sums = then, dict[tuple[int, str], RoundSums]()
+        self._then, self._sums = then, dict[tuple[int, str], list[RoundSums]]()
 
     def take(self, done: Round, plain_s: float) -> None:
         """Take a round and the seconds of a plain step there."""
-        self._sums.setdefault((done.batch_size, str(done.plan)), RoundSums()).add(done, plain_s)
+        stretches = self._sums.setdefault((done.batch_size, str(done.plan)), [RoundSums()])
+        if stretches[-1].rounds == WINDOW:
+            stretches.append(RoundSums())
+        stretches[-1].add(done, plain_s)
         if self._then is not None:
             self._then(done, plain_s)
 
@@ -70,7 +75,8 @@ class Windows:
         """What came in since the last call, `requests` served by now."""
         out = [
             {"requests": requests, "batch_size": batch, "plan": plan, **sums.row()}
-            for (batch, plan), sums in sorted(self._sums.items())
+            for (batch, plan), stretches in sorted(self._sums.items())
+            for sums in stretches
         ]
         self._sums.clear()
         return out

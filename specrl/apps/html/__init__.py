@@ -1,0 +1,1 @@
+"""`specrl report`: runs on one HTML page."""
