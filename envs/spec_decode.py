@@ -78,7 +78,7 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
     any at this batch size.
 
     ## Arguments
-        engine: 'local', 'sglang' (`specrl.serving.engine`; launched, or `engine_options={"server": "http://..."}`), or
+        engine: 'local', 'sglang' (`specrl.serving.opening`; launched, or `engine_options={"server": "http://..."}`), or
             an `Engine` ready-made (target and draft are then its own).
         target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: None: random initialisation; else an EAGLE3 directory or a `Draft`.

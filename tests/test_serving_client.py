@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Event, Thread
 
 import pytest
+from tiny import Listed
 
 from specrl.clock import WallClock
 from specrl.engines.base import Request
+from specrl.engines.named import make_engine
+from specrl.plan import Plan
 from specrl.serving.client import Client
 from specrl.serving.errors import (
     ServerBusy,
@@ -23,6 +28,8 @@ from specrl.serving.errors import (
     ServerRefuses,
     ServerSilent,
 )
+from specrl.serving.launch import Server
+from specrl.serving.opening import attach_engine, launch_engine
 from specrl.serving.requests import Flight, Flights
 
 Answers = Callable[[BaseHTTPRequestHandler, int], None]
@@ -176,6 +183,75 @@ def test_requests_fly_at_once_and_one_failure_is_everybodys(serve: Serve) -> Non
     flights.send(Flight(4, Request((9,), 5), "bad"))
     with pytest.raises(ServerFailed, match="500"):
         flights.take("r2", 5.0)
+
+
+SGLANG = {"version": "0.5.23", "speculative_algorithm": "EAGLE3"}
+CHAIN = {"speculative_num_steps": 2, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 3}
+
+
+def test_a_server_without_the_plugin_is_seen_by_the_request(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    def answer(handler: BaseHTTPRequestHandler, _: int) -> None:
+        if handler.path == "/server_info":
+            return say(handler, 200, {**SGLANG, **CHAIN})
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        if handler.path == "/abort_request":
+            return say(handler, 200, None)
+        meta = {"spec_correct_drafts_histogram": [1, 2, 1], "finish_reason": {"type": "length"}}
+        say(handler, 200, {"output_ids": [*body["input_ids"], *range(6)], "meta_info": meta})
+
+    engine = attach_engine(serve(answer), timeout_s=5.0)
+    assert engine.plans == (Plan(2),) and caplog.text.count("no plan per round, no traces") == 1
+    session = engine.start(Listed([Request((5, 6), 8)]), batch_size=2, seed=0)
+    done = session.round(Plan(2))
+    assert done.correct_drafts.tolist() == [0, 1, 1, 2]
+    assert done.tokens.tolist() == [1, 2, 2, 2], "8 tokens, the first of the prefill, one past the end"
+    assert done.finished[0].tokens == (5, 6, 0, 1, 2, 3, 4, 5) and done.seconds > 0.0
+    assert session.round(Plan(2)).request_ids[0] != done.request_ids[0]
+    assert session.measure_plain() is None and session.drain() == [] and session.batch_size == 2
+    with pytest.raises(ValueError, match="the server's own, 2/1/3"):
+        session.round(Plan(0))
+    engine.close()
+    with pytest.raises(ValueError, match="is closed"):
+        session.round(Plan(2))
+    with pytest.raises(ValueError, match="traces need the plugin"):
+        engine.start(Listed([Request((5, 6), 8)]), batch_size=2, seed=0, trace=True)
+
+
+def test_another_version_without_the_plugin_is_refused_by_name(serve: Serve) -> None:
+    with pytest.raises(ValueError, match="SGLang must be 0.5.23, or have our plugin.* is 0.4.1"):
+        attach_engine(serve(lambda handler, _: say(handler, 200, {**SGLANG, **CHAIN, "version": "0.4.1"})))
+
+
+def test_engines_by_name_and_a_python_without_sglang() -> None:
+    with pytest.raises(ValueError, match="must know its options, but .*speed"):
+        make_engine("sglang", plans=(Plan(1),), speed=3)
+    with pytest.raises(ValueError, match="must have SGLang and specrl, but has not .*name another with python="):
+        launch_engine(plans="1", python=sys.executable)
+    with pytest.raises(ValueError, match="must be a Python that runs"):
+        launch_engine(plans="1", python="/nowhere/python")
+    with pytest.raises(ValueError, match="'alternate' or 'none'"):
+        launch_engine(plans="1", baseline="never")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        ("raise SystemExit('no such model')", ServerGone, "ended with status 1.*no such model"),
+        ("raise SystemExit('CUDA out of memory')", ServerOutOfMemory, "want of memory.*CUDA out of memory"),
+        ("import time; time.sleep(60)", ServerSilent, "must answer within 0.5 s"),
+    ],
+)
+def test_a_server_that_does_not_start(tmp_path: Path, code: str, kind: type[ServerError], words: str) -> None:
+    """A python that does something else than it is asked to."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n')
+    fake.chmod(0o755)
+    server = Server.launch([], tmp_path, python=fake)
+    with pytest.raises(kind, match=words):
+        server.wait(0.5 if kind is ServerSilent else 20.0)
+    server.close()
+    assert not server.running
+    server.close()
 
 
 def test_a_parked_request_goes_on_from_its_tokens() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from specrl.engines.base import Engine
 
-ENGINES = {"sglang": "specrl.serving.engine:open_engine"}  # takes target, draft, plans, trace and options of its own
+ENGINES = {"sglang": "specrl.serving.opening:open_engine"}  # takes target, draft, plans, trace and options of its own
 
 
 def make_engine(name: str, **arguments: Any) -> Engine:

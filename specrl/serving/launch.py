@@ -66,6 +66,7 @@ class Server:
         flags: Sequence[str],
         folder: Path,
         *,
+        log: Path | None = None,
         python: str | Path | None = None,
         environment: Mapping[str, str] | None = None,
         timeout_s: float = 60.0,
@@ -74,7 +75,8 @@ class Server:
 
         Args:
             flags: of sglang.launch_server, without host, port and API key; paths are absolute.
-            folder: private to it: its log, and its plugin's sockets where `environment` asks for them.
+            folder: private to it: its plugin's sockets, where `environment` asks for them.
+            log: a file for what it prints; None: server.log in `folder`.
             python: of an environment with SGLang and this package; None: this one.
             environment: set for it beside what is set here.
             timeout_s: of a call to it.
@@ -83,7 +85,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         key = secrets.token_hex(16)  # others on this machine are not to steer it
-        log = folder / "server.log"
+        log = (log or folder / "server.log").resolve()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("SPECRL_")}
         command = [str(python or sys.executable), "-m", "sglang.launch_server", *flags]
         command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", key]

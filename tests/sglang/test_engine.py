@@ -10,6 +10,7 @@ from itertools import cycle
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from learned import decode, prompts
 from server import ON_A_CPU
 from tiny import Listed
@@ -20,8 +21,9 @@ from specrl.engines.base import Request
 from specrl.models.draft import Draft
 from specrl.models.target import Target
 from specrl.plan import Plan, parse_plans
-from specrl.serving.engine import SGLangEngine, launch_engine
+from specrl.serving.engine import SGLangEngine
 from specrl.serving.errors import ServerError
+from specrl.serving.opening import attach_engine, launch_engine
 
 NEW = 40
 PLANS = parse_plans("0,1,3")
@@ -112,6 +114,45 @@ def test_the_environment_rewards_against_the_alternated_plain_server(engine: SGL
     last = seen[-1]
     assert last["episode_speedup"] > 0.0 and last["episode_speedup_over_plan0"] > 0.0 and last["plan0_s"] > 0.0
     env.close()
+
+
+def test_a_new_draft_serves_from_the_next_round_on(engine: SGLangEngine, target: Target, draft: Draft) -> None:
+    listed = prompts(2)
+    session = engine.start(Listed(requests(2)), batch_size=2, seed=0)
+    before = session.round(Plan(3))
+    version = engine.draft_version
+    scrambled = {n: t if n == "d2t" else torch.randn_like(t) * 0.05 for n, t in draft.tensors.items()}
+    engine.load_draft(scrambled, version=version + 1)
+    rounds = [session.round(Plan(3)) for _ in range(8)]
+    engine.load_draft(draft.tensors, version=version + 2)
+    found: dict[int, tuple[int, ...]] = {}
+    while len(found) < 2:
+        rounds.append(session.round(Plan(3)))
+        found |= {completion.request_id: completion.tokens for completion in rounds[-1].finished}
+    assert [before.draft_version, rounds[0].draft_version, rounds[-1].draft_version] == [version + i for i in range(3)]
+    assert sum(int(done.correct_drafts.sum()) for done in rounds[:8]) <= 4, "a scrambled draft is of no use"
+    ours = decode(target, draft, listed, Plan(3), NEW)
+    assert [found[number] for number in range(2)] == [each.tokens for each in ours], "the output is the target's"
+    session.close()
+
+
+def test_a_server_found_running_is_used_with_its_plugin_and_without(
+    engine: SGLangEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = engine.server.client
+    with_plugin = attach_engine(client.url, api_key=client.api_key, sockets=engine.server.sockets)
+    assert with_plugin.plans == PLANS and not caplog.text
+    session = with_plugin.start(Listed(requests(2)), batch_size=1, seed=0)
+    assert [session.round(plan).plan for plan in PLANS] == list(PLANS)
+    with_plugin.close()
+    without = attach_engine(client.url, api_key=client.api_key)
+    assert without.plans == (Plan(3),) and "no traces" in caplog.text
+    session = without.start(Listed(requests(4)), batch_size=2, seed=0)
+    done = session.round(Plan(3))
+    assert len(done.finished) == 1 and done.tokens.sum() == NEW - 1
+    without.close()
+    with pytest.raises(ServerError, match="pass api_key="):
+        attach_engine(client.url)
 
 
 def test_a_killed_server_is_one_clear_error(draft: Draft) -> None:
