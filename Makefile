@@ -4,6 +4,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
 SGLANG_VENV ?= .venv-sglang
+RAY_VENV ?= .venv-ray
 DOCS_VENV ?= .venv-docs
 export PYTHON CONSTRAINTS
 
@@ -12,9 +13,10 @@ base := $(VENV)/.specrl-base
 dev := $(VENV)/.specrl-dev
 resolved := $(VENV)/.specrl-resolved
 sglang := $(SGLANG_VENV)/.specrl-sglang
+ray := $(RAY_VENV)/.specrl-ray
 site := $(DOCS_VENV)/.specrl-docs
 
-.PHONY: help quickstart bench test test-sglang check check-static check-ranges docs format setup constraints clean
+.PHONY: help quickstart bench test test-sglang test-ray check check-static check-ranges docs format setup constraints clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -30,10 +32,14 @@ bench: $(base)  ## measure speculative against plain decoding on this machine
 test: $(dev)  ## run the tests
 	$(VENV)/bin/python -m pytest $(ARGS)
 	@echo "Not run: tests/sglang, with SGLang itself (make test-sglang; an environment of its own, about 2 GB)"
+	@echo "Not run: tests/cluster, on a Ray cluster (make test-ray; another environment, about 2 GB)"
 
 test-sglang: $(sglang)  ## run the tests with SGLang itself, on the CPU
 	PYTHONPATH=$(CURDIR)/tests/sglang/shim SGLANG_USE_CPU_ENGINE=1 TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 	    $(SGLANG_VENV)/bin/python -m pytest -c tests/sglang/pytest.ini tests/sglang $(ARGS)
+
+test-ray: $(ray)  ## run the tests on a Ray cluster of two nodes on this machine
+	$(RAY_VENV)/bin/python -m pytest -c tests/cluster/pytest.ini tests/cluster $(ARGS)
 
 check: check-static check-ranges test  ## everything that must hold before a commit: the two below, and the tests
 
@@ -60,7 +66,7 @@ constraints: $(dev)  ## record the versions installed now in constraints.txt
 	@mv constraints.new constraints.txt
 
 clean:  ## remove the virtual environment, caches and build products (results stay)
-	rm -rf $(VENV) $(DOCS_VENV) site build dist *.egg-info .coverage .*_cache
+	rm -rf $(VENV) $(DOCS_VENV) $(RAY_VENV) site build dist *.egg-info .coverage .*_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(base): $(requirements)
@@ -76,6 +82,10 @@ $(resolved): $(dev) tools/check_resolve.py
 
 $(sglang): pyproject.toml tools/setup_sglang.sh
 	@tools/setup_sglang.sh $(SGLANG_VENV)
+	@touch $@
+
+$(ray): $(requirements)
+	@tools/setup_venv.sh $(RAY_VENV) dev,ray
 	@touch $@
 
 $(site): pyproject.toml tools/setup_docs.sh tools/docs_constraints.txt

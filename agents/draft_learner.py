@@ -94,8 +94,12 @@ class OnlineLearner:
 
     def take(self, traces: Iterable[Trace]) -> None:
         """Take traces, and leave the updates that they are due to the next `learn`."""
+        self.take_sequences(self._assembler.add(traces))
+
+    def take_sequences(self, sequences: Iterable[Sequence]) -> None:
+        """The same where somebody else has joined the traces; those of one token are passed over."""
         kept: list[Sequence] = []
-        for sequence in self._assembler.add(traces):
+        for sequence in sequences:
             if len(sequence.tokens) > 1:
                 self.requests += 1
                 apart = self.config.held_out and uniform_hash(self.requests, self._seed + 1) < self.config.held_out

@@ -1,0 +1,1 @@
+"""More than one machine, through Ray: studies, online learning, environments and offline learning."""

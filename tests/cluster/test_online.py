@@ -1,0 +1,177 @@
+"""Engines on two nodes feed one learner; it may be slow or die, and serving goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from small import LEARNER, small, small_draft, write_target
+
+from specrl.agents.draft_learner import OnlineLearner
+from specrl.agents.sequences import Assembler, Sequence
+from specrl.apps.checkpoint import load_checkpoint
+from specrl.apps.cluster.learner import CHECKPOINT, LearnerActor
+from specrl.apps.cluster.online import Fleet
+from specrl.apps.cluster.outlet import Outlet
+from specrl.apps.cluster.weights import SentTraces, from_bytes
+from specrl.apps.output import OutputDir
+from specrl.models.draft import load_draft
+from specrl.models.target import load_target
+from specrl.rounds import Trace
+
+pytestmark = pytest.mark.usefixtures("two_nodes")
+
+
+def prefill(request: int) -> Trace:
+    """A request of three tokens that ends with its prompt."""
+    rows = torch.arange(3)
+    return Trace(
+        request_ids=torch.tensor([request]).numpy(),
+        positions=torch.tensor([0]).numpy(),
+        tokens=torch.tensor([[1, 2, 3]]),
+        features=torch.randn(1, 3, 96),
+        logits=torch.randn(1, 3, 10),
+        parents=(rows - 1)[None],
+        path=rows[None],
+        draft_version=0,
+        temperatures=(1.0,),
+        finished=(request,),
+    )
+
+
+@ray.remote(num_cpus=0)
+class Gate:
+    """A learner that answers one call at a time, when it is let."""
+
+    def __init__(self) -> None:
+        self.held: list[Any] = []
+        self.open = False
+
+    async def learn(self, engine: int, sent: SentTraces) -> tuple[int, list[Any], dict[str, float]]:
+        import asyncio
+
+        self.held.append(len(SentTraces(*sent).sequences()))
+        while not self.open:
+            await asyncio.sleep(0.01)
+        return 0, [], {}
+
+    async def let(self) -> list[int]:
+        self.open = True
+        return self.held
+
+
+def test_what_a_slow_learner_does_not_take_is_dropped_and_counted_and_nobody_waits() -> None:
+    gate = Gate.remote()
+    outlet = Outlet(gate, 0, (0, {}), Assembler(), in_flight=2)
+    for request in range(7):
+        counts = outlet.learn([prefill(request)])  # would never come back if it waited: the gate is shut
+    assert (counts["in_flight"], counts["dropped"], counts["sent"]) == (2.0, 5.0, 0.0)
+    ray.get(gate.let.remote())
+    outlet.look(30.0)
+    assert ray.get(gate.let.remote()) == [1, 1]
+    assert outlet.counts() == {"sent": 2.0, "dropped": 5.0, "lost": 0.0, "in_flight": 0.0}
+    outlet.learn([prefill(7)])
+    outlet.look(30.0)
+    assert outlet.counts()["sent"] == 3.0
+
+
+def test_what_was_on_its_way_to_a_killed_learner_is_lost_and_counted() -> None:
+    gate = Gate.remote()
+    outlet = Outlet(gate, 0, (5, {"a": torch.ones(1)}), Assembler(), in_flight=2)
+    outlet.learn([prefill(0), prefill(1)])
+    ray.kill(gate)
+    outlet.look(30.0)
+    assert outlet.counts() == {"sent": 0.0, "dropped": 0.0, "lost": 2.0, "in_flight": 0.0}
+    assert outlet.weights()[0] == 5
+
+
+def test_sequences_travel_as_bytes_and_stay_what_they_were() -> None:
+    (sequence,) = Assembler().add([prefill(0)])
+    sent = SentTraces.of([sequence])
+    assert isinstance(sent.body, bytes) and isinstance(sent.notes, str)
+    (back,) = ray.get(ray.put(sent)).sequences()
+    for name in ("tokens", "features", "logits"):
+        assert torch.equal(getattr(back, name), getattr(sequence, name))
+    assert back.temperature == 1.0 and back.prompt_tokens == 3
+
+
+def test_engines_on_both_nodes_feed_a_learner_that_is_killed_and_comes_back(tmp_path: Path) -> None:
+    target, out = write_target(tmp_path / "target"), OutputDir(tmp_path / "run")
+    draft = small_draft(target)
+    fleet = Fleet(small(target), draft, out, engines=2)
+    lines: list[str] = []
+    fleet.serve(160, say=lines.append)
+
+    def alive() -> float:
+        """How often the learner was restored; 0 while it is gone."""
+        try:
+            return float(ray.get(fleet.learner.newest.remote()).metrics["restored"])
+        except ray.exceptions.RayActorError:
+            return 0.0
+
+    before = ray.get(fleet.learner.newest.remote()).version
+    assert before > 0
+    assert load_checkpoint(out.path / CHECKPOINT).state["learner"]["updates"] == before
+    ray.kill(fleet.learner, no_restart=False)
+    requests = 160
+    while requests < 160 + 320 or alive() < 1.0:  # begun while there is no learner
+        fleet.serve(320, say=lines.append)
+        requests += 320
+        assert requests < 50_000
+    fleet.serve(160, say=lines.append)
+    found = fleet.finish()
+    served: list[dict[str, Any]] = found["engines"]  # type: ignore[assignment]
+    assert len({s["node"] for s in served}) == 2, "one engine on each node"
+    assert sum(s["requests"] for s in served) >= requests + 160
+    counts = [s["counts"] for s in served]
+    assert found["learner"]["restored"] == 1.0  # type: ignore[index]
+    assert found["draft_version"] > before  # type: ignore[operator]
+    assert max(s["draft_version"] for s in served) > before, "weights of the new life serve"
+    assert set(found["taken"]) == {0, 1}  # type: ignore[call-overload]
+    # every second request opted out and never left its engine; each other one was answered for, dropped, lost, or
+    # finished after its engine's last call
+    known = sum(c["sent"] + c["dropped"] + c["lost"] for c in counts)
+    assert -2 * 8 <= sum(s["requests"] for s in served) / 2 - known <= 2 * (8 + 8)
+    assert all(c["in_flight"] == 0 for c in counts)
+    learnt = load_draft(out.path / "draft")
+    assert any(not torch.equal(learnt.tensors[n], t) for n, t in draft.tensors.items() if t.is_floating_point())
+    assert (out.path / "plans.json").is_file() and len(lines) == len((out.path / "log.csv").read_text().split()) - 3
+
+
+def test_a_learner_goes_on_where_its_checkpoint_is(tmp_path: Path) -> None:
+    target = write_target(tmp_path / "target")
+    first = small_draft(target)
+    first.save(tmp_path / "first")
+
+    def make() -> Any:
+        actor = ray.remote(LearnerActor).options(num_cpus=0)
+        return actor.remote(target, str(tmp_path / "first"), LEARNER, str(tmp_path), publish_every=4, seed=0)
+
+    generator = torch.Generator().manual_seed(0)
+    sequences = [
+        Sequence(
+            torch.randint(1, 10, (12,), generator=generator),
+            torch.randn(12, 96, generator=generator),
+            torch.randn(12, 10, generator=generator),
+            1.0,
+            0,
+        )
+        for _ in range(16)
+    ]
+    one = make()
+    said = ray.get(one.learn.remote(0, SentTraces.of(sequences)))
+    ray.kill(one)
+    two = make()
+    again = ray.get(two.newest.remote())
+    assert (again.version, again.metrics["restored"]) == (said.version, 1.0) and said.version == 8
+    assert ray.get(two.taken.remote()) == {0: 16}
+    own = OnlineLearner(first, load_target(target).embedding, LEARNER, seed=0)
+    own.take_sequences(SentTraces.of(sequences).sequences())
+    own.learn([])
+    sent = from_bytes(ray.get(again.weights[0]))
+    for name, tensor in own.weights()[1].items():
+        assert torch.allclose(sent[name], tensor, atol=1e-6)
+    ray.kill(two)
