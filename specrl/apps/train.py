@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +19,8 @@ from specrl.apps.shards import Traces
 from specrl.apps.train_sglang import Follower, Source, follow
 from specrl.apps.vocabulary import served_vocabulary
 from specrl.engines.base import Workload
-from specrl.engines.named import make_engine
 from specrl.models.draft import Draft, load_draft, new_draft
 from specrl.models.target import Target, load_target
-from specrl.plan import parse_plans
 from specrl.streams import Shifting, open_stream
 
 DRAFT_MLP = 256  # width of the MLP of a draft made anew for an embedded target
@@ -67,12 +64,10 @@ def train(
     Requests in flight at a checkpoint are given up, so that a resumed run does what an uninterrupted one does.
 
     Args:
-        engine: 'local', or 'sglang': an SGLang server is launched (and one without speculation, to compare with), and
-            chooser and learner work as ever.
-        server: with 'sglang', URL of one that runs: learn from the traffic it serves to others, and swap what was
-            learnt in, without a request being touched. Of the other options target, draft (that it was started with),
-            learner, requests, sync_every, checkpoint_every, resume and seed matter then. Its API key comes from
-            SPECRL_API_KEY.
+        engine: 'local', or 'sglang': learn from the traffic of a running server and swap what was learnt in, without
+            a request being touched. Of the other options target, draft (that it was started with), learner, requests,
+            sync_every, checkpoint_every, resume and seed matter then. Its API key comes from SPECRL_API_KEY.
+        server: URL of that server.
         server_traces: socket of its plugin, where it was started with SPECRL_TRACES=unix:PATH.
         target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: EAGLE3 draft directory to start from; by default random initialisation.
@@ -155,35 +150,28 @@ def train(
             else _vocabulary(model, source, draft_vocab_size, context, seed, checkpoint)
         )
         first = fresh_draft(model, target, seed, ids)
-    launched = None
-    if engine == "sglang":
-        launched = make_engine(engine, target=target, draft=first, plans=parse_plans(plans), trace=learn)
-    with ExitStack() as ending:
-        if launched is not None:
-            ending.callback(getattr(launched, "close"))
-        run = Run.start(
-            model,
-            first,
-            source,
-            target=target,
-            plans=plans,
-            chooser=chooser,
-            traffic=traffic,
-            learner=learner if learn else None,
-            sync_every=sync_every,
-            max_context=context,
-            seed=seed,
-            update=update,
-            resume=checkpoint,
-            engine=launched,
-        )
-        report = Reporter(
-            run,
-            directory,
-            sinks=sinks(directory, tensorboard=tensorboard, wandb=wandb),
-            part=_parts(source, workload),
-        )
-        serve(run, report, directory, requests=requests, checkpoint_every=checkpoint_every, replay=checkpoint_replay)
+    run = Run.start(
+        model,
+        first,
+        source,
+        target=target,
+        plans=plans,
+        chooser=chooser,
+        traffic=traffic,
+        learner=learner if learn else None,
+        sync_every=sync_every,
+        max_context=context,
+        seed=seed,
+        update=update,
+        resume=checkpoint,
+    )
+    report = Reporter(
+        run,
+        directory,
+        sinks=sinks(directory, tensorboard=tensorboard, wandb=wandb),
+        part=_parts(source, workload),
+    )
+    serve(run, report, directory, requests=requests, checkpoint_every=checkpoint_every, replay=checkpoint_replay)
     run.write_results(directory)
     show(f"written: {directory.path}")
     show(hint(directory.path))
@@ -197,13 +185,11 @@ def _followed(engine: str, server: str | None, traces: Path | None, draft: Path 
         if strange:
             raise ValueError(f"{strange[0]} is for --engine sglang, but the engine is 'local'; name that engine")
         return None
-    if server is None and traces is None:
-        return None
     missing = [name for name, value in {**named, "--draft": draft}.items() if value is None]
     if server is None or traces is None or missing:
         raise ValueError(
-            f"to learn from a server that runs, {', '.join(missing)} must be named too; it is started with launch.sh of "
-            "a 'specrl export' and SPECRL_TRACES=unix:PATH"
+            f"--engine sglang learns from a server that runs, so it needs {', '.join(missing)}; start one with "
+            "launch.sh of a 'specrl export' and SPECRL_TRACES=unix:PATH"
         )
     return Source.of(server, traces)
 
