@@ -124,7 +124,7 @@ def test_a_server_that_goes_leaves_a_checkpoint_and_one_error(
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="it needs --server, --server_traces, --draft"):
-        train(engine="sglang", output_dir=tmp_path)
+    with pytest.raises(ValueError, match="--server_traces, --draft must be named too"):
+        train(engine="sglang", server="http://127.0.0.1:1", output_dir=tmp_path)
     with pytest.raises(ValueError, match="--server is for --engine sglang"):
         train(server="http://127.0.0.1:1", output_dir=tmp_path)

@@ -19,7 +19,7 @@ from specrl.apps.shards import pack, unpack
 from specrl.apps.updates import Always, Better
 from specrl.baseline import PlainCost
 from specrl.clock import Clock
-from specrl.engines.base import Workload
+from specrl.engines.base import Engine, Workload
 from specrl.engines.local import LocalEngine
 from specrl.models.draft import Draft
 from specrl.models.target import Target
@@ -34,7 +34,7 @@ class Run:
     """A training run: its loop, and what it must remember to go on."""
 
     loop: OnlineLoop
-    engine: LocalEngine
+    engine: Engine
     target: str
     draft: Draft
     learner: OnlineLearner | None
@@ -61,15 +61,19 @@ class Run:
         update: Literal["always", "better"] = "always",
         resume: Path | None = None,
         clock: Clock | None = None,
+        engine: Engine | None = None,
     ) -> Run:
         """Put the parts together, from a checkpoint where one is named (see `train` for the arguments).
+
+        `engine` serves `draft` with `plans`; None: the local one.
 
         Raises:
             ValueError: an argument out of range, or a checkpoint of another run.
         """
         parsed = parse_plans(plans)
         picks = AdaptiveChooser(parsed, seed=seed) if chooser == "adaptive" else FixedPlan(_fixed(chooser))
-        engine = LocalEngine(model, draft, max_context=max_context, clock=clock)
+        if engine is None:
+            engine = LocalEngine(model, draft, max_context=max_context, clock=clock)
         gated = update == "better"
         learns = None
         if learner is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +21,10 @@ from specrl.apps.shards import Traces
 from specrl.apps.train_sglang import Follower, Source, follow
 from specrl.apps.vocabulary import served_vocabulary
 from specrl.engines.base import Workload
+from specrl.engines.named import make_engine
 from specrl.models.draft import Draft, load_draft, new_draft
 from specrl.models.target import Target, load_target
+from specrl.plan import parse_plans
 from specrl.streams import Shifting, open_stream
 
 DRAFT_MLP = 256  # width of the MLP of a draft made anew for an embedded target
@@ -32,6 +36,8 @@ def train(
     engine: Literal["local", "sglang"] = "local",
     server: str | None = None,
     server_traces: Path | None = None,
+    sglang_python: Path | None = None,
+    sglang_flags: str = "",
     target: str = "embedded",
     draft: Path | None = None,
     draft_vocab_size: int | None = None,
@@ -64,11 +70,15 @@ def train(
     Requests in flight at a checkpoint are given up, so that a resumed run does what an uninterrupted one does.
 
     Args:
-        engine: 'local', or 'sglang': learn from the traffic of a running server and swap what was learnt in, without
-            a request being touched. Of the other options target, draft (that it was started with), learner, requests,
-            sync_every, checkpoint_every, resume and seed matter then. Its API key comes from SPECRL_API_KEY.
-        server: URL of that server.
+        engine: 'local', or 'sglang': an SGLang server is launched (and one without speculation, to compare with), and
+            chooser and learner work as ever.
+        server: with 'sglang', URL of one that runs: learn from the traffic it serves to others, and swap what was
+            learnt in, without a request being touched. Of the other options target, draft (that it was started with),
+            learner, requests, sync_every, checkpoint_every, resume and seed matter then. Its API key comes from
+            SPECRL_API_KEY.
         server_traces: socket of its plugin, where it was started with SPECRL_TRACES=unix:PATH.
+        sglang_python: Python of an environment with SGLang and this package, to launch it in; by default this one.
+        sglang_flags: further flags for sglang.launch_server, where it is launched.
         target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: EAGLE3 draft directory to start from; by default random initialisation.
         draft_vocab_size: tokens that a new draft can say, the most frequent ones of 96 requests served plainly first;
@@ -150,28 +160,38 @@ def train(
             else _vocabulary(model, source, draft_vocab_size, context, seed, checkpoint)
         )
         first = fresh_draft(model, target, seed, ids)
-    run = Run.start(
-        model,
-        first,
-        source,
-        target=target,
-        plans=plans,
-        chooser=chooser,
-        traffic=traffic,
-        learner=learner if learn else None,
-        sync_every=sync_every,
-        max_context=context,
-        seed=seed,
-        update=update,
-        resume=checkpoint,
-    )
-    report = Reporter(
-        run,
-        directory,
-        sinks=sinks(directory, tensorboard=tensorboard, wandb=wandb),
-        part=_parts(source, workload),
-    )
-    serve(run, report, directory, requests=requests, checkpoint_every=checkpoint_every, replay=checkpoint_replay)
+    with ExitStack() as ending:
+        launched = None
+        if engine != "local":
+            options = {"python": sglang_python, "flags": shlex.split(sglang_flags)}
+            named = [*parse_plans(plans), *([] if chooser == "adaptive" else parse_plans(chooser))]
+            launched = make_engine(
+                engine, target=target, draft=first, plans=tuple(dict.fromkeys(named)), trace=learn, **options
+            )
+            ending.callback(getattr(launched, "close", lambda: None))
+        run = Run.start(
+            model,
+            first,
+            source,
+            target=target,
+            plans=plans,
+            chooser=chooser,
+            traffic=traffic,
+            learner=learner if learn else None,
+            sync_every=sync_every,
+            max_context=context,
+            seed=seed,
+            update=update,
+            resume=checkpoint,
+            engine=launched,
+        )
+        report = Reporter(
+            run,
+            directory,
+            sinks=sinks(directory, tensorboard=tensorboard, wandb=wandb),
+            part=_parts(source, workload),
+        )
+        serve(run, report, directory, requests=requests, checkpoint_every=checkpoint_every, replay=checkpoint_replay)
     run.write_results(directory)
     show(f"written: {directory.path}")
     show(hint(directory.path))
@@ -185,11 +205,13 @@ def _followed(engine: str, server: str | None, traces: Path | None, draft: Path 
         if strange:
             raise ValueError(f"{strange[0]} is for --engine sglang, but the engine is 'local'; name that engine")
         return None
+    if server is None and traces is None:
+        return None
     missing = [name for name, value in {**named, "--draft": draft}.items() if value is None]
     if server is None or traces is None or missing:
         raise ValueError(
-            f"--engine sglang learns from a server that runs, so it needs {', '.join(missing)}; start one with "
-            "launch.sh of a 'specrl export' and SPECRL_TRACES=unix:PATH"
+            f"to learn from a server that runs, {', '.join(missing)} must be named too; it is started with launch.sh "
+            "of a 'specrl export' and SPECRL_TRACES=unix:PATH"
         )
     return Source.of(server, traces)
 
