@@ -183,6 +183,20 @@ def test_overlapping_rounds_and_many_ranks_are_refused(short: Path, caplog: pyte
     assert not paper.hooks.safe.on and "lock-step is for one rank" in caplog.text
 
 
+def test_what_fails_in_the_plugin_leaves_the_scheduler_going(short: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paper = Paper(hooks(short / "r", 60.0))
+    del paper.chunked_req
+    with Turning(paper):
+        rounds = Rounds(short / "r", lambda: None, 5.0)
+        rounds.hold()
+        paper.add("a", 1000)
+        rounds.go(1, ["a"])
+        while paper.ran < 3:
+            Event().wait(0.01)
+        rounds.close()
+    assert not paper.hooks.safe.on and "SPECRL PLUGIN: telling of rounds is switched off" in caplog.text
+
+
 def test_waiting_for_a_round_ends(short: Path) -> None:
     dead: list[bool] = []
 

@@ -74,25 +74,27 @@ class RoundHooks:
 
     def around_verify(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around verify(worker, batch), which draws up what was drafted and lets the target judge it."""
-        batch = args[1] if len(args) > 1 else kwargs["batch"]
-        began, verified = self._clock.now(), batch.spec_info
+        if self._running is not None:
+            self.safe.call(self._note_plan, args[1] if len(args) > 1 else kwargs["batch"])
+        began = self._clock.now()
         result = original(*args, **kwargs)
         if self._running is not None:
             self._running.verify_s = self._clock.now() - began
-            self.safe.call(self._note_plan, verified)
         return result
 
     def around_process(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around process_batch_result(scheduler, batch, result)."""
         named = dict(zip(("self", "batch", "result"), args, strict=False)) | kwargs
         batch = named["batch"]
-        before = [len(request.output_ids) for request in batch.reqs]
+        before = self.safe.call(lambda: [len(request.output_ids) for request in batch.reqs])
         answer = original(*args, **kwargs)
-        self.safe.call(self._processed, named["self"], batch, named["result"], before)
+        if before is not None:
+            self.safe.call(self._processed, named["self"], batch, named["result"], before)
         return answer
 
-    def _note_plan(self, verified: Any) -> None:
+    def _note_plan(self, batch: Any) -> None:
         assert self._running is not None
+        verified = batch.spec_info  # while it is: the verification puts something else there
         steps, topk, count = verified.spec_steps, verified.topk, verified.draft_token_num
         self._running.plan = f"{steps}/{topk}/{count}" if steps else "0"
 
