@@ -39,6 +39,7 @@ COMMANDS = {
     "profile": Command("specrl.apps.profile:profile", "record this machine's rounds, for simulation"),
     "report": Command("specrl.apps.html.report:report", "runs side by side on one HTML page, for any browser"),
     "watch": Command("specrl.apps.watch:watch", "a run in the terminal, while it goes on"),
+    "study": Command("specrl.apps.study:study", "hyperparameters searched with Optuna, by what trials measure"),
     "rl": Command("specrl.apps.rl:rl", "a policy that chooses plans, by PPO and others, simulated or live"),
 }
 

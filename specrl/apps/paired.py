@@ -137,22 +137,10 @@ def measure(
         lanes_out: the lanes are added to it, for what their blocks and rounds say beyond the results.
     """
     clock = budget_clock or settings[0].engine.clock
-    lanes = [
-        Lane(s, s.engine.start(workload, batch_size=batch_size, seed=seed, plain=s.plan is None)) for s in settings
-    ]
-    for lane in lanes:
-        with torch_threads(lane.setting.threads):
-            for _ in range(_WARM_UP):
-                lane.session.round(lane.setting.plan or Plan(0))
+    lanes = start(settings, workload, batch_size=batch_size, seed=seed)
     began, order, widest = clock.now(), list(lanes), float("inf")
     while len(lanes[0].blocks) < _LEAST or (widest > precision and clock.now() - began < seconds):
-        for lane in order:
-            lane.blocks.append([0.0, 0.0])
-            lane.sums.append(RoundSums())
-        for part in range(1, _SLICES + 1):
-            for lane in order:
-                lane.run(batch_size * block_tokens * lane.setting.share * part / _SLICES)
-            order.reverse()
+        take_turns(order, batch_size * block_tokens)
         if len(lanes[0].blocks) >= _FEWEST:
             widths = {id(lane): speedup(lanes[0], lane, seed).half_width for lane in order if lane is not lanes[0]}
             widest = max(widths.values(), default=0.0)
@@ -166,6 +154,29 @@ def measure(
     for lane in lanes:
         lane.session.close()
     return results
+
+
+def start(settings: Sequence[Setting], workload: Workload, *, batch_size: int, seed: int) -> list[Lane]:
+    """Lanes over the same prompts, warmed up."""
+    lanes = [
+        Lane(s, s.engine.start(workload, batch_size=batch_size, seed=seed, plain=s.plan is None)) for s in settings
+    ]
+    for lane in lanes:
+        with torch_threads(lane.setting.threads):
+            for _ in range(_WARM_UP):
+                lane.session.round(lane.setting.plan or Plan(0))
+    return lanes
+
+
+def take_turns(lanes: list[Lane], tokens: float) -> None:
+    """One block of each lane, of `tokens` tokens times its share, slice by slice, there and back."""
+    for lane in lanes:
+        lane.blocks.append([0.0, 0.0])
+        lane.sums.append(RoundSums())
+    for part in range(1, _SLICES + 1):
+        for lane in lanes:
+            lane.run(tokens * lane.setting.share * part / _SLICES)
+        lanes.reverse()
 
 
 def speedup(plain: Lane, lane: Lane, seed: int = 0) -> Interval:
