@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -32,6 +34,7 @@ from specrl.serving.launch import Server
 from specrl.serving.opening import attach_engine, launch_engine
 from specrl.serving.requests import Flight, Flights
 
+ROOT = Path(__file__).parent.parent
 Answers = Callable[[BaseHTTPRequestHandler, int], None]
 Serve = Callable[[Answers], str]
 
@@ -252,6 +255,31 @@ def test_a_server_that_does_not_start(tmp_path: Path, code: str, kind: type[Serv
     server.close()
     assert not server.running
     server.close()
+
+
+def test_a_server_does_not_outlive_whoever_launched_it(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import time; time.sleep(60)"\n')
+    fake.chmod(0o755)
+    code = (
+        "import sys; from pathlib import Path; from specrl.serving.launch import Server\n"
+        "server = Server.launch([], Path(sys.argv[1]), python=Path(sys.argv[1]) / 'python')\n"
+        "print(server.process_id, flush=True); sys.stdin.read()"
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert launcher.stdout is not None and launcher.stdin is not None
+    group = int(launcher.stdout.readline())
+    os.killpg(group, 0)
+    launcher.kill()
+    launcher.communicate()
+    for _ in range(200):
+        state = Path(f"/proc/{group}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        Event().wait(0.05)
+    raise AssertionError("it is still there")
 
 
 def test_a_parked_request_goes_on_from_its_tokens() -> None:

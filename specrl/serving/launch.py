@@ -1,4 +1,4 @@
-"""An SGLang server: launched here with our plugin asked for and ended with all its processes, or found running."""
+"""An SGLang server: launched here and ended with all its processes, or found running."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from specrl.plugin.seams import CHECKED
 from specrl.serving.client import Client
 from specrl.serving.errors import (
     MORE_MEMORY,
-    ServerError,
     ServerFailed,
     ServerGone,
     ServerOutOfMemory,
@@ -100,7 +99,10 @@ class Server:
                 start_new_session=True,
                 cwd=folder,  # not ours: what lies about there would come before what is installed
             )
-        server._end = weakref.finalize(server, _end, server._process)
+        watch = subprocess.Popen(
+            [sys.executable, "-c", _WATCH, str(server._process.pid)], stdin=subprocess.PIPE, start_new_session=True
+        )
+        server._end = weakref.finalize(server, _end, server._process, watch)
         return server
 
     @property
@@ -224,7 +226,21 @@ def _last(text: str) -> str:
     return (text.strip().splitlines() or ["nothing was said"])[-1]
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+_WATCH = """
+import os, signal, sys
+sys.stdin.buffer.read()  # ends with whoever launched the server, however that was
+try:
+    os.killpg(int(sys.argv[1]), signal.SIGKILL)
+except ProcessLookupError:
+    pass
+"""
+
+
+def _end(process: subprocess.Popen[bytes], watch: subprocess.Popen[bytes]) -> None:
+    watch.kill()
+    watch.wait()
+    if watch.stdin is not None:
+        watch.stdin.close()
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -232,6 +248,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):  # whatever it left of its own
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-__all__ = ["PLANS", "ROUNDS", "TRACES", "Server", "ServerError", "check_version"]
