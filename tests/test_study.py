@@ -35,9 +35,9 @@ CHOOSER: dict[str, Any] = {
 LIVE: dict[str, Any] = {
     "trial": "train",
     "objectives": ["speedup"],
-    "fixed": {"max_new_tokens": 16, "prompt_tokens": 24, "traffic": "4x8", "sync_every": 4, "learner.passes": 1},
+    "fixed": {"max_new_tokens": 8, "prompt_tokens": 16, "traffic": "4x8", "sync_every": 4, "learner.passes": 1},
     "search": {"learner.learning_rate": {"float": [0.001, 0.01], "log": True}},
-    "budget": {"requests": 8, "batch_sizes": [2], "blocks": 2},
+    "budget": {"requests": 4, "batch_sizes": [2], "blocks": 2},
 }
 
 
