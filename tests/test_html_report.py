@@ -123,6 +123,7 @@ def test_numbers_carry_the_intervals_that_the_runs_recorded(runs: dict[str, Path
         if row["speedup"] and not row["plan"].startswith("plain"):
             low, high = (float(row[name]) for name in ("low", "high"))
             assert f"{float(row['speedup']):.3f}× [{low:.3f}, {high:.3f}]" in page.text
+    assert "simulated in turns" in page.text and "measured in turns" not in page.text  # the bench was of a profile
     board = rows(runs["evaluate"] / "evaluate.csv")[0]
     assert f"{float(board['share']):.3f} [{float(board['share_low']):.3f}" in page.text
     assert "1.320× [1.270, 1.380]" in page.text  # speedup_4 at the end of the log: 0.8 + 0.04 · 12 + 0.04

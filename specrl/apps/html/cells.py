@@ -15,6 +15,7 @@ from specrl.statistics import Interval
 
 _ORIGINS = {
     "measured": "measured in turns with plain decoding",
+    "simulated": "simulated in turns with plain decoding",
     "live": "live, in the second half of the run",
     "fitted": "fitted by specrl profile",
 }

@@ -56,5 +56,5 @@ def leaderboard(runs: Sequence[RunData]) -> Section:
     ]  # fmt: skip
     about = "Choosers of plans, the best of each source first. 'specrl validate' checks the records behind a line."
     tables = [columns("Choosers of plans", head, rows)] if rows else []
-    lacking = "" if rows else "None of these runs compares choosers."
+    lacking = "" if rows else "Nothing here compares choosers."
     return Section("leaderboard", "Leaderboard", about, (), tables, lacking, "" if rows else evaluation(runs))

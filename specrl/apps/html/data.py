@@ -29,7 +29,7 @@ _WRITERS = {  # a file that makes a directory a run: the command that writes it
 class Cell:
     """What is known of one plan at one batch size; an interval of nan ends was not recorded."""
 
-    origin: str  # 'measured', 'live' or 'fitted'
+    origin: str  # 'measured', 'simulated', 'live' or 'fitted'
     batch_size: int
     plan: str
     temperature: float | None = None
@@ -106,8 +106,11 @@ def read_run(path: Path, name: str | None = None) -> RunData:
     plans = read_json(path / "plans.json").get("plans") or {b: log[-1][f"plan_{b}"] for b in batch_sizes(log)}
     if not isinstance(plans, dict) or not all(str(batch).isdigit() for batch in plans):
         raise ValueError(f"plans must be a plan per batch size, but {path / 'plans.json'} has {plans!r}")
+    benched = read_json(path / "bench.json").get("measured")
+    origin = "simulated" if isinstance(benched, dict) and benched.get("profile") else "measured"
+    lanes = read_csv(path / "measured.csv") + read_csv(path / "bench.csv")
     cells = [
-        *_measured(read_csv(path / "measured.csv") + read_csv(path / "bench.csv"), read_csv(path / "blocks.csv")),
+        *_measured(lanes, read_csv(path / "blocks.csv"), origin),
         *_live([row for row in read_csv(path / "windows.csv") if row["requests"] > last / 2]),
         *(_fitted(path / "profile.json") if "profile.json" in found else ()),
     ]
@@ -190,7 +193,7 @@ def _sums(rows: Iterable[Row]) -> dict[str, Any]:
     }
 
 
-def _measured(rows: Sequence[Row], blocks: Sequence[Row]) -> list[Cell]:
+def _measured(rows: Sequence[Row], blocks: Sequence[Row], origin: str) -> list[Cell]:
     """Lanes of a measurement; the intervals of all but the speedup come from its blocks."""
     out = []
     for row in rows:
@@ -208,7 +211,7 @@ def _measured(rows: Sequence[Row], blocks: Sequence[Row]) -> list[Cell]:
         }
         out.append(
             Cell(
-                "measured",
+                origin,
                 int(at[0]),
                 plan,
                 at[1],
