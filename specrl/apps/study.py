@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def study(
     trials: int | None = None,
     jobs: int = 1,
     storage: str | None = None,
+    ray: str | None = None,
     output_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Search hyperparameters: every trial trains online and is measured against plain decoding, or is simulated.
@@ -43,6 +45,9 @@ def study(
         spec: a ready study's name or a YAML file; by default the one in output_dir, else 'learner'.
         trials: finished ones that the study ends with; by default what it had before, else what its file says.
         jobs: processes; more than 1 for simulated trials only.
+        ray: address of a Ray cluster whose nodes run the trials, 'auto' or 'local'. A timed trial owns one of the
+            resource specrl_device of its node, a trial whose worker was killed runs again, and none is pruned block by
+            block; output_dir must be where every node finds it.
         storage: of Optuna, such as postgresql://user:password@host/name; by default study.db in output_dir.
         output_dir: where results go; by default runs/study-<time>.
 
@@ -53,6 +58,7 @@ def study(
         specrl study --spec learning_rate --output_dir runs/learning_rate
         specrl study --output_dir runs/learning_rate --trials 40
         specrl study --spec chooser --jobs 2
+        specrl study --spec learner --ray 10.0.0.1:6379 --output_dir /shared/learner
     """
     need_optuna()
     out = OutputDir(output_dir or Path("runs/study"))
@@ -64,8 +70,11 @@ def study(
             f"a timed trial owns its device, so jobs must be 1 where trials are {asked.trial!r}, but got {jobs}; "
             "several processes may run studies of simulated trials"
         )
+    if jobs > 1 and ray is not None:
+        raise ValueError(f"with --ray the cluster says how many trials run at once, but got jobs {jobs}; leave it out")
     url = storage or f"sqlite:///{(out.path / 'study.db').resolve()}"
-    with owned(asked):
+    place, run = _by(asked, ray)
+    with place:
         kept = open_study(asked, url)
         total = trials or kept.user_attrs.get("trials") or asked.trials
         kept.set_user_attr("trials", total)
@@ -80,7 +89,7 @@ def study(
                     show(line)
                     advance(done)
 
-                work(asked, url, out.path, total, say=say)
+                run(asked, url, out.path, total, say=say)
         except BaseException as error:
             for process in others:
                 process.terminate()
@@ -115,6 +124,16 @@ def run_trial(
     asked = spec if isinstance(spec, Study) else read_study(spec)
     with owned(asked):
         return measure_trial(asked, params, directory, on_block).values
+
+
+def _by(spec: Study, ray: str | None) -> tuple[AbstractContextManager[None], Callable[..., None]]:
+    """Where trials run, and who runs them: this process on its device, or a cluster."""
+    if ray is None:
+        return owned(spec), work
+    from specrl.apps.cluster.connect import connected
+    from specrl.apps.cluster.studies import tune_study
+
+    return connected(ray), tune_study
 
 
 def _asked(spec: str | None, out: OutputDir) -> Study:

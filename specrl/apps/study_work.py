@@ -84,7 +84,7 @@ def work(
         trial.set_user_attr("worker", me)
         if surplus(kept, trial.number, total):
             raise _Surplus
-        params = {name: _suggest(trial, name, found) for name, found in spec.distributions().items()}
+        params = {name: suggest(trial, name, found) for name, found in spec.distributions().items()}
         place = directory / "trials" / f"{trial.number:04d}"
         trial.set_user_attr("directory", str(place))
 
@@ -144,7 +144,8 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _suggest(trial: optuna.Trial, name: str, found: optuna.distributions.BaseDistribution) -> Any:
+def suggest(trial: optuna.Trial, name: str, found: optuna.distributions.BaseDistribution) -> Any:
+    """What a trial tries of a parameter."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(found, FloatDistribution):

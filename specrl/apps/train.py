@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ def train(
     learner: LearnerConfig = LearnerConfig(),  # noqa: B008  (frozen)
     traces: Path | None = None,
     epochs: int = 1,
+    ray: str | None = None,
+    engines: int = 1,
+    in_flight: int = 2,
+    engine_device: str = "CPU",
+    learner_device: str = "CPU",
     checkpoint_every: int = 256,
     checkpoint_replay: bool = False,
     tensorboard: bool = True,
@@ -103,6 +109,15 @@ def train(
         traces: directory of `specrl record`: learn from it without serving; of the other options target, draft,
             learner and seed matter then.
         epochs: through the traces.
+        ray: address of a Ray cluster, 'auto' or 'local': engines and the learner are processes of their own on it, and
+            serving never waits for learning. Updates are 'always', log.csv tells of engines, a learner that was killed
+            comes back from its checkpoint (output_dir must be where every node finds it), and requests are counted
+            from 0 when it is resumed.
+        engines: with `ray`: how many serve, each a stream and a chooser of its own.
+        in_flight: with `ray`: calls of an engine that the learner may owe an answer; what finishes meanwhile is
+            dropped and counted.
+        engine_device: with `ray`: a resource of the cluster of which each engine owns one: 'CPU' or your own name.
+        learner_device: with `ray`: the same for the learner.
         checkpoint_every: requests between two checkpoints.
         checkpoint_replay: keep the sequences that are learnt from in the checkpoint too, each at least 2 bytes x
             tokens x vocabulary; without them a resumed run gathers new ones.
@@ -119,11 +134,17 @@ def train(
         specrl train --requests 500 --output_dir runs/day0
         specrl train --config runs/day0/config.yaml --resume --requests 1000
         specrl train --learner.learning_rate 2e-3 --learner.passes 5 --chooser 4/1/5 --traffic 8
+        specrl train --ray 10.0.0.1:6379 --engines 7 --requests 20000 --output_dir /shared/run
     """
     if requests < 1 or checkpoint_every < 1:
         raise ValueError(f"requests and checkpoint_every must be at least 1, but got {requests} and {checkpoint_every}")
     if draft is not None and draft_vocab_size is not None:
         raise ValueError("a draft that is there has its vocabulary, so name --draft or --draft_vocab_size, not both")
+    if ray is not None and (engine != "local" or traces is not None or update != "always" or wandb or not learn):
+        raise ValueError(
+            "--ray goes with the engine 'local', --update always, --learn true and without --traces and --wandb, but "
+            f"got {engine!r}, {update!r}, {learn}, {traces} and {wandb}; leave the others out"
+        )
     followed = _followed(engine, server, server_traces, draft)
     directory = OutputDir(output_dir or Path("runs/train"))
     model = load_target(target)
@@ -160,6 +181,26 @@ def train(
             else _vocabulary(model, source, draft_vocab_size, context, seed, checkpoint)
         )
         first = fresh_draft(model, target, seed, ids)
+    if ray is not None:
+        from specrl.apps.cluster.command import train_over_ray
+        from specrl.apps.cluster.serving import Serving
+
+        limits: dict[str, Any] = {"prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens}
+        doing = Serving(
+            target,
+            partial(open_stream, workload, target, **limits, temperature=temperature, split="train"),
+            plans,
+            chooser,
+            traffic,
+            context,
+            sync_every,
+            in_flight,
+            learner,
+            seed,
+        )
+        owned = {"engine_device": engine_device, "learner_device": learner_device}
+        train_over_ray(ray, doing, first, directory, requests=requests, engines=engines, resume=resume, **owned)
+        return
     with ExitStack() as ending:
         launched = None
         if engine != "local":

@@ -13,6 +13,7 @@ DEVICE = "specrl_device"  # the custom resource that a timed trial owns: a node 
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without a GPU sees none; said once, not warned of
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths mean in a trial what they mean here
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody
 }
 
@@ -93,7 +94,8 @@ def need_resource(resource: str, count: int, for_what: str) -> None:
 
     have = ray.cluster_resources().get(resource, 0.0)
     if have < count:
+        given = "" if resource in ("CPU", "GPU") else f" --resources='{{\"{resource}\": 1}}'"
         raise ValueError(
-            f"{for_what} need {count} of the resource {resource!r}, but the cluster has {have:g}; start nodes with "
-            f"'ray start --resources={{\"{resource}\": 1}}', or ask for fewer"
+            f"{for_what} need {count} of the resource {resource!r}, but the cluster has {have:g}; ask for fewer, or "
+            f"add nodes by 'ray start --address=...{given}'"
         )

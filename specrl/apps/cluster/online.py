@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
+from uuid import uuid4
 
 from specrl.apps.cluster.connect import need_resource, one_of
 from specrl.apps.cluster.learner import LIVES, LearnerActor
@@ -53,9 +54,10 @@ class Fleet:
         self.rows: list[dict[str, object]] = []
         self._seen: dict[int, Served] = {}
         spread: dict[str, Any] = {"max_restarts": LIVES, "scheduling_strategy": "SPREAD"}
+        name = f"specrl-learner-{uuid4()}"
         self.learner = (
             ray.remote(LearnerActor)
-            .options(**one_of(learner_device), **spread)
+            .options(name=name, **one_of(learner_device), **spread)
             .remote(
                 doing.target,
                 str(start),
@@ -67,7 +69,7 @@ class Fleet:
         )
         retried = {**spread, "max_task_retries": LIVES}  # an engine that was killed begins its share anew
         make = ray.remote(EngineActor).options(**one_of(engine_device), **retried)
-        self.engines = [make.remote(number, doing, first.config, self.learner) for number in range(engines)]
+        self.engines = [make.remote(number, doing, first.config, name) for number in range(engines)]
         self._clock = WallClock()
         self._began = self._clock.now()
 

@@ -90,12 +90,15 @@ class EngineActor:
         number: of the engine, from 0 on.
         doing: what it does.
         shape: of the draft.
-        learner: handle of the `LearnerActor`, whose newest weights serve first; it may be on its way back.
+        learner: name of the `LearnerActor`, whose newest weights serve first; it may be on its way back.
     """
 
-    def __init__(self, number: int, doing: Serving, shape: DraftConfig, learner: Any) -> None:
+    def __init__(self, number: int, doing: Serving, shape: DraftConfig, learner: str) -> None:
+        import ray
+
         self.number = number
-        (published, weights), config = newest(learner), doing.learner
+        handle = ray.get_actor(learner)
+        (published, weights), config = newest(handle), doing.learner
         draft = Draft(shape, weights)
         engine = LocalEngine(load_target(doing.target), draft, max_context=doing.max_context)
         seed = doing.seed + _STREAM * number
@@ -104,7 +107,7 @@ class EngineActor:
             AdaptiveChooser(plans, seed=seed) if doing.chooser == "adaptive" else FixedPlan(Plan.parse(doing.chooser))
         )
         assembler = Assembler(sample=config.sample, seed=seed, rejected=config.rejected > 0)
-        self.outlet = Outlet(learner, number, (published.version, weights), assembler, in_flight=doing.in_flight)
+        self.outlet = Outlet(handle, number, (published.version, weights), assembler, in_flight=doing.in_flight)
         updates = Always(engine, self.outlet)
         updates.offer()
         self.loop = OnlineLoop(
