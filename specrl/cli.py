@@ -36,10 +36,11 @@ COMMANDS = {
     "bench": Command("specrl.apps.bench:bench", "speculative against plain decoding, by plan and batch size"),
     "evaluate": Command("specrl.apps.evaluate:evaluate", "choosers of plans against each other, simulated or live"),
     "validate": Command("specrl.apps.validate:validate", "does a record of an evaluation hold?"),
+    "presets": Command("specrl.apps.presets:presets", "drafts that others published, and where each figure stands"),
     "profile": Command("specrl.apps.profile:profile", "record this machine's rounds, for simulation"),
+    "study": Command("specrl.apps.study:study", "hyperparameters searched with Optuna, by what trials measure"),
     "report": Command("specrl.apps.html.report:report", "runs side by side on one HTML page, for any browser"),
     "watch": Command("specrl.apps.watch:watch", "a run in the terminal, while it goes on"),
-    "study": Command("specrl.apps.study:study", "hyperparameters searched with Optuna, by what trials measure"),
     "rl": Command("specrl.apps.rl:rl", "a policy that chooses plans, by PPO and others, simulated or live"),
 }
 

@@ -12,6 +12,7 @@ from learned import learn_draft
 from server import Server, serve
 
 from specrl.models.draft import Draft
+from specrl.models.embedded import embedded_directory
 from specrl.models.target import Target, load_target
 
 
@@ -29,6 +30,27 @@ def target() -> Target:
 def draft(target: Target) -> Draft:
     """A draft that learned for some seconds: it accepts some tokens and misses others."""
     return learn_draft(target)
+
+
+@pytest.fixture(scope="session")
+def sglang_runtime() -> None:
+    """One process's worth of SGLang, as its scheduler sets it up before it loads a model."""
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    arguments = ServerArgs(
+        model_path=str(embedded_directory()),
+        device="cpu",
+        dtype="float32",
+        attention_backend="torch_native",
+        disable_cuda_graph=True,
+        mem_fraction_static=0.5,
+    )
+    publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
+    bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=29777)
 
 
 @pytest.fixture

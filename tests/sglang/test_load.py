@@ -16,34 +16,12 @@ from specrl.export.bundle import Bundle
 from specrl.export.card import Provenance
 from specrl.export.serving import plan_serving
 from specrl.models.draft import Draft, ServingDraft, load_draft, new_draft
-from specrl.models.embedded import embedded_directory
 from specrl.models.target import Target
 from specrl.plan import Plan
 from specrl.plugin.policy import LearnedPolicy
 
 LENGTH = 12
 PLAN = Plan(3)
-
-
-@pytest.fixture(scope="module")
-def sglang_runtime() -> None:
-    """One process's worth of SGLang, as its scheduler sets it up before it loads a model."""
-    from sglang.srt.distributed import bootstrap
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.runtime_context import SpawnRanks, publish
-    from sglang.srt.server_args import ServerArgs
-
-    load_plugins()
-    arguments = ServerArgs(
-        model_path=str(embedded_directory()),
-        device="cpu",
-        dtype="float32",
-        attention_backend="torch_native",
-        disable_cuda_graph=True,
-        mem_fraction_static=0.5,
-    )
-    publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
-    bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=29777)
 
 
 def causal(self: Any, q: Tensor, k: Tensor, v: Tensor, batch: object, **rest: object) -> Tensor:
