@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Many
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,14 @@ __all__ = ["LearnerConfig", "OnlineLearner", "product_dtype"]
 
 _HELD_OUT = 64  # sequences kept for a gate
 _LOST = ("skipped", "passed_over", "opted_out")  # counted by the assembler
+
+
+class Shared(Protocol):
+    """Gradients that several processes come to together."""
+
+    def gradients(self, parameters: Mapping[str, Tensor], sequences: list[Sequence]) -> dict[str, float]:
+        """Add them to those of `parameters`; the loss, and the mean α of every pass."""
+        ...
 
 
 class OnlineLearner:
@@ -48,6 +56,7 @@ class OnlineLearner:
         gated: bool = False,
     ) -> None:
         self.config, self._objective = config, Objective(draft, embedding, config)
+        self._shared: Shared | None = None
         fixed = ("d2t", "t2d")
         self._fixed = {n: t for n, t in draft.tensors.items() if n in fixed}
         self.parameters = {n: t.clone().requires_grad_() for n, t in draft.tensors.items() if n not in fixed}
@@ -163,6 +172,10 @@ class OnlineLearner:
         """Go back to the weights remembered last; the optimiser begins anew."""
         self._guard.roll_back()
 
+    def replace_objective(self, objective: Shared) -> None:
+        """Learn with other processes: their common gradients instead of one's own."""
+        self._shared = objective
+
     @property
     def prices(self) -> bool:
         """Whether the loss counts seconds, and so wants to be told what they cost (`price`)."""
@@ -178,7 +191,7 @@ class OnlineLearner:
         Nothing changes, and nothing is returned, where the loss or the gradient is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = self._objective.gradients(self.parameters, sequences)
+        metrics = (self._shared or self._objective).gradients(self.parameters, sequences)
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip))
         if not self._guard.admits(metrics["loss"], norm):
             self.optimizer.zero_grad(set_to_none=True)

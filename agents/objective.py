@@ -44,11 +44,14 @@ class Objective:
         """What 'seconds_saved' counts with from now on (see `losses.seconds_saved`)."""
         self._costs, self._speedup = tuple(costs), speedup
 
-    def gradients(self, parameters: Mapping[str, Tensor], sequences: list[Sequence]) -> dict[str, float]:
+    def gradients(
+        self, parameters: Mapping[str, Tensor], sequences: list[Sequence], share: Share | None = None
+    ) -> dict[str, float]:
         """Add the loss's gradients to those of `parameters`; the loss, and the mean α of every pass.
 
         Each pass's gradient by what the head read is known as soon as the pass is; the rest of the draft is
-        differentiated once, from all of them. A batch has at least one sequence of two tokens.
+        differentiated once, from all of them. A batch has at least one sequence of two tokens. With a `share`, these
+        sequences are a part of a batch: the mean over its parts is then what the whole would have given.
         """
         c, batch = self.config, self._batch(sequences)
         head = parameters["lm_head.weight"]
@@ -73,7 +76,7 @@ class Objective:
                 here[:, :k] = False  # pass k begins at slot k
                 rows, at = next(states)[here], batch.slots[here]
                 if self.mixture.slot:
-                    each = weight / len(at)
+                    each = weight / (len(at) if share is None else share.slots(k))
                     done = head_loss(rows.detach(), fixed_head, batch.targets, at, self.mixture, each, of_head)
                     loss += done.loss
                     ends.append(rows)
@@ -144,6 +147,18 @@ class Objective:
         return Fallen(
             tokens, here, make_targets(logits, heats, unknown, self._draft_ids, self._target_ids, top_k=top_k)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A batch that `parts` processes share, by the number of tokens of each of its sequences."""
+
+    lengths: tuple[int, ...]
+    parts: int
+
+    def slots(self, k: int) -> float:
+        """Slots of pass k (from 0 on) in the whole batch, by the number of parts."""
+        return sum(max(0, length - 1 - k) for length in self.lengths) / self.parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +19,18 @@ from specrl.models.target import Target
 HELD_OUT, MOST = 0.1, 64  # share of the sequences that is not learnt from, and how many of them are judged on
 
 
+class Part(Protocol):
+    """This process's part of learning that several share."""
+
+    def join(self, learner: OnlineLearner) -> None:
+        """Let a learner learn with the others."""
+        ...
+
+    def mine(self, numbers: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Of a batch's sequences, by number, those that are read here; told once before every update."""
+        ...
+
+
 def learn_from(
     traces: Traces,
     model: Target,
@@ -30,8 +43,13 @@ def learn_from(
     num_steps: int = 3,
     seed: int = 0,
     print_line: Callable[[str], None] = show,
+    share: Part | None = None,
+    leads: bool = True,
 ) -> list[dict[str, object]]:
     """Learn `draft` from recorded sequences, each once an epoch; writes draft/ and log.csv after every epoch.
+
+    With a `share`, other processes do the same at the same time and each reads its part of every batch; the one that
+    `leads` judges and writes.
 
     Returns:
         A row per epoch, the first, 0, before any: updates, loss, alpha, and the accept length on held-out sequences
@@ -58,16 +76,21 @@ def learn_from(
         raise ValueError(f"held-out sequences must have more than {num_steps + 1} tokens, but all are shorter")
     learnt = np.array(order[apart:])
     learner = OnlineLearner(draft, model.embedding, config, seed=seed)
+    if share is not None:
+        share.join(learner)
     judge = Gate(draft.config, model.embedding, num_steps=num_steps, sampled=config.drafts == "sampled", seed=seed)
     clock, rows = WallClock(), list[dict[str, object]]()
     began = clock.now()
     for epoch in range(epochs + 1):
         seen: list[dict[str, float]] = []
         for start in range(0, len(learnt) if epoch else 0, config.batch_size):
-            batch = [s for s in traces.read(learnt[start : start + config.batch_size].tolist()) if len(s.tokens) > 1]
-            if batch and (metrics := learner.update(batch)):
+            numbers = [n for n in learnt[start : start + config.batch_size].tolist() if traces.length(n) > 1]
+            mine = numbers if share is None else share.mine(numbers, [traces.length(n) for n in numbers])
+            if numbers and (metrics := learner.update(list(traces.read(mine)))):
                 seen.append(metrics)
         rng.shuffle(learnt)
+        if not leads:
+            continue
         weights = learner.weights()[1]
         length = float(judge.accept_lengths(weights, held_out).mean())
         row: dict[str, object] = {"epoch": epoch, "updates": learner.updates, "accept_length": length}
@@ -78,6 +101,8 @@ def learn_from(
         print_line(
             f"epoch {epoch:3d}  {learner.updates:6d} updates  accept length {length:.3f} on {len(held_out)} held out"
         )
+    if not leads:
+        return rows
     directory.write_json("learner.json", asdict(config))
     directory.write_json("environment.json", environment())
     return rows

@@ -15,6 +15,7 @@ from specrl.agents.distill import distill, tabulate
 from specrl.agents.fixed import PlanTable
 from specrl.agents.network import NetworkChooser, load_chooser
 from specrl.agents.sb3 import Agent, make_agent
+from specrl.apps.cluster.environments import RayVectorEnv
 from specrl.apps.curve import Curve
 from specrl.apps.output import OutputDir, environment, show, table
 from specrl.apps.policy_report import report
@@ -57,6 +58,8 @@ def rl(
     seconds: float | None = None,
     hyperparameters: Path | None = None,
     policy: Path | None = None,
+    ray: str | None = None,
+    workers: int = 2,
     live: bool = False,
     target: str = "embedded",
     draft: Path | None = None,
@@ -89,6 +92,8 @@ def rl(
         seconds: to stop after, if that is sooner.
         hyperparameters: YAML as RL Baselines3 Zoo writes it: by environment, arguments of the algorithm.
         policy: directory of a policy to go on from.
+        ray: address of a Ray cluster that holds the simulated environments, 'auto' or 'local'.
+        workers: with `ray`: actors that share them, of a CPU each.
         live: learn on live decoding of `target`, timed by the clock; let nothing else run meanwhile.
         target: live: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: live: EAGLE3 draft directory; by default a random one, which accepts next to nothing.
@@ -107,6 +112,11 @@ def rl(
         raise ValueError(f"n_timesteps must be at least 1, but got {n_timesteps}")
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds must be above 0, but got {seconds}")
+    if live and ray is not None:
+        raise ValueError(
+            f"--ray is for simulated environments, but got --live and --ray {ray}: timed rounds own their device, and "
+            "would slow each other down; leave one of them out"
+        )
     task = SPEC_DECODE if live else SIMULATED
     hyper = read_hyperparameters(hyperparameters or HYPERPARAMETERS / f"{algo}.yaml", task)
     offered = plans or (",".join(map(str, load_chooser(policy).plans)) if policy else None)
@@ -118,7 +128,11 @@ def rl(
         world = World(as_vector(decoding), decoding.plans, decoding.action_masks(), decoding.off_the_clock)
     else:
         common |= {"profile": profile, "plans": offered, "autoreset_mode": AutoresetMode.SAME_STEP, "stagger": True}
-        simulated = SimulatedVectorEnv(int(hyper.get("n_envs", 1)), **common)
+        simulated: SimulatedVectorEnv | RayVectorEnv
+        if ray is not None:
+            simulated = RayVectorEnv(int(hyper.get("n_envs", 1)), address=ray, workers=workers, **common)
+        else:
+            simulated = SimulatedVectorEnv(int(hyper.get("n_envs", 1)), **common)
         world = World(simulated, simulated.plans, simulated.action_masks()[0], None)
     if algo != "maskable_ppo" and not world.allowed.all():
         able = ",".join(str(plan) for plan, can in zip(world.plans, world.allowed, strict=True) if can)

@@ -115,6 +115,10 @@ class Traces:
     def __len__(self) -> int:
         return len(self._notes)
 
+    def length(self, number: int) -> int:
+        """Tokens of a sequence."""
+        return int(self._notes[number][2]["length"])
+
     def read(self, numbers: Sequence[int]) -> Iterator[Traced]:
         """The sequences of these numbers, from 0 on.
 

@@ -113,7 +113,8 @@ def train(
             serving never waits for learning. Updates are 'always', log.csv tells of engines, a learner that was killed
             comes back from its checkpoint (output_dir must be where every node finds it), and requests are counted
             from 0 when it is resumed.
-        engines: with `ray`: how many serve, each a stream and a chooser of its own.
+        engines: with `ray`: how many serve, each a stream and a chooser of its own; with `traces` how many processes
+            share every batch.
         in_flight: with `ray`: calls of an engine that the learner may owe an answer; what finishes meanwhile is
             dropped and counted.
         engine_device: with `ray`: a resource of the cluster of which each engine owns one: 'CPU' or your own name.
@@ -135,15 +136,16 @@ def train(
         specrl train --config runs/day0/config.yaml --resume --requests 1000
         specrl train --learner.learning_rate 2e-3 --learner.passes 5 --chooser 4/1/5 --traffic 8
         specrl train --ray 10.0.0.1:6379 --engines 7 --requests 20000 --output_dir /shared/run
+        specrl train --ray 10.0.0.1:6379 --engines 4 --traces /shared/traces --output_dir /shared/offline
     """
     if requests < 1 or checkpoint_every < 1:
         raise ValueError(f"requests and checkpoint_every must be at least 1, but got {requests} and {checkpoint_every}")
     if draft is not None and draft_vocab_size is not None:
         raise ValueError("a draft that is there has its vocabulary, so name --draft or --draft_vocab_size, not both")
-    if ray is not None and (engine != "local" or traces is not None or update != "always" or wandb or not learn):
+    if ray is not None and (engine != "local" or update != "always" or wandb or not learn):
         raise ValueError(
-            "--ray goes with the engine 'local', --update always, --learn true and without --traces and --wandb, but "
-            f"got {engine!r}, {update!r}, {learn}, {traces} and {wandb}; leave the others out"
+            "--ray goes with the engine 'local', --update always, --learn true and without --wandb, but got "
+            f"{engine!r}, {update!r}, {learn} and {wandb}; leave the others out"
         )
     followed = _followed(engine, server, server_traces, draft)
     directory = OutputDir(output_dir or Path("runs/train"))
@@ -159,6 +161,13 @@ def train(
         if resume or draft_vocab_size is not None:
             raise ValueError("--traces goes with neither --resume nor --draft_vocab_size; name a --draft to go on from")
         first = load_draft(draft) if draft is not None else fresh_draft(model, target, seed)
+        if ray is not None:
+            from specrl.apps.cluster.shared import learn_over_ray
+
+            begin = directory.path / "first"
+            first.save(begin)
+            learn_over_ray(ray, traces, target, begin, learner, directory, epochs=epochs, seed=seed, workers=engines)
+            return
         learn_from(Traces(traces), model, first, learner, directory, target=target, epochs=epochs, seed=seed)
         show(f"written: {directory.path}")
         return
