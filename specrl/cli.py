@@ -34,6 +34,7 @@ COMMANDS = {
     "import": Command("specrl.apps.import_draft:import_draft", "a published EAGLE3 draft, to start learning from"),
     "doctor": Command("specrl.apps.doctor:doctor", "what this machine can do, and what would slow it down"),
     "bench": Command("specrl.apps.bench:bench", "speculative against plain decoding, by plan and batch size"),
+    "compare": Command("specrl.apps.compare_runs:compare", "two drafts or runs, measured in turns, or two benchmarks"),
     "evaluate": Command("specrl.apps.evaluate:evaluate", "choosers of plans against each other, simulated or live"),
     "validate": Command("specrl.apps.validate:validate", "does a record of an evaluation hold?"),
     "presets": Command("specrl.apps.presets:presets", "drafts that others published, and where each figure stands"),

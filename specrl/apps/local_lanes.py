@@ -9,7 +9,7 @@ import numpy as np
 
 from specrl.apps.checks import torch_threads
 from specrl.apps.output import progress, usable_cores
-from specrl.apps.paired import PLAIN, Lane, Measured, Setting, measure
+from specrl.apps.paired import PLAIN, Measured, Setting, measure
 from specrl.engines.base import Workload
 from specrl.engines.local import LocalEngine
 from specrl.models.draft import Draft
@@ -44,13 +44,13 @@ def measure_plans(
     null: bool = True,
     shares: Mapping[str, float] | None = None,
     each: bool = False,
-    lanes_out: list[Lane] | None = None,
+    reference: str = PLAIN,
     seed: int = 0,
 ) -> list[Measured]:
     """Plain (in its fastest setting), plain again (A/A, where `null`), and every named draft and plan, taking turns.
 
-    `shares` are tokens of a lane's blocks over those of plain's, 1 where it is not named; `each` and `lanes_out` are
-    `measure`'s.
+    `shares` are tokens of a lane's blocks over those of plain's, 1 where it is not named; `each` is `measure`'s;
+    `reference` is the lane that speedups are counted over, and the first.
     """
     engines = {
         id(draft): LocalEngine(
@@ -68,6 +68,7 @@ def measure_plans(
         Setting(name, engines[id(draft)], plan, fastest.threads, (shares or {}).get(name, 1.0))
         for name, (draft, plan) in lanes.items()
     ]
+    settings.sort(key=lambda setting: setting.name != reference)
     with progress(f"batch {batch_size}", seconds) as advance:
         results = measure(
             settings,
@@ -78,7 +79,6 @@ def measure_plans(
             seconds=seconds,
             seed=seed,
             each=each,
-            lanes_out=lanes_out,
             on_block=lambda spent, widest: advance(spent, width(widest, precision)),
         )
     for engine in (plain, *engines.values()):

@@ -1,0 +1,142 @@
+"""`specrl compare`: drafts in turns, and finished benchmarks."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from specrl.apps.bench import bench
+from specrl.apps.compare_benches import compare_benches, mean_difference
+from specrl.apps.compare_runs import Drafted, compare, paired_line, read_drafted
+from specrl.apps.paired import PLAIN, Setting, measure
+from specrl.cli import main
+from specrl.engines.profile import Profile, load_profile
+from specrl.engines.simulated import Requests, SimulatedEngine
+from specrl.models.draft import new_draft
+from specrl.models.target import load_target
+from specrl.plan import Plan
+
+
+@pytest.fixture(autouse=True)
+def _in_a_fresh_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("specrl.apps.local_lanes.usable_cores", lambda: 1)  # two threads are slow beside other work
+
+
+def quicker(profile: Profile, factor: float) -> Profile:
+    """The profile with speculative rounds that take `factor` of their time."""
+    costs = [replace(c, seconds=c.seconds * (factor if c.plan and c.plan.num_steps else 1.0)) for c in profile.costs]
+    return replace(profile, name=f"{profile.name} x {factor}", costs=tuple(costs))
+
+
+def number(line: dict[str, object], name: str) -> float:
+    value = line[name]
+    assert isinstance(value, float)
+    return value
+
+
+def test_the_ratio_of_two_lanes_is_paired() -> None:
+    # Both lanes meet the same luck, so that their ratio is that of their costs, to the last digit.
+    profile = load_profile("aurora-minimax-m2.1")
+    slow, fast = SimulatedEngine(profile), SimulatedEngine(quicker(profile, 0.8))
+    settings = [Setting("A", slow, Plan(3)), Setting("B", fast, Plan(3)), Setting(PLAIN, slow, None)]
+    results = measure(
+        settings, Requests((8, 8), (64, 64)), batch_size=8, block_tokens=64, precision=0.9, seconds=1e9, each=True
+    )
+    line = paired_line({m.name: m for m in results})
+    for name in ("ratio", "ratio_low", "ratio_high"):
+        assert number(line, name) == pytest.approx(1.25, rel=1e-6)
+    assert line["probability"] == 1.0 and (line["plan_a"], line["plan_b"]) == ("3/1/4", "3/1/4")
+    assert number(line, "speedup_b") / number(line, "speedup_a") == pytest.approx(1.25, rel=1e-6)
+    assert line["accept_length_a"] == line["accept_length_b"]
+
+
+def test_two_drafts_are_measured_in_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    target = load_target("embedded")
+    new_draft(target, draft_vocab_size=64, intermediate_size=64, seed=0).save("one")
+    new_draft(target, draft_vocab_size=64, intermediate_size=64, seed=1).save("run/draft")
+    Path("run/plans.json").write_text(json.dumps({"plans": {"1": "1/1/2", "4": "2/1/3"}}))
+    words = "compare one run --batch_sizes 2 --max_new_tokens 8 --precision 0.9 --seconds 1 --output_dir out"
+    assert main(words.split()) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "B over A [95 %]" in printed and "Paired: A, B and plain decoding took turns" in printed
+    report = json.loads(Path("out/compare.json").read_text())
+    (line,) = report["rows"]
+    assert report["paired"] is True and (line["plan_a"], line["plan_b"]) == ("3/1/4", "1/1/2")
+    assert line["ratio_low"] <= line["ratio"] <= line["ratio_high"] and 0.0 <= line["probability"] <= 1.0
+    assert line["blocks_a"] >= line["blocks_b"] >= 6 and line["accept_length_a"] >= 1.0
+    assert Path("out/compare.csv").read_text().splitlines()[0].startswith("batch_size,plan_a,plan_b,speedup_a")
+
+
+def test_a_run_brings_its_plans(tmp_path: Path) -> None:
+    draft = new_draft(load_target("embedded"), draft_vocab_size=64, intermediate_size=64)
+    run = Drafted(draft, {1: Plan(4), 8: Plan(2)})
+    assert [run.plan(b, None) for b in (1, 7, 8, 32)] == [Plan(4), Plan(4), Plan(2), Plan(2)]
+    assert run.plan(1, Plan(5)) == Plan(5) and Drafted(draft, None).plan(1, None) == Plan(3)
+    draft.save(tmp_path / "draft")
+    assert read_drafted(tmp_path / "draft").plans is None
+
+
+def test_two_benchmarks_are_compared_by_what_both_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    profile = load_profile("aurora-minimax-m2.1")
+    for name, factor in (("a", 1.0), ("same", 1.0), ("b", 0.5)):
+        Path(f"{name}.json").write_text(quicker(profile, factor).to_json())
+        bench(
+            engine="simulated", profile=f"{name}.json", batch_sizes=(16,), plans="3" if name == "b" else "3,4",
+            precision=0.9, seed={"a": 0, "same": 1, "b": 2}[name], output_dir=Path(name),
+        )  # fmt: skip
+    capsys.readouterr()
+    line, other = compare(a=Path("a"), b=Path("same"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Not paired: A and B were measured at different times" in printed
+    assert (line["plan_a"], other["plan_a"]) == ("3/1/4", "4/1/5")
+    assert number(line, "ratio") == pytest.approx(1.0, abs=0.1)  # 190 requests each: standard error 0.012
+    assert number(line, "ratio_low") < number(line, "ratio") < number(line, "ratio_high")
+    (twice,) = compare_benches(Path("a"), Path("b"))
+    assert number(twice, "ratio_low") > 1.5 and number(twice, "ratio") == pytest.approx(2.0, abs=0.2)
+    assert twice["probability"] == 1.0
+    report = json.loads(Path("b/bench.json").read_text())
+    report["environment"]["cpu"] = "another"
+    Path("b/bench.json").write_text(json.dumps(report))
+    compare(a=Path("a"), b=Path("b"))
+    assert "They differ in: cpu" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_interval_of_a_difference_covers_the_truth() -> None:
+    # 300 trials of 95 %: 90 % or fewer have odds below 1 in 2,000 if the interval keeps its word. The seed is fixed.
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(300):
+        x, y = 0.3 + 0.05 * rng.standard_normal(8), 0.1 + 0.15 * rng.standard_normal(14)
+        covered += mean_difference(x, y, resamples=400, rng=rng).covers(0.2)
+    assert covered > 270
+    point = mean_difference(np.full(3, 2.0), np.full(2, 1.0), rng=rng)
+    assert (point.value, point.low, point.high) == (1.0, 1.0, 1.0) and math.isfinite(point.half_width)
+
+
+WRONG = {
+    "compare nowhere nothing": "'nowhere' is none",
+    "compare one": "are required: b",
+    "compare a_bench nowhere": "a benchmark can only be compared with another",
+    "compare a_bench damaged": "must hold what 'specrl bench' wrote",
+    "compare a_bench another": "must share a temperature, batch size and plan",
+    "compare one two --precision 3": "precision must be in (0, 1)",
+    "compare one two --batch_sizes 0": "batch_sizes must be numbers of at least 1",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG.items())
+def test_wrong_input_ends_in_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    head = "temperature,batch_size,lane,block,tokens,seconds\n"
+    for name, plan in (("a_bench", "3/1/4"), ("another", "4/1/5"), ("damaged", "3/1/4")):
+        Path(name).mkdir()
+        blocks = "".join(f"0.7,1,{lane},{n},10,{n + 1}\n" for lane in (PLAIN, plan) for n in range(3))
+        Path(name, "blocks.csv").write_text(head + (blocks if name != "damaged" else "0.7,1,plain,0,ten,1\n"))
+        row = {"temperature": 0.7, "batch_size": 1, "plan": plan, "accept_length": 2.0, "mean_tps": 1.0}
+        Path(name, "bench.json").write_text(json.dumps({"rows": [row], "environment": {}}))
+    assert main(line.split()) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
