@@ -16,8 +16,9 @@ from specrl.plan import Plan
 from specrl.rounds import Round
 
 _WELL_KNOWN = 50.0  # rounds after which nothing but a change speaks for trying a plan again
+_PATIENCE = 600  # rounds, times the plans, after which one as well known is tried again where it may yet be best
 _PLAUSIBLE = 0.8  # a plan below this share of the best one's speed is not looked at again
-_SETTLED = 0.06  # log standard deviation of a cost below which sampling it calms down
+_SETTLED = 0.03  # log standard deviation of a cost below which sampling it calms down
 _HOLD = 8  # rounds that one sample decides
 _IDLE = 200  # rounds without drafts after which one is made, to see how they fare by now
 _BUYS = 3  # rounds that one request's draft keeps that from
@@ -44,14 +45,16 @@ class AdaptiveChooser:
     after plan 0, or after a change of batch size, pays for the draft's catch-up. That round counts for survival but not
     for the plan's cost; by how much it is dearer is learned too, and held against plans that would leave plan 0.
 
-    Changes are noticed by `Survival` and `Costs`. To give them something to notice, a plan that may be best and was not
-    seen for long is tried again, and so is drafting where plan 0 has ruled for a hundred rounds.
+    Changes are noticed by `Survival` and `Costs`. To give them something to notice, a plan that was not seen for long
+    is tried again, sooner where two standard deviations of its cost might make it best; so is drafting where plan 0 has
+    ruled for long.
 
     Args:
         plans: to choose from.
         seed: of the sampling.
-        revisit: rounds, times the number of plans, after which a plausible plan is tried again; the sooner the less
-            is known of it, if two standard deviations of its cost might make it best.
+        revisit: rounds, at any batch size, after which a plan that was not seen is tried again, at first only where it
+            is as good as the best, and after twice as many where it reaches 80 % of it: costs and acceptance mostly
+            move at all batch sizes alike, so one look where it is cheap tells of all.
 
     Raises:
         ValueError: no plans.
@@ -86,7 +89,7 @@ class AdaptiveChooser:
     def _sample(self, batch: int) -> tuple[Plan, int]:
         """A plan by what is believed now, and for how many rounds."""
         costs = self.costs
-        untried = [plan for plan in self.plans if costs.tried(batch, plan) < 2.0 and self._worth(batch, plan)]
+        untried = [plan for plan in self.plans if costs.visits(batch, plan) < 2 and self._worth(batch, plan)]
         if untried:
             return untried[int(self._rng.integers(len(untried)))], 2
         lengths = self.survival.accept_lengths(self.plans, self._rng)
@@ -102,32 +105,40 @@ class AdaptiveChooser:
             self._idle = 0
             drafting = [speed if plan.num_steps else -math.inf for plan, speed in zip(self.plans, speeds, strict=True)]
             return self.plans[drafting.index(max(drafting))], 1
+        means = self._speeds(batch)
+        lead = max(means[plan] for plan in self._tried(batch))
         for plan in self.plans:
-            if plan != best and self._due(batch, plan):
+            if plan != best and self._due(batch, plan, lead - means[plan]):
                 return plan, 2
         return best, _HOLD
 
     def _worth(self, batch: int, plan: Plan) -> bool:
-        """Whether an untried plan might still beat the best tried one, at three standard deviations."""
-        tried = [p for p in self.plans if self.costs.tried(batch, p) >= 2.0]
-        if not tried:
+        """Whether an untried plan might still beat the best tried one, at three standard deviations.
+
+        After one round it always may, for that round may have been a hiccup.
+        """
+        if self.costs.visits(batch, plan) == 1:
             return True
-        mean, sd = self.costs.log_seconds(batch, plan)
-        hope = math.log(self.survival.accept_length(plan)) - mean + 3.0 * sd
-        return hope > max(self._speed(batch, p) for p in tried)
+        tried, speeds = self._tried(batch), self._speeds(batch)
+        doubt = 3.0 * self.costs.log_seconds(batch, plan)[1]
+        return len(tried) == len(self.plans) or speeds[plan] + doubt > max(speeds[p] for p in tried)
 
-    def _due(self, batch: int, plan: Plan) -> bool:
-        """Whether a plan that is no more chosen should be looked at again."""
-        patience = self._revisit * len(self.plans) * min(self.costs.tried(batch, plan) / _WELL_KNOWN, 1.0)
-        unseen = self.costs.unseen(batch, plan)
-        if unseen <= patience:
-            return False
-        behind = self._speed(batch, self.best(batch)) - self._speed(batch, plan)
-        doubt = 2.0 * self.costs.log_seconds(batch, plan)[1]
-        return behind < (-math.log(_PLAUSIBLE) if unseen > self._revisit * len(self.plans) else doubt)
+    def _due(self, batch: int, plan: Plan, behind: float) -> bool:
+        """Whether a plan that is no more chosen, `behind` the best in log speed, should be looked at again."""
+        overdue = self.costs.unseen_anywhere(plan) / self._revisit - 1.0
+        if behind < -math.log(_PLAUSIBLE) * min(overdue, 1.0):
+            return True
+        patience = _PATIENCE * len(self.plans) * min(self.costs.tried(batch, plan) / _WELL_KNOWN, 1.0)
+        return self.costs.unseen(batch, plan) > patience and behind < 2.0 * self.costs.log_seconds(batch, plan)[1]
 
-    def _speed(self, batch: int, plan: Plan) -> float:
-        return math.log(self.survival.accept_length(plan)) - self.costs.log_seconds(batch, plan)[0]
+    def _tried(self, batch: int) -> Sequence[Plan]:
+        """Plans that ran at least twice at a batch size; all, if none did."""
+        return [plan for plan in self.plans if self.costs.visits(batch, plan) >= 2] or self.plans
+
+    def _speeds(self, batch: int) -> dict[Plan, float]:
+        """Mean belief about log E[τ] / T of every plan."""
+        lengths = self.survival.accept_lengths(self.plans)
+        return {p: math.log(n) - self.costs.log_seconds(batch, p)[0] for p, n in zip(self.plans, lengths, strict=True)}
 
     def learn(self, done: Round) -> None:
         """Take a finished round."""
@@ -137,15 +148,14 @@ class AdaptiveChooser:
         caught_up = last is not None and last[0] == done.batch_size and (last[1].num_steps or not done.plan.num_steps)
         if caught_up or not done.plan.num_steps:
             self.costs.learn(done.batch_size, done.plan, done.seconds)
-        elif last is not None and last[1].num_steps == 0 and self.costs.tried(done.batch_size, done.plan) >= 2.0:
+        elif last is not None and last[1].num_steps == 0 and self.costs.visits(done.batch_size, done.plan) >= 2:
             usual = math.exp(self.costs.log_seconds(done.batch_size, done.plan)[0])
             longer = min(max(done.seconds / usual - 1.0, -0.5), 2.0)
             self._catch_up += 0.1 * (longer - self._catch_up)
 
     def best(self, batch_size: int) -> Plan:
         """The plan believed best now, among those tried at this batch size (all, if none was)."""
-        tried = [plan for plan in self.plans if self.costs.tried(batch_size, plan) >= 2.0]
-        return max(tried or self.plans, key=lambda plan: self._speed(batch_size, plan))
+        return max(self._tried(batch_size), key=self._speeds(batch_size).__getitem__)
 
     def estimates(self, batch_size: int) -> list[PlanEstimate]:
         """What is believed of every plan at a batch size."""

@@ -15,9 +15,10 @@ _GUESS = 0.35  # log standard deviation of such a guess
 _OCTAVE = 0.05  # what a ratio of two plans may differ by between batch sizes, for every doubling
 _BEND = 0.015  # the same between two batch sizes that enclose it
 _SPIKE = 0.6  # a round more than this above the mean in log seconds is a hiccup, unless it recurs
-_SLACK, _ALARM = 0.75, 9.0  # of the change detection, in standard deviations of one round
-_MOST = 2.0  # that one round may speak for a change: eight at least must agree, for machines stutter in bursts
+_SLACK, _ALARM = 0.75, 11.0  # of the change detection, in standard deviations of one round
+_MOST = 2.0  # that one round may speak for a change: nine at least must agree, for machines stutter in bursts
 _LEANS = 40.0  # a cost seen more often than this does without its neighbours
+_SAME, _OTHER = 0.8, 0.3  # chance that a plan's change holds at another batch size, and for another plan
 
 
 @dataclass(slots=True)
@@ -32,16 +33,18 @@ class Cell:
     below: float = 0.0  # and downwards
     run: float = 0.0  # sum and number of the residuals since both were zero
     length: int = 0
+    visits: int = 1  # rounds ever taken
 
 
 class Costs:
     """T(batch size, plan).
 
     Each cost is a mean of log seconds that forgets slowly. A cost that moves at once is noticed by a two-sided CUSUM of
-    its standardised residuals z, clipped at ±2 (Page, 1954): S ← max(0, S ± z - 0.75), and S > 9 is a change. The cost
-    then begins anew with the rounds that S was made of, and the same plan's costs at other batch sizes are believed
-    that much less. A cost with little evidence leans on what its plan costs, relative to another one, at the nearest
-    batch size.
+    its standardised residuals z, clipped at ±2 (Page, 1954): S ← max(0, S ± z - 0.75), and S > 11 is a change. The cost
+    then begins anew with the rounds that S was made of. What makes one plan dearer is seldom its own at one batch size
+    only: the same plan's other costs are believed to have moved by as much with probability 0.8, other plans' with 0.3.
+    Their means move by that share, and their variances grow by that of the coin. A cost with little evidence leans on
+    what its plan costs, relative to another one, at the nearest batch size.
 
     Args:
         plans: on offer.
@@ -52,6 +55,7 @@ class Costs:
     def __init__(self, plans: Sequence[Plan], memory: float = 250.0, drift: float = 0.02) -> None:
         self.plans, self._keep, self._drift = tuple(plans), math.exp(-1.0 / memory), drift
         self._cells: dict[tuple[int, Plan], Cell] = {}
+        self._seen: dict[Plan, int] = {}  # the clock of a plan's last round
         self._variance = _NOISE**2
         self.rounds = 0
         self.changes = 0  # noticed so far
@@ -59,6 +63,7 @@ class Costs:
     def learn(self, batch_size: int, plan: Plan, seconds: float) -> None:
         """Take the seconds of a round."""
         self.rounds += 1
+        self._seen[plan] = self.rounds
         x, key = math.log(seconds), (batch_size, plan)
         cell = self._cells.get(key)
         if cell is None:
@@ -73,11 +78,11 @@ class Costs:
         if cell.odd >= 3 or error < -_SPIKE:  # it recurs, or the first visit was the hiccup: begin anew
             self._cells[key] = Cell(x, seen=self.rounds)
             return
-        cell.odd = 0
+        cell.odd, cell.visits = 0, cell.visits + 1
         if self._changed(cell, error):
-            shift = cell.run / cell.length
-            self._cells[key] = Cell(cell.mean + shift, weight=float(cell.length), seen=self.rounds)
-            self._doubt(key, shift)
+            shift, weight = cell.run / cell.length, float(cell.length)
+            self._cells[key] = Cell(cell.mean + shift, weight, seen=self.rounds, visits=cell.visits)
+            self._spread(key, shift)
             return
         cell.weight = self._variance / (self._variance / cell.weight + stale) * self._keep + 1.0
         cell.mean += error / cell.weight
@@ -94,12 +99,17 @@ class Costs:
         cell.run, cell.length = cell.run + error, cell.length + 1
         return max(cell.above, cell.below) > _ALARM
 
-    def _doubt(self, changed: tuple[int, Plan], shift: float) -> None:
-        """The same plan's costs at other batch sizes may have moved by as much."""
+    def _spread(self, changed: tuple[int, Plan], shift: float) -> None:
+        """Other costs may have moved by as much."""
         self.changes += 1
         for key, cell in self._cells.items():
-            if key[1] == changed[1] and key != changed:
-                cell.weight = self._variance / (self._variance / cell.weight + shift**2)
+            if key != changed:
+                chance = _SAME if key[1] == changed[1] else _OTHER
+                cell.mean += chance * shift
+                doubt = chance * (1.0 - chance) * shift**2
+                cell.weight = self._variance / (self._variance / cell.weight + doubt)
+                cell.above = cell.below = cell.run = 0.0
+                cell.length = 0
 
     def _stale(self, cell: Cell) -> float:
         return self._drift**2 * (self.rounds - cell.seen) / 1000.0
@@ -108,6 +118,15 @@ class Costs:
         """Weight of the evidence; 0 where there is none."""
         cell = self._cells.get((batch_size, plan))
         return 0.0 if cell is None else cell.weight
+
+    def visits(self, batch_size: int, plan: Plan) -> int:
+        """Rounds of the plan at this batch size, ever."""
+        cell = self._cells.get((batch_size, plan))
+        return 0 if cell is None else cell.visits
+
+    def unseen_anywhere(self, plan: Plan) -> int:
+        """Rounds since the plan last ran at any batch size."""
+        return self.rounds - self._seen.get(plan, 0)
 
     def unseen(self, batch_size: int, plan: Plan) -> int:
         """Rounds since the plan last ran at this batch size."""
@@ -142,6 +161,7 @@ class Costs:
                 return 0.0, _GUESS**2
             b = min(sizes, key=lambda size: abs(math.log(size / batch_size)))
             return cells[b, plan].mean, _GUESS**2
+        known = [p for p in known if cells[batch_size, p].visits > 1] or known  # one round may have been a hiccup
         near = min(known, key=lambda p: (abs(p.num_steps - plan.num_steps), p.topk != plan.topk))
         here = cells[batch_size, near]
         sizes = [b for b, p in cells if p == plan and b != batch_size and (b, near) in cells]
@@ -173,7 +193,7 @@ class Costs:
     def state_dict(self) -> dict[str, Any]:
         """Everything, JSON-able."""
         cells = [
-            [b, str(p), c.mean, c.weight, c.seen, c.odd, c.above, c.below, c.run, c.length]
+            [b, str(p), c.mean, c.weight, c.seen, c.odd, c.above, c.below, c.run, c.length, c.visits]
             for (b, p), c in self._cells.items()
         ]
         return {"rounds": self.rounds, "changes": self.changes, "variance": self._variance, "cells": cells}
@@ -182,3 +202,4 @@ class Costs:
         """Go on from a `state_dict`."""
         self.rounds, self.changes, self._variance = state["rounds"], state["changes"], state["variance"]
         self._cells = {(b, Plan.parse(p)): Cell(*numbers) for b, p, *numbers in state["cells"]}
+        self._seen = {plan: max(c.seen for (_, p), c in self._cells.items() if p == plan) for _, plan in self._cells}

@@ -21,7 +21,7 @@ from specrl.rounds import Round
 Floats = NDArray[np.float64]
 _PRIOR = 2.0  # pseudo-drafts behind a position that was never tried
 _INDEPENDENT = 1.0  # neighbouring rounds of a request are alike: what one draft counts for
-_SLACK, _ALARM = 1.0, 6.0  # of the change detection, in standard deviations of one round
+_SLACK, _ALARM = 1.0, 8.0  # of the change detection, in standard deviations of one round
 _OLD = 0.02  # the share of evidence that a change leaves
 
 
@@ -41,12 +41,15 @@ class Survival:
     over their standard deviation: the counts then begin anew with the rounds that it was made of.
 
     Args:
-        memory: rounds, of any plan, after which evidence has faded to 1/e.
+        memory: rounds with drafts, of any plan, after which evidence has faded to 1/e.
         version_memory: the share of evidence kept when the draft's weights change.
+        idle_memory: as `memory`, in rounds without drafts: where no evidence comes in, a change would go unseen, so
+            what is believed grows uncertain sooner, and drafts are tried again.
     """
 
-    def __init__(self, memory: float = 1600.0, version_memory: float = 0.97) -> None:
-        self._keep, self.version_memory = math.exp(-1.0 / memory), version_memory
+    def __init__(self, memory: float = 1600.0, version_memory: float = 0.97, idle_memory: float = 400.0) -> None:
+        self._keep, self._keep_idle = math.exp(-1.0 / memory), math.exp(-1.0 / idle_memory)
+        self.version_memory = version_memory
         self._counts: dict[str, Floats] = {}  # family -> [2, K]: accepted, tried
         self._watches: dict[str, Watch] = {}
         self._version: int | None = None
@@ -60,8 +63,9 @@ class Survival:
     def learn(self, done: Round) -> None:
         """Take a finished round."""
         changed = self._version is not None and done.draft_version != self._version
+        keep = self._keep if done.plan.num_steps else self._keep_idle
         for counts in self._counts.values():
-            counts *= self._keep * (self.version_memory if changed else 1.0)
+            counts *= keep * (self.version_memory if changed else 1.0)
         self._version = done.draft_version
         steps = done.plan.num_steps
         if steps == 0:

@@ -1,4 +1,4 @@
-"""Small worlds to hold plan choosers against: three tables of costs and survival, made into rounds.
+"""Small worlds to hold plan choosers against: tables of costs and survival, made into rounds.
 
 A script holds everything random of a run (batch sizes, timing noise, which drafts would stand), drawn ahead of it: all
 choosers that play a script meet the same luck, so they may be compared in pairs. What a choice is worth is computed
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from specrl.agents.base import PlanChooser
 from specrl.agents.survival import Survival
+from specrl.engines.profile import load_profile
+from specrl.engines.skill import accept_length
 from specrl.observation import Observation
 from specrl.plan import Plan
 from specrl.rounds import Round
@@ -123,7 +125,26 @@ TREES = Table(
         "tree/4/8": tuple(np.cumprod((0.70, 0.58, 0.50)).tolist()),
     },
 )
-TABLES = (CODER_NEXT, EMBEDDED, TREES)
+
+
+def recorded(name: str) -> Table:
+    """Costs and survival of a shipped profile, under this file's noise."""
+    profile = load_profile(name)
+    survival: dict[str, tuple[float, ...]] = {}
+    for plan in profile.plans:
+        lengths = [profile.accept_length(Plan(0))]
+        odds = profile.odds(plan)
+        lengths += [accept_length(odds[:k], profile.skill, profile.drift) for k in range(1, plan.num_steps + 1)]
+        if plan.num_steps > len(survival.get(Survival.family(plan), ())):
+            survival[Survival.family(plan)] = tuple(np.diff(lengths).tolist())
+    sizes = profile.batch_sizes
+    seconds = {plan: tuple(profile.cost(b, plan).seconds for b in sizes) for plan in profile.plans}
+    return Table(name, sizes, seconds, survival)
+
+
+BF16 = recorded("embedded-bf16")
+FLAT = recorded("embedded-fp32")  # 3/1/4 is best or nearly so at all batch sizes but 1: hardly anything to choose
+TABLES = (CODER_NEXT, EMBEDDED, TREES, BF16)
 STEADY = Shift("steady")
 SHIFTS = (
     Shift("dearer", at=1800, dearer=1.3),

@@ -142,6 +142,52 @@ def test_an_untried_cost_is_guessed_from_other_batch_sizes() -> None:
     assert np.exp(mean) == pytest.approx(6e-3) and sd > 0.2
 
 
+def test_a_change_of_one_cost_is_partly_believed_of_the_others() -> None:
+    costs, rng, truth = Costs(PLANS), np.random.default_rng(0), {Plan(3): 1e-3, Plan(4): 2e-3}
+
+    def play(rounds: int, dearer: float) -> None:
+        for _ in range(rounds):
+            costs.learn(1, Plan(4), 2e-3 * dearer * np.exp(0.05 * rng.standard_normal()))
+
+    for batch, plan in ((1, Plan(3)), (8, Plan(4)), (8, Plan(3))):
+        for _ in range(60):
+            costs.learn(batch, plan, truth[plan])
+    play(60, 1.0)
+    sure = costs.log_seconds(8, Plan(4))[1]
+    play(40, 1.4)
+    assert costs.changes == 1
+    keys = ((8, Plan(4)), (1, Plan(3)), (8, Plan(3)))
+    moved = {key: np.exp(costs.log_seconds(*key)[0]) / truth[key[1]] for key in keys}
+    assert 1.2 < moved[8, Plan(4)] < 1.4  # the same plan elsewhere, most of it
+    assert 1.05 < moved[1, Plan(3)] < moved[8, Plan(4)] and 1.05 < moved[8, Plan(3)] < moved[8, Plan(4)]
+    assert costs.log_seconds(8, Plan(4))[1] > 2.0 * sure  # and far from sure
+    for _ in range(20):
+        costs.learn(8, Plan(4), 2e-3)  # it was not so
+    assert np.exp(costs.log_seconds(8, Plan(4))[0]) == pytest.approx(2e-3, rel=0.1)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_a_hiccup_at_the_first_try_of_a_plan_does_not_rule_it_out(batch: int) -> None:
+    world, chooser = World(0), AdaptiveChooser(PLANS, seed=0)
+    chooser.learn(made_up_round(Plan(5), batch, [0] * batch, world.seconds(batch, Plan(5))))
+    for plan in (Plan(0), Plan(1), Plan(2), Plan(3)):
+        chooser.learn(made_up_round(plan, batch, [0] * batch, 6.0 * world.seconds(batch, plan)))
+    world.run(chooser, (batch,), 300)
+    assert world.speed(batch, chooser.best(batch)) >= 0.97 * world.best(batch)
+
+
+def test_without_drafts_what_is_believed_of_them_fades_sooner() -> None:
+    def doubt(**memory: float) -> float:
+        survival, rng = Survival(**memory), np.random.default_rng(0)
+        for _ in range(200):
+            survival.learn(made_up_round(Plan(2), 4, [0, 1, 2, 2]))
+        for _ in range(800):
+            survival.learn(made_up_round(Plan(0), 4))
+        return float(np.std([survival.accept_length(Plan(2), rng) for _ in range(300)]))
+
+    assert doubt() > 1.5 * doubt(idle_memory=1600.0)
+
+
 def test_the_first_speculative_round_after_plan_0_does_not_spoil_its_cost() -> None:
     chooser = AdaptiveChooser(PLANS)
     for _ in range(20):

@@ -24,7 +24,7 @@ class AdaptiveSettings:
     """Settings of our chooser.
 
     Args:
-        revisit: rounds, times the number of plans, after which a plausible plan is tried again.
+        revisit: rounds, at any batch size, after which a plan that was not seen is tried again.
         survival_memory: rounds after which evidence of acceptance has faded to 1/e.
         version_memory: the share of that evidence kept when the draft's weights change.
         cost_memory: rounds of a plan at a batch size after which its cost has faded to 1/e.
