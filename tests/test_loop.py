@@ -131,12 +131,12 @@ def test_gradients_that_are_not_numbers_change_nothing() -> None:
     objective = lane.learner._objective
     right = objective.gradients
 
-    def wrong(parameters: Any, sequences: Any) -> dict[str, float]:
-        metrics = right(parameters, sequences)
+    def wrong(parameters: Any, sequences: Any, *share: Any) -> dict[str, float]:
+        metrics = right(parameters, sequences, *share)
         parameters["fc.weight"].grad.fill_(math.nan)
         return metrics
 
-    objective.gradients = wrong  # type: ignore[method-assign]
+    objective.gradients = wrong  # type: ignore[method-assign, assignment]
     lane.run(100)
     assert lane.learner.updates == 0 and lane.learner.counts()["bad_updates"] > 10
     assert set(lane.versions) == {0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ from specrl.apps import bench_tables as tables
 from specrl.apps.local_lanes import NULL, fastest_plain, measure_plans, width
 from specrl.apps.output import OutputDir, hint, progress, show, table
 from specrl.apps.paired import PLAIN, Measured, Setting, measure
+from specrl.apps.sglang_lanes import launch, measure_served
 from specrl.clock import WallClock
 from specrl.engines.simulated import Requests, SimulatedEngine
 from specrl.models.draft import load_draft, new_draft
@@ -17,12 +19,13 @@ from specrl.plan import Plan, parse_plans
 from specrl.streams import open_stream
 
 PLANS = "0,1/1/2,3/1/4,3/2/6"
+CHAINS = "0,1/1/2,3/1/4"  # of SGLang, which cannot switch to a tree
 BATCH_SIZES = (1, 4, 16)
 
 
 def bench(
     *,
-    engine: Literal["local", "simulated"] = "local",
+    engine: Literal["local", "simulated", "sglang"] = "local",
     target: str = "embedded",
     draft: Path | None = None,
     profile: str | None = None,
@@ -34,6 +37,8 @@ def bench(
     max_new_tokens: int = 128,
     use_rejection_sampling: bool = True,
     device: str | None = None,
+    sglang_python: Path | None = None,
+    sglang_flags: str = "",
     precision: float = 0.02,
     seconds: float = 60.0,
     seed: int = 0,
@@ -49,20 +54,25 @@ def bench(
     target, prompts and temperatures are the profile's. A profile of a published table gives its tokens/s as all
     tokens over all seconds; the mean over requests, whose luck differs, lies 1 to 3 % above that.
 
+    With SGLang two servers are launched, with and without speculation, and stand still while it is the other's turn.
+    Plans are chains, or one tree; they take turns on the same requests, one going on where the other left them.
+
     Args:
-        engine: 'local' decodes here; 'simulated' draws from a profile.
+        engine: 'local' decodes here; 'sglang' launches SGLang; 'simulated' draws from a profile.
         target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: EAGLE3 draft directory; by default a random one, which accepts next to nothing.
         profile: simulated: a shipped profile ('aurora-minimax-m2.1') or a .json file.
         batch_sizes: requests decoded together; by default 1,4,16, or all that the profile knows.
         plans: num_steps/topk/num_draft_tokens, separated by commas; 0 drafts nothing but keeps the draft ready. By
-            default 0,1/1/2,3/1/4,3/2/6, or all that the profile knows.
+            default 0,1/1/2,3/1/4,3/2/6 (SGLang: without the tree), or all that the profile knows.
         temperatures: of sampling; 0 is greedy.
         workload: 'stdlib', a .txt, .jsonl or directory of prompts, or a stream of them (see `specrl train`).
         prompt_tokens: tokens of a prompt.
         max_new_tokens: tokens generated per request.
         use_rejection_sampling: sample chains from the draft; else drafts are its best tokens (SGLang's default).
         device: 'cpu' or 'cuda'; by default a GPU where there is one.
+        sglang_python: Python of an environment with SGLang and this package; by default this one.
+        sglang_flags: further flags for sglang.launch_server.
         precision: a plan is measured until its 95 % interval has a half-width of at most this.
         seconds: or until this much time is spent at its batch size.
         seed: of prompts and sampling.
@@ -75,6 +85,7 @@ def bench(
     Example:
         specrl bench --batch_sizes 1,4,16 --plans 0,1/1/2,3/1/4,3/2/6 --draft runs/quickstart/draft
         specrl bench --engine simulated --profile aurora-minimax-m2.1
+        specrl bench --engine sglang --plans 0,1/1/2,3/1/4 --sglang_python ../sglang/bin/python
     """
     if not 0 < precision < 1 or not 0 < seconds < float("inf"):
         raise ValueError(f"precision must be in (0, 1) and seconds above 0, but got {precision} and {seconds}")
@@ -95,6 +106,13 @@ def bench(
     else:
         what = target
         measured |= {"target": target, "draft": draft, "workload": workload, "prompt_tokens": prompt_tokens}
+    if engine == "sglang":
+        cells = _sglang(
+            target, draft, batch_sizes or BATCH_SIZES, parsed or parse_plans(CHAINS),
+            temperatures=temperatures, workload=workload, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens,
+            python=sglang_python, flags=shlex.split(sglang_flags), precision=precision, seconds=seconds, seed=seed,
+        )  # fmt: skip
+    elif engine == "local":
         for temperature in temperatures:
             cells[temperature] = _local(
                 target, draft, batch_sizes or BATCH_SIZES, parsed or parse_plans(PLANS),
@@ -165,6 +183,54 @@ def _local(
             seed=seed,
         )
     return results
+
+
+def _sglang(
+    target: str,
+    draft: Path | None,
+    batch_sizes: tuple[int, ...],
+    plans: tuple[Plan, ...],
+    *,
+    temperatures: tuple[float, ...],
+    workload: str,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    python: Path | None,
+    flags: list[str],
+    precision: float,
+    seconds: float,
+    seed: int,
+) -> dict[float | None, list[Measured]]:
+    """The servers' lanes at every temperature."""
+    cells: dict[float | None, list[Measured]] = {}
+    show("launching SGLang with speculation, and without")
+    engine = launch(target, draft, plans, python, flags)
+    try:
+        for temperature in temperatures:
+            source = open_stream(
+                workload,
+                target,
+                prompt_tokens=prompt_tokens,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                ignore_eos=True,
+                split="held_out",
+            )
+            cells[temperature] = []
+            for batch in batch_sizes:
+                cells[temperature] += measure_served(
+                    engine,
+                    plans,
+                    source,
+                    batch_size=batch,
+                    block_tokens=max_new_tokens,
+                    precision=precision,
+                    seconds=seconds,
+                    seed=seed,
+                )
+    finally:
+        engine.close()
+    return cells
 
 
 def _simulated(
