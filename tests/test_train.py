@@ -170,7 +170,7 @@ def test_a_stream_of_parts_a_vocabulary_and_metrics(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("specrl.apps.train.VOCABULARY_REQUESTS", 8)
-    stream = "--workload stdlib@8,encodings@8 --draft_vocab_size 100"
+    stream = "--workload stdlib@8,encodings@8 --draft_vocab_size 100 --draft_intermediate_size 96"
     assert main(f"train {SHORT} --requests 16 --checkpoint_every 8 {stream} --output_dir run".split()) == 0
     printed = capsys.readouterr().out
     assert "draft vocabulary: 100 of 512 tokens" in printed and "encodings@8" in printed
@@ -180,6 +180,7 @@ def test_a_stream_of_parts_a_vocabulary_and_metrics(
     assert float(last["tokens_per_s"]) > 0 and float(last["staleness"]) >= 0 and float(last["dropped"]) == 0
     assert float(last["held"]) >= 12 and last["open"] == "0.0", "nothing is open at a checkpoint"
     draft = load_draft("run/draft")
+    assert draft.config.intermediate_size == 96
     assert draft.config.draft_vocab_size == 100 and draft.target_ids is not None
 
     events = EventAccumulator("run/tensorboard").Reload()
@@ -192,6 +193,9 @@ def test_a_stream_of_parts_a_vocabulary_and_metrics(
     assert resumed.target_ids is not None and torch.equal(resumed.target_ids, draft.target_ids)
     assert "is fixed for a run, of 100 tokens, but got 90" in error(f"{again} --draft_vocab_size 90", capsys)
     assert "name --draft or --draft_vocab_size" in error("train --draft run/draft --draft_vocab_size 9", capsys)
+    wide = "train --draft run/draft --draft_intermediate_size 9"
+    assert "name --draft or --draft_intermediate_size" in error(wide, capsys)
+    assert "draft_intermediate_size must be at least 1, but got 0" in error("train --draft_intermediate_size 0", capsys)
     assert "must have 1 to 512 tokens" in error("train --draft_vocab_size 513", capsys)
 
 

@@ -82,7 +82,7 @@ def train_and_measure(
                 model, source, size, max_context=context, seed=seed, requests=VOCABULARY_REQUESTS
             )
             ids = found.ids
-        draft = fresh_draft(model, target, seed, ids)
+        draft = fresh_draft(model, target, seed, ids, options["draft_intermediate_size"])
     remember = "peak_memory_mib" in (*study.objectives, *study.constraints)
     if remember:
         reset_peak_memory()

@@ -42,6 +42,7 @@ def train(
     target: str = "embedded",
     draft: Path | None = None,
     draft_vocab_size: int | None = None,
+    draft_intermediate_size: int | None = None,
     plans: str = "0,1/1/2,2/1/3,3/1/4,4/1/5,5/1/6",
     chooser: str = "adaptive",
     traffic: str = "16x96,4x24,1x24",
@@ -89,6 +90,7 @@ def train(
         draft: EAGLE3 draft directory to start from; by default random initialisation.
         draft_vocab_size: tokens that a new draft can say, the most frequent ones of 96 requests served plainly first;
             by default all.
+        draft_intermediate_size: width of a new draft's MLP; by default 256 for an embedded target, else the target's.
         plans: that the chooser may choose, separated by commas.
         chooser: 'adaptive', or one plan for every round, such as 3/1/4.
         traffic: batch sizes over time: batch_size x rounds, repeated.
@@ -142,6 +144,8 @@ def train(
         raise ValueError(f"requests and checkpoint_every must be at least 1, but got {requests} and {checkpoint_every}")
     if draft is not None and draft_vocab_size is not None:
         raise ValueError("a draft that is there has its vocabulary, so name --draft or --draft_vocab_size, not both")
+    if draft is not None and draft_intermediate_size is not None:
+        raise ValueError("a draft that is there has its width, so name --draft or --draft_intermediate_size, not both")
     if ray is not None and (engine != "local" or update != "always" or wandb or not learn):
         raise ValueError(
             "--ray goes with the engine 'local', --update always, --learn true and without --wandb, but got "
@@ -160,7 +164,9 @@ def train(
     if traces is not None:
         if resume or draft_vocab_size is not None:
             raise ValueError("--traces goes with neither --resume nor --draft_vocab_size; name a --draft to go on from")
-        first = load_draft(draft) if draft is not None else fresh_draft(model, target, seed)
+        first = (
+            load_draft(draft) if draft is not None else fresh_draft(model, target, seed, width=draft_intermediate_size)
+        )
         if ray is not None:
             from specrl.apps.cluster.shared import learn_over_ray
 
@@ -189,7 +195,7 @@ def train(
             if draft_vocab_size is None
             else _vocabulary(model, source, draft_vocab_size, context, seed, checkpoint)
         )
-        first = fresh_draft(model, target, seed, ids)
+        first = fresh_draft(model, target, seed, ids, draft_intermediate_size)
     if ray is not None:
         from specrl.apps.cluster.command import train_over_ray
         from specrl.apps.cluster.serving import Serving
@@ -310,7 +316,20 @@ def _vocabulary(
     return found.ids
 
 
-def fresh_draft(model: Target, target: str, seed: int, vocabulary: Tensor | None = None) -> Draft:
-    """A draft from random initialisation, narrow for an embedded target; `vocabulary` [Vd] int64, None: all."""
-    narrow = DRAFT_MLP if target.startswith("embedded") else None
-    return new_draft(model, intermediate_size=narrow, vocabulary=vocabulary, seed=seed)
+def fresh_draft(
+    model: Target, target: str, seed: int, vocabulary: Tensor | None = None, width: int | None = None
+) -> Draft:
+    """A draft from random initialisation.
+
+    Args:
+        model: the target.
+        target: its name.
+        seed: of the initialisation.
+        vocabulary: [Vd] int64, tokens that it can say; None: all.
+        width: of its MLP; None: narrow for an embedded target, else the target's.
+    """
+    if width is not None and width < 1:
+        raise ValueError(f"draft_intermediate_size must be at least 1, but got {width}")
+    if width is None and target.startswith("embedded"):
+        width = DRAFT_MLP
+    return new_draft(model, intermediate_size=width, vocabulary=vocabulary, seed=seed)
