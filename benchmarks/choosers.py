@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -153,13 +153,12 @@ def show(table: Table, shift: Shift, shares: Shares, rng: np.random.Generator) -
     return rows
 
 
-def write(directory: Path, every: dict[tuple[str, str], Shares], found: list[Bar], told: dict[str, object]) -> None:
+def write(directory: Path, every: dict[tuple[str, str], Shares], found: list[Bar], told: dict[str, Any]) -> None:
     """shares.csv, a row per table, shift, chooser and window; bars.json."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "shares.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        seeds = max(len(v) for shares in every.values() for parts in shares.values() for v in parts.values())
-        writer.writerow(["table", "shift", "chooser", "window", *(f"seed {seed}" for seed in range(seeds))])
+        writer.writerow(["table", "shift", "chooser", "window", *(f"seed {seed}" for seed in told["seeds"])])
         for (table, shift), shares in every.items():
             for name, parts in shares.items():
                 for part in ("all", "settled", "end"):
@@ -202,7 +201,8 @@ def main() -> None:
     seconds = clock.now() - began
     print(f"{sum(bar.holds for bar in found)} of {len(found)} bars hold; {seconds:.0f} s with {args.workers} processes")
     if args.output_dir is not None:
-        told = {"seeds": args.seeds, "rounds": args.rounds, "seconds": round(seconds), "environment": environment()}
+        seeds = list(range(args.first_seed, args.first_seed + args.seeds))
+        told = {"seeds": seeds, "rounds": args.rounds, "seconds": round(seconds), "environment": environment()}
         write(args.output_dir, every, found, told)
     print(json.dumps(summary))
 

@@ -13,7 +13,7 @@ from specrl.agents.conformance import CHECKS
 from specrl.agents.fixed import FixedPlan
 from specrl.apps.compare import agree, compare, improvement, regret, score, share, speedup_interval
 from specrl.apps.evaluate import append, evaluate, parse_shifts
-from specrl.apps.headroom import blocks, closed, headroom, lines
+from specrl.apps.headroom import blocks, closed, headroom, lines, together
 from specrl.apps.live import PLAIN, block_speedups, measured_values, play_live
 from specrl.apps.plays import Play, Replayed, World
 from specrl.apps.sources import Live, Simulated
@@ -224,7 +224,10 @@ def test_headroom_is_the_best_table_over_the_best_single_plan_and_choosers_close
     late = closed(found, "late").share
     assert late is not None and late.value == pytest.approx(0.5) and late.low < 0.5 < late.high
     assert closed(found, "0").over_single.value == pytest.approx(1.0)
-    assert any("last half: 1.500" in line for line in lines(found))
+    assert not any("last half" in line for line in lines(found))  # three cycles are too few
+    twice = together([found, found])
+    told = [line for line in lines(twice) if "last half" in line]
+    assert told == ["oracle headroom: best plan per batch size over best single plan, last half: 1.500 [1.500, 1.500]"]
     only = blocks({**plays, "2/1/3": stretch(1, (2.0, 2.0), cycles)}, ("0",), plans, (1, 2), 4)
     assert closed(only, "0").share is None  # plans are equal: nothing to close
 

@@ -16,6 +16,7 @@ from specrl.statistics import Interval
 
 Floats = NDArray[np.float64]
 _RESAMPLES = 4000
+_FEW = 4  # cycles; of fewer an interval says nothing
 
 
 class Blocks(NamedTuple):
@@ -96,15 +97,19 @@ def lines(found: Blocks) -> list[str]:
     """What is printed: the headroom and, for each chooser, all cycles and the last half of them."""
     half = len(found.table) // 2
     late = Blocks(found.table[half:], found.single[half:], {name: own[half:] for name, own in found.own.items()})
-    parts = [("all cycles", found), *([("last half", late)] if len(late.table) >= 2 else [])]
+    parts = [("all cycles", found), *([("last half", late)] if half >= _FEW else [])]
     out = []
     for when, part in parts:
-        out.append(f"oracle headroom: best plan per batch size over best single plan, {when}: {headroom(part)}")
+        out.append(f"oracle headroom: best plan per batch size over best single plan, {when}: {_text(headroom(part))}")
         for name in part.own:
             told = closed(part, name)
-            share = "no headroom that can be told from none" if told.share is None else f"closed {told.share}"
-            out.append(f"  {name}: {told.over_single} of the best single plan; {share}")
+            share = "no headroom that can be told from none" if told.share is None else f"closed {_text(told.share)}"
+            out.append(f"  {name}: {_text(told.over_single)} of the best single plan; {share}")
     return out
+
+
+def _text(interval: Interval) -> str:
+    return str(interval) if interval.high - interval.low < 10.0 else f"{interval.value:.3f} [too few cycles]"
 
 
 def as_json(found: Blocks) -> dict[str, list[float]]:
