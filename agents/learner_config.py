@@ -25,8 +25,9 @@ class LearnerConfig:
         pass_decay: weight of pass k is pass_decay ** k,
         pass_weights: unless they are given here, one for each pass.
         loss: 'forward_kl', 'reverse_kl', 'next_token', 'total_variation', 'lk' (a slot each), 'accept_length' or
-            'seconds_saved' (a chain of `passes` drafts), or a mixture such as 'forward_kl:0.7+lk:0.3'; their formulas
-            stand in `specrl.agents.losses`.
+            'seconds_saved' (a chain of `passes` drafts; by itself it teaches a random draft nothing, for drafting
+            does not pay yet), or a mixture such as 'forward_kl:0.7+lk:0.3'; their formulas stand in
+            `specrl.agents.losses`.
         drafts: how drafts are proposed and accepted, for the losses of a chain: 'sampled' (rejection sampling) or
             'greedy' (the draft's best token, under target-only acceptance: a surrogate). They are unbiased where
             `temperature` is that of the requests (null, if they differ).

@@ -227,6 +227,9 @@ def seconds_saved(survived: Tensor, costs: Sequence[PlanCost], *, speedup: float
     at this plan. λ = 1 gives seconds saved per round, which favours long rounds; λ = the run's own speedup
     ΣN·t₀/B ÷ ΣΔt makes it the objective itself (Dinkelbach, 1967).
 
+    Where plan 0 is the best one, as it is while a draft is random, the gradient with `best` is zero: such a draft
+    learns nothing. Begin with another loss, mix one in, or leave `best` off.
+
     Args:
         survived: [K], P_k.
         costs: of the plans on offer at each batch size; with `best`, a batch size weighs what its plans do together.
