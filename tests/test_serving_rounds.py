@@ -6,7 +6,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event, Thread
+from threading import Condition, Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,7 @@ from specrl.plugin.failsafe import Failsafe
 from specrl.plugin.plan_socket import PlanSocket
 from specrl.plugin.rounds import RoundHooks
 from specrl.plugin.settings import Settings
+from specrl.plugin.sockets import admit, listen
 from specrl.serving.errors import ServerFailed, ServerGone, ServerSilent
 from specrl.serving.flags import command_line, serving_of
 from specrl.serving.plugin_link import Plans, Rounds
@@ -271,3 +272,12 @@ def test_a_ring_that_is_full_drops_and_counts(short: Path) -> None:
             telling.put({"kind": "round", "filler": "x" * 4096})
         assert telling.dropped > 0
     telling.close()
+
+
+def test_one_who_connects_while_all_is_closed_is_hung_up_on(short: Path) -> None:
+    wanted, taken = iter([True, False, False]), list[socket.socket]()
+    with listen(short / "s") as listener, socket.socket(socket.AF_UNIX) as late:
+        late.connect(str(short / "s"))
+        late.settimeout(5.0)
+        admit(listener, Condition(), wanted=lambda: next(wanted), leave=lambda: None, take=taken.append)
+        assert late.recv(1) == b"" and not taken

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Condition, Thread
 
 from specrl.plugin.failsafe import Failsafe
-from specrl.plugin.sockets import hang_up, listen
+from specrl.plugin.sockets import admit, hang_up, listen
 from specrl.plugin.wire import Frame, encode
 
 _IDLE_S = 0.05  # between two looks at what has ended, while nothing is served
@@ -68,19 +68,17 @@ class Ring:
         self._leave(self._peer)
 
     def _accept(self) -> None:
-        while self._safe.on:
-            try:
-                peer, _ = self._listener.accept()
-            except OSError:  # closed
-                return
-            self._leave(self._peer)
-            with self._changed:
-                welcome = self._safe.on  # not where `close` came between
-                if welcome:
-                    self._peer = peer
-                    self._changed.notify()
-            if not welcome:
-                peer.close()
+        admit(
+            self._listener,
+            self._changed,
+            wanted=lambda: self._safe.on,
+            leave=lambda: self._leave(self._peer),
+            take=self._take,
+        )
+
+    def _take(self, peer: socket.socket) -> None:
+        self._peer = peer
+        self._changed.notify()
 
     def _leave(self, peer: socket.socket | None) -> None:
         """This subscriber is gone."""

@@ -17,7 +17,7 @@ from threading import Condition, Thread
 from typing import Any
 
 from specrl.plugin.failsafe import Failsafe
-from specrl.plugin.sockets import hang_up, listen
+from specrl.plugin.sockets import admit, hang_up, listen
 
 _LONGEST = 1 << 20  # bytes of a line
 
@@ -89,17 +89,19 @@ class RoundSocket:
         self._leave(self._peer)
 
     def _accept(self) -> None:
-        while self._safe.on:
-            try:
-                peer, _ = self._listener.accept()
-            except OSError:  # closed
-                return
-            self._leave(self._peer)
-            with self._changed:
-                self._peer = peer
-                self._waiting.append(self._hello)
-                self._changed.notify_all()
-            Thread(target=self._safe.call, args=(self._read, peer), name="specrl-rounds-peer", daemon=True).start()
+        admit(
+            self._listener,
+            self._changed,
+            wanted=lambda: self._safe.on,
+            leave=lambda: self._leave(self._peer),
+            take=self._take,
+        )
+
+    def _take(self, peer: socket.socket) -> None:
+        self._peer = peer
+        self._waiting.append(self._hello)
+        self._changed.notify_all()
+        Thread(target=self._safe.call, args=(self._read, peer), name="specrl-rounds-peer", daemon=True).start()
 
     def _leave(self, peer: socket.socket | None) -> None:
         with self._changed:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Condition
 
 
 def listen(path: Path) -> socket.socket:
@@ -33,8 +35,40 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def hang_up(listener: socket.socket) -> None:
-    """Listen no more, and wake whoever waits in `accept`."""
+def admit(
+    listener: socket.socket,
+    changed: Condition,
+    *,
+    wanted: Callable[[], bool],
+    leave: Callable[[], None],
+    take: Callable[[socket.socket], None],
+) -> None:
+    """Take in one peer after another, until nobody is wanted any more.
+
+    Args:
+        listener: where they connect.
+        changed: held while `wanted` is asked and `take` runs, so that one who connects while all is being closed is
+            hung up on and not forgotten.
+        wanted: whether anybody is.
+        leave: parts with the peer before.
+        take: the peer that came.
+    """
+    while wanted():
+        try:
+            peer, _ = listener.accept()
+        except OSError:  # closed
+            return
+        leave()
+        with changed:
+            welcome = wanted()
+            if welcome:
+                take(peer)
+        if not welcome:
+            hang_up(peer)
+
+
+def hang_up(end: socket.socket) -> None:
+    """Close a socket, and wake whoever waits at it."""
     with suppress(OSError):
-        listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()
