@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from specrl.apps import bench_tables as tables
-from specrl.apps.local_lanes import NULL, fastest_plain, measure_plans, width
-from specrl.apps.output import OutputDir, hint, progress, show, table
-from specrl.apps.paired import PLAIN, Measured, Setting, measure
+from specrl.apps.local_lanes import NULL, fastest_plain, measure_plans, watched
+from specrl.apps.output import OutputDir, hint, show, table
+from specrl.apps.paired import PLAIN, Measured, Setting
 from specrl.apps.sglang_lanes import launch, measure_served
 from specrl.clock import WallClock
 from specrl.engines.simulated import Requests, SimulatedEngine
@@ -249,19 +249,17 @@ def _simulated(
     for batch in batch_sizes or profile.batch_sizes:
         here = plans or tuple(plan for plan in profile.plans if profile.covers(plan, batch))
         settings = [Setting(PLAIN, engine, None), *(Setting(str(plan), engine, plan) for plan in here)]
-        with progress(f"batch {batch}", seconds) as advance:
-            results += measure(
-                settings,
-                Requests(lengths[0], lengths[1]),
-                batch_size=batch,
-                block_tokens=profile.max_new_tokens,
-                precision=precision,
-                seconds=seconds,
-                seed=seed,
-                each=True,
-                budget_clock=WallClock(),
-                on_block=lambda spent, widest: advance(spent, width(widest, precision)),
-            )
+        results += watched(
+            settings,
+            Requests(lengths[0], lengths[1]),
+            batch_size=batch,
+            block_tokens=profile.max_new_tokens,
+            precision=precision,
+            seconds=seconds,
+            seed=seed,
+            each=True,
+            budget_clock=WallClock(),
+        )
     return results
 
 

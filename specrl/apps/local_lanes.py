@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -69,18 +70,16 @@ def measure_plans(
         for name, (draft, plan) in lanes.items()
     ]
     settings.sort(key=lambda setting: setting.name != reference)
-    with progress(f"batch {batch_size}", seconds) as advance:
-        results = measure(
-            settings,
-            workload,
-            batch_size=batch_size,
-            block_tokens=block_tokens,
-            precision=precision,
-            seconds=seconds,
-            seed=seed,
-            each=each,
-            on_block=lambda spent, widest: advance(spent, width(widest, precision)),
-        )
+    results = watched(
+        settings,
+        workload,
+        batch_size=batch_size,
+        block_tokens=block_tokens,
+        precision=precision,
+        seconds=seconds,
+        seed=seed,
+        each=each,
+    )
     for engine in (plain, *engines.values()):
         engine.close()
     return results
@@ -124,6 +123,17 @@ def fastest_plain(
         session.close()
     best = min(times, key=lambda turn: float(np.median(times[turn])))
     return PlainSetting(*best, float(np.median(times[best])))
+
+
+def watched(
+    settings: Sequence[Setting], workload: Workload, *, batch_size: int, precision: float, seconds: float, **rest: Any
+) -> list[Measured]:
+    """`measure`, with a bar that tells how wide the widest interval still is; `rest` are its other arguments."""
+    wanted = dict(batch_size=batch_size, precision=precision, seconds=seconds, **rest)
+    with progress(f"batch {batch_size}", seconds) as advance:
+        return measure(
+            settings, workload, **wanted, on_block=lambda spent, widest: advance(spent, width(widest, precision))
+        )
 
 
 def width(widest: float, precision: float) -> str:

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specrl.apps.local_lanes import NULL, width
-from specrl.apps.output import progress
-from specrl.apps.paired import PLAIN, Measured, Setting, measure
+from specrl.apps.local_lanes import NULL, watched
+from specrl.apps.paired import PLAIN, Measured, Setting
 from specrl.clock import Clock
 from specrl.engines.base import Engine, Session, Workload
 from specrl.plan import Plan
@@ -44,18 +43,16 @@ def measure_served(
     shared = Shared(engine)
     settings = [Setting(name, shared, None) for name in (PLAIN, NULL)]
     settings += [Setting(str(plan), shared, plan) for plan in plans]
-    with progress(f"batch {batch_size}", seconds) as advance:
-        return measure(
-            settings,
-            workload,
-            batch_size=batch_size,
-            block_tokens=block_tokens,
-            precision=precision,
-            seconds=seconds,
-            seed=seed,
-            each=True,
-            on_block=lambda spent, widest: advance(spent, width(widest, precision)),
-        )
+    return watched(
+        settings,
+        workload,
+        batch_size=batch_size,
+        block_tokens=block_tokens,
+        precision=precision,
+        seconds=seconds,
+        seed=seed,
+        each=True,
+    )
 
 
 class Shared:
