@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +14,7 @@ from specrl.apps.output import OutputDir, hint, show, table
 from specrl.apps.paired import PLAIN, Measured, Setting
 from specrl.apps.sglang_lanes import launch, measure_served
 from specrl.clock import WallClock
+from specrl.engines.base import Workload
 from specrl.engines.simulated import Requests, SimulatedEngine
 from specrl.models.draft import load_draft, new_draft
 from specrl.models.target import load_target
@@ -96,6 +99,15 @@ def bench(
     if (profile is None) == (engine == "simulated"):
         raise ValueError(f"a profile goes with the simulated engine, but got engine {engine!r} and profile {profile!r}")
     parsed = None if plans is None else parse_plans(plans)
+    held_out = partial(
+        open_stream,
+        workload,
+        target,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        ignore_eos=True,
+        split="held_out",
+    )
     cells: dict[float | None, list[Measured]] = {}
     measured: dict[str, object] = {"engine": engine, "seed": seed, "precision": precision}
     if profile is not None:
@@ -108,18 +120,34 @@ def bench(
         measured |= {"target": target, "draft": draft, "workload": workload, "prompt_tokens": prompt_tokens}
     if engine == "sglang":
         cells = _sglang(
-            target, draft, batch_sizes or BATCH_SIZES, parsed or parse_plans(CHAINS),
-            temperatures=temperatures, workload=workload, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens,
-            python=sglang_python, flags=shlex.split(sglang_flags), precision=precision, seconds=seconds, seed=seed,
-        )  # fmt: skip
+            target,
+            draft,
+            batch_sizes or BATCH_SIZES,
+            parsed or parse_plans(CHAINS),
+            {temperature: held_out(temperature=temperature) for temperature in temperatures},
+            max_new_tokens=max_new_tokens,
+            python=sglang_python,
+            flags=shlex.split(sglang_flags),
+            precision=precision,
+            seconds=seconds,
+            seed=seed,
+        )
     elif engine == "local":
         for temperature in temperatures:
             cells[temperature] = _local(
-                target, draft, batch_sizes or BATCH_SIZES, parsed or parse_plans(PLANS),
-                temperature=temperature, workload=workload, prompt_tokens=prompt_tokens,
-                max_new_tokens=max_new_tokens, use_rejection_sampling=use_rejection_sampling, device=device,
-                precision=precision, seconds=seconds, seed=seed,
-            )  # fmt: skip
+                target,
+                draft,
+                batch_sizes or BATCH_SIZES,
+                parsed or parse_plans(PLANS),
+                held_out(temperature=temperature),
+                prompt_tokens=prompt_tokens,
+                max_new_tokens=max_new_tokens,
+                use_rejection_sampling=use_rejection_sampling,
+                device=device,
+                precision=precision,
+                seconds=seconds,
+                seed=seed,
+            )
     for at, results in cells.items():
         lines = [{**row, "shown": tables.shown(row)} for row in tables.cell_rows({at: results})]
         show(table(lines, tables.COLUMNS, title=f"{what}, simulated" if at is None else f"{what}, temperature {at:g}"))
@@ -137,9 +165,8 @@ def _local(
     draft: Path | None,
     batch_sizes: tuple[int, ...],
     plans: tuple[Plan, ...],
+    source: Workload,
     *,
-    temperature: float,
-    workload: str,
     prompt_tokens: int,
     max_new_tokens: int,
     use_rejection_sampling: bool,
@@ -154,15 +181,6 @@ def _local(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_target(target, device=device)
     drafted = load_draft(draft) if draft is not None else new_draft(model, intermediate_size=256)
-    source = open_stream(
-        workload,
-        target,
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        ignore_eos=True,
-        split="held_out",
-    )
     results: list[Measured] = []
     for batch in batch_sizes:
         fastest = fastest_plain(target, source, batch, device=device)
@@ -190,10 +208,8 @@ def _sglang(
     draft: Path | None,
     batch_sizes: tuple[int, ...],
     plans: tuple[Plan, ...],
+    sources: Mapping[float, Workload],
     *,
-    temperatures: tuple[float, ...],
-    workload: str,
-    prompt_tokens: int,
     max_new_tokens: int,
     python: Path | None,
     flags: list[str],
@@ -206,16 +222,7 @@ def _sglang(
     show("launching SGLang with speculation, and without")
     engine = launch(target, draft, plans, python, flags)
     try:
-        for temperature in temperatures:
-            source = open_stream(
-                workload,
-                target,
-                prompt_tokens=prompt_tokens,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                ignore_eos=True,
-                split="held_out",
-            )
+        for temperature, source in sources.items():
             cells[temperature] = []
             for batch in batch_sizes:
                 cells[temperature] += measure_served(
