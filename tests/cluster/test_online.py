@@ -13,6 +13,7 @@ from small import LEARNER, small, small_draft, write_target
 from specrl.agents.draft_learner import OnlineLearner
 from specrl.agents.sequences import Assembler, Sequence
 from specrl.apps.checkpoint import load_checkpoint
+from specrl.apps.cluster.connect import _check_listens
 from specrl.apps.cluster.learner import CHECKPOINT, LearnerActor
 from specrl.apps.cluster.online import Fleet
 from specrl.apps.cluster.outlet import Outlet
@@ -175,3 +176,10 @@ def test_a_learner_goes_on_where_its_checkpoint_is(tmp_path: Path) -> None:
     for name, tensor in own.weights()[1].items():
         assert torch.allclose(sent[name], tensor, atol=1e-6)
     ray.kill(two)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "127.0.0.1:none"])
+def test_an_address_where_nobody_listens_is_refused_at_once(address: str) -> None:
+    with pytest.raises(ValueError, match="--ray must be the address of a cluster that runs") as error:
+        _check_listens(address)
+    assert "\n" not in str(error.value)

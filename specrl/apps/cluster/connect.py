@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 LOOPBACK = "127.0.0.1"
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray binds to loopback, as by default on other systems
 DEVICE = "specrl_device"  # the custom resource that a timed trial owns: a node has one for each device
+_ANSWERS_WITHIN_S = 5.0
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without a GPU sees none; said once, not warned of
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -53,6 +56,8 @@ def connected(address: str, *, devices: int = 1) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if address not in ("local", "auto"):
+        _check_listens(address)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         if address == "local":
@@ -73,6 +78,17 @@ def connected(address: str, *, devices: int = 1) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_listens(address: str) -> None:
+    """Refuse at once an address where nobody listens: Ray tries for minutes, and says so in many lines."""
+    head = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        socket.create_connection((head.hostname or "", head.port or 0), timeout=_ANSWERS_WITHIN_S).close()
+    except (OSError, ValueError) as error:  # a ValueError: a port that is none
+        raise ValueError(
+            f"--ray must be the address of a cluster that runs, 'auto' or 'local', but got {address!r}: {error}"
+        ) from error
 
 
 def one_of(resource: str) -> dict[str, Any]:
