@@ -106,19 +106,20 @@ def test_engines_on_both_nodes_feed_a_learner_that_is_killed_and_comes_back(tmp_
     lines: list[str] = []
     fleet.serve(160, say=lines.append)
 
-    def alive() -> float:
-        """How often the learner was restored; 0 while it is gone."""
+    def learns_again() -> bool:
+        """Whether the learner came back, and what it has learnt since serves."""
         try:
-            return float(ray.get(fleet.learner.newest.remote()).metrics["restored"])
+            restored = ray.get(fleet.learner.newest.remote()).metrics["restored"]
         except ray.exceptions.RayActorError:
-            return 0.0
+            return False
+        return bool(restored == 1.0 and max(int(str(row["draft_version"])) for row in fleet.rows) > before)
 
     before = ray.get(fleet.learner.newest.remote()).version
     assert before > 0
     assert load_checkpoint(out.path / CHECKPOINT).state["learner"]["updates"] == before
     ray.kill(fleet.learner, no_restart=False)
     requests = 160
-    while requests < 160 + 320 or alive() < 1.0:  # begun while there is no learner
+    while requests < 160 + 320 or not learns_again():  # begun while there is no learner
         fleet.serve(320, say=lines.append)
         requests += 320
         assert requests < 50_000
