@@ -1,6 +1,7 @@
 """After a shift of traffic: a draft that goes on learning, against the same draft frozen, by the clock.
 
-    python benchmarks/drift.py run [--shifts ...] [--seeds 3] [--before 400] [--after 400] [--output DIR]
+    python benchmarks/drift.py run [--shifts ...] [--seeds 3] [--before 400] [--after 400] [--output DIR] [--drafts DIR]
+    python benchmarks/drift.py train [...]             # only what takes no timings, for a busy machine; then 'run'
     python benchmarks/drift.py report [--output DIR]
 
 The draft learns from random initialisation on `--before` requests of the first traffic (embedded target, temperature
@@ -34,7 +35,7 @@ from specrl.apps.quickstart import NEW, PROMPT, TARGET
 from specrl.apps.train import fresh_draft
 from specrl.engines.base import Workload
 from specrl.engines.local import LocalEngine
-from specrl.models.draft import Draft
+from specrl.models.draft import Draft, load_draft
 from specrl.models.target import Target, load_target
 from specrl.plan import Plan
 from specrl.statistics import Interval, mean_interval, paired_speedup
@@ -65,35 +66,50 @@ def loop_on(engine: LocalEngine, learner: OnlineLearner, traffic: Workload, seed
     return OnlineLoop(engine, traffic, FixedPlan(SERVED), learner, [Phase(BATCH)], seed=seed)
 
 
-def run(shift: str, seed: int, before: int, after: int, seconds: float) -> dict[str, Any]:
-    """One shift."""
-    first, then = (name.strip() for name in shift.split(","))
-    target = load_target(TARGET)
-    draft = fresh_draft(target, TARGET, seed)
-    learner = OnlineLearner(draft, target.embedding, LearnerConfig(), seed=seed)
-    engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
-    loop = loop_on(engine, learner, workload(first, "train"), seed)
-    while loop.requests < before:
-        loop.step()
-    loop.close()
-    frozen = Draft(draft.config, dict(learner.weights()[1]))
-    probes, course, recent = [], [], deque[float](maxlen=60)
-    loop = loop_on(engine, learner, workload(then, "train"), seed + 100)
-    for due in [probe for probe in PROBES if probe <= after]:
-        while loop.requests < due:
-            recent.append(loop.step().accept_length)
-            if loop.rounds % 30 == 0:
-                course.append([loop.requests, sum(recent) / len(recent)])
-        now = Draft(draft.config, dict(learner.weights()[1]))
-        found = {"requests": loop.requests, "learn_s": loop.learn_s, **compare(target, frozen, now, then, seconds)}
-        probes.append(found)
-        print(f"  {shift} seed {seed}, {due} requests after: {found['ratio']}", flush=True)
-    loop.close()
-    engine.close()
-    return {
-        "shift": shift, "seed": seed, "before": before, "probes": probes, "course": course,
-        "environment": environment(),
-    }  # fmt: skip
+def trained(shift: str, seed: int, before: int, after: int, kept: Path) -> tuple[list[Draft], dict[str, Any]]:
+    """The draft as it was at every probe, and the course of it; what is kept in the directory is not learnt again."""
+    place, names = kept / name_of(shift, seed), [str(probe) for probe in PROBES if probe <= after]
+    told = place / "course.json"
+    if not told.exists():
+        first, then = (name.strip() for name in shift.split(","))
+        target = load_target(TARGET)
+        draft = fresh_draft(target, TARGET, seed)
+        learner = OnlineLearner(draft, target.embedding, LearnerConfig(), seed=seed)
+        engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
+        loop = loop_on(engine, learner, workload(first, "train"), seed)
+        while loop.requests < before:
+            loop.step()
+        loop.close()
+        course, probes, recent = [], [], deque[float](maxlen=60)
+        loop = loop_on(engine, learner, workload(then, "train"), seed + 100)
+        for due in names:
+            while loop.requests < int(due):
+                recent.append(loop.step().accept_length)
+                if loop.rounds % 30 == 0:
+                    course.append([loop.requests, sum(recent) / len(recent)])
+            probes.append({"requests": loop.requests, "learn_s": loop.learn_s})
+            place.mkdir(parents=True, exist_ok=True)
+            Draft(draft.config, dict(learner.weights()[1])).save(place / due)
+            print(f"  {shift} seed {seed}: {due} requests after the shift", flush=True)
+        loop.close()
+        engine.close()
+        told.write_text(json.dumps({"before": before, "course": course, "probes": probes}))
+    return [load_draft(place / due) for due in names], json.loads(told.read_text())
+
+
+def run(shift: str, seed: int, before: int, after: int, seconds: float, kept: Path) -> dict[str, Any]:
+    """One shift: at every probe the draft as it was then against the first of them, which was frozen."""
+    drafts, told = trained(shift, seed, before, after, kept)
+    target, traffic = load_target(TARGET), shift.split(",")[1].strip()
+    for draft, probe in zip(drafts, told["probes"], strict=True):
+        probe |= compare(target, drafts[0], draft, traffic, seconds)
+        print(f"  {shift} seed {seed}, {probe['requests']} requests after: {probe['ratio']}", flush=True)
+    return {"shift": shift, "seed": seed, **told, "environment": environment()}
+
+
+def name_of(shift: str, seed: int) -> str:
+    """Of its files."""
+    return f"{shift.replace(',', '-to-')}-seed{seed}"
 
 
 def compare(target: Target, frozen: Draft, now: Draft, traffic: str, seconds: float) -> dict[str, Any]:
@@ -153,21 +169,28 @@ def report(directory: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("what", choices=("run", "train", "report"))
     parser.add_argument("--shifts", nargs="+", default=SHIFTS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--before", type=int, default=400)
     parser.add_argument("--after", type=int, default=400)
     parser.add_argument("--seconds", type=float, default=20.0, help="of measuring, for each probe")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "drift")
+    parser.add_argument("--drafts", type=Path, default=Path("runs") / "drift", help="where drafts are kept")
     args = parser.parse_args()
     keep_large_blocks()
-    args.output.mkdir(parents=True, exist_ok=True)
-    for seed in range(args.seeds if args.what == "run" else 0):
+    for seed in range(args.seeds if args.what != "report" else 0):
         for shift in args.shifts:
-            path = args.output / f"{shift.replace(',', '-to-')}-seed{seed}.json"
+            if args.what == "train":
+                trained(shift, seed, args.before, args.after, args.drafts)
+                continue
+            args.output.mkdir(parents=True, exist_ok=True)
+            path = args.output / f"{name_of(shift, seed)}.json"
             if not path.exists():
-                path.write_text(json.dumps(run(shift, seed, args.before, args.after, args.seconds)) + "\n")
+                found = run(shift, seed, args.before, args.after, args.seconds, args.drafts)
+                path.write_text(json.dumps(found) + "\n")
+    if args.what == "train":
+        return
     report(args.output)
 
 
