@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from learned import Decoded, decode, margin, prompts
 from server import Server, export
+from torch import Tensor
 
+from specrl.decoding import proposal
 from specrl.models.draft import Draft
 from specrl.models.target import Target
 from specrl.plan import Plan
@@ -24,13 +28,9 @@ def compare(
     answers: list[dict[str, Any]],
     *,
     drafts: bool,
-    others: int = 0,
 ) -> int:
-    """How many prompts differ from a near-tie on; all else must be equal, the accepted drafts too where `drafts`.
-
-    Of as many prompts as `others` at most, other drafts may stand.
-    """
-    ties, unlike = 0, []
+    """How many prompts differ from a near-tie on; all else must be equal, the accepted drafts too where `drafts`."""
+    ties = 0
     for prompt, own, answer in zip(listed, ours, answers, strict=True):
         tokens = tuple(answer["output_ids"])
         if tokens != own.tokens:
@@ -40,13 +40,8 @@ def compare(
         elif drafts:
             found = tuple(answer["meta_info"]["spec_correct_drafts_histogram"])  # without zeros at its end
             found += (0,) * (len(own.histogram) - len(found))
-            if found != own.histogram:
-                unlike.append((found, own.histogram))
-    assert len(unlike) <= others, f"other drafts stood than with us: {unlike}"
-    print(
-        f"{len(listed) - ties} of {len(listed)} prompts token by token, {ties} from a near-tie on; "
-        f"other drafts stood in {unlike}"
-    )
+            assert found == own.histogram, "other drafts stood than with us"
+    print(f"{len(listed) - ties} of {len(listed)} prompts token by token, {ties} from a near-tie on")
     return ties
 
 
@@ -68,13 +63,35 @@ def test_an_adaptive_chain_gives_our_tokens_and_accepted_drafts(
     assert not [line for line in server.said("plugin") if "specrl plugin" in line.lower()], "the plugin is inert"
 
 
+def beams_see_their_own_rows(inside: Tensor, starts: Tensor, length: int) -> Tensor:
+    """SGLang's way to draft a tree: the mask of a step of its `topk` beams, in place of `proposal.tree_mask`.
+
+    After each step SGLang picks the best `topk` nodes anew, and gives each its parent's hidden state. The draft's keys
+    and values stay: beam j reads, of every step before, what beam j wrote then, even where its parent was another beam
+    (`build_draft_decode_metadata` and `generate_draft_decode_kv_indices` give each beam slots of its own, and nothing
+    moves them; known upstream: github.com/sgl-project/sglang/pull/8409, closed). Our nodes see their true ancestors.
+    So from the third step on a node's scores may differ where beams have crossed. The target verifies true ancestors in
+    both, so that the output is the same.
+    """
+    batch, beams, width = inside.shape
+    rows = torch.eye(beams, dtype=torch.bool).repeat(1, width // beams)  # slots are step by step, beams in each
+    return _TREE_MASK(rows.expand(batch, beams, width), starts, length)
+
+
+_TREE_MASK = proposal.tree_mask
+
+
 def test_a_tree_gives_our_tokens_and_accepted_drafts(
-    target: Target, draft: Draft, start: Callable[..., Server], tmp_path: Path
+    target: Target, draft: Draft, start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = Plan(3, 2, 6)
     server = start(export(draft, {1: tree}, tmp_path / "bundle"))
     listed = prompts(PROMPTS)
-    ours = decode(target, draft, listed, tree, NEW)
     answers = [server.generate(prompt, NEW) for prompt in listed]
-    # Seen: in one round of about 800 the tree of SGLang holds another node than ours, with no tie to explain it.
-    assert compare(target, listed, ours, answers, drafts=True, others=1) <= 1
+    true = decode(target, draft, listed, tree, NEW)
+    compare(target, listed, true, answers, drafts=False)
+    monkeypatch.setattr(proposal, "tree_mask", beams_see_their_own_rows)  # of drafting alone, not of verifying
+    ours = decode(target, draft, listed, tree, NEW)
+    assert compare(target, listed, ours, answers, drafts=True) <= 1
+    others = sum(a.histogram != b.histogram for a, b in zip(true, ours, strict=True))
+    print(f"with true ancestors in the draft's cache, other drafts stand for {others} of {PROMPTS} prompts")
