@@ -43,9 +43,8 @@ def shards(directory: Path, weight_map: object, **files: dict[str, Tensor]) -> P
 
 def test_one_file_and_shards_are_read(tmp_path: Path) -> None:
     save_file({"a": torch.arange(3.0), "ids": torch.arange(3)}, tmp_path / "model.safetensors")
-    found = read_tensors(tmp_path, dtype=torch.bfloat16)
-    assert found["a"].dtype == torch.bfloat16 and found["ids"].dtype == torch.int64
-    assert torch.equal(read_tensors(tmp_path)["a"], torch.arange(3.0))
+    found = read_tensors(tmp_path)
+    assert torch.equal(found["a"], torch.arange(3.0)) and found["ids"].dtype == torch.int64
     shards(tmp_path, {"b": "x.safetensors", "c": "y.safetensors"}, x=ones("b"), y=ones("c"))
     assert set(read_tensors(tmp_path)) == {"b", "c"}  # the index counts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,20 +22,65 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WHOLE = ("d2t", "t2d")
 
 
-def read_tensors(directory: Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint directory, from one safetensors file or the shards that its index names.
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a checkpoint directory, read from disk one by one when they are asked for, and kept by the asker.
+
+    What is returned is mapped from its file: it costs memory while it is read, and none once it is let go.
 
     Args:
-        directory: of the checkpoint.
-        device: where floating tensors go.
-        dtype: that floating tensors are cast to; None: as stored.
+        directory: of the checkpoint: one safetensors file, or the shards that its index names.
+        what: to call it in messages.
 
     Raises:
-        ValueError: no safetensors, a missing or damaged file, or an index that does not fit its shards.
+        ValueError: no safetensors, a missing or damaged file, or an index that does not fit its shards; on reading a
+            tensor, that it is not finite.
     """
-    directory = Path(directory)
+
+    def __init__(self, directory: Path, what: str = "checkpoint") -> None:
+        self._what, self._files = what, _locate(Path(directory))
+        self.layout = {name: _read(file, name).to("meta") for name, file in self._files.items()}  # shapes, dtypes
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = _read(self._files[name], name)
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise ValueError(f"{self._what}: every weight must be finite, but these hold NaN or infinity: {name}")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint directory, unchecked (see `check_tensors`).
+
+    Raises:
+        ValueError: as of `Checkpoint`, but for what is not finite.
+    """
+    return {name: _read(file, name) for name, file in _locate(Path(directory)).items()}
+
+
+def _locate(directory: Path) -> dict[str, Path]:
+    """The file of every tensor."""
     if not directory.is_dir():
         raise ValueError(f"a checkpoint must be a directory, but {str(directory)!r} is not one")
+    owners = _owners(directory)
+    found: dict[str, Path] = {}
+    for shard in sorted(set(owners.values())) or [_SINGLE]:
+        for name in _names(directory / shard):
+            if owners and owners.get(name) != shard:
+                raise ValueError(f"{_INDEX} must name the shard of every tensor, but {name} of {shard} is not so named")
+            found[name] = directory / shard
+    missing = sorted(set(owners) - set(found))
+    if missing:
+        raise ValueError(f"{_INDEX} names tensors that its shards do not hold: {_some(missing)}; download it again")
+    return found
+
+
+def _owners(directory: Path) -> dict[str, str]:
+    """The shard of every tensor as the index names it; empty where there is one file."""
     index = directory / _INDEX
     if index.exists():
         try:
@@ -47,35 +92,31 @@ def read_tensors(directory: Path, *, device: str = "cpu", dtype: torch.dtype | N
         strange = [shard for shard in owners.values() if not isinstance(shard, str) or Path(shard).name != shard]
         if strange or not owners:
             raise ValueError(f"{_INDEX} must name shards beside it, but got {strange[:1] or 'none'}; download it again")
-    elif (directory / _SINGLE).exists():
-        owners = {}
-    else:
+        return owners
+    if not (directory / _SINGLE).exists():
         pickles = [path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
         hint = f" (found {pickles[0]}: pickles are never loaded; convert it to safetensors)" if pickles else ""
         raise ValueError(f"a checkpoint must hold {_SINGLE} or {_INDEX}, but {str(directory)!r} has neither{hint}")
-    found: dict[str, Tensor] = {}
-    for shard in sorted(set(owners.values())) or [_SINGLE]:
-        for name, tensor in _read_file(directory / shard).items():
-            if owners and owners.get(name) != shard:
-                raise ValueError(f"{_INDEX} must name the shard of every tensor, but {name} of {shard} is not so named")
-            cast = dtype if tensor.is_floating_point() else None
-            found[name] = tensor.to(device, cast) if cast or device != "cpu" else tensor
-    missing = sorted(set(owners) - set(found))
-    if missing:
-        raise ValueError(f"{_INDEX} names tensors that its shards do not hold: {_some(missing)}; download it again")
-    return found
+    return {}
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _names(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"the checkpoint's file {path.name!r} is missing from {str(path.parent)!r}; download it again")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            return list(file.keys())
     except SafetensorError as error:
         raise ValueError(
             f"{str(path)!r} must be a whole safetensors file, but it is not ({error}); fetch it again"
         ) from error
+
+
+def _read(path: Path, name: str) -> Tensor:
+    """A tensor in a mapping of its own: no byte is read before it is looked at, and none stays once it is let go."""
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
 
 
 def check_tensors(
@@ -84,8 +125,22 @@ def check_tensors(
     """Refuse a checkpoint that is not exactly what is expected.
 
     Raises:
-        ValueError: a tensor is missing, extra, misshapen, not of a floating dtype (the vocabulary maps: not of a
-            whole one) or not finite; it is named.
+        ValueError: as of `check_layout`, or a tensor that is not finite; it is named.
+    """
+    check_layout(found, expected, what=what, optional=optional)
+    bad = [n for n, t in found.items() if t.is_floating_point() and not _is_finite(t)]
+    if bad:
+        raise ValueError(f"{what}: every weight must be finite, but these hold NaN or infinity: {_some(bad)}")
+
+
+def check_layout(
+    found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, what: str, optional: Container[str] = ()
+) -> None:
+    """Refuse tensors of other names, shapes or dtypes than expected; what they hold is not looked at.
+
+    Raises:
+        ValueError: a tensor is missing, extra, misshapen or not of a floating dtype of 16 bits or more (the
+            vocabulary maps: not of a whole one); it is named.
     """
     missing = [name for name in expected if name not in found and name not in optional]
     if missing:
@@ -102,17 +157,23 @@ def check_tensors(
     ]
     if wrong:
         raise ValueError(f"{what}: shapes must fit its config.json, but {_some(wrong)}")
-    strange = [
-        f"{n} is {t.dtype}" for n, t in found.items() if t.is_floating_point() == (n in _WHOLE) or t.is_complex()
-    ]
+    strange = [f"{n} is {t.dtype}" for n, t in found.items() if not _may_be(n, t.dtype)]
     if strange:
         raise ValueError(
             f"{what}: weights must be floating and {', '.join(_WHOLE)} whole numbers, but {_some(strange)}; "
             "quantised checkpoints are not supported"
         )
-    bad = [n for n, t in found.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-    if bad:
-        raise ValueError(f"{what}: every weight must be finite, but these hold NaN or infinity: {_some(bad)}")
+
+
+def _may_be(name: str, dtype: torch.dtype) -> bool:
+    if name in _WHOLE:
+        return not dtype.is_floating_point and not dtype.is_complex
+    return dtype.is_floating_point and dtype.itemsize >= 2
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is; extremes are NaN where one entry is, and need no memory."""
+    return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
 
 
 def _some(names: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specrl.models.cache import KVCache, place
-from specrl.models.checkpoint import check_tensors, expected_target_tensors, read_tensors
+from specrl.models.checkpoint import Checkpoint, check_layout, expected_target_tensors
 from specrl.models.config import TargetConfig, read_target_config
 from specrl.models.embedded import embedded_directory
 from specrl.models.layer import Layer, Norm, interleave
@@ -18,6 +18,7 @@ from specrl.models.linear import Linear
 from specrl.models.rope import rope_table
 
 PREFILL_CHUNK = 256  # tokens a pass; bounds the scores held at once
+_FOLDED_AT_ONCE = 1 << 22  # entries, in float32
 BEYOND = 128  # rotary positions past the last, for drafts that are never committed
 
 
@@ -33,7 +34,8 @@ class Target:
 
     Args:
         config: its shape.
-        tensors: its weights by their Hugging Face names, checked (see `load_target`).
+        tensors: its weights by their Hugging Face names, checked (see `load_target`); each is read as its turn comes,
+            copied, and let go before the next but one.
         device, dtype: where and in what it computes; logits are float32 always.
     """
 
@@ -46,24 +48,34 @@ class Target:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self.embedding = tensors["model.embed_tokens.weight"].to(device, dtype)  # [V, H]
-        tied = config.tie_word_embeddings
-        self.head_weight = self.embedding if tied else tensors["lm_head.weight"].to(device, dtype)  # [V, H]
-        self.norm_weight = tensors["model.norm.weight"].to(device, dtype)  # [H]
         self._norm = Norm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self._head = Linear(self._fold(self.head_weight, self.norm_weight))
+        self.embedding = self._own(tensors["model.embed_tokens.weight"])  # [V, H]
+        self.head_weight = self.embedding if config.tie_word_embeddings else self._own(tensors["lm_head.weight"])
+        self.norm_weight = self._own(tensors["model.norm.weight"])  # [H]; head_weight: [V, H]
+        self._head = Linear(self._fold(config.vocab_size, [self.head_weight], self.norm_weight))
         self._layers = [self._layer(tensors, f"model.layers.{i}.") for i in range(config.num_layers)]
         self.table = rope_table(config.rope, config.head_dim, config.max_position_embeddings + BEYOND).to(device)
 
-    def _fold(self, weight: Tensor, norm: Tensor) -> Tensor:
-        return (weight.float() * (norm.float() * self._norm.gain)).to(self.dtype)
+    def _own(self, tensor: Tensor) -> Tensor:
+        """A copy on the device, where it is cast: nothing larger than what is on disk is made on the host."""
+        return tensor.to(self.device).to(self.dtype, copy=True)
+
+    def _fold(self, rows: int, weights: Iterable[Tensor], norm: Tensor) -> Tensor:
+        """Weights [.., H] one below the other [rows, H], times that of the norm before them; a few rows at once."""
+        fused = torch.empty(rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        factor, at = norm.float() * self._norm.gain, 0
+        for weight in weights:
+            for block in weight.split(max(1, _FOLDED_AT_ONCE // weight.shape[1])):
+                fused[at : at + len(block)] = block.float() * factor
+                at += len(block)
+        return fused
 
     def _layer(self, tensors: Mapping[str, Tensor], at: str) -> Layer:
         c = self.config
         scale = c.head_dim**-0.5  # of the attention scores, taken into the queries or into the norm over them
 
         def read(name: str) -> Tensor:
-            return tensors[at + name].to(self.device, self.dtype)
+            return self._own(tensors[at + name])
 
         def bias(*names: str) -> Tensor | None:
             found = [name for name in names if at + name + ".bias" in tensors]
@@ -74,6 +86,10 @@ class Target:
                 return interleave(weight, c.head_dim) * (1.0 if c.qk_norm else scale)
             return interleave(weight, c.head_dim) if name == "self_attn.k_proj" else weight
 
+        def fused(rows: int, names: tuple[str, ...], norm: str) -> Linear:
+            weights = (paired(name, read(name + ".weight")) for name in names)
+            return Linear(self._fold(rows, weights, read(norm + ".weight")), bias(*names))
+
         head_norm = None
         if c.qk_norm:
             norm = Norm(c.head_dim, c.rms_norm_eps, self.dtype, self.device)
@@ -82,14 +98,11 @@ class Target:
             weights = interleave(per_head.flatten(), c.head_dim).view(per_head.shape) * norm.gain
             weights[: c.num_heads] *= scale
             head_norm = (norm, weights)
-        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        qkv = torch.cat([paired(name, read(name + ".weight")) for name in names])
-        mlp = ("mlp.gate_proj", "mlp.up_proj")
-        gate_up = torch.cat([read(name + ".weight") for name in mlp])
+        heads = c.num_heads + 2 * c.num_kv_heads
         return Layer(
-            Linear(self._fold(qkv, read("input_layernorm.weight")), bias(*names)),
+            fused(heads * c.head_dim, tuple(f"self_attn.{n}_proj" for n in "qkv"), "input_layernorm"),
             Linear(read("self_attn.o_proj.weight"), bias("self_attn.o_proj")),
-            Linear(self._fold(gate_up, read("post_attention_layernorm.weight")), bias(*mlp)),
+            fused(2 * c.intermediate_size, ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
             Linear(read("mlp.down_proj.weight"), bias("mlp.down_proj")),
             self._norm,
             c.num_heads,
@@ -99,10 +112,10 @@ class Target:
             head_norm,
         )
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for `batch` requests of up to `capacity` tokens."""
+    def new_cache(self, batch: int, capacity: int, fused: bool | None = None) -> KVCache:
+        """An empty cache for `batch` requests of up to `capacity` tokens; `fused` as in `KVCache`."""
         c = self.config
-        return KVCache(c.num_layers, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device)
+        return KVCache(c.num_layers, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device, fused)
 
     def decode(
         self,
@@ -190,11 +203,12 @@ def load_target(
     check_device(device)
     directory = embedded_directory(str(path)) if str(path).startswith("embedded") else Path(path)
     config = read_target_config(directory)
-    tensors = {n: t for n, t in read_tensors(directory).items() if not n.endswith(".rotary_emb.inv_freq")}  # derived
-    optional = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    check_tensors(tensors, expected_target_tensors(config), what=f"target {path}", optional=optional)
-    head = tensors.get("lm_head.weight")
-    if config.tie_word_embeddings and head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):
+    tensors, tied = Checkpoint(directory, f"target {path}"), config.tie_word_embeddings
+    layout = {n: t for n, t in tensors.layout.items() if not n.endswith(".rotary_emb.inv_freq")}  # derived
+    optional = ("lm_head.weight",) if tied else ()
+    check_layout(layout, expected_target_tensors(config), what=f"target {path}", optional=optional)
+    both = ("lm_head.weight", "model.embed_tokens.weight")
+    if tied and both[0] in layout and not torch.equal(*(tensors[name] for name in both)):
         raise ValueError(
             f"target {path}: with tie_word_embeddings, lm_head.weight must be absent or equal to "
             "model.embed_tokens.weight, but it differs; set tie_word_embeddings to false"
