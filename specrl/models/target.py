@@ -112,10 +112,10 @@ class Target:
             head_norm,
         )
 
-    def new_cache(self, batch: int, capacity: int, fused: bool | None = None) -> KVCache:
-        """An empty cache for `batch` requests of up to `capacity` tokens; `fused` as in `KVCache`."""
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` requests of up to `capacity` tokens."""
         c = self.config
-        return KVCache(c.num_layers, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device, fused)
+        return KVCache(c.num_layers, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device)
 
     def decode(
         self,
