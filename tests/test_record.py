@@ -118,7 +118,8 @@ def test_a_draft_learns_from_a_record_without_serving(
 
     monkeypatch.setattr("specrl.engines.local.LocalEngine.start", never)
     learn = "train --traces traces --learner.passes 2 --learner.average 0.9 --learner.dtype float32"
-    assert main(f"{learn} --epochs 3 --output_dir run".split()) == 0
+    assert main(f"{learn} --epochs 2 --output_dir run".split()) == 0
+    assert main(f"{learn} --epochs 3 --resume --output_dir run".split()) == 0
     rows = list(csv.DictReader(Path("run/log.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
     assert [int(row["updates"]) for row in rows] == [0, 15, 30, 45]  # 58 sequences in batches of 4
@@ -133,7 +134,10 @@ def test_a_draft_learns_from_a_record_without_serving(
         f"{learn} --target embedded-easy": "traces must be of the draft's target",
         f"{learn} --epochs 0": "needs an epoch",
         f"{learn} --learner.rejected 0.5": "record with --rejected",
-        f"{learn} --resume": "--traces goes with neither --resume",
+        f"{learn} --resume --output_dir none": "--resume needs a checkpoint",
+        f"{learn} --epochs 3 --resume --output_dir run": "ask for more",
+        f"{learn} --epochs 4 --seed 1 --resume --output_dir run": "same traces and seed",
+        f"{learn} --shard": "name --ray and --traces",
         "train --traces .": "has none; 'specrl record'",
         f"record {SHORT} --output_dir traces": "to a new directory",
         f"record {SHORT} --plan 3/1/4": "needs a draft",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
 from specrl.agents.gate import Gate
+from specrl.apps.epochs import read_state, read_tensors, save_epoch
 from specrl.apps.output import OutputDir, environment, show
 from specrl.apps.shards import Traces
 from specrl.clock import WallClock
@@ -20,7 +22,13 @@ HELD_OUT, MOST = 0.1, 64  # share of the sequences that is not learnt from, and 
 
 
 class Part(Protocol):
-    """This process's part of learning that several share."""
+    """This process's part of learning that several share.
+
+    Attributes:
+        leads: whether it judges and writes; one of them does.
+    """
+
+    leads: bool
 
     def join(self, learner: OnlineLearner) -> None:
         """Let a learner learn with the others."""
@@ -29,6 +37,35 @@ class Part(Protocol):
     def mine(self, numbers: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """Of a batch's sequences, by number, those that are read here; told once before every update."""
         ...
+
+    def to_whole(self, tensor: Tensor) -> Tensor:
+        """One of the learner's tensors, of which this process may keep a shard; asked for by all at once."""
+        ...
+
+    def to_part(self, tensor: Tensor) -> Tensor:
+        """What this process keeps of such a tensor."""
+        ...
+
+
+class Alone:
+    """A process that shares with none."""
+
+    leads = True
+
+    def join(self, learner: OnlineLearner) -> None:
+        """Nobody to join."""
+
+    def mine(self, numbers: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """All of them."""
+        return list(numbers)
+
+    def to_whole(self, tensor: Tensor) -> Tensor:
+        """Itself."""
+        return tensor
+
+    def to_part(self, tensor: Tensor) -> Tensor:
+        """All of it."""
+        return tensor
 
 
 def learn_from(
@@ -43,20 +80,21 @@ def learn_from(
     num_steps: int = 3,
     seed: int = 0,
     print_line: Callable[[str], None] = show,
-    share: Part | None = None,
-    leads: bool = True,
+    share: Part = Alone(),  # noqa: B008  (has no state)
+    resume: bool = False,
 ) -> list[dict[str, object]]:
-    """Learn `draft` from recorded sequences, each once an epoch; writes draft/ and log.csv after every epoch.
+    """Learn `draft` from recorded sequences, each once an epoch; writes draft/, log.csv and checkpoint/ after each.
 
     With a `share`, other processes do the same at the same time and each reads its part of every batch; the one that
-    `leads` judges and writes.
+    leads judges and writes. With `resume` it goes on after the last epoch in checkpoint/, with as many processes as
+    there are now.
 
     Returns:
         A row per epoch, the first, 0, before any: updates, loss, alpha, and the accept length on held-out sequences
         of a chain of `num_steps`.
 
     Raises:
-        ValueError: traces of another target, too few of them, or fewer than one epoch.
+        ValueError: traces of another target, too few of them, or fewer than one epoch; nothing to resume.
     """
     about = traces.about
     ours = {"target": target, "vocab_size": model.config.vocab_size, "taps": list(draft.config.taps)}
@@ -76,36 +114,60 @@ def learn_from(
         raise ValueError(f"held-out sequences must have more than {num_steps + 1} tokens, but all are shorter")
     learnt = np.array(order[apart:])
     learner = OnlineLearner(draft, model.embedding, config, seed=seed)
-    if share is not None:
-        share.join(learner)
+    share.join(learner)
     judge = Gate(draft.config, model.embedding, num_steps=num_steps, sampled=config.drafts == "sampled", seed=seed)
-    clock, rows = WallClock(), list[dict[str, object]]()
-    began = clock.now()
+    clock, rows, done = WallClock(), list[dict[str, Any]](), -1
+    began, kept = clock.now(), directory.path / "checkpoint"
+    if resume:
+        state = check_resumable(directory, epochs, seed, len(traces))
+        rows, done = state["rows"], state["epoch"]
+        learner.load_state({name: share.to_part(tensor) for name, tensor in read_tensors(kept)}, state["learner"])
+        began -= rows[-1]["seconds"]
     for epoch in range(epochs + 1):
+        if epoch <= done:
+            rng.shuffle(learnt)  # as it was: every epoch's order follows from the seed
+            continue
         seen: list[dict[str, float]] = []
         for start in range(0, len(learnt) if epoch else 0, config.batch_size):
             numbers = [n for n in learnt[start : start + config.batch_size].tolist() if traces.length(n) > 1]
-            mine = numbers if share is None else share.mine(numbers, [traces.length(n) for n in numbers])
+            mine = share.mine(numbers, [traces.length(n) for n in numbers])
             if numbers and (metrics := learner.update(list(traces.read(mine)))):
                 seen.append(metrics)
         rng.shuffle(learnt)
-        if not leads:
-            continue
-        weights = learner.weights()[1]
-        length = float(judge.accept_lengths(weights, held_out).mean())
-        row: dict[str, object] = {"epoch": epoch, "updates": learner.updates, "accept_length": length}
-        row |= {name: _mean(seen, key) for name, key in (("loss", "loss"), ("alpha", "alpha_1"))}
-        rows.append({**row, "seconds": round(clock.now() - began, 1)})
-        directory.write_csv("log.csv", rows)
-        Draft(draft.config, weights).save(directory.path / "draft")
-        print_line(
-            f"epoch {epoch:3d}  {learner.updates:6d} updates  accept length {length:.3f} on {len(held_out)} held out"
-        )
-    if not leads:
-        return rows
-    directory.write_json("learner.json", asdict(config))
-    directory.write_json("environment.json", environment())
+        weights = {name: share.to_whole(tensor) for name, tensor in learner.weights()[1].items()}
+        if share.leads:
+            length = float(judge.accept_lengths(weights, held_out).mean())
+            row: dict[str, Any] = {"epoch": epoch, "updates": learner.updates, "accept_length": length}
+            row |= {name: _mean(seen, key) for name, key in (("loss", "loss"), ("alpha", "alpha_1"))}
+            rows.append({**row, "seconds": round(clock.now() - began, 1)})
+            directory.write_csv("log.csv", rows)
+            Draft(draft.config, weights).save(directory.path / "draft")
+            print_line(
+                f"epoch {epoch:3d}  {learner.updates:6d} updates  accept length {length:.3f} on {len(held_out)} held "
+                "out"
+            )
+        tensors, numbers_of = learner.state()
+        about_it = {"epoch": epoch, "seed": seed, "sequences": len(traces), "rows": rows, "learner": numbers_of}
+        save_epoch(kept, tensors, about_it, share.to_whole, leads=share.leads)
+    if share.leads:
+        directory.write_json("learner.json", asdict(config))
+        directory.write_json("environment.json", environment())
     return rows
+
+
+def check_resumable(directory: OutputDir, epochs: int, seed: int, sequences: int) -> dict[str, Any]:
+    """What checkpoint/ says of the epochs that were learnt.
+
+    Raises:
+        ValueError: there is none, it is of other traces or another seed, or no epoch is left.
+    """
+    state = read_state(directory.path / "checkpoint")
+    ours = {"seed": seed, "sequences": sequences}
+    if wrong := {name: state.get(name) for name, value in ours.items() if state.get(name) != value}:
+        raise ValueError(f"--resume must go on with the same traces and seed, {ours}, but the checkpoint's are {wrong}")
+    if state["epoch"] >= epochs:
+        raise ValueError(f"--epochs counts those that are learnt, {state['epoch']}, but got {epochs}; ask for more")
+    return state
 
 
 def _mean(seen: list[dict[str, float]], key: str) -> float:

@@ -59,6 +59,7 @@ def train(
     epochs: int = 1,
     ray: str | None = None,
     engines: int = 1,
+    shard: bool = False,
     in_flight: int = 2,
     engine_device: str = "CPU",
     learner_device: str = "CPU",
@@ -109,7 +110,7 @@ def train(
         learn: whether the draft learns.
         learner: how it learns.
         traces: directory of `specrl record`: learn from it without serving; of the other options target, draft,
-            learner and seed matter then.
+            learner, resume and seed matter then.
         epochs: through the traces.
         ray: address of a Ray cluster, 'auto' or 'local': engines and the learner are processes of their own on it, and
             serving never waits for learning. Updates are 'always', log.csv tells of engines, a learner that was killed
@@ -117,6 +118,8 @@ def train(
             from 0 when it is resumed.
         engines: with `ray`: how many serve, each a stream and a chooser of its own; with `traces` how many processes
             share every batch.
+        shard: with `ray` and `traces`: each process keeps its part of the weights and of the optimiser's state, for a
+            draft that is too large for one; what is learnt is the same.
         in_flight: with `ray`: calls of an engine that the learner may owe an answer; what finishes meanwhile is
             dropped and counted.
         engine_device: with `ray`: a resource of the cluster of which each engine owns one: 'CPU' or your own name.
@@ -151,6 +154,8 @@ def train(
             "--ray goes with the engine 'local', --update always, --learn true and without --wandb, but got "
             f"{engine!r}, {update!r}, {learn} and {wandb}; leave the others out"
         )
+    if shard and (ray is None or traces is None):
+        raise ValueError("--shard is for processes that share traces, so name --ray and --traces, or leave it out")
     followed = _followed(engine, server, server_traces, draft)
     directory = OutputDir(output_dir or Path("runs/train"))
     model = load_target(target)
@@ -162,19 +167,20 @@ def train(
         follow(taught, directory, requests=requests, checkpoint_every=checkpoint_every)
         return
     if traces is not None:
-        if resume or draft_vocab_size is not None:
-            raise ValueError("--traces goes with neither --resume nor --draft_vocab_size; name a --draft to go on from")
+        if draft_vocab_size is not None:
+            raise ValueError("--traces does not go with --draft_vocab_size; name a --draft of that vocabulary")
         first = (
             load_draft(draft) if draft is not None else fresh_draft(model, target, seed, width=draft_intermediate_size)
         )
+        going: dict[str, Any] = {"epochs": epochs, "seed": seed, "resume": resume}
         if ray is not None:
             from specrl.apps.cluster.shared import learn_over_ray
 
             begin = directory.path / "first"
             first.save(begin)
-            learn_over_ray(ray, traces, target, begin, learner, directory, epochs=epochs, seed=seed, workers=engines)
+            learn_over_ray(ray, traces, target, begin, learner, directory, workers=engines, shard=shard, **going)
             return
-        learn_from(Traces(traces), model, first, learner, directory, target=target, epochs=epochs, seed=seed)
+        learn_from(Traces(traces), model, first, learner, directory, target=target, **going)
         show(f"written: {directory.path}")
         return
     source = open_stream(
