@@ -4,6 +4,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from specrl.agents import attention
 from specrl.agents.attention import attend, blockwise, whole
@@ -48,6 +50,7 @@ def results(out: Tensor, queries: Tensor, past: list[tuple[Tensor, Tensor]]) -> 
 @pytest.mark.parametrize("kernel", ["whole", "blockwise"])
 def test_both_kernels_are_one_softmax_under_the_mask(kernel: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_WHOLE_UP_TO", 10**9 if kernel == "whole" else 0)
+    monkeypatch.setattr(attention, "_SCORES", BATCH * HEADS * LENGTH * 4)  # blocks of 4 slots
     other = blockwise if kernel == "whole" else whole
     monkeypatch.setattr(attention, other.__name__, None)  # must not be called
     queries, past = passes(count)
@@ -65,8 +68,11 @@ def test_slots_before_the_first_that_a_pass_can_have_are_0() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_over_more_slots_than_a_block_both_kernels_agree(count: int) -> None:
-    """In the serving dtype, and long enough that the causal part is made of many blocks."""
+def test_over_more_slots_than_whole_matrices_are_made_of_both_kernels_agree(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the serving dtype, in blocks of which the last is smaller."""
+    monkeypatch.setattr(attention, "_SCORES", 1 << 19)
     length = attention._WHOLE_UP_TO + 77
     queries, past = passes(count, length, torch.float32)
     got, want = (list(results(f(queries, past), queries, past)) for f in (attend, naive))
@@ -77,6 +83,7 @@ def test_over_more_slots_than_a_block_both_kernels_agree(count: int) -> None:
 @pytest.mark.parametrize("kernel", ["whole", "blockwise"])
 def test_bfloat16_stays_close(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_WHOLE_UP_TO", 10**9 if kernel == "whole" else 0)
+    monkeypatch.setattr(attention, "_SCORES", BATCH * HEADS * 40 * 16)
     queries, past = passes(3, 40, torch.bfloat16)
     exact = [x.detach().double().requires_grad_() for x in (queries, *(x for pair in past for x in pair))]
     pairs = list(zip(exact[1::2], exact[2::2], strict=True))
@@ -86,7 +93,8 @@ def test_bfloat16_stays_close(kernel: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert float((got.double() - want).detach().norm() / want.detach().norm()) < 0.02
 
 
-def test_the_merged_softmax_has_its_gradient() -> None:
+def test_the_blockwise_kernel_has_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_SCORES", BATCH * HEADS * 5 * 2)  # blocks of 2, 2 and 1 slots
     queries, past = passes(3, 5)
 
     def f(queries: Tensor, *flat: Tensor) -> Tensor:
@@ -105,6 +113,25 @@ def test_large_scores_do_not_overflow() -> None:
         assert bool(torch.isfinite(out).all()) and bool(torch.isfinite(grad).all())
 
 
-def test_the_blockwise_kernel_is_there() -> None:
-    """If torch renames it, long sequences would quietly cost their square in memory."""
-    assert attention._forward is not None and attention._backward is not None
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation gave, in numbers."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+        return out
+
+
+def test_long_sequences_never_cost_their_square_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not forwards and not backwards: no more numbers at once than the scores of a block, and the queries."""
+    monkeypatch.setattr(attention, "_SCORES", 1 << 14)
+    length = attention._WHOLE_UP_TO + 77
+    queries, past = passes(3, length, torch.float32)
+    with Largest() as largest:
+        list(results(attend(queries, past), queries, past))
+    assert 0 < largest.numbers <= max(queries.numel(), (1 << 14) + BATCH * HEADS * 2 * length)
+    with Largest() as plain:
+        naive(queries, past)
+    assert plain.numbers >= BATCH * HEADS * length**2 > 20 * largest.numbers

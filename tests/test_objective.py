@@ -139,6 +139,7 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         monkeypatch.setattr(fused, "BLOCK", 25)
         monkeypatch.setattr(fused, "PIECE", 13)
         monkeypatch.setattr(attention, "_WHOLE_UP_TO", 0)
+        monkeypatch.setattr(attention, "_SCORES", 64)
         monkeypatch.setattr(unroll_module, "_RECOMPUTE_FROM", 0)
     return str(request.param)
 
