@@ -124,12 +124,11 @@ def time_decoding(
 ) -> list[Setting]:
     """Median plain step of every setting; the settings take turns, so that drift meets all alike."""
     from specrl.engines.local import LocalEngine
-    from specrl.models.embedded import embedded_directory
+    from specrl.models.embedded import target_directory
     from specrl.models.target import load_target
     from specrl.workload import load_tokenizer, load_workload
 
-    directory = embedded_directory(target) if target.startswith("embedded") else Path(target)
-    workload = load_workload("stdlib", load_tokenizer(directory), ignore_eos=True, split="held_out")
+    workload = load_workload("stdlib", load_tokenizer(target_directory(target)), ignore_eos=True, split="held_out")
     engines = {dtype: LocalEngine(load_target(target, device=device, dtype=dtype)) for dtype in dtypes}
     sessions = {
         (dtype, batch): engines[dtype].start(workload, batch_size=batch, seed=0, plain=True)

@@ -15,6 +15,7 @@ from specrl.export.hub import push_to_hub as push
 from specrl.export.serving import Lookahead, Speeds, plan_serving
 from specrl.models.draft import load_draft
 from specrl.models.embedded import target_directory
+from specrl.models.hub import hub_id
 from specrl.models.target import as_dtype
 from specrl.plan import Plan, parse_plans
 from specrl.plugin.policy import LearnedPolicy
@@ -46,7 +47,7 @@ def export(
     Args:
         run: output directory of `specrl train` or `specrl quickstart`.
         dtype: of the exported weights.
-        target: checkpoint directory that SGLang shall serve; by default the run's.
+        target: checkpoint directory or Hugging Face id that SGLang shall serve; by default the run's.
         lookahead: 'adaptive' for the best chain per batch size, 'single' for one plan; 'auto': the latter if need be.
         candidates: lookaheads per batch size among which SGLang's own rule may choose; 1 pins what was learned.
         push_to_hub: 'owner/name' of a private repository on the Hugging Face Hub to upload the bundle to.
@@ -72,7 +73,7 @@ def export(
         LearnedPolicy(table, plans, None if chooser is None else chooser.state_dict()),
         plan_serving(table, speeds, lookahead=lookahead, candidates=candidates),
         source,
-        str(target_directory(source.target).resolve()),
+        source.target if hub_id(source.target) else str(target_directory(source.target).resolve()),
         as_dtype(dtype),
     )
     directory = OutputDir(output_dir or Path("runs/export")).path / "bundle"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from specrl.models.hub import served_as
 from specrl.plan import Plan
 
 Lookahead = Literal["auto", "adaptive", "single"]
@@ -40,8 +41,11 @@ class Serving:
         return {str(bound): {"candidate_steps": list(steps)} for bound, steps in sorted(self.tiers.items())}
 
     def flags(self, model_path: str, *, rejection_sampling: bool = False) -> dict[str, object]:
-        """Flags of sglang.launch_server without their dashes; paths of the bundle are relative to it."""
-        flags: dict[str, object] = {"model-path": model_path}
+        """Flags of sglang.launch_server without their dashes; paths of the bundle are relative to it.
+
+        `model_path` is a directory, or a Hugging Face id with or without '@revision'.
+        """
+        flags = served_as(model_path)
         if self.plan.num_steps == 0:
             return flags
         flags |= {

@@ -12,7 +12,7 @@ from torch import Tensor
 from specrl.models.cache import KVCache, place
 from specrl.models.checkpoint import Checkpoint, check_layout, expected_target_tensors
 from specrl.models.config import TargetConfig, read_target_config
-from specrl.models.embedded import embedded_directory
+from specrl.models.embedded import target_directory
 from specrl.models.layer import Layer, Norm, interleave
 from specrl.models.linear import Linear
 from specrl.models.rope import rope_table
@@ -189,10 +189,14 @@ class Target:
 def load_target(
     path: str | Path = "embedded", *, device: str = "cpu", dtype: str | torch.dtype = torch.float32
 ) -> Target:
-    """Load a target from a Hugging Face checkpoint directory, or an embedded one by name.
+    """Load a target from a Hugging Face checkpoint directory or id, or an embedded one by name.
+
+    Weights are read, checked and moved to the device one by one: the host holds about one of them at a time besides.
 
     Args:
-        path: a directory with config.json and safetensors, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        path: a directory with config.json and safetensors; the id of such a model on the Hugging Face Hub,
+            'owner/name' or 'owner/name@revision', from the hub's cache or downloaded into it; or 'embedded',
+            'embedded-easy', 'embedded-strong'.
         device: 'cpu' or a CUDA device.
         dtype: torch dtype or its name; greedy decoding is exactly lossless in float32.
 
@@ -201,7 +205,7 @@ def load_target(
             non-finite tensor (by name), or a device that is not there.
     """
     check_device(device)
-    directory = embedded_directory(str(path)) if str(path).startswith("embedded") else Path(path)
+    directory = target_directory(path)
     config = read_target_config(directory)
     tensors, tied = Checkpoint(directory, f"target {path}"), config.tie_word_embeddings
     layout = {n: t for n, t in tensors.layout.items() if not n.endswith(".rotary_emb.inv_freq")}  # derived

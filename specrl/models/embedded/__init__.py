@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from specrl.models.hub import hub_directory
+
 _FOLDERS = {"embedded": "easy", "embedded-easy": "easy", "embedded-strong": "strong"}
 
 
@@ -25,5 +27,6 @@ def embedded_directory(name: str = "embedded") -> Path:
 
 
 def target_directory(target: str | Path) -> Path:
-    """Where a target's files are, by the name of an embedded one or by its directory."""
-    return embedded_directory(str(target)) if str(target).startswith("embedded") else Path(target)
+    """Where a target's files are, by the name of an embedded one, by its directory or by its Hugging Face id."""
+    name = str(target)
+    return embedded_directory(name) if name.startswith("embedded") and "/" not in name else hub_directory(target)
