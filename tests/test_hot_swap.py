@@ -101,6 +101,7 @@ def test_the_draft_alone_is_swapped_in_place(draft: Draft, fakes: Any) -> None:
     assert said["/begin_weight_update"]["selector"] == said["/weights_checker"]["selector"] == "draft"
     assert (update["selector"], update["flush_cache"], update["weight_version"]) == ("draft", False, "7")
     assert (swap.version, swap.exact, swap.checksum) == (7, True, "all") and 0 < swap.stopped_s <= swap.pause_s
+    assert [f"/{name}" for name in swap.calls_s] == [*ORDER[1:], *RELEASE] and min(swap.calls_s.values()) > 0
     assert swap.bytes == sum(t.nbytes for n, t in draft.tensors.items() if n not in ("d2t", "t2d"))
 
 

@@ -18,7 +18,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +54,7 @@ class Swap:
 
     Attributes:
         version: of the weights that serve now; requests carry it as `weight_version`.
-        pause_s: seconds from asking for the pause until the server had been told to go on. The round in flight when
-            the pause was asked for is part of them.
-        stopped_s: those of them in which the server surely decoded nothing.
+        calls_s: seconds that each of the five calls took, by its name, in their order.
         bytes: of weights.
         checksum: of the draft, by the server.
         exact: whether every tensor's checksum was computed here too, and was the same. Only servers on a CPU hash in
@@ -64,11 +62,23 @@ class Swap:
     """
 
     version: int
-    pause_s: float
-    stopped_s: float
+    calls_s: Mapping[str, float]
     bytes: int
     checksum: str
     exact: bool
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds from asking for the pause until the server had been told to go on.
+
+        The round in flight when the pause was asked for is part of them; the server takes the second call after it.
+        """
+        return sum(self.calls_s.values())
+
+    @property
+    def stopped_s(self) -> float:
+        """Those of them in which the server surely decoded nothing: the last three calls."""
+        return sum(list(self.calls_s.values())[2:])
 
 
 def push(
@@ -101,30 +111,39 @@ def push(
         _check_server(facts)
         check_weights(weights, facts.get("speculative_draft_model_path") if like is None else like, version=version)
         sent = {name: t.detach().cpu().contiguous() for name, t in weights.items() if name not in _MAPS}
-        pause_s, stopped_s = _swap(line, encode(sent, version))
+        calls_s = _swap(line, encode(sent, version))
         found, checksum = line.checksums()
     exact = str(facts.get("device")) == "cpu"
     if exact:
         _compare(found, sent)
-    return Swap(version, pause_s, stopped_s, sum(t.nbytes for t in sent.values()), checksum, exact)
+    return Swap(version, calls_s, sum(t.nbytes for t in sent.values()), checksum, exact)
 
 
-def _swap(line: _Line, body: bytes) -> tuple[float, float]:
-    """Pause, update, go on; `Swap.pause_s` and `stopped_s`."""
-    with _guarded(line), line.upload("/update_weights_from_tensor", body) as finish:
+def _swap(line: _Line, body: bytes) -> dict[str, float]:
+    """Pause, update, go on; `Swap.calls_s`."""
+    calls_s: dict[str, float] = {}
+
+    def timed(name: str, call: Callable[[], object]) -> None:
         began = line.clock.now()
+        call()
+        calls_s[name] = line.clock.now() - began
+
+    def ask(name: str, said: object) -> None:
+        timed(name, lambda: line.ask("POST", f"/{name}", said))
+
+    # While the guard starts, the server takes in the body; nothing but the calls is left for the pause.
+    with line.upload("/update_weights_from_tensor", body) as finish, _guarded(line):
+        line.connect()
         try:
-            line.ask("POST", "/pause_generation", {"mode": "in_place"})
-            line.ask("POST", "/begin_weight_update", {"selector": "draft"})
-            stopped = line.clock.now()
-            finish()
-            line.ask("POST", "/end_weight_update", {})
-            line.ask("POST", "/continue_generation", _GO_ON)
+            ask("pause_generation", {"mode": "in_place"})
+            ask("begin_weight_update", {"selector": "draft"})
+            timed("update_weights_from_tensor", finish)
+            ask("end_weight_update", {})
+            ask("continue_generation", _GO_ON)
         except BaseException:
             guard.release(line.url, line.headers, _LAST_WORD_S)
             raise
-        ended = line.clock.now()
-    return ended - began, ended - stopped
+    return calls_s
 
 
 def recover(url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> None:
@@ -317,6 +336,18 @@ class _Line:
         if left <= 0:
             raise SwapError(f"a swap must end within {self.timeout_s} s, but {path} is still due; allow it more")
         return left
+
+    def connect(self) -> None:
+        """Have a connection for the next `ask`.
+
+        Raises:
+            SwapError: there is none to be had.
+        """
+        try:
+            self._open()
+        except OSError as error:
+            self.close()
+            raise self._failure("", error) from error
 
     def _open(self) -> http.client.HTTPConnection:
         left = self._left("the next call")

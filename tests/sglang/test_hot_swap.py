@@ -117,11 +117,13 @@ def test_twenty_swaps_under_load(target: Target, draft: Draft, fresh: Draft, ser
         for began, ended in windows
     ]
     pauses, stops = ([getattr(s, name) * 1e3 for s in swaps] for name in ("pause_s", "stopped_s"))
+    calls = {name: [swap.calls_s[name] * 1e3 for swap in swaps] for name in swaps[0].calls_s}
     print(
         f"{SWAPS} swaps of {swaps[0].bytes:,} bytes, {len(done)} requests, {sum(crossed)} lived through one; "
         f"longest pause {max(pauses):.0f} ms with the round in flight, {max(stops):.0f} ms without (median "
         f"{np.median(stops):.0f}); between two pieces of a request {np.median(usual) * 1e3:.0f} ms as a rule, "
-        f"{max(gaps) * 1e3:.0f} ms at worst around a swap"
+        f"{max(gaps) * 1e3:.0f} ms at worst around a swap; ms by call, median and longest: "
+        + ", ".join(f"{name} {np.median(took):.1f} {max(took):.1f}" for name, took in calls.items())
     )
 
 
