@@ -18,7 +18,8 @@ import torch
 
 from specrl.clock import WallClock
 from specrl.models.draft import Draft, new_draft
-from specrl.serving.hot_swap import SwapError, _digest, encode, push, served_names
+from specrl.serving.errors import SwapError
+from specrl.serving.hot_swap import _digest, encode, push, served_names
 
 
 class Fake:

@@ -31,6 +31,10 @@ class ServerFailed(ServerError):
     """It could not do it, or would not."""
 
 
+class SwapError(ServerError):
+    """It did not answer, or did not take new weights; then it was told to go on with what it has."""
+
+
 _NO_MEMORY = ("out of memory", "outofmemory", "not enough memory", "memory capacity", "no available memory")
 MORE_MEMORY = "lower --max-running-requests or --context-length, or set --mem-fraction-static for what the device has"
 

@@ -25,7 +25,8 @@ from specrl.clock import WallClock
 from specrl.models.draft import Draft, new_draft
 from specrl.models.target import Target
 from specrl.plan import Plan
-from specrl.serving.hot_swap import SwapError, push, recover
+from specrl.serving.errors import SwapError
+from specrl.serving.hot_swap import push, recover
 
 AT_ONCE, SWAPS, NEW, LONG = 8, 20, 96, 200
 PLAN = Plan(3)
@@ -174,14 +175,14 @@ def pausing(server: Server, draft: Draft, tmp_path: Path) -> Iterator[subprocess
     code = (
         "import os, signal, sys\n"
         "from specrl.models.draft import load_draft\n"
-        "from specrl.serving import hot_swap\n"
-        "ask = hot_swap._Line.ask\n"
-        "def dies(line, method, path, said=None, **rest):\n"
-        "    answer = ask(line, method, path, said, **rest)\n"
+        "from specrl.serving import hot_swap, line\n"
+        "ask = line.Line.ask\n"
+        "def dies(self, method, path, said=None, **rest):\n"
+        "    answer = ask(self, method, path, said, **rest)\n"
         "    if path == '/begin_weight_update':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return answer\n"
-        "hot_swap._Line.ask = dies\n"
+        "line.Line.ask = dies\n"
         "draft = load_draft(sys.argv[2])\n"
         "hot_swap.push(sys.argv[1], draft.tensors, version=1, like=draft)\n"
     )
