@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -15,8 +16,14 @@ from specrl.engines.base import Engine, Session, Workload
 from specrl.envs.exclusive import Exclusive
 from specrl.envs.panel import as_text, panel
 from specrl.envs.rewards import Outcome
-from specrl.rounds import Round
+from specrl.plan import Plan
+from specrl.rounds import PlainSample, Round
 
+log = logging.getLogger("specrl.envs")
+NO_PLAIN = (
+    "the engine measures no plain decoding, so that only the ratio over plan 0 is reported: rewards count against "
+    "rounds of plan 0, and episode_speedup is nan; for a running SGLang server pass plain_url="
+)
 S = TypeVar("S", bound=Session)
 _ZEROS = 32  # rounds of plan 0 that its cost is the mean of
 _FIRST_SAMPLES = 3  # plain steps measured when a batch size is met for the first time
@@ -107,13 +114,15 @@ def check_episode(max_rounds: int | None, max_tokens: int | None, reward: str) -
         raise ValueError("reward 'time_saved' is right only in episodes of max_tokens, but got max_rounds")
 
 
-def measure_plain(session: Session, baseline: PlainCost, context: float) -> None:
+def measure_plain(session: Session, baseline: PlainCost, context: float, stand_in: PlanZero | None = None) -> None:
     """Re-measure plain decoding where it is due; outside every timed window.
 
     Args:
         session: about to run a round.
         baseline: takes the samples.
         context: mean tokens known per live request.
+        stand_in: where the engine does not measure plain decoding, rounds of plan 0 are run in its place, and this is
+            told; None: that is an error.
 
     Raises:
         ValueError: the engine does not measure plain decoding between rounds.
@@ -125,10 +134,12 @@ def measure_plain(session: Session, baseline: PlainCost, context: float) -> None
     first = not baseline.known(batch)
     for _ in range(_FIRST_SAMPLES if first else 1):
         sample = session.measure_plain()
+        if sample is None and stand_in is not None:
+            sample = stand_in.run(session)
         if sample is None:
             raise ValueError(
                 "the engine must measure plain decoding between rounds, but it does not; use 'local', or 'sglang' with "
-                "baseline='alternate'"
+                "baseline='alternate', or plain_url= for a running server"
             )
         baseline.add(sample)
 
@@ -140,6 +151,7 @@ class PlanZero:
     """
 
     def __init__(self) -> None:
+        self.stands_in = False  # for plain decoding, which the engine does not measure
         self._seconds: dict[int, deque[float]] = {}
         self.begin()
 
@@ -147,17 +159,31 @@ class PlanZero:
         """An episode begins; costs are kept."""
         self._saved = self._spent = 0.0
 
+    def run(self, session: Session) -> PlainSample:
+        """A round of plan 0 in the place of a plain step; said once."""
+        if not self.stands_in:
+            self.stands_in = True
+            log.warning("%s", NO_PLAIN)
+        done = session.round(Plan(0))
+        self._take(done)
+        return PlainSample(done.batch_size, float(done.context_lengths.mean()), done.seconds)
+
+    def _take(self, done: Round) -> None:
+        self._seconds.setdefault(done.batch_size, deque(maxlen=_ZEROS)).append(done.seconds)
+
     def compare(self, done: Round, outcome: Outcome) -> dict[str, float]:
         """Take a round; what `info` tells of it."""
         batch = outcome.batch_size
         if done.plan.num_steps == 0:
-            self._seconds.setdefault(batch, deque(maxlen=_ZEROS)).append(done.seconds)
+            self._take(done)
         known = self._seconds.get(batch)
         cost = sum(known) / len(known) if known else math.nan
         if known:
             self._saved += outcome.tokens * cost / batch
             self._spent += outcome.seconds
-        return {"plan0_s": cost, "episode_speedup_over_plan0": self._saved / self._spent if self._spent else math.nan}
+        over = self._saved / self._spent if self._spent else math.nan
+        told = {"plan0_s": cost, "episode_speedup_over_plan0": over}
+        return told | dict.fromkeys(("t0_s", "t0_error_s", "episode_speedup"), math.nan) if self.stands_in else told
 
 
 def describe(done: Round, outcome: Outcome, thinking_s: float, error_s: float, speedup: float) -> dict[str, Any]:

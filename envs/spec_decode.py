@@ -75,11 +75,13 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
     `accept_length`, `histogram` of correct drafts [num_steps + 1], `plan`, `draft_version`, `batch_size`, `t0_s`,
     `t0_error_s`, `episode_speedup` = ΣN·t0/B ÷ ΣΔt, `action_mask`, and the whole `round`. `plan0_s` and
     `episode_speedup_over_plan0` are the same against rounds of plan 0, which keep the draft warm; nan before there were
-    any at this batch size.
+    any at this batch size. Of an SGLang server that was found running, without `plain_url`, they are all there is: plan
+    0 stands in for plain decoding in the reward, and `t0_s`, `t0_error_s` and `episode_speedup` are nan.
 
     ## Arguments
-        engine: 'local', 'sglang' (`specrl.serving.opening`; launched, or `engine_options={"server": "http://..."}`), or
-            an `Engine` ready-made (target and draft are then its own).
+        engine: 'local', 'sglang' (`specrl.serving.opening`; launched, or `engine_options={"server": "http://...",
+            "plain_url": "http://..."}`: running servers with and without speculation), or an `Engine` ready-made
+            (target and draft are then its own).
         target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: None: random initialisation; else an EAGLE3 directory or a `Draft`.
         batch_size: live requests: a number; several, of which each episode draws one; or a trace within the episode,
@@ -167,6 +169,8 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
         self.baseline = PlainCost()
         self._zero = PlanZero()
+        one_of_several = self._mask.sum() > 1 and self.engine.supports(Plan(0))
+        self._stand_in = self._zero if one_of_several else None
         self._observer = Observer(self.plans)
         self._late: deque[tuple[Round, float]] = deque()  # results on their way, on engines that overlap rounds
         self._delay: int = getattr(self.engine, "result_delay", 0)
@@ -219,7 +223,7 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
         context = self._context
         if self._exclusive is not None:
             self._exclusive.take()
-        measure_plain(session, self.baseline, context)
+        measure_plain(session, self.baseline, context, self._stand_in)
         done = session.round(plan)
         t0 = self.baseline.estimate(self._batch_size, context)
         outcome = Outcome(sum(done.tokens.tolist()), self._batch_size, done.seconds + thinking_s, t0.seconds)

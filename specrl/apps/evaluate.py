@@ -1,10 +1,11 @@
-"""`specrl evaluate`: choosers of plans on profiles or on the live engine, against a reference and against bounds."""
+"""`specrl evaluate`: choosers of plans on profiles or on a live engine, against a reference and against bounds."""
 
 from __future__ import annotations
 
 import csv
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,7 @@ def evaluate(
     rounds: int = 2400,
     traffic: str = LOAD,
     shifts: str = "",
+    engine: Literal["local", "sglang"] = "local",
     target: str = "embedded",
     draft: str | None = None,
     plans: str = "0,1/1/2,2/1/3,3/1/4",
@@ -41,6 +43,8 @@ def evaluate(
     prompt_tokens: int = 64,
     max_new_tokens: int = 128,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    sglang_python: Path | None = None,
+    sglang_flags: str = "",
     leaderboard: Path = Path("runs/leaderboard.csv"),
     output_dir: Path | None = None,
 ) -> list[dict[str, object]]:
@@ -49,6 +53,9 @@ def evaluate(
     In simulation all choosers of a seed meet the same luck. Live, plain decoding, the choosers and every single plan
     take turns in one process, there and back. The share is what the best plan per batch size would need for the same
     expected tokens, over what the choices need: 1 is the best table. 'specrl validate' checks the records.
+
+    With --engine sglang two servers are launched, with and without speculation, and stand still while it is another's
+    turn. All lanes decode the same requests there, one going on where the other left them.
 
     Live, the oracle headroom is printed too: the best plan per batch size over the best single plan, each chosen on all
     cycles of the traffic but the one it is measured on, and how much of it each chooser closes.
@@ -62,14 +69,18 @@ def evaluate(
         rounds: of a run; live in whole cycles of the traffic.
         traffic: batch size x rounds, repeated.
         shifts: in simulation, as 'at=1200,cost=1.3,from_steps=3,log_odds=0;at=...'.
+        engine: live: 'local' decodes here; 'sglang' launches SGLang.
         target: live: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: live: EAGLE3 draft directory; by default a random one, which accepts next to nothing.
-        plans: live: num_steps/topk/num_draft_tokens, separated by commas; a profile brings its own.
+        plans: live: num_steps/topk/num_draft_tokens, separated by commas (SGLang: chains, or one tree); a profile
+            brings its own.
         temperature: live: of sampling; 0 is greedy.
         workload: live: 'stdlib', a .txt, .jsonl or directory of prompts, or a stream of them (see `specrl train`).
         prompt_tokens: live: tokens of a prompt.
         max_new_tokens: live: tokens generated per request.
-        dtype: live: of the target; greedy tokens, which 'specrl validate' compares, are only sure to repeat in float32.
+        dtype: local: of the target; greedy tokens, which 'specrl validate' compares, surely repeat in float32 only.
+        sglang_python: Python of an environment with SGLang and this package; by default this one.
+        sglang_flags: further flags for sglang.launch_server, both times; they make room for the largest batch.
         leaderboard: a .csv to which each run's results are appended.
         output_dir: where tables, curves and records go; by default runs/evaluate-<time>.
 
@@ -78,7 +89,10 @@ def evaluate(
 
     Example:
         specrl evaluate --choosers adaptive,sglang-same,3/1/4 --seeds 20
+        specrl evaluate --profiles live --engine sglang --draft exported/bundle/draft --traffic 1x64,8x32 --rounds 960
     """
+    if engine != "local" and "live" not in profiles:
+        raise ValueError(f"--engine is what '--profiles live' decodes with, but got {engine!r} for {profiles or 'all'}")
     if seeds < 2 and profiles != ("live",):
         raise ValueError(f"seeds must be at least 2 for an interval, but got {seeds}")
     if reference not in choosers or len(set(choosers)) < len(choosers):
@@ -98,7 +112,8 @@ def evaluate(
                 live_source(
                     parse_plans(plans), phases, rounds // cycle, target=target, draft=draft, temperature=temperature,
                     workload=workload, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens,
-                    dtype=dtype,
+                    dtype=dtype, engine=engine, sglang_flags=sglang_flags,
+                    sglang_python=None if sglang_python is None else str(sglang_python),
                 )
             )  # fmt: skip
     if len({source.name for source in sources}) < len(sources):
@@ -111,28 +126,32 @@ def evaluate(
         done += more
         bar(done)
 
-    with progress("playing", seeds * len(sources) * len(choosers)) as bar:
+    with ExitStack() as ending:
         for source in sources:
-            scores[source.name] = source.run(choosers, range(seeds), advance)
-    compared = compare(scores, {source.name: source.bounds for source in sources}, reference)
-    out = rows(compared)
-    show(table(shown(compared, reference), title=f"{seeds} seeds, {rounds} rounds, traffic {traffic}"))
-    for source in sources:
-        reach = ", ".join(f"{bound} {speedup:.3f}" for bound, speedup in source.bounds.items())
-        show(f"{source.name}: speedup of the bounds: {reach}")
-        if isinstance(source, Live) and source.blocks is not None:
-            show(*lines(source.blocks))
-    if output_dir is not None:
-        directory = OutputDir(output_dir)
-        records = [
-            (source.record(name, range(seeds), played), played)
-            for source in sources
-            for name, played in scores[source.name].items()
-        ]
-        _write(directory, out, scores, records, rounds, {s.name: s.bounds for s in sources}, leaderboard)
+            if isinstance(source, Live):
+                ending.callback(source.close)
+        with progress("playing", seeds * len(sources) * len(choosers)) as bar:
+            for source in sources:
+                scores[source.name] = source.run(choosers, range(seeds), advance)
+        compared = compare(scores, {source.name: source.bounds for source in sources}, reference)
+        out = rows(compared)
+        show(table(shown(compared, reference), title=f"{seeds} seeds, {rounds} rounds, traffic {traffic}"))
         for source in sources:
+            reach = ", ".join(f"{bound} {speedup:.3f}" for bound, speedup in source.bounds.items())
+            show(f"{source.name}: speedup of the bounds: {reach}")
             if isinstance(source, Live) and source.blocks is not None:
-                directory.write_json("headroom.json", as_json(source.blocks))
+                show(*lines(source.blocks))
+        if output_dir is not None:
+            directory = OutputDir(output_dir)
+            records = [
+                (source.record(name, range(seeds), played), played)
+                for source in sources
+                for name, played in scores[source.name].items()
+            ]
+            _write(directory, out, scores, records, rounds, {s.name: s.bounds for s in sources}, leaderboard)
+            for source in sources:
+                if isinstance(source, Live) and source.blocks is not None:
+                    directory.write_json("headroom.json", as_json(source.blocks))
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -61,9 +62,12 @@ def rl(
     ray: str | None = None,
     workers: int = 2,
     live: bool = False,
+    engine: Literal["local", "sglang"] = "local",
     target: str = "embedded",
     draft: Path | None = None,
     temperature: float = 0.7,
+    sglang_python: Path | None = None,
+    sglang_flags: str = "",
     seed: int = 0,
     output_dir: Path | None = None,
 ) -> Agent:
@@ -95,9 +99,12 @@ def rl(
         ray: address of a Ray cluster that holds the simulated environments, 'auto' or 'local'.
         workers: with `ray`: actors that share them, of a CPU each.
         live: learn on live decoding of `target`, timed by the clock; let nothing else run meanwhile.
+        engine: live: 'local' decodes here; 'sglang' launches SGLang, with speculation and without.
         target: live: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: live: EAGLE3 draft directory; by default a random one, which accepts next to nothing.
         temperature: live: of sampling; 0 is greedy.
+        sglang_python: Python of an environment with SGLang and this package; by default this one.
+        sglang_flags: further flags for sglang.launch_server, both times.
         seed: of weights, exploration and environments.
         output_dir: where results go; by default runs/rl-<time>.
 
@@ -117,6 +124,8 @@ def rl(
             f"--ray is for simulated environments, but got --live and --ray {ray}: timed rounds own their device, and "
             "would slow each other down; leave one of them out"
         )
+    if engine != "local" and not live:
+        raise ValueError(f"--engine is for live decoding, but got {engine!r} in simulation; add --live true")
     task = SPEC_DECODE if live else SIMULATED
     hyper = read_hyperparameters(hyperparameters or HYPERPARAMETERS / f"{algo}.yaml", task)
     offered = plans or (",".join(map(str, load_chooser(policy).plans)) if policy else None)
@@ -124,6 +133,9 @@ def rl(
     common: dict[str, Any] = {"batch_size": batch_sizes, "reward": reward, "max_rounds": EPISODE[task]}
     if live:
         common |= {"target": target, "draft": draft, "temperature": temperature, "plans": offered or LIVE_PLANS}
+        if engine == "sglang":
+            options = {"python": sglang_python, "flags": shlex.split(sglang_flags)}
+            common |= {"engine": engine, "engine_options": options}
         decoding = SpecDecodeEnv(**common)
         world = World(as_vector(decoding), decoding.plans, decoding.action_masks(), decoding.off_the_clock)
     else:

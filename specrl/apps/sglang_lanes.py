@@ -11,6 +11,7 @@ from specrl.apps.paired import PLAIN, Measured, Setting
 from specrl.clock import Clock
 from specrl.engines.base import Engine, Session, Workload
 from specrl.plan import Plan
+from specrl.rounds import PlainSample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,30 @@ def launch(target: str, draft: Path | None, plans: Sequence[Plan], python: Path 
 
     alone = ("--disable-overlap-schedule",)
     return launch_engine(target, draft, plans=tuple(plans), python=python, flags=tuple(flags), plain_flags=alone)
+
+
+def plain_steps(session: Session, count: int) -> Sequence[PlainSample]:
+    """Consecutive steps of the server without speculation, at the contexts that a served session's requests have."""
+    from specrl.serving.session import LockstepSession
+
+    assert isinstance(session, LockstepSession)
+    return session.plain_steps(count)
+
+
+def served_facts(engine: Engine, flags: Sequence[str]) -> dict[str, object]:
+    """What a result says of the server that it was measured on."""
+    from specrl.serving.engine import SGLangEngine
+
+    assert isinstance(engine, SGLangEngine)
+    told = engine.server.info
+    return {
+        "engine": "sglang",
+        "sglang": engine.server.version,
+        "device": str(told.get("device")),
+        "dtype": str(told.get("dtype")),
+        "flags": list(flags),
+        "pace": "lock-step: one round at a time, on both servers, in turns",
+    }
 
 
 def measure_served(

@@ -1,7 +1,8 @@
-"""Where choosers are evaluated: a profile in simulation, or the local engine on its own clock."""
+"""Where choosers are evaluated: a profile in simulation, or an engine on its own clock."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from specrl.apps.headroom import Blocks, blocks, together
 from specrl.apps.live import PLAIN, block_speedups, greedy_tokens, measured_values, play_live
 from specrl.apps.plays import Play, Replayed, World
 from specrl.apps.records import Record, digest
+from specrl.apps.sglang_lanes import Shared, launch
 from specrl.engines.profile import Profile, Shift
 from specrl.plan import Plan
 from specrl.traffic import Phase
@@ -84,6 +86,8 @@ class Live:
         phases: of the load.
         cycles: through the phases, for each seed.
         config: what a replay needs to make engine and workload again.
+        name: of the source.
+        shared: lanes share the engine's sessions, one going on where the other left off, as a server has but one.
     """
 
     def __init__(
@@ -94,12 +98,15 @@ class Live:
         phases: Sequence[Phase],
         cycles: int,
         config: Mapping[str, Any],
+        *,
+        name: str = "live",
+        shared: bool = False,
     ) -> None:
         if cycles < 2:
             raise ValueError(f"an interval needs at least 2 cycles of the traffic, but got {cycles}; raise rounds")
         if wrong := [str(plan) for plan in plans if not engine.supports(plan)]:
             raise ValueError(f"plans must be ones that the engine runs, but it cannot run {', '.join(wrong)}")
-        self.name, self.plans, self.bounds = "live", plans, dict[str, float]()
+        self.name, self.plans, self.bounds, self._shared = name, plans, dict[str, float](), shared
         self.blocks: Blocks | None = None  # of all seeds, after `run`
         self._engine, self._workload, self._phases, self._cycles = engine, workload, tuple(phases), cycles
         self._config = dict(config)
@@ -132,9 +139,8 @@ class Live:
         return scores
 
     def _play(self, lanes: Mapping[str, PlanChooser], cycles: int, seed: int, done: Done) -> dict[str, Play]:
-        return play_live(
-            self._engine, self._workload, lanes, self.plans, self._phases, cycles, seed=seed, on_cycle=done
-        )
+        engine = Shared(self._engine) if self._shared else self._engine
+        return play_live(engine, self._workload, lanes, self.plans, self._phases, cycles, seed=seed, on_cycle=done)
 
     def _known(self, fixed: Mapping[str, PlanChooser]) -> Known:
         """What a profile at start-up finds out, in two cycles."""
@@ -163,9 +169,13 @@ class Live:
         samples = np.concatenate([s.speedups for s in scores])
         config = {**self._config, "traffic": _text(self._phases), "cycles": self._cycles}
         return Record(
-            "live", "live", name, tuple(seeds), self.plans, config, np.stack([s.choices for s in scores]),
+            "live", self.name, name, tuple(seeds), self.plans, config, np.stack([s.choices for s in scores]),
             samples, speedup_interval(samples), self.greedy_sha256((), seeds[0]),
         )  # fmt: skip
+
+    def close(self) -> None:
+        """Close the engine, with servers that were launched for it."""
+        self._engine.close()
 
 
 def live_source(
@@ -180,8 +190,11 @@ def live_source(
     prompt_tokens: int,
     max_new_tokens: int,
     dtype: str = "float32",
+    engine: str = "local",
+    sglang_python: str | None = None,
+    sglang_flags: str = "",
 ) -> Live:
-    """The local engine on a target, a draft (None: a random one) and prompts, as `specrl bench` makes them."""
+    """An engine by name on a target, a draft (None: a random one) and prompts, as `specrl bench` makes them."""
     from specrl.engines.local import LocalEngine
     from specrl.models.draft import load_draft, new_draft
     from specrl.models.target import load_target
@@ -195,9 +208,10 @@ def live_source(
         "prompt_tokens": prompt_tokens,
         "max_new_tokens": max_new_tokens,
         "dtype": dtype,
+        "engine": engine,
+        "sglang_python": sglang_python,
+        "sglang_flags": sglang_flags,
     }
-    model = load_target(target, dtype=dtype)
-    drafted = new_draft(model, intermediate_size=256) if draft is None else load_draft(Path(draft))
     source = open_stream(
         workload,
         target,
@@ -207,8 +221,14 @@ def live_source(
         ignore_eos=True,
         split="held_out",
     )
-    engine = LocalEngine(model, drafted, max_context=prompt_tokens + max_new_tokens)
-    return Live(engine, source, plans, phases, cycles, config)
+    if engine == "sglang":
+        python = None if sglang_python is None else Path(sglang_python)
+        served = launch(target, None if draft is None else Path(draft), plans, python, shlex.split(sglang_flags))
+        return Live(served, source, plans, phases, cycles, config, name="live-sglang", shared=True)
+    model = load_target(target, dtype=dtype)
+    drafted = new_draft(model, intermediate_size=256) if draft is None else load_draft(Path(draft))
+    local = LocalEngine(model, drafted, max_context=prompt_tokens + max_new_tokens)
+    return Live(local, source, plans, phases, cycles, config)
 
 
 def _text(phases: Sequence[Phase]) -> str:

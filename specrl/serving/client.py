@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+from collections.abc import Iterator
 from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,6 +42,11 @@ class Client:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._clock = WallClock()
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Sent with every call."""
+        return dict(self._headers)
+
     def get(self, path: str, *, timeout_s: float | None = None) -> Any:
         """The answer to a GET.
 
@@ -56,6 +62,40 @@ class Client:
             ServerError: there is none; its class says why.
         """
         return self._call("POST", path, json.dumps(body).encode(), timeout_s)
+
+    def stream(self, path: str, body: object, *, timeout_s: float | None = None) -> Iterator[Any]:
+        """The answers to a POST as they come (server-sent events), all of them within the time.
+
+        Raises:
+            ServerError: there are none; its class says why.
+        """
+        limit = self._clock.now() + (self.timeout_s if timeout_s is None else timeout_s)
+        connection = self._connect(self._host, self._port, timeout=self._left(path, limit))
+        try:
+            connection.request("POST", self._path + path, json.dumps(body).encode(), self._headers)
+            assert connection.sock is not None
+            stream = connection.sock
+            stream.settimeout(self._left(path, limit))
+            with connection.getresponse() as answer:
+                if answer.status != 200:
+                    raise of_status(answer.status, self.url + path, answer.read().decode("utf-8", "replace"))
+                while line := answer.readline():
+                    said = line.removeprefix(b"data:").strip()
+                    if said == b"[DONE]":
+                        return
+                    if said:
+                        yield json.loads(said)
+                    stream.settimeout(self._left(path, limit))
+        except TimeoutError as error:
+            raise self._silent(path) from error
+        except ServerError:
+            raise
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            why = str(error) or type(error).__name__
+            raise ServerGone(f"{self.url} must answer {path}, but {why}; is it running? see its log") from error
+        finally:
+            connection.close()
+        raise ServerGone(f"{self.url} must answer {path} to the end, but it hung up; is it running? see its log")
 
     def _call(self, method: str, path: str, body: bytes | None, timeout_s: float | None) -> Any:
         limit = self._clock.now() + (self.timeout_s if timeout_s is None else timeout_s)

@@ -14,11 +14,16 @@ from specrl.plan import Plan
 from specrl.rounds import Completion, PlainSample, Round, Trace
 from specrl.serving.errors import ServerFailed
 from specrl.serving.launch import Server
+from specrl.serving.plain import PlainServer
 from specrl.serving.requests import Flight, Flights
+from specrl.serving.streamed import paused
 
 LOST = (
     "the server has no plugin that we can reach, so that it is seen by the request only: no plan per round, no traces, "
-    "no split of seconds, no plain decoding between rounds, and it never waits for us"
+    "no split of seconds, and it never waits for us"
+)
+NO_BASELINE = (
+    "no speedup can be measured: the server has no plugin, and no plain_url names one without speculation on its device"
 )
 
 
@@ -38,6 +43,7 @@ class CoarseSession:
         plan: that it was launched with.
         version: gives the draft that serves.
         timeout_s: for a request to end.
+        plain: measures decoding without speculation, while this server is paused; None: nobody does.
     """
 
     def __init__(
@@ -51,11 +57,13 @@ class CoarseSession:
         plan: Plan,
         version: Callable[[], int],
         timeout_s: float,
+        plain: PlainServer | None = None,
     ) -> None:
         if not 1 <= batch_size <= most:
             raise ValueError(f"batch_size must be from 1 to max_batch_size, but got {batch_size} and {most}")
         self._source, self._most, self._plan = workload.requests(seed), most, plan
         self._version, self._timeout_s, self._clock = version, timeout_s, WallClock()
+        self._server, self._plain = server, plain
         self._flights = Flights(server.client)
         self._name = f"specrl-{secrets.token_hex(4)}"
         self._count, self._closed = 0, False
@@ -70,8 +78,8 @@ class CoarseSession:
 
     @property
     def context_lengths(self) -> Sequence[int]:
-        """Tokens of each prompt, and one: how far it has come is not known."""
-        return [flight.context for flight in self._live.values()][: self._wanted]
+        """Tokens of each prompt and half of what is to come: how far it has come is not known."""
+        return [len(_halfway(flight)) for flight in self._live.values()][: self._wanted]
 
     def resize(self, batch_size: int) -> None:
         """More are sent at once; of too many, those that end are not replaced."""
@@ -105,8 +113,11 @@ class CoarseSession:
         return Round(plan, numbers, tokens, correct, contexts, 0.0, 0.0, seconds, 0.0, self._version(), tuple(ended))
 
     def measure_plain(self) -> PlainSample | None:
-        """None: the server does not stand still for it."""
-        return None
+        """A step of the server without speculation, at half-way contexts; this one is paused meanwhile."""
+        if self._plain is None:
+            return None
+        with paused(self._server):
+            return self._plain.measure([_halfway(flight) for flight in self._live.values()][: self._wanted])
 
     def drain(self) -> list[Trace]:
         """Nothing: there are no traces without our plugin."""
@@ -118,6 +129,8 @@ class CoarseSession:
             self._closed = True
             try:
                 self._flights.abort(self._name)
+                for rid in self._live:  # whoever comes next is not to meet them
+                    self._flights.take(rid, self._timeout_s)
             except OSError:  # it is gone, and they with it
                 pass
 
@@ -127,6 +140,13 @@ class CoarseSession:
             self._count += 1
             self._live[flight.rid] = flight
             self._flights.send(flight)
+
+
+def _halfway(flight: Flight) -> list[int]:
+    """A text as long as the request's own is on average; to plain decoding it does not matter what it says."""
+    prompt = list(flight.request.prompt)
+    length = len(prompt) + max(flight.request.max_new_tokens // 2, 1)
+    return (prompt * (length // len(prompt) + 1))[:length]
 
 
 def _rows(flight: Flight, answer: dict[str, Any], plan: Plan) -> list[tuple[int, int, int, int]]:

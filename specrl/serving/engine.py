@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from specrl.clock import Clock, WallClock
 from specrl.engines.base import Session, Workload
 from specrl.plan import Plan
-from specrl.serving.coarse import LOST, CoarseSession
+from specrl.serving.coarse import LOST, NO_BASELINE, CoarseSession
 from specrl.serving.launch import Server
 from specrl.serving.plain import PlainServer
 from specrl.serving.session import LockstepSession
+from specrl.serving.streamed import StreamedPlain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,8 @@ class SGLangEngine:
         server: that serves.
         plans: that it can run.
         fixed: the only one of them, that of its flags; None: its plugin follows plans.
-        plain: measures decoding without speculation on the same device; None: `measure_plain` gives None.
+        plain: measures decoding without speculation on the same device; None: `measure_plain` gives None, and only
+            ratios over plan 0 can be had.
         draft: that it serves, for `load_draft` to compare with; None: unknown.
         timeout_s: for a round.
         coarse: see requests only, as the server has no plugin that we can reach; said once.
@@ -51,6 +53,8 @@ class SGLangEngine:
         self._coarse = coarse
         if coarse:
             log.warning("%s", LOST)
+            if plain is None:
+                log.warning("%s", NO_BASELINE)
         self.server, self.plans, self.plain = server, tuple(plans), plain
         self._fixed, self._draft, self._timeout_s = fixed, draft, timeout_s
         self._clock = WallClock()
@@ -94,8 +98,10 @@ class SGLangEngine:
         before = self._sessions.pop(plain, None)
         if before is not None:
             before.close()
-        if plain and self.plain is None:
-            raise ValueError("plain decoding needs a server without speculation; launch with baseline='alternate'")
+        if plain and (self.plain is None or isinstance(self.plain, StreamedPlain)):
+            raise ValueError(
+                "plain rounds need a server without speculation in lock-step; launch with baseline='alternate'"
+            )
         most = batch_size if max_batch_size is None else max_batch_size
         if self._coarse and not plain:
             if trace:
@@ -109,6 +115,7 @@ class SGLangEngine:
                 plan=self.plans[0],
                 version=lambda: self._version,
                 timeout_s=self._timeout_s,
+                plain=self.plain,
             )
             return coarse
         server = self.plain.server if plain and self.plain is not None else self.server

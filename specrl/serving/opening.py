@@ -20,6 +20,7 @@ from specrl.serving.flags import command_line, serving_of, words
 from specrl.serving.launch import PLANS, ROUNDS, TRACES, Server, check_version
 from specrl.serving.plain import PlainServer
 from specrl.serving.plugin_link import Rounds
+from specrl.serving.streamed import StreamedPlain, check_baseline
 
 log = logging.getLogger("specrl.serving")
 Baseline = Literal["alternate", "none"]
@@ -111,19 +112,28 @@ def attach_engine(
     *,
     api_key: str | None = None,
     sockets: str | Path | None = None,
+    plain_url: str | None = None,
+    plain_api_key: str | None = None,
     timeout_s: float = 60.0,
 ) -> SGLangEngine:
     """Use a server that runs; closing the engine leaves it running.
+
+    Of the two servers one stands still while the other is measured: the first waits for leave, or is paused where it
+    has no plugin, and the second is asked for nothing otherwise. Nobody else may use either meanwhile.
 
     Args:
         url: 'http://host:port'.
         api_key: that it wants; None: none.
         sockets: the folder with its plugin's sockets, 'rounds' (with SPECRL_LOCKSTEP), 'plans' and 'traces', on this
             machine; None: it is seen by the request only, and what is lost is said.
+        plain_url: of a server of the same model without speculation on the same device, the plain baseline; its
+            plugin is not needed. None: there is none, and only the ratio over rounds of plan 0 can be reported.
+        plain_api_key: that it wants; None: `api_key`.
         timeout_s: seconds that a round, or a call, may take.
 
     Raises:
-        ValueError: a version of SGLang that was not checked and has no plugin to check itself, or no lock-step.
+        ValueError: a version of SGLang that was not checked and has no plugin to check itself, no lock-step, or a
+            `plain_url` that speculates or serves something else.
         ServerError: it does not answer.
     """
     server = Server(url, api_key=api_key, timeout_s=timeout_s, sockets=None if sockets is None else Path(sockets))
@@ -134,8 +144,13 @@ def attach_engine(
             f"{server.version} without it"
         )
     plan, steps = _plans_of(server.info)
+    plain = None
+    if plain_url is not None:
+        beside = Server(plain_url, api_key=plain_api_key or api_key, timeout_s=timeout_s)
+        check_baseline(server, beside)
+        plain = StreamedPlain(beside, timeout_s)
     if told is None:
-        return SGLangEngine(server, (plan,), fixed=plan, timeout_s=timeout_s, coarse=True)
+        return SGLangEngine(server, (plan,), fixed=plan, plain=plain, timeout_s=timeout_s, coarse=True)
     rounds = Rounds(told, server.check, timeout_s)
     rounds.close()
     if not rounds.lockstep_s:
@@ -144,7 +159,7 @@ def attach_engine(
         )
     follows = server.socket(PLANS) is not None and steps
     plans = tuple(Plan(count) for count in steps) if follows else (plan,)
-    return SGLangEngine(server, plans, fixed=None if follows else plan, timeout_s=timeout_s)
+    return SGLangEngine(server, plans, fixed=None if follows else plan, plain=plain, timeout_s=timeout_s)
 
 
 def _plans_of(info: Mapping[str, Any]) -> tuple[Plan, tuple[int, ...]]:

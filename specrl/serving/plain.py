@@ -16,8 +16,8 @@ from specrl.serving.errors import ServerError, ServerFailed, ServerSilent
 from specrl.serving.launch import ROUNDS, Server
 from specrl.serving.plugin_link import Rounds
 
-_STEPS = 6  # of a sample, of which the first two find their feet
-_SKIPPED = 2
+_STEPS = 4  # of a sample
+SKIPPED = 2  # steps that find their feet first
 
 
 class PlainServer:
@@ -40,6 +40,20 @@ class PlainServer:
         Raises:
             ServerError: the server did not decode them together, or not at all.
         """
+        contexts = [len(text) for text in texts]
+        usual = median(step.seconds for step in self.steps(texts, _STEPS))
+        return PlainSample(len(texts), sum(contexts) / len(contexts), usual)
+
+    def steps(self, texts: Sequence[Sequence[int]], count: int) -> list[PlainSample]:
+        """Steps that continue these texts together, one after another.
+
+        Args:
+            texts: token ids of each live request.
+            count: steps wanted; where requests join one by one, there may be fewer, but there is one.
+
+        Raises:
+            ServerError: the server did not decode them together, or not at all.
+        """
         path = self.server.socket(ROUNDS)
         if path is None:
             raise ServerFailed(
@@ -48,30 +62,29 @@ class PlainServer:
         failed: list[ServerError] = []
         rids = [f"plain-{secrets.token_hex(4)}-{index}" for index in range(len(texts))]
         rounds = Rounds(path, lambda: self._check(failed), self._timeout_s)
-        asking = Thread(target=self._ask, args=(texts, rids, failed), name="specrl-plain", daemon=True)
+        asking = Thread(target=self._ask, args=(texts, rids, count, failed), name="specrl-plain", daemon=True)
         asking.start()
         try:
-            taken: list[tuple[float, float]] = []
+            taken: list[PlainSample] = []
             ended: set[str] = set()
             while ended < set(rids):
                 said = rounds.next()
                 ended |= set(said["finished"]) & set(rids)
                 if said["kind"] == "round" and len(said["requests"]) == len(rids):
                     seconds = said["draft_s"] + said["verify_s"] + said["other_s"]
-                    taken.append((seconds, sum(said["contexts"]) / len(rids)))
+                    taken.append(PlainSample(len(rids), sum(said["contexts"]) / len(rids), seconds))
         finally:
             rounds.close()
         asking.join(self._timeout_s)
         if asking.is_alive():
             raise ServerSilent(f"{self.server.client.url} must answer within {self._timeout_s:g} s; see its log")
-        kept = taken[_SKIPPED:]
+        kept = taken[SKIPPED:]
         if not kept:
             raise ServerFailed(
                 f"the server without speculation must decode {len(texts)} requests at once, but did not; raise its "
                 "--max-running-requests or --max-total-tokens"
             )
-        contexts = [len(text) for text in texts]
-        return PlainSample(len(texts), sum(contexts) / len(contexts), median(seconds for seconds, _ in kept))
+        return kept
 
     def close(self) -> None:
         """End the server if it is ours; idempotent."""
@@ -82,8 +95,8 @@ class PlainServer:
         if failed:
             raise failed[0]
 
-    def _ask(self, texts: Sequence[Sequence[int]], rids: Sequence[str], failed: list[ServerError]) -> None:
-        sampling = {"temperature": 0.0, "max_new_tokens": _STEPS + 1, "ignore_eos": True}
+    def _ask(self, texts: Sequence[Sequence[int]], rids: Sequence[str], count: int, failed: list[ServerError]) -> None:
+        sampling = {"temperature": 0.0, "max_new_tokens": SKIPPED + count + 1, "ignore_eos": True}
         body = {"rid": list(rids), "input_ids": [list(text) for text in texts], "sampling_params": sampling}
         try:
             self.server.client.post("/generate", body, timeout_s=self._timeout_s)

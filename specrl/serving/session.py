@@ -141,6 +141,17 @@ class LockstepSession:
         self._open()
         return None if self._plain is None else self._plain.measure([flight.text for flight in self._live])
 
+    def plain_steps(self, count: int) -> list[PlainSample]:
+        """`count` steps of it one after another, for whoever wants to know how they scatter.
+
+        Raises:
+            ValueError: there is no server without speculation.
+        """
+        self._open()
+        if self._plain is None:
+            raise ValueError("plain steps need a server without speculation; launch with baseline='alternate'")
+        return self._plain.steps([flight.text for flight in self._live], count)
+
     def drain(self) -> list[Trace]:
         """Take the traces that have come; those of the last rounds may still be on their way."""
         return [] if self._tracing is None else self._tracing.drain()

@@ -1,0 +1,136 @@
+"""What the local engine's commands do on real servers: a profile that simulates, and choosers in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from server import ON_A_CPU
+
+import specrl  # noqa: F401 - registers the environments
+from specrl.apps import evaluate as evaluating
+from specrl.apps import profile as profiling
+from specrl.apps import sources
+from specrl.apps.sglang_lanes import launch
+from specrl.engines.profile import load_profile
+from specrl.models.draft import Draft
+from specrl.plan import Plan, parse_plans
+from specrl.serving.engine import SGLangEngine
+from specrl.serving.opening import attach_engine
+from specrl.traffic import parse_traffic
+
+PLANS = "0,3"
+
+
+@pytest.fixture(scope="module")
+def engine(draft: Draft, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
+    folder = tmp_path_factory.mktemp("draft")
+    draft.save(folder)
+    engine = launch("embedded", folder, parse_plans(PLANS), None, ON_A_CPU)
+    assert isinstance(engine, SGLangEngine)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def kept(engine: SGLangEngine, monkeypatch: pytest.MonkeyPatch) -> SGLangEngine:
+    """The servers in the place of ones that a command would launch; they outlive the command."""
+    monkeypatch.setattr(engine, "close", lambda: None)
+    return engine
+
+
+def test_a_recorded_profile_is_what_the_server_does(
+    kept: SGLangEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(profiling, "launch", lambda *_: kept)
+    fitted = profiling.profile(
+        engine="sglang", batch_sizes=(1, 2), plans=PLANS, temperature=0.0, prompt_tokens=24, max_new_tokens=32,
+        seconds=1.0, output_dir=tmp_path,
+    )  # fmt: skip
+    path = tmp_path / "profile.json"
+    read = load_profile(path)
+    assert read.plans == fitted.plans == parse_plans(PLANS) and read.batch_sizes == (1, 2) and read.delay == 0
+    assert read.provenance["engine"] == "sglang" and read.provenance["sglang"] == kept.server.version
+    for batch_size in (1, 2):
+        zero, three = (read.cost(batch_size, plan) for plan in parse_plans(PLANS))
+        assert zero.draft_share < three.draft_share < 1.0 and read.cost(batch_size, None).seconds > 0.0
+    assert 1.2 < read.accept_length(Plan(3)) < 4.0, "it learned"
+    rows = evaluating.evaluate(
+        profiles=(str(path),),
+        choosers=("adaptive", "3/1/4"),
+        reference="3/1/4",
+        seeds=2,
+        rounds=60,
+        traffic="1x10,2x10",
+    )
+    assert {row["chooser"] for row in rows} == {"adaptive", "3/1/4"}
+    env = gym.make("SpecRL/Simulated-v0", profile=str(path), batch_size=2, max_rounds=8)
+    env.reset(seed=0)
+    assert env.step(1)[4]["plan"] == "3/1/4"
+    env.close()
+
+
+def test_choosers_take_turns_on_the_live_server(kept: SGLangEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "launch", lambda *_: kept)
+    source = sources.live_source(
+        parse_plans(PLANS), parse_traffic("1x6,2x6"), 3, target="embedded", draft=None, temperature=0.0,
+        workload="stdlib", prompt_tokens=24, max_new_tokens=32, engine="sglang",
+    )  # fmt: skip
+    scores = source.run(("adaptive", "3/1/4"), range(1), lambda _: None)
+    for found in scores.values():
+        assert len(found[0].speedups) == 3 and (found[0].speedups > 0.0).all()
+    assert set(scores["3/1/4"][0].choices.tolist()) == {1} and scores["3/1/4"][0].tokens.sum() > 3 * (7 + 14)
+    assert source.blocks is not None and 0.0 < source.bounds["best plan"] <= source.bounds["best table"] * (1 + 1e-9)
+    record = source.record("adaptive", range(1), scores["adaptive"])
+    chosen = [record.plans[i] for i in record.choices[0].tolist()]
+    assert record.source == "live-sglang" and source.greedy_sha256(chosen, 0) == record.tokens_sha256
+    assert len(source.replay(record, lambda _: None)) == 3
+
+
+def attached(engine: SGLangEngine, *, plugin: bool = True, baseline: bool = True) -> SGLangEngine:
+    """The same two servers, as if they had been found running; of the plain one HTTP alone."""
+    assert engine.plain is not None
+    ours, beside = engine.server, engine.plain.server.client
+    known = {"plain_url": beside.url, "plain_api_key": beside.api_key} if baseline else {}
+    sockets = ours.sockets if plugin else None
+    return attach_engine(ours.client.url, api_key=ours.client.api_key, sockets=sockets, **known)
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+def test_a_running_server_is_rewarded_against_one_without_speculation(engine: SGLangEngine, plugin: bool) -> None:
+    found = attached(engine, plugin=plugin)
+    env = gym.make(
+        "SpecRL/SpecDecode-v0", engine=found, plans=found.plans, batch_size=2, temperature=0.0, max_rounds=4,
+        prompt_tokens=24, max_new_tokens=24, ignore_eos=True, allow_parallel=True,
+    )  # fmt: skip
+    env.reset(seed=0)
+    for _ in range(4):
+        _, reward, _, _, info = env.step(len(found.plans) - 1)
+        assert np.isfinite(reward) and info["plan"] == "3/1/4" and info["t0_s"] > 0.0
+    assert info["episode_speedup"] > 0.0
+    env.close()
+    found.close()
+
+
+def test_a_running_server_alone_is_compared_with_plan_0(engine: SGLangEngine, caplog: pytest.LogCaptureFixture) -> None:
+    found = attached(engine, baseline=False)
+    env = gym.make(
+        "SpecRL/SpecDecode-v0", engine=found, plans=PLANS, batch_size=2, temperature=0.0, max_rounds=4,
+        prompt_tokens=24, max_new_tokens=24, allow_parallel=True,
+    )  # fmt: skip
+    env.reset(seed=0)
+    for _ in range(4):
+        _, reward, _, _, info = env.step(1)
+        assert np.isfinite(reward) and np.isnan(info["episode_speedup"]) and info["episode_speedup_over_plan0"] > 0.0
+    assert "only the ratio over plan 0 is reported" in caplog.text
+    env.close()
+    found.close()
+
+
+def test_a_baseline_that_speculates_is_refused(engine: SGLangEngine) -> None:
+    ours = engine.server.client
+    with pytest.raises(ValueError, match="plain_url must be a server without speculation, but .* runs EAGLE3"):
+        attach_engine(ours.url, api_key=ours.api_key, sockets=engine.server.sockets, plain_url=ours.url)

@@ -1,0 +1,210 @@
+"""Plain decoding on servers: steps timed as tokens come, the same model without a draft, nobody else at work."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Thread
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from tiny import Listed, prompts, tiny_draft, tiny_target
+
+import specrl  # noqa: F401 - registers the environments
+from specrl.engines.base import Request
+from specrl.engines.local import LocalEngine
+from specrl.envs.live import NO_PLAIN
+from specrl.plan import Plan
+from specrl.serving.errors import ServerError, ServerFailed, ServerGone
+from specrl.serving.launch import Server
+from specrl.serving.opening import attach_engine
+from specrl.serving.streamed import StreamedPlain
+
+STEP_S = 0.01
+INFO = {"version": "0.5.23", "dtype": "float32", "quantization": None, "tp_size": 1}
+DRAFTS = {
+    "speculative_algorithm": "EAGLE3", "speculative_num_steps": 2, "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": 3,
+}  # fmt: skip
+MODEL = {"model_path": "a/model", "weight_version": "default"}
+
+
+class Paper:
+    """A server of paper: what it says of itself, what it was asked for, and tokens that come a step apart."""
+
+    def __init__(self, info: dict[str, Any], model: dict[str, Any] = MODEL, *, lump: int = 1, fails: str = "") -> None:
+        self.info, self.model, self.lump, self.fails = {**INFO, **info}, model, lump, fails
+        self.asked: list[str] = []
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        path = handler.path
+        self.asked.append(path)
+        body = json.loads(handler.rfile.read(int(handler.headers.get("Content-Length", 0))) or b"{}")
+        if path in ("/server_info", "/model_info"):
+            return self._say(handler, self.info if path == "/server_info" else self.model)
+        if body.get("stream"):
+            return self._stream(handler, body)
+        if path == "/generate":
+            meta = {"spec_correct_drafts_histogram": [1, 2, 1], "finish_reason": {"type": "length"}}
+            return self._say(handler, {"output_ids": [*body["input_ids"], *range(6)], "meta_info": meta})
+        return self._say(handler, {})
+
+    def _say(self, handler: BaseHTTPRequestHandler, said: object) -> None:
+        text = json.dumps(said).encode()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(text)))
+        handler.end_headers()
+        handler.wfile.write(text)
+
+    def _stream(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        """The first request begins three steps before the others."""
+        handler.send_response(200)
+        handler.end_headers()
+        new = body["sampling_params"]["max_new_tokens"]
+        for step in range(1, new + 1):
+            Event().wait(STEP_S)
+            for index, rid in enumerate(body["rid"]):
+                count = step - (3 if index else 0)
+                if count >= 1 and (count % self.lump == 0 or count == new):
+                    said = {"meta_info": {"id": rid, "completion_tokens": count}}
+                    handler.wfile.write(b"data: " + json.dumps(said).encode() + b"\n\n")
+            if self.fails == "error" and step == 2:
+                handler.wfile.write(b'data: {"error": {"message": "too long"}}\n\n')
+            if self.fails == "gone" and step == 2:
+                return
+        handler.wfile.write(b"data: [DONE]\n\n")
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Paper], str]]:
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(paper: Paper) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                with suppress(OSError):  # whoever asked has gone
+                    paper.answer(self)
+
+            do_GET = do_POST
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        servers.append(server)
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("lump", [1, 4])
+def test_steps_are_those_in_which_all_requests_decode(serve: Callable[[Paper], str], lump: int) -> None:
+    plain = StreamedPlain(Server(serve(Paper({}, lump=lump))), 10.0)
+    steps = plain.steps([[1, 2], [1, 2, 3, 4]], 12)
+    assert len(steps) <= 12 - 2 and all(step.batch_size == 2 for step in steps), "three steps were not of all"
+    assert steps[0].context >= 3.0 + 3.0 and np.diff([step.context for step in steps]) == pytest.approx(1.0)
+    measured = plain.measure([[1, 2], [1, 2, 3, 4]])
+    assert STEP_S * 0.8 < measured.seconds < STEP_S * 4.0 and measured.context == 3.0  # waiting lasts a little longer
+
+
+def test_a_stream_that_breaks_off_is_one_error(serve: Callable[[Paper], str]) -> None:
+    for fails, kind, words in (("gone", ServerGone, "to the end"), ("error", ServerFailed, "too long")):
+        with pytest.raises(kind, match=words):
+            StreamedPlain(Server(serve(Paper({}, fails=fails))), 10.0).measure([[1, 2]])
+    with pytest.raises(ServerFailed, match="decode 2 requests at once, but did not"):
+        StreamedPlain(Server(serve(Paper({}))), 10.0).steps([[1], [2]], 1)
+
+
+def test_a_running_server_is_paused_while_the_other_is_measured(
+    serve: Callable[[Paper], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, beside = Paper(DRAFTS), Paper({})
+    engine = attach_engine(serve(ours), plain_url=serve(beside), timeout_s=10.0)
+    assert "no speedup" not in caplog.text and "no plan per round" in caplog.text
+    session = engine.start(Listed([Request((5, 6), 8)]), batch_size=2, seed=0)
+    sample = session.measure_plain()
+    assert sample is not None and sample.batch_size == 2 and sample.context == 6.0, "half of what is to come"
+    assert list(session.context_lengths) == [6, 6]
+    assert ours.asked[-2:] == ["/pause_generation", "/continue_generation"] and beside.asked[-1] == "/generate"
+    beside.fails = "gone"
+    with pytest.raises(ServerGone, match="hung up"):
+        session.measure_plain()
+    assert ours.asked[-2:] == ["/pause_generation", "/continue_generation"], "it goes on all the same"
+    with pytest.raises(ValueError, match="launch with baseline='alternate'"):
+        engine.start(Listed([Request((5, 6), 8)]), batch_size=2, seed=0, plain=True)
+    engine.close()
+
+
+def test_without_a_baseline_it_is_said(serve: Callable[[Paper], str], caplog: pytest.LogCaptureFixture) -> None:
+    attach_engine(serve(Paper(DRAFTS)), timeout_s=10.0).close()
+    assert "no plain_url names one without speculation" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("info", "model", "words"),
+    [
+        (DRAFTS, MODEL, "must be a server without speculation, but http://.* runs EAGLE3; start one"),
+        ({}, {**MODEL, "model_path": "b/model"}, "model_path is 'b/model' at http://.* and 'a/model' at"),
+        ({}, {**MODEL, "weight_version": "tuned"}, "weight_version is 'tuned'"),
+        ({"dtype": "bfloat16"}, MODEL, "dtype is 'bfloat16'"),
+        ({"version": "0.5.20"}, MODEL, "version is '0.5.20'"),
+    ],
+)
+def test_another_model_is_no_baseline(
+    serve: Callable[[Paper], str], info: dict[str, Any], model: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        attach_engine(serve(Paper(DRAFTS)), plain_url=serve(Paper(info, model)))
+
+
+def test_a_swapped_draft_is_still_the_same_model(serve: Callable[[Paper], str]) -> None:
+    ours = Paper(DRAFTS, {**MODEL, "weight_version": "12"})
+    attach_engine(serve(ours), plain_url=serve(Paper({}))).close()
+    with pytest.raises(ServerError, match="is it running"):
+        attach_engine(serve(ours), plain_url="http://127.0.0.1:9")
+
+
+class Unmeasured(LocalEngine):
+    """The local engine without plain decoding, as a server is that was found running alone."""
+
+    def start(self, *args: Any, **kwargs: Any) -> Any:
+        session: Any = super().start(*args, **kwargs)
+        session.measure_plain = lambda: None
+        return session
+
+
+def test_plan_0_stands_in_where_nobody_measures_plain_decoding(caplog: pytest.LogCaptureFixture) -> None:
+    listed = [Request(p, 24, 0.0, ignore_eos=True) for p in prompts(4, 4)]
+    engine = Unmeasured(tiny_target(), tiny_draft(), max_context=64)
+    common: dict[str, Any] = {
+        "engine": engine,
+        "workload": Listed(listed),
+        "batch_size": 2,
+        "max_rounds": 6,
+        "allow_parallel": True,
+    }
+    env = gym.make("SpecRL/SpecDecode-v0", plans="0,2", **common)
+    with caplog.at_level(logging.WARNING):
+        env.reset(seed=0)
+        told = [env.step(1) for _ in range(6)]
+    assert caplog.text.count(NO_PLAIN) == 1
+    for _, reward, _, _, info in told:
+        assert np.isfinite(float(reward))
+        assert np.isnan([info[name] for name in ("t0_s", "t0_error_s", "episode_speedup")]).all()
+        assert info["plan0_s"] > 0.0 and info["episode_speedup_over_plan0"] > 0.0 and info["plan"] == "2/1/3"
+    env.close()
+    env = gym.make("SpecRL/SpecDecode-v0", plans=(Plan(2),), **common)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="or plain_url= for a running server"):
+        env.step(0)
+    env.close()
