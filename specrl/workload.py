@@ -1,13 +1,13 @@
 """Prompt sources: endless, reproducible requests cut from text.
 
 A `text` is a document: prompts are windows of it, begun at a line and drawn in proportion to length. A `prompt` (a
-line of a .jsonl file that says so) is used from its start. Windows are encoded when they are drawn: a fraction of a
-millisecond each, however large the source.
+line of a .jsonl file that says so) is used from its start; a conversation goes through the target's chat template where
+it has one. Lines are read and windows encoded when they are drawn: a fraction of a millisecond each, however large the
+source, of which a .jsonl file never is in memory.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +19,12 @@ from specrl.engines.base import Request
 from specrl.models.embedded import embedded_directory
 from specrl.models.embedded.corpus import library_files, library_root
 from specrl.models.tokenizer import Tokenizer, load_tokenizer
+from specrl.prompts import Line, Text, read_lines
 
 __all__ = ["Split", "Text", "TextWorkload", "Tokenizer", "load_tokenizer", "load_workload"]
 
 Split = Literal["train", "held_out", "all"]
 _SUFFIXES = (".py", ".txt", ".md", ".jsonl")
-_KEYS = ("prompt", "text", "messages", "conversations")
-
-
-@dataclass(frozen=True)
-class Text:
-    """One source text: a document to cut windows from, or a whole prompt; and whether a draft may learn from it."""
-
-    content: str
-    whole: bool = False
-    learn: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,17 +35,18 @@ class TextWorkload:
         texts: at least one; documents and prompts may mix (the prompts share their total length evenly).
         tokenizer: of the target.
         prompt_tokens: least and greatest prompt length; a request's is uniform between them. A whole prompt is cut
-            to it, or shorter.
+            to it, or shorter; a conversation under a chat template is never cut, but left out if it is longer than
+            the greatest.
         max_new_tokens: tokens to generate at most.
         temperatures: each request draws one.
         ignore_eos: always generate `max_new_tokens`.
         source: what to call the texts in messages.
 
     Raises:
-        ValueError: an argument out of range, or no text as long as the longest prompt.
+        ValueError: an argument out of range, or no text as long as the longest prompt and no conversation as short.
     """
 
-    texts: tuple[Text, ...]
+    texts: tuple[Text | Line, ...]
     tokenizer: Tokenizer
     prompt_tokens: tuple[int, int] = (64, 64)
     max_new_tokens: int = 128
@@ -70,12 +62,21 @@ class TextWorkload:
             raise ValueError("temperature must be a number or a list of at least one, but got none; 0 is greedy")
         for temperature in self.temperatures:
             Request((0,), self.max_new_tokens, temperature)
+        chats = [text for text in self.texts if text.templated]
+        shortest = len(self.tokenizer.encode_chat(min(chats, key=lambda chat: chat.size).content)) if chats else 0
+        if 1 <= shortest <= high:
+            return
         longest = 0
-        for text in sorted(self.texts, key=lambda text: -len(text.content)):
-            found = len(self._encode(text, 0, high))
+        for text in sorted((text for text in self.texts if not text.templated), key=lambda text: -text.size):
+            found = len(self._encode(text.content, 0, high))
             longest = max(longest, found)
             if found >= (1 if text.whole else high):
                 return
+        if chats:
+            raise ValueError(
+                f"{self.source} must hold a conversation of at most {high} tokens, but its shortest has {shortest} in "
+                "the target's chat template; raise prompt_tokens"
+            )
         raise ValueError(
             f"{self.source} must hold a text of at least {high} tokens, but its longest has {longest}; "
             "lower prompt_tokens or name longer texts"
@@ -84,7 +85,7 @@ class TextWorkload:
     def requests(self, seed: int) -> Iterator[Request]:
         """An endless stream; the same seed gives the same requests."""
         rng = np.random.default_rng(seed)
-        lengths = np.array([len(text.content) for text in self.texts], dtype=np.float64)
+        lengths = np.array([text.size for text in self.texts], dtype=np.float64)
         whole = np.array([text.whole for text in self.texts])
         weights = np.where(whole, lengths[whole].mean() if whole.any() else 0.0, lengths)
         until = np.cumsum(weights / weights.sum())
@@ -92,31 +93,34 @@ class TextWorkload:
         while True:
             text = self.texts[min(int(np.searchsorted(until, rng.random(), side="right")), len(self.texts) - 1)]
             count = int(rng.integers(low, high + 1))
-            start = 0 if text.whole else _line_start(text.content, int(rng.integers(len(text.content))))
-            prompt = self._encode(text, start, count)
+            content = text.content
+            start = 0 if text.whole else _line_start(content, int(rng.integers(len(content))))
+            if text.templated:
+                prompt = self.tokenizer.encode_chat(content)
+            else:
+                prompt = self._encode(content, start, count)
             if len(prompt) < count and not text.whole:  # the end of the text is nearer: take its last window
-                prompt = self._last(text, count)
+                prompt = self._last(content, count)
             temperature = self.temperatures[int(rng.integers(len(self.temperatures)))]
-            if len(prompt) == count or (text.whole and prompt):
+            if len(prompt) == count or (text.whole and 1 <= len(prompt) <= high):
                 yield Request(tuple(prompt), self.max_new_tokens, temperature, self.ignore_eos, text.learn)
 
-    def _encode(self, text: Text, start: int, count: int) -> list[int]:
+    def _encode(self, content: str, start: int, count: int) -> list[int]:
         """The first `count` tokens from character `start` on; fewer at the end of the text."""
         span = 8 * count + 32
         while True:
-            part = text.content[start : start + span]
-            ids = self.tokenizer.encode(part, document_start=start == 0)
-            whole = start + span >= len(text.content)
+            ids = self.tokenizer.encode(content[start : start + span], document_start=start == 0)
+            whole = start + span >= len(content)
             if whole or len(ids) > count + 8:  # not the last few, whose words the cut may have broken
                 return ids[:count]
             span *= 4
 
-    def _last(self, text: Text, count: int) -> list[int]:
+    def _last(self, content: str, count: int) -> list[int]:
         """The first `count` tokens of the shortest tail, begun at a line where it can be, that has as many."""
         back = 4 * count
         while True:
-            start = _line_start(text.content, max(0, len(text.content) - back))
-            ids = self._encode(text, start, count)
+            start = _line_start(content, max(0, len(content) - back))
+            ids = self._encode(content, start, count)
             if len(ids) == count or start == 0:
                 return ids
             back *= 2
@@ -147,9 +151,10 @@ def load_workload(
 
     Args:
         spec: 'stdlib' (the running interpreter's standard library sources), a .jsonl or .txt file, or a directory
-            (searched for .py, .txt, .md and .jsonl). Lines of .jsonl hold 'prompt', 'text' (a document), 'messages'
-            or 'conversations'; of a conversation the contents are joined, without a chat template, up to the last
-            that is not the assistant's. A line with "learn": false is served, and never learnt from.
+            (searched for .py, .txt, .md and .jsonl). Lines of .jsonl hold 'prompt', 'text' (a document), or a
+            conversation: 'messages', 'conversations' (ShareGPT) or 'turns'. A conversation is asked up to the last turn
+            that is not the assistant's, in the target's chat template; without one, the contents are joined. A line
+            with "learn": false is served, and never learnt from.
         tokenizer: of the target (`load_tokenizer`).
         prompt_tokens: prompt length, or the least and the greatest.
         max_new_tokens: tokens to generate at most.
@@ -167,7 +172,7 @@ def load_workload(
     if len(rest) > 1:
         raise ValueError(f"prompt_tokens must be a length or two, least and greatest, but got {prompt_tokens}")
     temperatures = (temperature,) if isinstance(temperature, (int, float)) else tuple(temperature)
-    texts = _stdlib_texts(split) if str(spec) == "stdlib" else _part(_texts(Path(spec)), split)
+    texts = _stdlib_texts(split) if str(spec) == "stdlib" else _part(_texts(Path(spec), tokenizer), split)
     return TextWorkload(
         tuple(texts),
         tokenizer,
@@ -179,27 +184,27 @@ def load_workload(
     )
 
 
-def _stdlib_texts(split: Split) -> list[Text]:
+def _stdlib_texts(split: Split) -> list[Text | Line]:
     root = library_root()
     held_out = set(_read(embedded_directory() / "held_out.txt").split())
-    texts = []
+    texts: list[Text | Line] = []
     for path in library_files(root):
         if split in ("all", "held_out" if path.relative_to(root).as_posix() in held_out else "train"):
             texts.append(Text(path.read_text(encoding="utf-8", errors="replace")))
-    return [text for text in texts if text.content]
+    return [text for text in texts if text.size]
 
 
-def _part(texts: list[Text], split: Split) -> list[Text]:
+def _part(texts: list[Text | Line], split: Split) -> list[Text | Line]:
     if split == "all":
         return texts
     if len(texts) == 1 and not texts[0].whole:
-        cut = len(texts[0].content) * 9 // 10
-        return [Text(texts[0].content[:cut] if split == "train" else texts[0].content[cut:])]
+        content, cut = texts[0].content, texts[0].size * 9 // 10
+        return [Text(content[:cut] if split == "train" else content[cut:], learn=texts[0].learn)]
     held_out = range(19, len(texts), 20) if len(texts) >= 20 else range(max(1, len(texts) - 1), len(texts))
     return [text for i, text in enumerate(texts) if (i in held_out) == (split == "held_out")]
 
 
-def _texts(path: Path) -> list[Text]:
+def _texts(path: Path, tokenizer: Tokenizer) -> list[Text | Line]:
     if path.is_dir():
         found = (p for p in sorted(path.rglob("*")) if p.suffix in _SUFFIXES and p.is_file())
         files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
@@ -207,9 +212,16 @@ def _texts(path: Path) -> list[Text]:
         files = [path]
     else:
         has = "is of another kind" if path.exists() else "does not exist"
-        raise ValueError(f"a workload is 'stdlib', a .jsonl or .txt file, or a directory, but {str(path)!r} {has}")
-    texts = [text for file in files for text in (_lines(file) if file.suffix == ".jsonl" else [Text(_read(file))])]
-    texts = [text for text in texts if text.content.strip()]
+        lines = "; make one line of each entry: jq -c '.[]'" if path.is_file() and path.suffix == ".json" else ""
+        raise ValueError(
+            f"a workload is 'stdlib', a .jsonl or .txt file, or a directory, but {str(path)!r} {has}{lines}"
+        )
+    texts: list[Text | Line] = []
+    for file in files:
+        if file.suffix == ".jsonl":
+            texts += read_lines(file, tokenizer.chat)
+        elif (content := _read(file)).strip():
+            texts.append(Text(content))
     if not texts:
         raise ValueError(f"a workload must hold text, but {str(path)!r} has none in {', '.join(_SUFFIXES)} files")
     return texts
@@ -222,41 +234,3 @@ def _read(path: Path) -> str:
         raise ValueError(
             f"a workload's files must be UTF-8, but {path} is not at byte {error.start}; convert it"
         ) from error
-
-
-def _lines(path: Path) -> list[Text]:
-    texts = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"every line of a .jsonl workload must be JSON, but {path}:{number} is not: {error}"
-            ) from error
-        keys = [key for key in _KEYS if isinstance(record, dict) and key in record]
-        if not keys:
-            has = f"only {', '.join(map(repr, record))}" if isinstance(record, dict) else "no object"
-            raise ValueError(
-                f"every line of a .jsonl workload must hold one of {', '.join(map(repr, _KEYS))}, "
-                f"but {path}:{number} has {has}"
-            )
-        value = record[keys[0]]
-        content = _conversation(value) if keys[0] in ("messages", "conversations") else value
-        if not isinstance(content, str):
-            raise ValueError(f"{keys[0]!r} must hold text, but {path}:{number} has {json.dumps(value)[:60]}")
-        learn = record.get("learn", True)
-        if not isinstance(learn, bool):
-            raise ValueError(f"'learn' must be true or false, but {path}:{number} has {json.dumps(learn)[:60]}")
-        texts.append(Text(content, whole=keys[0] != "text", learn=learn))
-    return texts
-
-
-def _conversation(turns: object) -> str | None:
-    """The contents of all turns up to the last that is not the assistant's, blank lines between; None: not turns."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return None
-    asked = [i for i, turn in enumerate(turns) if turn.get("role", turn.get("from")) not in ("assistant", "gpt")]
-    contents = [turn.get("content", turn.get("value")) for turn in turns[: asked[-1] + 1 if asked else 0]]
-    return "\n\n".join(contents) if all(isinstance(content, str) for content in contents) else None

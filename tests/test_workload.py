@@ -135,12 +135,28 @@ def test_any_text_can_be_split(tmp_path: Path, tokenizer: Tokenizer, count: int)
         (
             "keys.jsonl",
             b'{"prompt": "x"}\n{"question": "x"}\n',
-            "'conversations', but .*keys.jsonl:2 has only 'question'",
+            "'turns', but .*keys.jsonl:2 has only 'question'; rename its key",
         ),
-        ("list.jsonl", b"[1]\n", "keys? *|has no object"),
+        ("list.jsonl", b"[1]\n", "list.jsonl:1 has no object"),
         ("broken.jsonl", b'{"prompt": \n', "must be JSON, but .*broken.jsonl:1 is not"),
         ("number.jsonl", b'{"prompt": 3}\n', "'prompt' must hold text, but .*:1 has 3"),
-        ("turns.jsonl", b'{"messages": ["x"]}\n', "'messages' must hold text"),
+        ("turns.jsonl", b'{"messages": ["x"]}\n', r"'messages' must hold turns, .*:1 has \[\"x\"\]; mend or remove it"),
+        ("latin.jsonl", b'{"prompt": "x"}\n{"prompt": "\xe9"}', "must be UTF-8, but .*latin.jsonl:2 is not at byte 28"),
+        (
+            "role.jsonl",
+            b'{"messages": [{"role": "x", "content": ""}]}',
+            "role must be one of system, .*:1 has 'x'; rename",
+        ),
+        ("roles.jsonl", b'{"messages": [{"content": ""}]}', "role must be one of .*:1 has None"),
+        (
+            "image.jsonl",
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "content must be text or a list of text parts, but .*:1 has .*image_url",
+        ),
+        ("mtbench.jsonl", b'{"turns": "x"}', "'turns' must hold texts, but .*:1 has \"x\""),
+        ("learn.jsonl", b'{"prompt": "x", "learn": 1}', "'learn' must be true or false, but .*:1 has 1"),
+        ("nothing.jsonl", b'{"messages": []}\n{"turns": []}\n\n', "must hold text, but .* has none"),
+        ("sharegpt.json", b"[]", "is of another kind; make one line of each entry: jq -c '.\\[\\]'"),
     ],
 )
 def test_unusable_sources_are_refused(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import tokenizers
 
+from specrl.models.chat import ChatTemplate, read_chat_template
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -18,17 +20,26 @@ class Tokenizer:
         encoder: of the `tokenizers` library.
         bos: the token that begins a document; None: the checkpoint names none.
         bos_always: it begins every prompt, not only a prompt at the start of a document.
+        chat: the chat template; None: the checkpoint has none.
     """
 
     encoder: tokenizers.Tokenizer
     bos: int | None = None
     bos_always: bool = False
+    chat: ChatTemplate | None = None
 
     def encode(self, text: str, *, document_start: bool = True) -> list[int]:
-        """Token ids of `text`, with the bos token before it where the checkpoint puts one."""
+        """Token ids of `text`, with the bos token before it, once, where the checkpoint puts one."""
         ids: list[int] = self.encoder.encode(text).ids
-        wanted = self.bos is not None and (document_start or self.bos_always)
-        return [self.bos, *ids] if wanted and ids[:1] != [self.bos] else ids  # type: ignore[list-item]
+        if self.bos is None or ids[:2] == [self.bos, self.bos]:  # added by the encoder to a text that has it already
+            return ids if self.bos is None else ids[1:]
+        wanted = document_start or self.bos_always
+        return [self.bos, *ids] if wanted and ids[:1] != [self.bos] else ids
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Token ids of what `chat` rendered, which holds every special token that it wants."""
+        ids: list[int] = self.encoder.encode(text, add_special_tokens=False).ids
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -56,14 +67,15 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     encoder.no_padding()
     beside = path.with_name("tokenizer_config.json")
     config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    chat = read_chat_template(path.parent, config)
     name = config.get("bos_token")
     name = name.get("content") if isinstance(name, dict) else name
     if name is None or config.get("add_bos_token") is False:
-        return Tokenizer(encoder)
+        return Tokenizer(encoder, chat=chat)
     bos = encoder.token_to_id(name)
     if bos is None:
         raise ValueError(
             f"the bos token must be in the vocabulary, but {beside} names {name!r}, which {path.name} lacks"
         )
     adds_by_itself = encoder.num_special_tokens_to_add(False) > 0
-    return Tokenizer(encoder, bos, bos_always=adds_by_itself or bool(config.get("add_bos_token")))
+    return Tokenizer(encoder, bos, bos_always=adds_by_itself or bool(config.get("add_bos_token")), chat=chat)

@@ -1,0 +1,228 @@
+"""Conversations become the prompts that transformers makes of them, whatever layout they are stored in."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import transformers
+from tokenizers import processors
+
+from specrl.engines.base import Request
+from specrl.models.chat import ChatTemplate
+from specrl.models.embedded import embedded_directory
+from specrl.models.tokenizer import Tokenizer, load_tokenizer
+from specrl.workload import load_workload
+
+MARKS = ("<|bos|>", "<|start|>", "<|end|>")
+# What the templates of Llama and Qwen checkpoints do, in words of our own.
+PLAIN = """{% for message in messages %}
+<|start|>{{ message.role }}
+{{ message.content | trim }}<|end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|start|>assistant
+{% endif %}
+"""
+INTRICATE = """{{- bos_token -}}
+{%- set seen = namespace(users=0) -%}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set system = date | default("no date") -%}{%- set turns = messages -%}
+{%- endif -%}
+{{- '<|start|>system\\n' + system -}}
+{%- if tools is not none -%}
+    {%- for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor -%}
+    {{- tools | tojson(indent=2) -}}
+{%- endif -%}
+{{- '<|end|>' -}}
+{%- for turn in turns -%}
+    {%- if turn.role == 'user' -%}{%- set seen.users = seen.users + 1 -%}
+    {%- elif turn.role not in ['assistant', 'tool'] -%}{{ raise_exception('no turns of ' + turn.role) }}{%- endif -%}
+    {%- if turn.content == 'skip' -%}{%- continue -%}{%- endif -%}
+    {{- '<|start|>' + turn.role + seen.users | string + '\\n' -}}
+    {%- if turn.role == 'assistant' -%}
+        {% generation %}{{ turn.content.split('</think>')[-1].lstrip('\\n') }}{% endgeneration %}
+        {%- for call in turn.tool_calls or [] -%}{{ call.function | tojson }}{%- endfor -%}
+    {%- else -%}{{ turn.content }}{%- endif -%}
+    {{- '<|end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|start|>assistant\\n' }}{%- endif -%}
+"""
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASKS = [{"role": "user", "content": "  What is <2> & 'é'? \n"}]
+GOES_ON = [*ASKS, {"role": "assistant", "content": "<think>hm</think>\n\nTwo."}, {"role": "user", "content": "And 3?"}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
+TOOL: list[dict[str, Any]] = [
+    *ASKS,
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "3"},
+]
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds é <", "parameters": {}}}]
+ANSWER = {"role": "assistant", "content": "not this"}
+
+
+def checkpoint(directory: Path, template: str | None, *, adds: bool = False, beside: bool = True, **said: Any) -> Path:
+    """The embedded tokenizer with marks; `adds`: it puts bos before every text; `beside`: the template has a file."""
+    encoder = tokenizers.Tokenizer.from_file(str(embedded_directory() / "tokenizer.json"))
+    encoder.add_special_tokens(list(MARKS))
+    if adds:
+        bos = encoder.token_to_id("<|bos|>")
+        encoder.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bos)])
+    encoder.save(str(directory / "tokenizer.json"))
+    end = {"__type": "AddedToken", "content": "<|end|>", "special": True}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": end}
+    if template is not None and beside:
+        (directory / "chat_template.jinja").write_text(template)
+    elif template is not None:
+        config["chat_template"] = template
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, **said}))
+    return directory
+
+
+def write(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def requests(path: Path, tokenizer: Tokenizer, count: int = 1, **options: Any) -> list[Request]:
+    options = {"prompt_tokens": 400, "split": "all", **options}
+    return list(islice(load_workload(path, tokenizer, **options).requests(0), count))
+
+
+@pytest.mark.parametrize("template", [PLAIN, INTRICATE])
+@pytest.mark.parametrize(("beside", "adds"), [(False, True), (True, False)])
+def test_prompts_are_those_of_transformers(template: str, beside: bool, adds: bool, tmp_path: Path) -> None:
+    checkpoint(tmp_path, template, adds=adds, beside=beside)
+    theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert tokenizer.chat is not None
+    many: list[list[dict[str, Any]]] = [ASKS, [SYSTEM, *ASKS], GOES_ON, [SYSTEM, *GOES_ON], TOOL]
+    for asks, tools in product(many, (None, TOOLS)):
+        text = theirs.apply_chat_template(asks, tools=tools, tokenize=False, add_generation_prompt=True)
+        ids = theirs.apply_chat_template(asks, tools=tools, add_generation_prompt=True, return_dict=False)
+        assert tokenizer.chat.render(asks, tools) == text
+        record = {"messages": [*asks, ANSWER], **({} if tools is None else {"tools": tools})}
+        (request,) = requests(write(tmp_path / "x.jsonl", record), tokenizer)
+        assert list(request.prompt) == ids
+        assert ids.count(tokenizer.bos) == (template == INTRICATE), "once where the template says so, else never"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [SYSTEM, *GOES_ON]},
+        {"messages": [SYSTEM, *GOES_ON, ANSWER, ANSWER]},
+        {
+            "messages": [
+                SYSTEM,
+                {"role": "user", "content": [{"type": "text", "text": ASKS[0]["content"]}]},
+                *GOES_ON[1:],
+            ]
+        },
+        {"messages": GOES_ON, "system": "Be brief."},
+        {
+            "id": "x_0",
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                *({"from": {"user": "human"}.get(t["role"], "gpt"), "value": t["content"]} for t in [*GOES_ON, ANSWER]),
+            ],
+        },
+    ],
+)
+@pytest.mark.parametrize("template", [PLAIN, None])
+def test_layouts_of_one_conversation_are_one_prompt(record: Any, template: str | None, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(checkpoint(tmp_path, template))
+    (request,) = requests(write(tmp_path / "x.jsonl", record), tokenizer)
+    messages = [SYSTEM, *GOES_ON]
+    if template is None:
+        assert list(request.prompt) == tokenizer.encode("\n\n".join(m["content"] for m in messages))
+    else:
+        assert tokenizer.chat is not None
+        assert list(request.prompt) == tokenizer.encode_chat(tokenizer.chat.render(messages))
+
+
+def test_of_parts_and_turns_the_text_and_the_first_are_asked(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(checkpoint(tmp_path, PLAIN))
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    path = write(
+        tmp_path / "x.jsonl",
+        {"messages": [{"role": "user", "content": parts}]},
+        {"turns": ["one\ntwo", "later"]},
+        {"prompt": "<|start|>user\none\ntwo<|end|>\n<|start|>assistant\n"},
+        {"messages": [ANSWER]},  # asks nothing
+        {"conversations": []},
+    )
+    drawn = requests(path, tokenizer, 40)
+    with_bos = {tokenizer.decode(r.prompt) for r in drawn}
+    assert len(with_bos) == 1 and "one\ntwo" in with_bos.pop()
+    assert {r.prompt[0] == tokenizer.bos for r in drawn} == {True, False}, (
+        "a prompt begins as any text, a chat as it says"
+    )
+
+
+def test_bos_is_not_doubled_before_a_prompt_that_begins_with_it(tmp_path: Path) -> None:
+    for adds in (False, True):
+        tokenizer = load_tokenizer(checkpoint(tmp_path, None, adds=adds))
+        path = write(tmp_path / "x.jsonl", {"prompt": "<|bos|>hello"}, {"prompt": "hello"})
+        (prompt,) = {r.prompt for r in requests(path, tokenizer, 20)}
+        assert prompt.count(tokenizer.bos) == 1 and prompt[0] == tokenizer.bos
+
+
+def test_a_conversation_is_never_cut_and_too_long_ones_are_left_out(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(checkpoint(tmp_path, PLAIN))
+    asks = [{"messages": [{"role": "user", "content": "word " * n}]} for n in (5, 10, 200)]
+    drawn = {r.prompt for r in requests(write(tmp_path / "x.jsonl", *asks), tokenizer, 50, prompt_tokens=(1, 100))}
+    assert len(drawn) == 2 and all(tokenizer.decode(prompt).endswith("assistant\n") for prompt in drawn)
+    with pytest.raises(
+        ValueError, match=r"conversation of at most 8 tokens, but its shortest has [0-9]+ .* raise prompt"
+    ):
+        requests(tmp_path / "x.jsonl", tokenizer, prompt_tokens=8)
+
+
+def test_what_the_template_refuses_is_told_with_its_line(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(checkpoint(tmp_path, INTRICATE))
+    path = write(tmp_path / "x.jsonl", {"prompt": "fine"}, {"messages": [{**SYSTEM, "role": "developer"}, *ASKS]})
+    with pytest.raises(
+        ValueError, match=r"x.jsonl:2: the target's chat template refuses it \(no turns of dev.*leave it out$"
+    ):
+        requests(path, tokenizer, 50)
+    for broken in ("{% for %}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"):
+        with pytest.raises(ValueError, match="the target's chat template refuses it"):
+            ChatTemplate(broken).render(ASKS)
+
+
+def test_a_template_among_several_and_none(tmp_path: Path) -> None:
+    several = [{"name": "rag", "template": "no"}, {"name": "default", "template": "{{ eos_token }}yes"}]
+    found = load_tokenizer(checkpoint(tmp_path, None, chat_template=several)).chat
+    assert found is not None and found.render(ASKS) == "<|end|>yes"
+    assert load_tokenizer(checkpoint(tmp_path, None, chat_template=None)).chat is None
+
+
+def test_prompts_are_the_same_every_day(tmp_path: Path) -> None:
+    dated = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}no date{% endif %}"
+    assert ChatTemplate(dated).render(ASKS) == "no date"
+
+
+def test_a_large_file_stays_on_disk(tmp_path: Path) -> None:
+    """10,000 lines of 2 kB: 20 MB, of which a few MB are held."""
+    import tracemalloc
+
+    tokenizer, path = load_tokenizer(checkpoint(tmp_path, PLAIN)), tmp_path / "x.jsonl"
+    with path.open("w") as file:
+        for i in range(10_000):
+            turns = [{"role": "user", "content": f"{i} " + "word " * 400}]
+            file.write(json.dumps({"messages": turns, "learn": i % 2 == 0}) + "\n")
+    tracemalloc.start()
+    workload = load_workload(path, tokenizer, prompt_tokens=2000, split="held_out")
+    drawn = list(islice(workload.requests(0), 20))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(workload.texts) == 500 and path.stat().st_size > 20e6 > 4 * peak
+    numbers = [int(tokenizer.decode(r.prompt).split()[1]) for r in drawn]
+    assert all(number % 20 == 19 for number in numbers) and len(set(numbers)) > 10
+    assert not any(r.learn for r in drawn), "the option of each line comes with it"
