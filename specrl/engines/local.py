@@ -11,6 +11,7 @@ from specrl.clock import Clock, WallClock
 from specrl.decoding.session import MOST_NODES, LocalSession
 from specrl.engines.base import Workload
 from specrl.models.draft import Draft, ServingDraft
+from specrl.models.memory import check_room
 from specrl.models.target import Target
 from specrl.plan import Plan
 
@@ -90,6 +91,8 @@ class LocalEngine:
         trace: bool = False,
     ) -> LocalSession:
         """Prefill `batch_size` requests of `workload` and be ready for the first round."""
+        most, draft = max_batch_size or batch_size, None if plain or self._serving is None else self._serving.config
+        check_room(self.target, draft, batch_size=most, max_context=self.max_context, beyond=MOST_NODES + 1)
         session = LocalSession(
             self.target,
             None if plain else self._serving,

@@ -15,6 +15,7 @@ from specrl.models.config import TargetConfig, read_target_config
 from specrl.models.embedded import target_directory
 from specrl.models.layer import Layer, Norm, interleave
 from specrl.models.linear import Linear
+from specrl.models.memory import check_weights
 from specrl.models.rope import rope_table
 
 PREFILL_CHUNK = 256  # tokens a pass; bounds the scores held at once
@@ -202,11 +203,12 @@ def load_target(
 
     Raises:
         ValueError: a configuration that is not supported (by name), a missing, extra, misshapen or
-            non-finite tensor (by name), or a device that is not there.
+            non-finite tensor (by name), a device that is not there, or weights that do not fit its memory.
     """
     check_device(device)
     directory = target_directory(path)
-    config = read_target_config(directory)
+    config, dtype = read_target_config(directory), as_dtype(dtype)
+    check_weights(config, dtype, device)
     tensors, tied = Checkpoint(directory, f"target {path}"), config.tie_word_embeddings
     layout = {n: t for n, t in tensors.layout.items() if not n.endswith(".rotary_emb.inv_freq")}  # derived
     optional = ("lm_head.weight",) if tied else ()
@@ -217,7 +219,7 @@ def load_target(
             f"target {path}: with tie_word_embeddings, lm_head.weight must be absent or equal to "
             "model.embed_tokens.weight, but it differs; set tie_word_embeddings to false"
         )
-    return Target(config, tensors, device=device, dtype=as_dtype(dtype))
+    return Target(config, tensors, device=device, dtype=dtype)
 
 
 def check_device(device: str) -> None:

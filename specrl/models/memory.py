@@ -1,0 +1,139 @@
+"""What a target and its caches take, what a device has free, and what would fit."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from specrl.models.checkpoint import expected_target_tensors
+from specrl.models.config import DraftConfig, TargetConfig
+
+if TYPE_CHECKING:
+    from specrl.models.target import Target
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def weight_bytes(config: TargetConfig, dtype: torch.dtype) -> int:
+    """Bytes of a loaded target's weights, at least.
+
+    The head is there twice, as it is and with the last norm folded in, of which the former may be the embedding. On a
+    CPU small matrices are, too (`specrl.models.linear`), which is not counted.
+    """
+    shapes = expected_target_tensors(config)
+    entries = sum(math.prod(shape) for shape in shapes.values())
+    return (entries + (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)) * dtype.itemsize
+
+
+def cache_bytes(config: TargetConfig, dtype: torch.dtype, draft: DraftConfig | None = None) -> int:
+    """Bytes of keys and values that a token of a request takes, in all layers of the target and the draft's one."""
+    layers = config.num_layers * config.num_kv_heads * config.head_dim
+    return 2 * (layers + (0 if draft is None else draft.num_kv_heads * draft.head_dim)) * dtype.itemsize
+
+
+def free_bytes(device: str, meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> int | None:
+    """Bytes that this process may still take: of a GPU what is free or torch keeps unused, of a CPU the machine's.
+
+    Of the machine's memory what Linux calls available, or what the control group (a container) leaves if that is less;
+    None where neither can be read, and of other devices.
+    """
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    found = []
+    if device == "cpu" and meminfo.is_file():
+        available = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)
+        found += [int(available[1]) * 1024] if available else []
+    files = [cgroup / f"memory.{name}" for name in ("max", "current", "stat")]
+    if device == "cpu" and all(file.is_file() for file in files):
+        most, now, stat = (file.read_text().strip() for file in files)
+        cached = sum(int(size) for size in re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE))
+        found += [int(most) - int(now) + cached] if most.isdecimal() else []
+    return min(found, default=None)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Caches in the memory that is free.
+
+    Args:
+        per_token: bytes, as `cache_bytes` says.
+        free: bytes.
+        beyond: slots of a request besides its context, for drafts that are never committed.
+    """
+
+    per_token: int
+    free: int
+    beyond: int = 0
+
+    def needed(self, batch: int, context: int) -> int:
+        """Bytes for `batch` requests of up to `context` tokens."""
+        return batch * (context + self.beyond) * self.per_token
+
+    def largest_batch(self, context: int) -> int:
+        """Requests of up to `context` tokens that fit."""
+        return max(0, self.free // self.needed(1, context))
+
+    def largest_context(self, batch: int) -> int:
+        """Tokens that each of `batch` requests may reach; at most 0 where none fit."""
+        return self.free // (batch * self.per_token) - self.beyond
+
+
+def check_room(
+    target: Target,
+    draft: DraftConfig | None,
+    *,
+    batch_size: int,
+    max_context: int,
+    beyond: int = 0,
+    free: int | None = None,
+) -> None:
+    """Refuse caches that do not fit the device.
+
+    Args:
+        target, draft: whose keys and values they hold, on the target's device and in its dtype.
+        batch_size, max_context, beyond: requests, tokens that each may reach, and slots besides.
+        free: bytes; None: what `free_bytes` finds, and nothing is refused where that is unknown.
+
+    Raises:
+        ValueError: they do not; it says which would.
+    """
+    free = free_bytes(target.device) if free is None else free
+    if free is None or batch_size < 1 or max_context < 1:
+        return
+    room = Room(cache_bytes(target.config, target.dtype, draft), free, beyond)
+    needed = room.needed(batch_size, max_context)
+    if needed <= free:
+        return
+    context, batch = room.largest_context(batch_size), room.largest_batch(max_context)
+    fits = [f"max_context={context} at this batch size"] if context >= 2 else []
+    fits += [f"a batch size of {batch} at this max_context"] if batch else []
+    raise ValueError(
+        f"the caches of all requests must fit the memory, but {batch_size} of max_context={max_context} take "
+        f"{_size(needed)} ({room.per_token} bytes a token) and {target.device} has {_size(free)} free; "
+        + (f"{' or '.join(fits)} would fit" if fits else "free memory, or use a smaller target or dtype")
+    )
+
+
+def check_weights(config: TargetConfig, dtype: torch.dtype, device: str, *, free: int | None = None) -> None:
+    """Refuse a target whose weights do not fit the device (`free` as in `check_room`).
+
+    Raises:
+        ValueError: they do not.
+    """
+    free, needed = free_bytes(device) if free is None else free, weight_bytes(config, dtype)
+    if free is not None and needed > free:
+        half = " (bfloat16 takes half)" if dtype.itemsize == 4 else ""
+        raise ValueError(
+            f"a target's weights must fit the memory, but in {str(dtype).removeprefix('torch.')} they take "
+            f"{_size(needed)} and {device} has {_size(free)} free; free some, or use a smaller target or dtype{half}"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
