@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from specrl.agents.losses import Mixture, Step, acceptance, greedy_step, sampled_step, top_k_of
 
-BLOCK = 1 << 25  # numbers of one block of logits: 64 MiB in bfloat16
+BLOCK = 1 << 26  # numbers of one block of logits: 128 MiB in bfloat16
 PIECE = 1 << 20  # numbers of one piece in float32: 4 MiB, about a processor's cache
 SHARPNESS = 4.0  # of the surrogate for deterministic drafts, see `losses.greedy_step`
 
@@ -28,19 +28,19 @@ SHARPNESS = 4.0  # of the surrogate for deterministic drafts, see `losses.greedy
 class Targets:
     """The target's distributions at M slots, on the draft's vocabulary, made where they are needed.
 
-    p = exp(logits / heat - log_norm), so mass outside the draft's vocabulary is missing from its sum.
+    p = mass · softmax(logits / heat): mass outside the draft's vocabulary is missing from its sum.
     """
 
     logits: Tensor  # [M, Vd], as the traces hold them
-    log_norm: Tensor  # [M, 1] float32, over the target's whole vocabulary at `heat`
+    mass: Tensor  # [M, 1] float32, what the target says within the draft's vocabulary at `heat`
     heat: Tensor  # [M, 1] float32, above 0
     tokens: Tensor  # [M] int64, what came next as a draft id; -1: outside, or not known
     top_k: int | None = None  # keep only the most likely tokens
 
     def p(self, at: Tensor) -> Tensor:
         """[n, Vd] float32 at the slots `at [n]`."""
-        logp = self.logits[at].float().div_(self.heat[at]).sub_(self.log_norm[at])
-        return logp.exp_() if self.top_k is None else top_k_of(logp.exp_(), self.top_k)
+        p = torch.softmax(self.logits.index_select(0, at).float().div_(self.heat[at]), -1).mul_(self.mass[at])
+        return p if self.top_k is None else top_k_of(p, self.top_k)
 
 
 def make_targets(
@@ -61,15 +61,26 @@ def make_targets(
         target_ids: [Vd] int64, the reverse.
         top_k: see `Targets`.
     """
-    norms, kept = [], []
-    for x, heat in zip(logits, heats, strict=True):
-        norms += [(y.float() / heat).logsumexp(-1, keepdim=True) for y in x.split(max(1, PIECE // x.shape[-1]))]
-        kept.append(x if target_ids is None else x.index_select(-1, target_ids))
+    heat = torch.cat([torch.full((len(x), 1), float(heat)) for x, heat in zip(logits, heats, strict=True)])
     tokens = torch.cat(list(next_tokens))
     if draft_ids is not None:
         tokens = torch.where(tokens >= 0, draft_ids[tokens.clamp_min(0)], tokens)
-    heat_of = torch.cat([torch.full((len(x), 1), float(heat)) for x, heat in zip(logits, heats, strict=True)])
-    return Targets(kept[0] if len(kept) == 1 else torch.cat(kept), torch.cat(norms), heat_of, tokens, top_k)
+    if target_ids is None:
+        kept, mass = list(logits), torch.ones_like(heat)
+    else:
+        kept = [x.index_select(-1, target_ids) for x in logits]
+        pairs = zip(logits, kept, heats, strict=True)
+        mass = torch.cat([(_log_norm(y, at) - _log_norm(x, at)).exp_() for x, y, at in pairs])
+        for y, none in zip(kept, (mass == 0).split([len(y) for y in kept]), strict=True):
+            if bool(none.any()):
+                y.masked_fill_(none, 0.0)  # any distribution, none of which counts
+    return Targets(kept[0] if len(kept) == 1 else torch.cat(kept), mass, heat, tokens, top_k)
+
+
+def _log_norm(logits: Tensor, heat: float) -> Tensor:
+    """log Σ exp(logits / heat) in float32: [n, V] -> [n, 1]."""
+    parts = logits.split(max(1, PIECE // logits.shape[-1]))
+    return torch.cat([(part.float() / heat).logsumexp(-1, keepdim=True) for part in parts])
 
 
 class HeadLoss(NamedTuple):
@@ -102,18 +113,36 @@ def head_loss(
             block = slice(start, start + size)
             logits = F.linear(x[block], head)  # [n, Vd], from here on slowly becoming its gradient
             for part, here in zip(logits.split(piece), at[block].split(piece), strict=True):
-                scores, p = part.float().detach().requires_grad_(), targets.p(here)
-                with torch.enable_grad():
-                    logq = torch.log_softmax(scores / targets.heat[here], -1)
-                    total = mixture(logq, p, targets.tokens[here]).sum()
-                (slope,) = torch.autograd.grad(total, scores)
-                loss += total.detach()
-                alpha += acceptance(logq.detach().exp(), p).sum()
-                torch.mul(slope, weight, out=slope)
-                part.copy_(slope)
+                heat = targets.heat[here]
+                found = _slot_losses(part.float() / heat, targets.p(here), targets.tokens[here], mixture)
+                loss += found.loss
+                alpha += found.alpha
+                part.copy_(found.slope.mul_(weight / heat))
             of_rows[block] = logits @ head
             _add_product(of_head, logits, x[block])
     return HeadLoss(loss * weight, alpha / len(rows), of_rows)
+
+
+class _SlotLosses(NamedTuple):
+    """Of a piece."""
+
+    loss: Tensor  # [], the sum
+    alpha: Tensor  # [], Σ α
+    slope: Tensor  # [n, Vd], the gradient of `loss` by the scores
+
+
+def _slot_losses(scores: Tensor, p: Tensor, token: Tensor, mixture: Mixture) -> _SlotLosses:
+    """Of q = softmax(scores); the forward KL alone, of slope q Σ p - p, in fewer passes over memory than autograd's."""
+    if mixture.slot == {"forward_kl": 1.0}:
+        q, mass = torch.softmax(scores, -1), p.sum(-1, keepdim=True)
+        log_norm = scores.amax(-1, keepdim=True) - q.amax(-1, keepdim=True).log()
+        loss = (mass * log_norm).sum() - scores.mul_(p).sum()
+        return _SlotLosses(loss, acceptance(q, p).sum(), q.mul_(mass).sub_(p))
+    with torch.enable_grad():
+        logq = torch.log_softmax(scores.requires_grad_(), -1)
+        total = mixture(logq, p, token).sum()
+    (slope,) = torch.autograd.grad(total, scores)
+    return _SlotLosses(total.detach(), acceptance(logq.detach().exp(), p).sum(), slope)
 
 
 def _add_product(of_head: Tensor, slopes: Tensor, x: Tensor) -> None:

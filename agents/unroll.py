@@ -93,6 +93,7 @@ def unroll_states(
     weight = torch.cat([interleave(query, size), interleave(key, size), value])
     of_token, of_state = weight.split(c.hidden_size, 1)
     gate_up = torch.cat([_cast(parameters[f"midlayer.mlp.{name}_proj.weight"]) for name in ("gate", "up")])
+    down = _cast(parameters["midlayer.mlp.down_proj.weight"])
 
     def read(tokens: Tensor) -> Tensor:
         return F.linear(_norm(tokens, parameters["midlayer.input_layernorm.weight"], c.rms_norm_eps), of_token)
@@ -115,7 +116,6 @@ def unroll_states(
         state = state + F.linear(attended, parameters[f"{at}o_proj.weight"])
         normed = _norm(state, parameters["midlayer.post_attention_layernorm.weight"], c.rms_norm_eps)
         wide = F.linear(normed, gate_up)
-        down = parameters["midlayer.mlp.down_proj.weight"]
         if wide.requires_grad and wide.numel() >= _RECOMPUTE_FROM:
             state = state + checkpoint(_swiglu, wide, down, use_reentrant=False, preserve_rng_state=False)
         else:
