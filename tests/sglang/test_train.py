@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from threading import Event
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from learned import prompts
-from server import Server, export, serve
+from server import ON_A_CPU, Server, export, serve
 
 from specrl.clock import WallClock
 from specrl.models.draft import Draft, load_draft, new_draft
@@ -191,7 +192,7 @@ def test_every_trace_names_the_draft_it_was_served_by(server: Server, folder: Pa
 def test_a_killed_server_is_one_clear_error_and_the_run_goes_on_with_another(
     server: Server, fresh: Draft, folder: Path, start: Callable[..., Server], tmp_path: Path
 ) -> None:
-    """The last test here, as it ends the server."""
+    """The last test of the common server, as it ends it."""
     clients = Traffic(server)
     learner = Learner(server, folder, tmp_path / "run")
     learner.until(lambda: learner.requests >= 16)
@@ -211,6 +212,50 @@ def test_a_killed_server_is_one_clear_error_and_the_run_goes_on_with_another(
     assert max(_versions(more.answers)) > 0, "what was learnt serves again"
     learned = load_draft(tmp_path / "run/draft")
     assert not np.array_equal(learned.tensors["fc.weight"].numpy(), fresh.tensors["fc.weight"].numpy())
+
+
+def test_a_server_launched_for_it_is_learned_on_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
+    directory, log = tmp_path / "run", tmp_path / "log"
+    options = [
+        f"--sglang_flags={' '.join(ON_A_CPU)}", "--plans=0,3", "--chooser=3/1/4", "--traffic=4x64", "--sync_every=8",
+        "--prompt_tokens=32", "--max_new_tokens=16", "--checkpoint_every=16", "--learner.batch_size=8",
+        "--draft_intermediate_size=128", "--tensorboard=false", f"--output_dir={directory}",
+    ]  # fmt: skip
+
+    def run(*more: str) -> list[dict[str, str]]:
+        """Lines of log.csv."""
+        command = [sys.executable, "-m", "specrl", "train", "--engine=sglang", *options, *more]
+        mark = f"SPECRL_TEST={directory}"
+        with log.open("a") as out:
+            done = subprocess.run(
+                command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "SPECRL_TEST": str(directory)}
+            )
+        assert done.returncode == 0, log.read_text()[-3000:]
+        assert not _running(mark), "its servers end with it"
+        with (directory / "log.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    first = run("--requests=24")
+    versions = [int(line["draft_version"]) for line in first]
+    assert versions == sorted(versions) and versions[-1] >= 2, "what was learnt serves"
+    weights = load_draft(directory / "draft").tensors["fc.weight"].clone()
+    second = run("--requests=48", "--resume=true")
+    assert [line["requests"] for line in second[: len(first)]] == [line["requests"] for line in first], "it goes on"
+    assert int(second[-1]["requests"]) >= 48 and int(second[-1]["draft_version"]) > versions[-1]
+    assert not np.array_equal(load_draft(directory / "draft").tensors["fc.weight"].numpy(), weights.numpy())
+    for name in ("plans.json", "config.yaml", "checkpoint/state.json"):
+        assert (directory / name).is_file(), name
+
+
+def _running(mark: str) -> list[str]:
+    """Processes with this in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(entry.name)
+    return found
 
 
 def _kill(port: str) -> int:
