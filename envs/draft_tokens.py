@@ -75,7 +75,7 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
 
     ## Arguments
         engine: 'local', or an engine ready-made: a `specrl.LocalEngine` with taps.
-        target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         taps: the three layers whose inputs are the features; None: SGLang's default for EAGLE3.
         num_steps: K, the longest draft.
         batch_size, temperature, reward, workload, prompt_tokens, max_new_tokens, ignore_eos, max_rounds, max_tokens,

@@ -82,7 +82,7 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
         engine: 'local', 'sglang' (`specrl.serving.opening`; launched, or `engine_options={"server": "http://...",
             "plain_url": "http://..."}`: running servers with and without speculation), or an `Engine` ready-made
             (target and draft are then its own).
-        target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: None: random initialisation; else an EAGLE3 directory or a `Draft`.
         batch_size: live requests: a number; several, of which each episode draws one; or a trace within the episode,
             '1x64,4x64' (batch size x rounds, repeated) or a sequence of `Phase`.

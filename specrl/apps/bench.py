@@ -62,7 +62,7 @@ def bench(
 
     Args:
         engine: 'local' decodes here; 'sglang' launches SGLang; 'simulated' draws from a profile.
-        target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: EAGLE3 draft directory; by default a random one, which accepts next to nothing.
         profile: simulated: a shipped profile ('aurora-minimax-m2.1') or a .json file.
         batch_sizes: requests decoded together; by default 1,4,16, or all that the profile knows.

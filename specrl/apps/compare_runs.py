@@ -64,7 +64,7 @@ def compare(
     Args:
         a: EAGLE3 draft directory, output directory of 'specrl train' or 'quickstart', or of 'specrl bench'.
         b: of the same kind.
-        target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         plan: num_steps/topk/num_draft_tokens for both; by default what each run chose, and 3/1/4 where none did.
         batch_sizes: requests decoded together.
         temperature: of sampling; 0 is greedy.

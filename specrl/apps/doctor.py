@@ -50,7 +50,7 @@ def doctor(
     and SGLang. Takes about 20 seconds; let nothing else run meanwhile.
 
     Args:
-        target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         device: 'cpu' or 'cuda'; by default a GPU where there is one.
         dtypes: to decode in.
         threads: thread counts to decode with; by default 1, 2, 4, ... and all cores.

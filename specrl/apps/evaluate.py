@@ -70,7 +70,7 @@ def evaluate(
         traffic: batch size x rounds, repeated.
         shifts: in simulation, as 'at=1200,cost=1.3,from_steps=3,log_odds=0;at=...'.
         engine: live: 'local' decodes here; 'sglang' launches SGLang.
-        target: live: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        target: live: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: live: EAGLE3 draft directory; by default a random one, which accepts next to nothing.
         plans: live: num_steps/topk/num_draft_tokens, separated by commas (SGLang: chains, or one tree); a profile
             brings its own.

@@ -62,7 +62,7 @@ def profile(
 
     Args:
         engine: 'local' decodes here; 'sglang' launches SGLang.
-        target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: EAGLE3 draft directory; by default a random one, which accepts next to nothing.
         batch_sizes: requests decoded together.
         plans: num_steps/topk/num_draft_tokens, separated by commas; the only ones that the profile will offer. By

@@ -38,7 +38,7 @@ def record(
     features and the target's logits in float16: 2 bytes x (vocabulary + 3 x hidden size at its own width).
 
     Args:
-        target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: EAGLE3 draft directory; by default none, and the layers are those that a new draft reads.
         plan: of every round, such as 3/1/4; without a draft 0.
         workload: as in `specrl train`.

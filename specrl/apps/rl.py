@@ -100,7 +100,7 @@ def rl(
         workers: with `ray`: actors that share them, of a CPU each.
         live: learn on live decoding of `target`, timed by the clock; let nothing else run meanwhile.
         engine: live: 'local' decodes here; 'sglang' launches SGLang, with speculation and without.
-        target: live: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        target: live: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: live: EAGLE3 draft directory; by default a random one, which accepts next to nothing.
         temperature: live: of sampling; 0 is greedy.
         sglang_python: Python of an environment with SGLang and this package; by default this one.

@@ -87,7 +87,7 @@ def train(
         server_traces: socket of its plugin, where it was started with SPECRL_TRACES=unix:PATH.
         sglang_python: Python of an environment with SGLang and this package, to launch it in; by default this one.
         sglang_flags: further flags for sglang.launch_server, where it is launched.
-        target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: EAGLE3 draft directory to start from; by default random initialisation.
         draft_vocab_size: tokens that a new draft can say, the most frequent ones of 96 requests served plainly first;
             by default all.
@@ -95,11 +95,12 @@ def train(
         plans: that the chooser may choose, separated by commas.
         chooser: 'adaptive', or one plan for every round, such as 3/1/4.
         traffic: batch sizes over time: batch_size x rounds, repeated.
-        workload: 'stdlib', or a .txt, .jsonl or directory of prompts (a line of .jsonl with "learn": false is not
-            learnt from), or a stream that changes: 'stdlib@500,pydoc_data@500' is 500 requests of each in turn,
-            'stdlib*3+tests*1@400,notes.txt' a mixture, then one's own. Of the library there are 'pydoc_data',
-            'encodings' and 'tests' too.
-        prompt_tokens: tokens of a prompt.
+        workload: 'stdlib', or a .txt, .jsonl or directory of prompts (lines of .jsonl hold "prompt", "text", or a
+            conversation as "messages", "conversations" or "turns", which goes through the target's chat template; one
+            with "learn": false is not learnt from), or a stream that changes: 'stdlib@500,pydoc_data@500' is 500
+            requests of each in turn, 'stdlib*3+tests*1@400,notes.txt' a mixture, then one's own. Of the library there
+            are 'pydoc_data', 'encodings' and 'tests' too.
+        prompt_tokens: tokens of a prompt; a conversation in a chat template is never cut, but left out if longer.
         max_new_tokens: tokens generated per request.
         temperature: of sampling; 0 is greedy.
         requests: to serve, those before a resumption included.

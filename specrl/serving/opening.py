@@ -44,7 +44,7 @@ def launch_engine(
     """Launch SGLang on this machine, with our plugin in lock-step.
 
     Args:
-        target: checkpoint directory, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: None: random initialisation; else an EAGLE3 directory or a `Draft`.
         plans: that it is to run: chains, 0 among them if wanted, or one tree.
         python: of an environment with SGLang 0.5.23 and this package; None: this one.
