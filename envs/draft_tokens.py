@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 
 from specrl.baseline import PlainCost
-from specrl.decoding.session import MOST_NODES
+from specrl.decoding.proposal import MOST_NODES
 from specrl.engines.base import ProposalSession, Workload
 from specrl.engines.local import LocalEngine
 from specrl.envs.draws import Draws

@@ -41,14 +41,14 @@ def prompts(count: int, length: int, vocab_size: int = CONFIG.vocab_size, seed: 
 
 @cache
 @torch.inference_mode(False)
-def tiny_target() -> Target:
+def tiny_target(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Target:
     """Random weights; its logits spread by about 1.5 nats."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in expected_target_tensors(CONFIG).items():
         spread = {"model.embed_tokens.weight": 1.0, "lm_head.weight": 1.3 * 32**-0.5}.get(name, 0.25)
         tensors[name] = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * spread
-    return Target(CONFIG, tensors)
+    return Target(CONFIG, tensors, device=device, dtype=dtype)
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specrl.decoding.sampling import Temperatures, argmax, distribution, sample
+from specrl.decoding.sampling import Source, Temperatures, argmax, distribution, sample, uniform
 
 _TINY = 1e-30  # picks the target's own distribution where the residual is numerically empty
 
@@ -55,8 +55,31 @@ def accept_tree(chosen: list[list[int]], tokens: list[list[int]], parents: list[
     return paths
 
 
+def walk_tree(chosen: Tensor, tokens: Tensor, parents: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`accept_tree` on the device, in as many operations whatever is accepted.
+
+    Args:
+        chosen, tokens, parents: [B, n] int64, as in `accept_tree`; no two nodes of a parent have the same token.
+        steps: depth of the tree.
+
+    Returns:
+        Accepted drafts [B], the target's own token after them [B], and the accepted rows [B, steps + 1], beginning
+        with 0, -1 after the last; int64.
+    """
+    node = torch.zeros_like(tokens[:, :1])  # [B, 1]
+    rows, path = torch.arange(tokens.shape[1], device=tokens.device), [node]
+    going = torch.ones_like(node, dtype=torch.bool)
+    for _ in range(steps):
+        child = (parents == node) & (tokens == chosen.gather(1, node)) & going & (rows > 0)  # [B, n], at most one each
+        going = child.any(1, keepdim=True)
+        node = torch.where(going, (child * rows).sum(1, keepdim=True), node)
+        path.append(torch.where(going, node, -1))
+    accepted = torch.cat(path, 1)
+    return (accepted[:, 1:] >= 0).sum(1), chosen.gather(1, node)[:, 0], accepted
+
+
 def reject_chain(
-    logits: Tensor, drafted: Tensor, proposals: Tensor, temperatures: Temperatures, generator: torch.Generator
+    logits: Tensor, drafted: Tensor, proposals: Tensor, temperatures: Temperatures, source: Source
 ) -> Accepted:
     """Rejection sampling of a chain (Leviathan et al., 2023, algorithm 1; Chen et al., 2023).
 
@@ -69,14 +92,14 @@ def reject_chain(
         proposals: [B, s, V] float32, the distributions q that the drafts were sampled from (one-hot where
             greedy, 0 where nothing was drafted).
         temperatures: of the requests.
-        generator: for the coins and the samples.
+        source: of the coins and the samples.
     """
     batch, steps = drafted.shape
     if temperatures.all_greedy:
         return accept_chain(argmax(logits), drafted)
     p = distribution(logits, temperatures)
     index = drafted.clamp(min=0)[..., None]
-    coins = torch.rand(batch, steps, generator=generator, device=logits.device)
+    coins = uniform((batch, steps), source, logits.device)
     stands = coins * proposals.gather(-1, index)[..., 0] < p[:, :-1].gather(-1, index)[..., 0]
     stands &= drafted >= 0
     correct = stands.long().cumprod(-1).sum(-1)
@@ -85,4 +108,4 @@ def reject_chain(
     fell = (correct < steps)[:, None]
     theirs = proposals[rows, correct.clamp(max=steps - 1)] * fell
     residual = torch.add((ours - theirs).clamp_min_(0.0), ours, alpha=_TINY)
-    return Accepted(correct, sample(residual, generator))
+    return Accepted(correct, sample(residual, source))

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specrl.decoding.sampling import Temperatures, argmax, distribution, sample
+from specrl.decoding.sampling import Source, Temperatures, argmax, distribution, sample
 from specrl.models.cache import KVCache
 from specrl.models.draft import ServingDraft
 from specrl.plan import Plan
 
+MOST_NODES = 64  # tokens one plan may verify, and slots it may draft into
 _SUM_WITHIN = 1e-3  # of 1, that a given distribution must sum to
 
 
@@ -37,6 +38,11 @@ class Start(NamedTuple):
     slots: Tensor  # [B] int64, its next free slot
     length: int  # the largest of them
     last: Tensor  # [B] int64, the last committed token
+    fixed: bool = False  # whether `length` is what every pass looks at, whatever is live (see static.py)
+
+    def reach(self, slots: int) -> int:
+        """How many slots a pass looks at that writes up to `slots` further ones."""
+        return self.length if self.fixed else self.length + slots
 
 
 def propose_chain(
@@ -46,7 +52,7 @@ def propose_chain(
     steps: int,
     vocab_size: int,
     temperatures: Temperatures | None,
-    generator: torch.Generator,
+    source: Source,
 ) -> Proposal:
     """Draft `steps` tokens one after the other.
 
@@ -55,20 +61,20 @@ def propose_chain(
         steps: at least 1.
         vocab_size: of the target, V.
         temperatures: sample each token from the draft at these (for rejection sampling); None: take the best.
-        generator: of the samples.
+        source: of the samples.
     """
     hidden, tokens, distributions = start.hidden, [start.last], []
     ids = draft.target_ids
     for step in range(steps):
         if step:
             slots = (start.slots + (step - 1))[:, None]
-            hidden = draft.decode(tokens[-1][:, None], hidden[:, None], cache, slots, length=start.length + step)[:, 0]
+            hidden = draft.decode(tokens[-1][:, None], hidden[:, None], cache, slots, length=start.reach(step))[:, 0]
         logits = draft.logits(hidden)  # [B, Vd]
         if temperatures is None or temperatures.all_greedy:
             best = argmax(logits)
         else:
             q = distribution(logits, temperatures)
-            best = sample(q, generator)
+            best = sample(q, source)
             if ids is not None:
                 q = q.new_zeros(q.shape[0], vocab_size).index_copy_(1, ids, q)
             distributions.append(q)
@@ -103,7 +109,7 @@ def propose_tree(draft: ServingDraft, cache: KVCache, start: Start, plan: Plan) 
         above = torch.cat([above, own], -1)  # [B, k, step * k]
         offset = (step - 1) * topk
         slots = start.slots[:, None] + torch.arange(offset, offset + topk, device=device)
-        length = start.length + offset + topk
+        length = start.reach(offset + topk)
         hidden = draft.decode(
             beam_token,
             beam_hidden,
@@ -111,7 +117,7 @@ def propose_tree(draft: ServingDraft, cache: KVCache, start: Start, plan: Plan) 
             slots,
             length=length,
             positions=(start.slots + (step - 1))[:, None].expand(slots.shape),
-            seen=tree_mask(above, start.slots, length),
+            seen=tree_mask(above, start.slots, length, start.fixed),
         )
         score, token = expand(hidden, beam_score)  # [B, k, k]
         scores.append(score.flatten(1))
@@ -148,12 +154,17 @@ def check_distributions(drafted: Tensor, distributions: Tensor, vocab_size: int)
         raise ValueError("a drafted token must be possible under the distribution it was drawn from, but got odds of 0")
 
 
-def tree_mask(inside: Tensor, starts: Tensor, length: int) -> Tensor:
-    """Who sees which slot: `inside [B, q, m] bool` from slot `starts [B]` on, and all before: [B, q, length] bool."""
+def tree_mask(inside: Tensor, starts: Tensor, length: int, fixed: bool = False) -> Tensor:
+    """Who sees which slot: `inside [B, q, m] bool` from slot `starts [B]` on, and all before: [B, q, length] bool.
+
+    With `fixed`, requests that pad a batch may begin beyond `length`: they see everything.
+    """
     batch, queries, width = inside.shape
     everything = torch.arange(length, device=inside.device) < starts[:, None]  # [B, length]
     seen = everything[:, None].repeat(1, queries, 1)
     columns = starts[:, None] + torch.arange(width, device=inside.device)
+    if fixed:
+        columns.clamp_(max=length - 1)
     return seen.scatter_(2, columns[:, None].expand(batch, queries, width), inside)
 
 

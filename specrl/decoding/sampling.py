@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,32 @@ class Temperatures:
         return cls(torch.tensor(values, dtype=torch.float32, device=device), all(greedy), any(greedy))
 
 
+class Drawn:
+    """Uniform numbers drawn beforehand, handed out from left to right: what a CUDA graph samples with.
+
+    Args:
+        numbers: [B, k] float32 in [0, 1).
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers, self._used = numbers, 0
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """The next numbers of each request, in this shape [B, ...]."""
+        began, self._used = self._used, self._used + math.prod(shape[1:])
+        return self._numbers[:, began : self._used].reshape(shape)
+
+
+Source = torch.Generator | Drawn  # of uniform numbers
+
+
+def uniform(shape: tuple[int, ...], source: Source, device: torch.device) -> Tensor:
+    """Uniform numbers [B, ...] float32 in [0, 1)."""
+    if isinstance(source, Drawn):
+        return source.take(shape)
+    return torch.rand(shape, generator=source, device=device)
+
+
 def argmax(logits: Tensor) -> Tensor:
     """[..., V] -> [...] int64; `max` is twice as fast as `argmax` on a CPU."""
     return logits.max(-1).indices
@@ -57,7 +84,7 @@ def distribution(logits: Tensor, temperatures: Tensor | Temperatures) -> Tensor:
     return torch.where(greedy, one_hot, torch.softmax(logits / values.masked_fill(greedy, 1.0), -1))
 
 
-def sample(weights: Tensor, generator: torch.Generator) -> Tensor:
+def sample(weights: Tensor, source: Source) -> Tensor:
     """Draw one index from each row of non-negative `weights [..., V]` (any positive total): [...] int64.
 
     By inverting the cumulative sum, 25 times as fast on a CPU as `torch.multinomial`; an index of zero weight
@@ -65,12 +92,12 @@ def sample(weights: Tensor, generator: torch.Generator) -> Tensor:
     """
     cumulative = weights.cumsum(-1)
     total = cumulative[..., -1:]
-    uniform = torch.rand(total.shape, generator=generator, device=weights.device)
-    return torch.searchsorted(cumulative, uniform * (total * _BELOW_ONE), right=True)[..., 0]
+    threshold = uniform(total.shape, source, weights.device) * (total * _BELOW_ONE)
+    return torch.searchsorted(cumulative, threshold, right=True)[..., 0]
 
 
-def choose(logits: Tensor, temperatures: Temperatures, generator: torch.Generator) -> Tensor:
+def choose(logits: Tensor, temperatures: Temperatures, source: Source) -> Tensor:
     """One token from each `logits [B, ..., V]` at the requests' temperatures: [B, ...] int64."""
     if temperatures.all_greedy:
         return argmax(logits)
-    return sample(distribution(logits, temperatures), generator)
+    return sample(distribution(logits, temperatures), source)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,15 +18,24 @@ from torch import Tensor
 
 from specrl.clock import Clock
 from specrl.decoding.acceptance import accept_chain, accept_tree, reject_chain
-from specrl.decoding.proposal import Proposal, Start, check_distributions, propose_chain, propose_tree, tree_mask
+from specrl.decoding.graphs import Graphs
+from specrl.decoding.proposal import (
+    MOST_NODES,
+    Proposal,
+    Start,
+    check_distributions,
+    propose_chain,
+    propose_tree,
+    tree_mask,
+)
 from specrl.decoding.sampling import Temperatures, choose
+from specrl.decoding.static import Known, StaticRounds
 from specrl.engines.base import Request
 from specrl.models.draft import ServingDraft
 from specrl.models.target import Decoded, Target
 from specrl.plan import Plan
 from specrl.rounds import Completion, Ints, PlainSample, Round, Trace
 
-MOST_NODES = 64  # tokens one plan may verify, and slots it may draft into
 _MOST_AT_PREFILL = 1000  # requests in a row that may end with their first token
 _WAITING_BYTES = 64 << 20  # memory for features that wait for the draft, unless that holds fewer than two rounds'
 _PLAIN_STEPS = 3  # that a sample of plain decoding takes
@@ -49,6 +59,16 @@ class _Live:
         return kept, len(kept) == left
 
 
+class _Record(NamedTuple):
+    """What a round leaves for its trace (see `Trace`); path None: a chain's."""
+
+    tokens: Tensor
+    parents: Tensor
+    features: Tensor
+    logits: Tensor
+    path: Tensor | None
+
+
 class LocalSession:
     """Closed-loop decoding of one target at fixed concurrency (see `specrl.engines.base.Session`).
 
@@ -67,6 +87,7 @@ class LocalSession:
         trace: keep traces for `drain`.
         warm: batch sizes and plans whose kernels are known to be built; the engine's sessions share it.
         taps: without a draft: layers whose inputs a trace keeps as features, for one who drafts outside.
+        graphs: run rounds in fixed shapes, as CUDA graphs where there is a GPU; None: in the shapes that are live.
     """
 
     def __init__(
@@ -84,6 +105,7 @@ class LocalSession:
         trace: bool = False,
         warm: set[tuple[int, Plan, bool]] | None = None,
         taps: tuple[int, ...] = (),
+        graphs: Graphs | None = None,
     ) -> None:
         most = target.config.max_position_embeddings
         if not 1 <= batch_size <= max_batch_size:
@@ -96,14 +118,16 @@ class LocalSession:
         self._warm = set() if warm is None else warm
         self._taps = draft.config.taps if draft is not None else taps
         self._eos = frozenset(target.config.eos_token_ids)
-        device, capacity = target.device, max_context + MOST_NODES + 1
-        self._cache = target.new_cache(max_batch_size, capacity)
+        device, fused = target.device, True if graphs is not None else None
+        capacity = max_context + MOST_NODES + 1 if graphs is None else StaticRounds.capacity(max_context)
+        self._cache = target.new_cache(max_batch_size, capacity, fused)
         if draft is not None:
-            self._draft_cache = draft.new_cache(max_batch_size, capacity)
+            self._draft_cache = draft.new_cache(max_batch_size, capacity, fused)
             width = 3 * target.config.hidden_size
             affordable = _WAITING_BYTES // (max_batch_size * width * target.dtype.itemsize)
             self._room = max(2 * MOST_NODES, min(max_context, affordable))
-            self._all_pending = torch.zeros(max_batch_size, self._room, width, dtype=target.dtype, device=device)
+            rows = self._room if graphs is None else self._room + MOST_NODES
+            self._all_pending = torch.zeros(max_batch_size, rows, width, dtype=target.dtype, device=device)
         self._all_tokens = torch.zeros(max_batch_size, capacity + 1, dtype=torch.int64)
         self._known = self._all_tokens.numpy()
         self._all_length = np.zeros(max_batch_size, dtype=np.int64)  # L
@@ -117,6 +141,19 @@ class LocalSession:
         self._served = 0
         self._admitted: list[_Live] = []  # those beyond batch_size are parked
         self._closed = False
+        self._static: StaticRounds | None = None
+        if graphs is not None:
+            self._static = StaticRounds(
+                target,
+                draft,
+                self._cache,
+                None if draft is None else self._draft_cache,
+                None if draft is None else self._all_pending,
+                max_context=max_context,
+                taps=self._taps,
+                rejection=use_rejection_sampling,
+                graphs=graphs,
+            )
         self.prefill_s = 0.0
         self.resize(batch_size)
 
@@ -165,7 +202,7 @@ class LocalSession:
         self._every = np.arange(batch_size)
         if self.draft is not None:
             self._pending = self._all_pending[:batch_size]
-            self._pending_rows = (torch.arange(batch_size, device=self.target.device) * self._room)[:, None]
+            self._pending_rows = (torch.arange(batch_size, device=self.target.device) * self._pending.shape[1])[:, None]
         self._heat()
 
     @torch.inference_mode()
@@ -176,9 +213,34 @@ class LocalSession:
             ValueError: a plan that speculates in a session without a draft, or one too large.
         """
         self._check(plan)
+        if self._static is not None:
+            return self._static_round(plan, self._static)
         self._warm_up(plan)
         began = self.clock.now()
         return self._conclude(plan, self._propose(plan), began)
+
+    def _static_round(self, plan: Plan, static: StaticRounds) -> Round:
+        """A round in fixed shapes."""
+        static.prepare(plan, self._now())
+        began = self.clock.now()
+        if plan.num_steps == 0 and self.draft is not None and int((self._length - self._read).max()) > self._room:
+            self._catch_up_early()
+        known = self._now()
+        proposal = static.propose(plan, known, self._generator)
+        context, drafted = self._length.copy(), self.clock.now()
+        correct, committed, left = static.verify(plan, known)
+        if plan.num_steps:
+            self._read[:] = self._length - 1
+        verified = self.clock.now()
+        record = None
+        if self._trace and left.features is not None:  # copies, for the next round writes there
+            kept = (proposal.tokens, proposal.parents, left.features, left.logits, left.path)
+            record = _Record(*(tensor[: self._size].clone() for tensor in kept))
+        return self._finish(plan, correct, committed, context, record, (began, drafted, verified))
+
+    def _now(self) -> Known:
+        """What is known of the live requests."""
+        return Known(self._known[: self._size], self._length, self._read, self._temperatures)
 
     @torch.inference_mode()
     def round_with(self, drafted: Tensor, distributions: Tensor | None = None) -> Round:
@@ -198,10 +260,26 @@ class LocalSession:
         if self.draft is not None:
             assert decoded.features is not None
             self._keep_features(decoded.features, path)
+        record = None
+        if self._trace and decoded.features is not None:
+            record = _Record(proposal.tokens, proposal.parents, decoded.features, decoded.logits, path)
+        return self._finish(plan, correct, committed, context, record, (began, drafted, verified))
+
+    def _finish(
+        self,
+        plan: Plan,
+        correct: Ints,
+        committed: list[list[int]],
+        context: Ints,
+        record: _Record | None,
+        times: tuple[float, float, float],
+    ) -> Round:
+        """Commit what was accepted and replace who is done; proposing began, ended, and verifying ended at `times`."""
+        began, drafted, verified = times
         ids = self._ids
         counts, ended = self._commit(committed)
-        if self._trace and decoded.features is not None:
-            self._record(plan, proposal, decoded.features, decoded.logits, path, correct, ids, context, ended)
+        if record is not None:
+            self._record(plan, record, correct, ids, context, ended)
         done = self.clock.now()
         finished = tuple(self._replace(row) for row in ended) + tuple(self._ended_at_prefill)
         self._ended_at_prefill.clear()
@@ -228,18 +306,24 @@ class LocalSession:
         speculative round a step takes up to 14 % longer, and speedups would be flattered by as much.
         """
         self._check_open()
-        self._warm_up(Plan(0))
+        if self._static is None:
+            self._warm_up(Plan(0))
+        else:
+            self._static.prepare(Plan(0), self._now(), plain=True)
         for _ in range(_PLAIN_STEPS):
             sample = self._plain_step()
         return sample
 
     def _plain_step(self) -> PlainSample:
         began = self.clock.now()
-        proposal = self._propose(Plan(0))
-        slots = self._at(self._length - 1)[:, None]
-        length = int(self._length.max())
-        logits = self.target.decode(proposal.tokens, self._cache, slots, length=length, level=self._level()).logits
-        chosen = choose(logits[:, 0], self._temperatures, self._probe_generator).tolist()
+        if self._static is not None:
+            chosen = self._static.plain(self._now(), self._probe_generator).tolist()
+        else:
+            proposal = self._propose(Plan(0))
+            slots = self._at(self._length - 1)[:, None]
+            length = int(self._length.max())
+            logits = self.target.decode(proposal.tokens, self._cache, slots, length=length, level=self._level()).logits
+            chosen = choose(logits[:, 0], self._temperatures, self._probe_generator).tolist()
         for live, token in zip(self._live, chosen, strict=True):
             live.keep([token], self._eos)
         return PlainSample(self.batch_size, float(self._length.mean()), self.clock.now() - began)
@@ -253,6 +337,7 @@ class LocalSession:
         """End the session and let go of its caches; idempotent."""
         self._closed = True
         self._traces = []
+        self._static = None
         for name in ("_cache", "_draft_cache", "_all_pending", "_pending"):
             self.__dict__.pop(name, None)
 
@@ -332,6 +417,8 @@ class LocalSession:
         self._ids = np.array([live.id for live in self._live])
         temperatures = [live.request.temperature for live in self._live]
         self._temperatures = Temperatures.of(temperatures, self.target.device)
+        if self._static is not None:
+            self._static.heat(self._temperatures)
 
     def _level(self) -> bool:
         return bool((self._length == self._length[0]).all())
@@ -469,15 +556,13 @@ class LocalSession:
     def _record(
         self,
         plan: Plan,
-        proposal: Proposal,
-        features: Tensor,
-        logits: Tensor,
-        path: Tensor | None,
+        record: _Record,
         correct: Ints,
         ids: Ints,
         context: Ints,
         ended: list[int],
     ) -> None:
+        path = record.path
         if path is None:
             rows = self._arange[: plan.num_steps + 1]
             path = torch.where(rows <= self._at(correct)[:, None], rows, -1)
@@ -485,10 +570,10 @@ class LocalSession:
             Trace(
                 request_ids=ids,
                 positions=context - 1,
-                tokens=proposal.tokens,
-                features=features,
-                logits=logits,
-                parents=proposal.parents,
+                tokens=record.tokens,
+                features=record.features,
+                logits=record.logits,
+                parents=record.parents,
                 path=path,
                 draft_version=self._version(),
                 plan=plan,

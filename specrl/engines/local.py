@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 
 from specrl.clock import Clock, WallClock
-from specrl.decoding.session import MOST_NODES, LocalSession
+from specrl.decoding.graphs import Graphs
+from specrl.decoding.proposal import MOST_NODES
+from specrl.decoding.session import LocalSession
 from specrl.engines.base import Workload
 from specrl.models.draft import Draft, ServingDraft
 from specrl.models.memory import check_room
@@ -29,6 +32,8 @@ class LocalEngine:
             the draft's best tokens and stand where the target itself chooses them (SGLang's default).
         clock: that times the rounds; None: the machine's, synchronised with the target's device.
         taps: without a draft: layers whose inputs are the features in traces, for one who drafts outside the engine.
+        static: decode in fixed shapes, captured as CUDA graphs on a GPU; None: on a GPU yes, on a CPU, where it costs
+            more than it saves, no. It has run on a CPU only so far (docs/decisions/0009-gpu.md).
 
     Raises:
         ValueError: the draft was made for another target, or has taps of its own.
@@ -43,6 +48,7 @@ class LocalEngine:
         use_rejection_sampling: bool = True,
         clock: Clock | None = None,
         taps: tuple[int, ...] = (),
+        static: bool | None = None,
     ) -> None:
         if taps and draft is not None:
             raise ValueError(f"taps must be left out where there is a draft, which has its own, but got {taps}")
@@ -57,6 +63,8 @@ class LocalEngine:
         self.taps = taps if draft is None else draft.config.taps
         self._sessions: WeakSet[LocalSession] = WeakSet()  # those that nobody holds are gone
         self._warm: set[tuple[int, Plan, bool]] = set()
+        self._graph_memory: object = None
+        self._static = target.device != "cpu" if static is None else static
 
     def __deepcopy__(self, memo: dict[int, object]) -> LocalEngine:
         """Itself: an engine stands for its device (Gymnasium copies the arguments of environments)."""
@@ -106,9 +114,16 @@ class LocalEngine:
             trace=trace,
             warm=self._warm,
             taps=() if plain else self.taps,
+            graphs=Graphs(self.target.device, pool=self._pool()) if self._static else None,
         )
         self._sessions.add(session)
         return session
+
+    def _pool(self) -> object:
+        """Memory that the graphs of all sessions share, for one round runs at a time."""
+        if self._graph_memory is None and self.target.device != "cpu":
+            self._graph_memory = torch.cuda.graph_pool_handle()
+        return self._graph_memory
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
         """Serve these draft weights (SGLang's names) from the next round on.

@@ -18,12 +18,23 @@ class KVCache:
         layers, batch, capacity: sizes, at least 1.
         kv_heads, head_dim: of one layer.
         dtype, device: of the entries.
+        fused: attend by one fused kernel, always under a mask; None: where the entries are on a GPU. It keeps scores in
+            float32 whatever the dtype, and its shapes depend on no request's length.
     """
 
     def __init__(
-        self, layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str
+        self,
+        layers: int,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: str,
+        fused: bool | None = None,
     ) -> None:
         self.batch, self.capacity, self.kv_heads = batch, capacity, kv_heads
+        self.fused = device != "cpu" if fused is None else fused
         shape = (layers, 2, batch * kv_heads, capacity, head_dim)
         self.data = torch.zeros(shape, dtype=dtype, device=device)  # [layers, k and v, B * Hk, S, D]
         self.flat = self.data.view(layers, -1, head_dim).unbind(0)  # per layer [2 * B * Hk * S, D]
@@ -69,9 +80,10 @@ class Placement(NamedTuple):
     rows: Tensor  # [M, 2 * Hk] int64, where keys and values are written
     keys: tuple[Tensor, ...]  # per layer [b * Hk, D, L]
     values: tuple[Tensor, ...]  # per layer [b * Hk, L, D]
-    bias: Tensor | None  # [b * Hk, q * G, L], 0 or -inf; None: everything is seen
+    bias: Tensor | None  # [b * Hk, q * G, L], fused [b, 1, q * G, L]; 0 or -inf; None: everything is seen
     batch: int
     queries: int
+    fused: bool = False
 
 
 def place(
@@ -98,14 +110,16 @@ def place(
         level: whether all slots are known to be the same, `length - 1`; then nothing need be masked.
     """
     batch, queries = slots.shape
-    if seen is None and not (queries == 1 and (batch == 1 or level)):
+    if seen is None and (cache.fused or not (queries == 1 and (batch == 1 or level))):
         seen = torch.arange(length, device=slots.device) <= slots[:, :, None]
     bias = None
     if seen is not None:
         zero = torch.zeros((), dtype=cache.data.dtype, device=slots.device)
         wide = torch.where(seen, zero, float("-inf"))  # [b, q, L]
-        shape = (batch, cache.kv_heads, queries, group, length)
-        bias = wide[:, None, :, None].expand(shape).reshape(batch * cache.kv_heads, queries * group, length)
+        heads = 1 if cache.fused else cache.kv_heads
+        bias = wide[:, None, :, None].expand(batch, heads, queries, group, length)
+        leading = (batch, 1) if cache.fused else (batch * heads,)
+        bias = bias.reshape(*leading, queries * group, length)
     keys, values = cache.window(length, first, batch)
     rotation = table.index_select(0, positions.flatten())[:, None]
-    return Placement(rotation, cache.rows(slots, first), keys, values, bias, batch, queries)
+    return Placement(rotation, cache.rows(slots, first), keys, values, bias, batch, queries, cache.fused)

@@ -201,7 +201,11 @@ class ServingDraft:
         self._embedding = self._norm(target.embedding)  # [V, H], normalised once
         self.table = rope_table(c.rope, c.head_dim, c.max_position_embeddings + BEYOND).to(self.device)
         self.target_ids = None if draft.target_ids is None else draft.target_ids.to(self.device)
+        self._maps: list[Linear] = []
         self.load(draft.tensors, version=0)
+        self._fc, qkv, output, gate_up, down, self._head = self._maps
+        sizes = (c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size)
+        self._layer = Layer(qkv, output, gate_up, down, self._norm, *sizes)
 
     def load(self, tensors: Mapping[str, Tensor], *, version: int) -> None:
         """Fuse and serve these weights.
@@ -221,9 +225,6 @@ class ServingDraft:
         def read(name: str) -> Tensor:
             return tensors[name].detach().to(self.device, torch.float32)
 
-        def linear(weight: Tensor) -> Linear:
-            return Linear(weight.to(self.dtype))
-
         at = "midlayer.self_attn."
         query, key, value = (read(f"{at}{n}_proj.weight") for n in "qkv")
         scaled = interleave(query, c.head_dim) * c.head_dim**-0.5
@@ -231,25 +232,27 @@ class ServingDraft:
         columns = torch.cat([read("midlayer.input_layernorm.weight"), read("midlayer.hidden_norm.weight")])
         gate_up = torch.cat([read("midlayer.mlp.gate_proj.weight"), read("midlayer.mlp.up_proj.weight")])
         after = read("midlayer.post_attention_layernorm.weight")
-        self._fc = linear(read("fc.weight"))
-        self._layer = Layer(
-            linear(qkv * columns * gain),
-            linear(read(f"{at}o_proj.weight")),
-            linear(gate_up * after * gain),
-            linear(read("midlayer.mlp.down_proj.weight")),
-            self._norm,
-            c.num_heads,
-            c.num_kv_heads,
-            c.head_dim,
-            c.intermediate_size,
-        )
-        self._head = linear(read("lm_head.weight") * read("norm.weight") * gain)
+        fused = [
+            read("fc.weight"),
+            qkv * columns * gain,
+            read(f"{at}o_proj.weight"),
+            gate_up * after * gain,
+            read("midlayer.mlp.down_proj.weight"),
+            read("lm_head.weight") * read("norm.weight") * gain,
+        ]
+        if not self._maps:
+            self._maps = [
+                Linear(weight.to(self.dtype, copy=True)) for weight in fused
+            ]  # none shares the caller's memory
+        else:
+            for linear, weight in zip(self._maps, fused, strict=True):
+                linear.load(weight.to(self.dtype))
         self.version = version
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for `batch` requests of up to `capacity` tokens."""
+    def new_cache(self, batch: int, capacity: int, fused: bool | None = None) -> KVCache:
+        """An empty cache for `batch` requests of up to `capacity` tokens; `fused` as in `KVCache`."""
         c = self.config
-        return KVCache(1, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device)
+        return KVCache(1, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device, fused)
 
     def fuse(self, features: Tensor) -> Tensor:
         """Target features [b, q, 3H] -> the draft's first hidden states [b, q, H] (EAGLE-3's g)."""

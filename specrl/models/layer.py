@@ -106,15 +106,29 @@ class Layer:
                 .transpose(1, 2)
                 .reshape(at.batch * kv_heads, at.queries * group, size)
             )
-        if at.bias is None:
-            scores = torch.bmm(queries, at.keys[index])
+        if at.fused:
+            attended = self._fused(queries, at, index)
+        elif at.bias is None:
+            attended = torch.bmm(torch.softmax(torch.bmm(queries, at.keys[index]), -1), at.values[index])
         else:
             scores = torch.baddbmm(at.bias, queries, at.keys[index])
-        attended = torch.bmm(torch.softmax(scores, -1), at.values[index])  # [b * Hk, q * G, D]
+            attended = torch.bmm(torch.softmax(scores, -1), at.values[index])  # [b * Hk, q * G, D]
         if at.queries == 1:
             return attended.view(at.batch, heads * size)
         attended = attended.view(at.batch, kv_heads, at.queries, group * size).transpose(1, 2)
         return attended.reshape(-1, heads * size)
+
+    def _fused(self, queries: Tensor, at: Placement, index: int) -> Tensor:
+        """Attention of `queries [b * Hk, q * G, D]` by one kernel, softmax in float32; the shape stays."""
+        heads = (at.batch, self.kv_heads)
+        attended = F.scaled_dot_product_attention(
+            queries.view(*heads, -1, self.head_dim),
+            at.keys[index].transpose(-1, -2).unflatten(0, heads),
+            at.values[index].unflatten(0, heads),
+            attn_mask=at.bias,
+            scale=1.0,  # the queries come scaled
+        )
+        return attended.reshape(queries.shape)
 
     def _rotate(self, queries_and_keys: Tensor, rotation: Tensor) -> None:
         """Rotate [M, Hq + Hk, D] in place, after the per-head norm where there is one."""

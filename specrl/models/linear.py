@@ -38,7 +38,9 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.bias = bias
-        weight = weight.contiguous()
+        self._hold(weight.contiguous())
+
+    def _hold(self, weight: Tensor) -> None:
         self._packed = _packed(weight)
         self._transposed: Tensor | None = weight.t()  # [in, out]
         if self._packed is not None:
@@ -52,6 +54,14 @@ class Linear:
         ):
             self._halves = self._transposed.view(weight.shape[1], 2, -1).transpose(0, 1).contiguous()
             self._transposed = None
+
+    def load(self, weight: Tensor) -> None:
+        """Take another weight [out, in] of the same shape: in place on a GPU, where CUDA graphs hold its address."""
+        if self._packed is None and self._transposed is not None:
+            with torch.inference_mode():
+                self._transposed.t().copy_(weight)
+        else:
+            self._hold(weight.contiguous())
 
     def __call__(self, x: Tensor) -> Tensor:
         """[M, in] -> [M, out]."""

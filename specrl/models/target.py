@@ -113,10 +113,10 @@ class Target:
             head_norm,
         )
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for `batch` requests of up to `capacity` tokens."""
+    def new_cache(self, batch: int, capacity: int, fused: bool | None = None) -> KVCache:
+        """An empty cache for `batch` requests of up to `capacity` tokens; `fused` as in `KVCache`."""
         c = self.config
-        return KVCache(c.num_layers, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device)
+        return KVCache(c.num_layers, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device, fused)
 
     def decode(
         self,
