@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Many
-from typing import Any, Protocol
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,15 +16,17 @@ from specrl.agents.guard import Guard
 from specrl.agents.learner_config import LearnerConfig, product_dtype
 from specrl.agents.losses import PlanCost
 from specrl.agents.objective import Objective
-from specrl.agents.sequences import Assembler, Replay, Sequence, uniform_hash
+from specrl.agents.sequences import Assembler, Rejected, Replay, Sequence, uniform_hash
 from specrl.clock import Clock
 from specrl.models.draft import Draft
+from specrl.models.target import check_device
 from specrl.rounds import Trace
 
 __all__ = ["LearnerConfig", "OnlineLearner", "product_dtype"]
 
 _HELD_OUT = 64  # sequences kept for a gate
 _LOST = ("skipped", "passed_over", "opted_out")  # counted by the assembler
+_Held = TypeVar("_Held", Sequence, Rejected)
 
 
 class Shared(Protocol):
@@ -36,13 +40,20 @@ class Shared(Protocol):
 class OnlineLearner:
     """Learns a draft from the target's own traffic (see `DraftLearner` in `specrl.agents.base`).
 
+    It computes on `config.device`, in turns with serving where that is the target's own. On a GPU the replay is there
+    too: 2 bytes x (vocabulary + 3 hidden sizes) for each token held. Weights are handed out, and sequences held out,
+    on the target's device.
+
     Args:
         draft: where to start from.
-        embedding: [V, H] the target's embedding, which the draft shares and never changes.
+        embedding: [V, H] the target's embedding, which the draft shares and never changes, on the target's device.
         config: how.
         seed: of the draws from the replay, and of which requests are sampled and held out.
         clock: for the learner's own speed; None: it is not reported.
         gated: somebody else says which weights are good (`keep`); else all are whose updates were finite.
+
+    Raises:
+        ValueError: weights that are not finite, or a device that is not there.
     """
 
     def __init__(
@@ -55,11 +66,19 @@ class OnlineLearner:
         clock: Clock | None = None,
         gated: bool = False,
     ) -> None:
-        self.config, self._objective = config, Objective(draft, embedding, config)
+        self.config, self._home = config, embedding.device
+        self.device = self._home if config.device is None else _named(config.device)
+        self._half = product_dtype(config.dtype, self.device) == torch.bfloat16
+        there = Draft(draft.config, {n: t.to(self.device) for n, t in draft.tensors.items()})
+        with self._computing():
+            fixed_dtype = replace(config, dtype="bfloat16" if self._half else "float32")
+            self._objective = Objective(there, embedding.to(self.device), fixed_dtype)
         self._shared: Shared | None = None
         fixed = ("d2t", "t2d")
         self._fixed = {n: t for n, t in draft.tensors.items() if n in fixed}
-        self.parameters = {n: t.clone().requires_grad_() for n, t in draft.tensors.items() if n not in fixed}
+        self.parameters = {
+            n: t.to(self.device, copy=True).requires_grad_() for n, t in draft.tensors.items() if n not in fixed
+        }
         self._served = {n: t.detach().clone() for n, t in self.parameters.items()}
         matrices = [p for p in self.parameters.values() if p.ndim == 2]
         vectors = [p for p in self.parameters.values() if p.ndim == 1]
@@ -112,7 +131,10 @@ class OnlineLearner:
             if len(sequence.tokens) > 1:
                 self.requests += 1
                 apart = self.config.held_out and uniform_hash(self.requests, self._seed + 1) < self.config.held_out
-                (self.held_out if apart else kept).append(sequence)
+                if apart:
+                    self.held_out.append(sequence)
+                else:
+                    kept.append(_moved(sequence, self.device))
         self.replay.extend(kept)
         self._owed += len(kept) * self.config.updates_per_request
 
@@ -166,7 +188,7 @@ class OnlineLearner:
 
     def good(self) -> Mapping[str, Tensor]:
         """The weights remembered last, by SGLang's names."""
-        return {name: t.clone() for name, t in {**self._guard.good, **self._fixed}.items()}
+        return self._handed_out(self._guard.good)
 
     def roll_back(self) -> None:
         """Go back to the weights remembered last; the optimiser begins anew."""
@@ -191,7 +213,9 @@ class OnlineLearner:
         Nothing changes, and nothing is returned, where the loss or the gradient is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = (self._shared or self._objective).gradients(self.parameters, sequences)
+        with self._computing():
+            here = [_moved(sequence, self.device) for sequence in sequences]
+            metrics = (self._shared or self._objective).gradients(self.parameters, here)
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip))
         if not self._guard.admits(metrics["loss"], norm):
             self.optimizer.zero_grad(set_to_none=True)
@@ -249,7 +273,9 @@ class OnlineLearner:
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 self.optimizer.state.pop(parameter, None)
                 if f"step.{name}" in tensors:
-                    self.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].clone() for key in keys}
+                    self.optimizer.state[parameter] = {
+                        key: tensors[f"{key}.{name}"].to(self.device, copy=True) for key in keys
+                    }
         self.updates, self.requests = int(numbers["updates"]), int(numbers["requests"])
         self._owed = float(numbers["owed"])
         self.replay.rng.bit_generator.state = numbers["rng"]
@@ -261,4 +287,37 @@ class OnlineLearner:
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:
         """Version and the weights to serve, by SGLang's names; later updates do not touch them."""
-        return self.version, {name: t.clone() for name, t in {**self._served, **self._fixed}.items()}
+        return self.version, self._handed_out(self._served)
+
+    def _handed_out(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of these weights, and of those that never change, on the target's device."""
+        return {name: t.to(self._home, copy=True) for name, t in {**learnt, **self._fixed}.items()}
+
+    def _computing(self) -> ExitStack:
+        """On a GPU: what is made anew inside is there, and products are in their dtype."""
+        inside = ExitStack()
+        if self.device.type != "cpu":
+            inside.enter_context(self.device)
+            inside.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._half))
+        return inside
+
+
+def _named(device: str) -> torch.device:
+    """A device of this machine, with its index."""
+    try:
+        check_device(device)
+    except ValueError as error:
+        raise ValueError(f"learner.{error}") from error
+    return torch.empty(0, device=device).device
+
+
+def _moved(held: _Held, device: torch.device) -> _Held:
+    """The same with every tensor on a device; to a GPU without waiting for it."""
+    moved: dict[str, Any] = {}
+    for field in fields(held):
+        value = getattr(held, field.name)
+        if isinstance(value, Rejected):
+            moved[field.name] = _moved(value, device)
+        elif isinstance(value, Tensor) and value.device != device:
+            moved[field.name] = value.to(device, non_blocking=device.type == "cuda")
+    return replace(held, **moved) if moved else held

@@ -43,8 +43,10 @@ class LearnerConfig:
         sample: the share of requests that is learnt from or held out, by a hash of their ids.
         held_out: the share of those that is never learnt from, for a gate; the last 64 are kept.
         patience: updates in a row with a loss or gradient that is not finite after which the last good weights return.
-        dtype: of the matrix products; 'auto' is bfloat16 where the processor has such products, else float32.
+        dtype: of the matrix products; 'auto' is bfloat16 where the processor or GPU has such products, else float32.
             Weights and optimiser state are float32 always.
+        device: where it learns, and keeps the replay: 'cpu' or a CUDA device; null: where the target is, in turns with
+            serving.
 
     Raises:
         ValueError: a number out of range, or another dtype.
@@ -72,6 +74,7 @@ class LearnerConfig:
     held_out: float = 0.0
     patience: int = 3
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "clip", "updates_per_request", "half_life"):
@@ -121,9 +124,16 @@ class LearnerConfig:
         return tuple(self.pass_decay**k for k in range(passes))
 
 
-def product_dtype(name: str) -> torch.dtype:
-    """The dtype of matrix products that `name` stands for on this machine."""
+def product_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
+    """The dtype of matrix products that `name` stands for on a device of this machine."""
     if name == "auto":
-        native = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return torch.bfloat16 if native.get("avx512_bf16") or native.get("amx_bf16") else torch.float32
+        return torch.bfloat16 if _has_bfloat16(torch.device(device)) else torch.float32
     return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are native there."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    native = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(native.get("avx512_bf16") or native.get("amx_bf16"))

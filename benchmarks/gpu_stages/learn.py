@@ -1,0 +1,76 @@
+"""The target's draft, learnt online from random initialisation with the default learner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gpu_stages.sizes import PLANS, TEMPERATURE, Sizes
+from specrl.agents.draft_learner import LearnerConfig
+from specrl.apps.output import OutputDir
+from specrl.apps.report import Reporter
+from specrl.apps.run import Run
+from specrl.clock import Clock
+from specrl.engines.base import Workload
+from specrl.models.draft import new_draft
+from specrl.models.target import Target
+from specrl.streams import open_stream
+from specrl.traffic import parse_traffic
+from specrl.workload import Split
+
+
+def prompts(target: Path, sizes: Sizes, split: Split, new_tokens: int | None = None) -> Workload:
+    """Windows of the standard library's sources, in the target's tokens; each generates `new_tokens`."""
+    return open_stream(
+        "stdlib",
+        target,
+        prompt_tokens=sizes.prompt_tokens,
+        max_new_tokens=new_tokens or sizes.new_tokens,
+        temperature=TEMPERATURE,
+        ignore_eos=True,
+        split=split,
+    )
+
+
+def learn(
+    model: Target, target: Path, sizes: Sizes, directory: OutputDir, clock: Clock, deadline: float
+) -> tuple[Run, dict[str, Any]]:
+    """Serve and learn in turns until the deadline, but through all batch sizes once; the run, and what it came to."""
+    run = Run.start(
+        model,
+        new_draft(model, seed=0),
+        prompts(target, sizes, "train"),
+        target=str(target),
+        plans=PLANS,
+        chooser="adaptive",
+        traffic=sizes.traffic,
+        learner=LearnerConfig(),
+        sync_every=16,
+        max_context=sizes.prompt_tokens + sizes.new_tokens,
+        seed=0,
+    )
+    loop, phases = run.loop, parse_traffic(sizes.traffic)
+    report = Reporter(run, directory, every_s=max(1.0, (deadline - clock.now()) / 8))
+    while loop.rounds < sum(phase.rounds for phase in phases) or clock.now() < deadline:
+        loop.step()
+        report.maybe()
+    report.last()
+    loop.close()
+    served = max(1, loop.requests)
+    assert run.learner is not None
+    return run, {
+        "learner_device": str(run.learner.device),
+        "requests": loop.requests,
+        "rounds": loop.rounds,
+        "updates": run.learner.updates,
+        "serving_s": loop.serve_s,
+        "learning_s": loop.learn_s,
+        "serving_s_per_request": loop.serve_s / served,
+        "learning_s_per_request": loop.learn_s / served,
+        "picks": {str(batch): str(plan) for batch, plan in run.table().items()},
+        "live": {
+            str(batch): {"rounds": tally.rounds, "speedup": tally.speedup, "accept_length": tally.accept_length}
+            for batch, tally in sorted(loop.tallies.items())
+        },
+        "course": run.log,
+    }

@@ -1,0 +1,122 @@
+"""A device that is not there: its tensors are computed on the CPU, and refuse to meet the CPU's own, as a GPU's do.
+
+`torch._subclasses.FakeTensorMode` cannot differentiate on a CUDA device in a build without CUDA, and knows no values.
+This is the backend that torch leaves to others ('privateuseone'), all of it in Python: placement is checked in every
+operation, and results are those of the CPU. `install` changes the process for good, so run it in one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+NAME = "pretended"
+_MAY_MIX = frozenset({"aten::copy_", "aten::_to_copy"})  # between devices; an index may come from the CPU, too
+_IN_BFLOAT16 = ("linear", "matmul", "mm", "bmm")  # under autocast, as on CUDA
+_kept: list[object] = []
+
+
+class Pretended(Tensor):
+    """A tensor that says it is on the device; `inner` has its values."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Pretended:
+        out: Pretended = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=torch.device(NAME, 0),
+        )
+        out.inner = inner
+        return out
+
+    def tolist(self) -> Any:
+        return self.inner.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _computed(func, args, kwargs or {})
+
+
+class _FromData(TorchFunctionMode):
+    """`torch.tensor`, which makes its tensor beneath the dispatcher."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func is torch.tensor and device is not None and torch.device(device).type == NAME:
+            return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(torch.device(NAME, 0))
+        return func(*args, **kwargs)
+
+
+class _Everywhere(TorchDispatchMode):
+    """Takes what makes new tensors, too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _computed(func, args, kwargs or {})
+
+
+def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    there = [x for x in tensors if isinstance(x, Pretended)]
+    name, asked = func._schema.name, kwargs.get("device")
+    on_it = bool(there)
+    if asked is not None:
+        on_it, kwargs = torch.device(asked).type == NAME, {**kwargs, "device": torch.device("cpu")}
+    elif name == "aten::copy_":
+        on_it = isinstance(args[0], Pretended)
+    met = [] if name in _MAY_MIX else [x for x in tensors if not isinstance(x, Pretended) and x.ndim]
+    if name == "aten::index" and isinstance(args[0], Pretended):
+        met = []
+    if there and met:
+        raise RuntimeError(f"{name}: {len(there)} tensors on the device meet {list(met[0].shape)} on the CPU")
+    inner_args, inner_kwargs = tree_map_only(Pretended, lambda x: x.inner, (args, kwargs))
+    out = func(*inner_args, **inner_kwargs)
+    if not on_it:
+        return out
+    known = {id(x.inner): x for x in there}  # in-place operations return what they were given
+    return tree_map_only(Tensor, lambda x: known[id(x)] if id(x) in known else Pretended(x), out)
+
+
+class _Module(backend_registration._DummyBackendModule):
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+def install() -> None:
+    """Let torch know the device, for the rest of the process."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    others = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+    others.fallback(torch.library.fallthrough_kernel)
+    products = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
+    for name in _IN_BFLOAT16:
+        products.impl(name, _cast_first(getattr(torch.ops.aten, name)))
+    _kept.extend([others, products])
+
+
+def _cast_first(operation: Any) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return operation(*(x.to(torch.bfloat16) if isinstance(x, Tensor) else x for x in args))
+
+    return call
+
+
+@contextmanager
+def pretended() -> Iterator[torch.device]:
+    """Inside, the device can be computed on, in this thread alone."""
+    with _FromData(), _Everywhere(), torch.autograd.set_multithreading_enabled(False):
+        yield torch.device(NAME, 0)
