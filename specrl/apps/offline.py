@@ -119,7 +119,7 @@ def learn_from(
     clock, rows, done = WallClock(), list[dict[str, Any]](), -1
     began, kept = clock.now(), directory.path / "checkpoint"
     if resume:
-        state = check_resumable(directory, epochs, seed, len(traces))
+        state = check_resumable(directory, traces, config, epochs=epochs, seed=seed)
         rows, done = state["rows"], state["epoch"]
         learner.load_state({name: share.to_part(tensor) for name, tensor in read_tensors(kept)}, state["learner"])
         began -= rows[-1]["seconds"]
@@ -142,32 +142,36 @@ def learn_from(
             rows.append({**row, "seconds": round(clock.now() - began, 1)})
             directory.write_csv("log.csv", rows)
             Draft(draft.config, weights).save(directory.path / "draft")
-            print_line(
-                f"epoch {epoch:3d}  {learner.updates:6d} updates  accept length {length:.3f} on {len(held_out)} held "
-                "out"
-            )
-        tensors, numbers_of = learner.state()
-        about_it = {"epoch": epoch, "seed": seed, "sequences": len(traces), "rows": rows, "learner": numbers_of}
-        save_epoch(kept, tensors, about_it, share.to_whole, leads=share.leads)
+            judged = f"accept length {length:.3f} on {len(held_out)} held out"
+            print_line(f"epoch {epoch:3d}  {learner.updates:6d} updates  {judged}")
+        tensors, state_of = learner.state()
+        now = {"epoch": epoch, **_split(traces, config, seed), "rows": rows, "learner": state_of}
+        save_epoch(kept, tensors, now, share.to_whole, leads=share.leads)
     if share.leads:
         directory.write_json("learner.json", asdict(config))
         directory.write_json("environment.json", environment())
     return rows
 
 
-def check_resumable(directory: OutputDir, epochs: int, seed: int, sequences: int) -> dict[str, Any]:
+def check_resumable(
+    directory: OutputDir, traces: Traces, config: LearnerConfig, *, epochs: int, seed: int
+) -> dict[str, Any]:
     """What checkpoint/ says of the epochs that were learnt.
 
     Raises:
-        ValueError: there is none, it is of other traces or another seed, or no epoch is left.
+        ValueError: there is none, it has held out other sequences, or no epoch is left.
     """
-    state = read_state(directory.path / "checkpoint")
-    ours = {"seed": seed, "sequences": sequences}
+    state, ours = read_state(directory.path / "checkpoint"), _split(traces, config, seed)
     if wrong := {name: state.get(name) for name, value in ours.items() if state.get(name) != value}:
-        raise ValueError(f"--resume must go on with the same traces and seed, {ours}, but the checkpoint's are {wrong}")
+        raise ValueError(f"--resume must hold out the same sequences, by {ours}, but the checkpoint has {wrong}")
     if state["epoch"] >= epochs:
         raise ValueError(f"--epochs counts those that are learnt, {state['epoch']}, but got {epochs}; ask for more")
     return state
+
+
+def _split(traces: Traces, config: LearnerConfig, seed: int) -> dict[str, Any]:
+    """What sequences are held out by, and in what order the others are learnt."""
+    return {"seed": seed, "sequences": len(traces), "held_out": config.held_out}
 
 
 def _mean(seen: list[dict[str, float]], key: str) -> float:

@@ -108,7 +108,7 @@ def test_what_workers_learn_in_shards_any_number_of_them_goes_on_with(two_nodes:
     assert_learnt_the_same(alone(tmp_path, target, traces, "alone", 2), out, first, ["0", "4", "8"])
     alone(tmp_path, target, traces, "shards", 3, resume=True)
     assert_learnt_the_same(alone(tmp_path, target, traces, "alone", 3), out, first, ["0", "4", "8", "12"])
-    for changes, refused in (({"epochs": 3}, "ask for more"), ({"seed": 2}, "same traces and seed")):
+    for changes, refused in (({"epochs": 3}, "ask for more"), ({"seed": 2}, "hold out the same sequences")):
         with pytest.raises(ValueError, match=refused):
             learn_over_ray(*given, **{"epochs": 4, "seed": 1, "workers": 1, "resume": True, **changes})
 

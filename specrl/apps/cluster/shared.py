@@ -120,7 +120,7 @@ def learn_over_ray(
     model, draft = load_target(target), load_draft(first)
     SharedObjective(Objective(draft, model.embedding, config), 0, workers)  # raises here, not on a worker
     if resume:
-        check_resumable(directory, epochs, seed, len(Traces(traces)))
+        check_resumable(directory, Traces(traces), config, epochs=epochs, seed=seed)
     said: dict[str, Any] = {
         "traces": str(traces.resolve()),
         "target": target,
