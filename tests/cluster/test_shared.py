@@ -162,3 +162,9 @@ def test_a_loss_that_is_no_mean_over_slots_is_refused(tmp_path: Path) -> None:
     config = LearnerConfig(loss="accept_length")
     with pytest.raises(ValueError, match="a mean over slots, but got the loss 'accept_length'"):
         SharedObjective(Objective(small_draft(target), load_target(target).embedding, config), 0, 2)
+
+
+def test_a_device_that_processes_do_not_share_is_refused(tmp_path: Path) -> None:
+    config, out = LearnerConfig(device="cuda"), OutputDir(tmp_path)
+    with pytest.raises(ValueError, match="learn on CPUs, but got learner.device 'cuda'"):
+        learn_over_ray("local", tmp_path, "none", tmp_path, config, out, epochs=1, seed=0, workers=2)

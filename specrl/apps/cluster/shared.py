@@ -111,11 +111,16 @@ def learn_over_ray(
         resume: go on from the checkpoint in `directory`, whatever number of workers made it.
 
     Raises:
-        ValueError: more workers than CPUs or sequences in a batch, a loss that cannot be shared, or nothing to resume.
+        ValueError: more workers than CPUs or sequences in a batch, a loss that cannot be shared, a GPU to
+            learn on, or nothing to resume.
     """
     if not 1 <= workers <= config.batch_size:
         raise ValueError(
             f"workers share a batch of {config.batch_size} sequences, so they must be 1 to that many, but got {workers}"
+        )
+    if config.device not in (None, "cpu"):
+        raise ValueError(
+            f"processes that share traces learn on CPUs, but got learner.device {config.device!r}; omit it"
         )
     model, draft = load_target(target), load_draft(first)
     SharedObjective(Objective(draft, model.embedding, config), 0, workers)  # raises here, not on a worker
