@@ -58,7 +58,7 @@ class Target:
         self.table = rope_table(config.rope, config.head_dim, config.max_position_embeddings + BEYOND).to(device)
 
     def _own(self, tensor: Tensor) -> Tensor:
-        """A copy on the device, where it is cast: nothing larger than what is on disk is made on the host."""
+        """A copy on the device, cast there: for a GPU the host makes none."""
         return tensor.to(self.device).to(self.dtype, copy=True)
 
     def _fold(self, rows: int, weights: Iterable[Tensor], norm: Tensor) -> Tensor:
