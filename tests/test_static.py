@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from graph_models import RecordedGraphs, Recorder
 from tiny import CONFIG, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 
@@ -80,6 +81,23 @@ def test_so_they_are_when_graphs_replay_what_was_captured(recorded: list[Recorde
     assert recorded[0].replays > len(recorded[0]) > 20 and not recorded[0].ran_uncaptured
     plain = engine(False).start(Listed(requests()), batch_size=5, max_batch_size=7, seed=0)
     assert found == served(plain, 50, resize=True)
+
+
+def test_attention_may_lay_its_result_out_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused kernels for GPUs put heads next to each other."""
+    fused, found = F.scaled_dot_product_attention, []
+    for static in (False, True):
+        session = engine(static).start(Listed(requests()), batch_size=1, max_batch_size=3, seed=0)
+        for index, plan in enumerate(PLANS * 2):
+            session.resize(1 + index % 3)
+            session.round(plan)
+        found.append([live.generated for live in session._live])
+        monkeypatch.setattr(
+            F,
+            "scaled_dot_product_attention",
+            lambda *args, **options: fused(*args, **options).transpose(1, 2).contiguous().transpose(1, 2),
+        )
+    assert found[0] == found[1]
 
 
 def test_a_round_is_a_copy_to_the_device_replays_and_a_copy_back(recorded: list[RecordedGraphs]) -> None:
@@ -200,6 +218,26 @@ def test_new_weights_take_the_old_ones_place(monkeypatch: pytest.MonkeyPatch) ->
     fresh = ServingDraft(Draft(first.config, other), tiny_target())
     x = torch.randn(3, CONFIG.hidden_size, generator=torch.Generator().manual_seed(0))
     assert torch.equal(serving.logits(x), fresh.logits(x))
+
+
+def test_graphs_serve_new_weights(recorded: list[RecordedGraphs], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded between rounds that replay, they draft what they would have drafted from the start."""
+    monkeypatch.setattr(linear_module, "_packed", lambda weight: None)
+    other = {name: t * 0.5 for name, t in tiny_draft().tensors.items()}
+    listed = [Request(text, 200, ignore_eos=True) for text in prompts(4, 6)]
+    found = []
+    for load in ("never", "first", "captured"):
+        ours = engine(True)
+        session = ours.start(Listed(listed), batch_size=4, seed=0)
+        assert session._static is not None
+        if load == "first":
+            ours.load_draft(other, version=1)
+        session._static.prepare(Plan(4), session._now())
+        if load == "captured":
+            ours.load_draft(other, version=1)
+        found.append([session.round(Plan(4)).correct_drafts.tolist() for _ in range(10)])
+    assert found[0] != found[1] == found[2]
+    assert not recorded[-1].ran_uncaptured and len(recorded[-1]) <= 4  # none is captured again but for a wider catch-up
 
 
 def test_a_packed_weight_is_packed_anew() -> None:

@@ -42,7 +42,6 @@ class Graphs:
     def capture(self, key: Hashable, function: Callable[[], object]) -> None:
         """Run `function` and hold it as a graph, unless that is done; nothing on a CPU. Not for a timed window."""
         if key in self:
-            self._held.move_to_end(key) if self.captures else None
             return
         with torch.cuda.device(self._device):
             side, ours = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -56,7 +55,7 @@ class Graphs:
             while len(self._held) >= self._most:
                 self._held.popitem(last=False)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # a learner may go on
                 out = function()
             self._held[key] = graph, out
             graph.replay()  # a capture computes nothing: what the next function reads is there from here on

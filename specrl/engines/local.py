@@ -64,7 +64,7 @@ class LocalEngine:
         self._sessions: WeakSet[LocalSession] = WeakSet()  # those that nobody holds are gone
         self._warm: set[tuple[int, Plan, bool]] = set()
         self._graph_memory: object = None
-        self._static = target.device != "cpu" if static is None else static
+        self._static = target.device.startswith("cuda") if static is None else static
 
     def __deepcopy__(self, memo: dict[int, object]) -> LocalEngine:
         """Itself: an engine stands for its device (Gymnasium copies the arguments of environments)."""
@@ -121,7 +121,7 @@ class LocalEngine:
 
     def _pool(self) -> object:
         """Memory that the graphs of all sessions share, for one round runs at a time."""
-        if self._graph_memory is None and self.target.device != "cpu":
+        if self._graph_memory is None and self.target.device.startswith("cuda"):
             self._graph_memory = torch.cuda.graph_pool_handle()
         return self._graph_memory
 

@@ -128,7 +128,7 @@ class Layer:
             attn_mask=at.bias,
             scale=1.0,  # the queries come scaled
         )
-        return attended.reshape(queries.shape)
+        return attended.contiguous().view(queries.shape)  # kernels differ in how they lay it out
 
     def _rotate(self, queries_and_keys: Tensor, rotation: Tensor) -> None:
         """Rotate [M, Hq + Hk, D] in place, after the per-head norm where there is one."""
