@@ -92,7 +92,14 @@ class HeadLoss(NamedTuple):
 
 
 def head_loss(
-    rows: Tensor, head: Tensor, targets: Targets, at: Tensor, mixture: Mixture, weight: float, of_head: Tensor
+    rows: Tensor,
+    head: Tensor,
+    targets: Targets,
+    at: Tensor,
+    mixture: Mixture,
+    weight: float,
+    of_head: Tensor,
+    turned: Tensor | None = None,
 ) -> HeadLoss:
     """weight · Σ_n loss(softmax(rows · headᵀ / heat), p), and its gradients, that of the head added to `of_head`.
 
@@ -103,7 +110,10 @@ def head_loss(
         mixture: of slot losses.
         weight: of each slot.
         of_head: [Vd, H] float32, added to.
+        turned: [H, Vd], the head with its dimensions turned round in memory, where it is read more than once: the
+            product of slopes and head is faster by it.
     """
+    turned = head.t() if turned is None else turned
     words = head.shape[0]
     loss, alpha = torch.zeros(()), torch.zeros(())
     of_rows, x = torch.empty_like(rows), rows.to(head.dtype)
@@ -118,7 +128,7 @@ def head_loss(
                 loss += found.loss
                 alpha += found.alpha
                 part.copy_(found.slope.mul_(weight / heat))
-            of_rows[block] = logits @ head
+            of_rows[block] = F.linear(logits, turned)
             _add_product(of_head, logits, x[block])
     return HeadLoss(loss * weight, alpha / len(rows), of_rows)
 

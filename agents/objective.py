@@ -57,6 +57,7 @@ class Objective:
         head = parameters["lm_head.weight"]
         cast_head = head.to(self.dtype)
         of_head, fixed_head = torch.zeros_like(head), cast_head.detach()
+        turned = fixed_head.t().contiguous() if self.mixture.slot or c.rejected else None
         loss, metrics = torch.zeros(()), {}
         ends: list[Tensor] = []
         slopes: list[Tensor | None] = []
@@ -77,7 +78,7 @@ class Objective:
                 rows, at = next(states)[here], batch.slots[here]
                 if self.mixture.slot:
                     each = weight / (len(at) if share is None else share.slots(k))
-                    done = head_loss(rows.detach(), fixed_head, batch.targets, at, self.mixture, each, of_head)
+                    done = head_loss(rows.detach(), fixed_head, batch.targets, at, self.mixture, each, of_head, turned)
                     loss += done.loss
                     ends.append(rows)
                     slopes.append(done.of_rows)
@@ -90,7 +91,7 @@ class Objective:
                 state, fallen = next(states), batch.fallen
                 rows, at = state[fallen.here], torch.arange(int(fallen.here.sum()))
                 each = c.rejected / max(1, len(at))
-                done = head_loss(rows.detach(), fixed_head, fallen.targets, at, _AFTER_REJECTION, each, of_head)
+                done = head_loss(rows.detach(), fixed_head, fallen.targets, at, _AFTER_REJECTION, each, of_head, turned)
                 loss += done.loss
                 ends.append(rows)
                 slopes.append(done.of_rows)

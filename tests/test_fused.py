@@ -64,7 +64,8 @@ def test_the_head_and_its_loss_are_the_plain_ones_with_both_gradients(loss: str,
     rows, head, mixture = drawn(len(at), HIDDEN, seed=3), drawn(len(SAID), HIDDEN, seed=4), parse_loss(loss)
 
     ours_head = torch.full_like(head, 0.5)  # is added to
-    done = head_loss(rows, head, targets, at, mixture, 0.3, ours_head)
+    turned = head.t().contiguous() if pieces else None
+    done = head_loss(rows, head, targets, at, mixture, 0.3, ours_head, turned)
 
     plain_rows, plain_head = rows.clone().requires_grad_(), head.clone().requires_grad_()
     logq = torch.log_softmax(plain_rows @ plain_head.T / heat[at], -1)
