@@ -158,7 +158,8 @@ def check_measuring_plain_changes_nothing(case: Case) -> None:
     assert list(session.context_lengths) == before and engine.draft_version == version, "a probe commits nothing"
     if sample is not None:
         assert sample.batch_size == BATCH and sample.seconds > 0.0, "a probe is of the live requests"
-        assert sample.context == np.mean(before), "a probe is at the contexts that the requests have"
+        off = abs(sample.context - np.mean(before))
+        assert off <= 1.0, "a probe is at the contexts that the requests have, or a token less before their prefill"
     runs = [_outputs(case.start(engine), plans, probe=probe) for probe in (False, True)]
     assert runs[0] == runs[1], "a probe changed what was decoded"
     engine.close()
