@@ -63,7 +63,7 @@ def test_an_adaptive_chain_gives_our_tokens_and_accepted_drafts(
     assert not [line for line in server.said("plugin") if "specrl plugin" in line.lower()], "the plugin is inert"
 
 
-def beams_see_their_own_rows(inside: Tensor, starts: Tensor, length: int) -> Tensor:
+def beams_see_their_own_rows(inside: Tensor, starts: Tensor, length: int, *fixed: bool) -> Tensor:
     """SGLang's way to draft a tree: the mask of a step of its `topk` beams, in place of `proposal.tree_mask`.
 
     After each step SGLang picks the best `topk` nodes anew, and gives each its parent's hidden state. The draft's keys
@@ -75,7 +75,7 @@ def beams_see_their_own_rows(inside: Tensor, starts: Tensor, length: int) -> Ten
     """
     batch, beams, width = inside.shape
     rows = torch.eye(beams, dtype=torch.bool).repeat(1, width // beams)  # slots are step by step, beams in each
-    return _TREE_MASK(rows.expand(batch, beams, width), starts, length)
+    return _TREE_MASK(rows.expand(batch, beams, width), starts, length, *fixed)
 
 
 _TREE_MASK = proposal.tree_mask
