@@ -56,6 +56,16 @@ def test_targets_of_a_whole_vocabulary_are_the_softmax() -> None:
     assert torch.equal(targets.tokens, tokens)
 
 
+def test_a_slot_of_which_the_draft_has_no_word_counts_nothing() -> None:
+    logits = drawn(3, WORDS, seed=0)
+    logits[1, list(SAID)] = float("-inf")  # the target never says one of them
+    targets = make_targets([logits], [1.0], [torch.zeros(3, dtype=torch.int64)], None, torch.tensor(SAID))
+    p = targets.p(torch.arange(3))
+    assert bool((p[1] == 0).all())
+    torch.testing.assert_close(p[::2], torch.softmax(logits, -1)[::2, list(SAID)])
+    assert float(logits[1, SAID[0]]) == -float("inf")  # what was given is left alone
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_head_and_its_loss_are_the_plain_ones_with_both_gradients(loss: str, pieces: bool) -> None:
     targets, p, tokens = some_targets()
