@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from specrl.models.target import Target
 from specrl.plan import Plan, parse_plans
 
 _WARM_ROUNDS = 8
+_GROUP = 8  # rounds
 
 
 def measure(model: Target, draft: Draft, target: Path, sizes: Sizes, clock: Clock, deadline: float) -> dict[str, Any]:
@@ -31,7 +33,7 @@ def measure(model: Target, draft: Draft, target: Path, sizes: Sizes, clock: Cloc
             skipped.append(batch)
             continue
         began = clock.now()
-        fastest = fastest_plain(str(target), workload, batch, device=model.device)
+        fastest = fastest_plain(str(target), workload, batch, device=model.device, rounds=sizes.plain_rounds)
         plain[str(batch)] = {"dtype": fastest.dtype, "threads": fastest.threads, "seconds": fastest.seconds}
         show(f"batch {batch}: fastest plain decoding in {fastest.dtype}")
         measured = measure_plans(
@@ -76,9 +78,10 @@ def host_shares(
 def round_seconds(
     model: Target, draft: Draft, target: Path, sizes: Sizes, batch: int, plan: Plan | None
 ) -> tuple[float, float]:
-    """Mean seconds of a round, and those of them in which the device was busy; None: plain decoding.
+    """Seconds of a round, and those of them in which the device was busy, by medians of groups; None: plain decoding.
 
-    The first are measured without the profiler, which slows the host, the second in as many rounds with it.
+    The first are measured without the profiler, which slows the host, the second in as many rounds with it. A group in
+    which a graph is captured, which runs more than its rounds, is one of many.
     """
     on_gpu = model.device.startswith("cuda")
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
@@ -90,12 +93,16 @@ def round_seconds(
     session = engine.start(workload, batch_size=batch, seed=1, plain=plan is None)
     for _ in range(_WARM_ROUNDS):
         session.round(doing)
-    wall = sum(session.round(doing).seconds for _ in range(rounds)) / rounds
-    with torch.profiler.profile(activities=[activity]) as profiled:
-        for _ in range(rounds):
-            session.round(doing)
+    wall, busy = [], []
+    for _ in range(rounds // _GROUP):
+        wall.append(sum(session.round(doing).seconds for _ in range(_GROUP)) / _GROUP)
+    for _ in range(rounds // _GROUP):
+        with torch.profiler.profile(activities=[activity]) as profiled:
+            for _ in range(_GROUP):
+                session.round(doing)
+        busy.append(busy_seconds(profiled.events(), kind) / _GROUP)
     engine.close()
-    return wall, busy_seconds(profiled.events(), kind) / rounds
+    return median(wall), median(busy)
 
 
 def busy_seconds(events: Iterable[Any], device_type: object) -> float:

@@ -25,6 +25,7 @@ class Sizes:
         prompt_tokens, new_tokens: of a request.
         batch_sizes: requests decoded together.
         traffic: batch sizes over rounds while the draft learns.
+        plain_rounds: that each way of plain decoding is timed in, to find the fastest.
         host_rounds: rounds whose device-busy time is looked at.
         contexts: of the plain steps that are timed.
         plain_steps: timed at each of them.
@@ -41,6 +42,7 @@ class Sizes:
     new_tokens: int
     batch_sizes: tuple[int, ...]
     traffic: str
+    plain_rounds: int
     host_rounds: int
     contexts: tuple[int, ...]
     plain_steps: int
@@ -69,6 +71,7 @@ FULL = Sizes(
     new_tokens=128,
     batch_sizes=(1, 8, 16, 32),
     traffic="32x96,16x48,8x48,1x48",
+    plain_rounds=60,
     host_rounds=64,
     contexts=(128, 1024),
     plain_steps=48,
@@ -82,9 +85,10 @@ SMALL = Sizes(
     windows=8,
     learning_rate=3e-3,
     prompt_tokens=8,
-    new_tokens=12,
+    new_tokens=8,
     batch_sizes=(1, 2),
     traffic="2x16,1x16",
+    plain_rounds=10,
     host_rounds=8,
     contexts=(16, 32),
     plain_steps=8,
