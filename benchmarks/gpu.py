@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +43,14 @@ _HOST = 0.2  # of the time of 'measure', for what comes after the table
 RAW = "gpu.json"
 
 
-def run(minutes: float, output: Path, device: str, size: str, clock: Clock | None = None) -> dict[str, Any]:
+def run(
+    minutes: float,
+    output: Path,
+    device: str,
+    size: str,
+    clock: Clock | None = None,
+    learner_device: str | None = None,
+) -> dict[str, Any]:
     """All stages, their time counted on `clock` (None: the machine's); the raw data, which is written after each."""
     sizes, clock, directory = SIZES[size], clock or WallClock(device), OutputDir(output)
     began, total = clock.now(), minutes * 60
@@ -53,7 +59,7 @@ def run(minutes: float, output: Path, device: str, size: str, clock: Clock | Non
         so_far += share
         ends[name] = began + so_far * total
     raw: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/gpu.py run --minutes {minutes:g} --device {device} --size {size}",
         "size": size,
         "on_gpu": device.startswith("cuda"),
         "device": about(device),
@@ -76,7 +82,7 @@ def run(minutes: float, output: Path, device: str, size: str, clock: Clock | Non
     target = directory.path / "target"
     keep("pretrain", "pretrain", pretrain(target, sizes, device, clock, ends["pretrain"]))
     model = load_target(target, device=device, dtype=torch.bfloat16)
-    served, done = learn(model, target, sizes, directory, clock, ends["learn"])
+    served, done = learn(model, target, sizes, directory, clock, ends["learn"], learner_device)
     keep("learn", "learn", done)
     table_end = ends["measure"] - _HOST * SHARES["measure"] * total
     keep("measure", "measure", measure(model, served.learned, target, sizes, clock, table_end))
@@ -132,13 +138,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--learner_device", help="of the draft's learner; by default the same, in turns with serving")
     parser.add_argument("--size", choices=tuple(SIZES), help="by default 'full' on a GPU, 'small' on a CPU")
     parser.add_argument("--page", type=Path, help="of 'report': write the page there, and not to standard output")
     args = parser.parse_args(arguments)
     if args.what == "run":
         keep_large_blocks()
         on_gpu = args.device.startswith("cuda")
-        tell(run(args.minutes, args.output, args.device, args.size or ("full" if on_gpu else "small")))
+        size = args.size or ("full" if on_gpu else "small")
+        tell(run(args.minutes, args.output, args.device, size, learner_device=args.learner_device))
         return
     text = page(json.loads((args.output / RAW).read_text()))
     if args.page:

@@ -25,13 +25,13 @@ _kept: list[object] = []
 
 
 class Pretended(Tensor):
-    """A tensor that says it is on the device; `inner` has its values."""
+    """A tensor that says it is on the device; `held` has its values."""
 
-    inner: Tensor
+    held: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Pretended:
-        out: Pretended = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        out: Pretended = Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
             strides=inner.stride(),
@@ -39,14 +39,16 @@ class Pretended(Tensor):
             dtype=inner.dtype,
             device=torch.device(NAME, 0),
         )
-        out.inner = inner
+        out.held = inner
         return out
 
     def tolist(self) -> Any:
-        return self.inner.tolist()
+        return self.held.tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _computed(func, args, kwargs or {})
 
 
@@ -82,11 +84,11 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         met = []
     if there and met:
         raise RuntimeError(f"{name}: {len(there)} tensors on the device meet {list(met[0].shape)} on the CPU")
-    inner_args, inner_kwargs = tree_map_only(Pretended, lambda x: x.inner, (args, kwargs))
+    inner_args, inner_kwargs = tree_map_only(Pretended, lambda x: x.held, (args, kwargs))
     out = func(*inner_args, **inner_kwargs)
     if not on_it:
         return out
-    known = {id(x.inner): x for x in there}  # in-place operations return what they were given
+    known = {id(x.held): x for x in there}  # in-place operations return what they were given
     return tree_map_only(Tensor, lambda x: known[id(x)] if id(x) in known else Pretended(x), out)
 
 
@@ -108,7 +110,7 @@ def install() -> None:
 
 def _cast_first(operation: Any) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+        key = torch._C.DispatchKeySet(torch._C._dispatch_key_parse("AutocastPrivateUse1"))
         with torch._C._ExcludeDispatchKeyGuard(key):
             return operation(*(x.to(torch.bfloat16) if isinstance(x, Tensor) else x for x in args))
 

@@ -33,9 +33,18 @@ def prompts(target: Path, sizes: Sizes, split: Split, new_tokens: int | None = N
 
 
 def learn(
-    model: Target, target: Path, sizes: Sizes, directory: OutputDir, clock: Clock, deadline: float
+    model: Target,
+    target: Path,
+    sizes: Sizes,
+    directory: OutputDir,
+    clock: Clock,
+    deadline: float,
+    learner_device: str | None = None,
 ) -> tuple[Run, dict[str, Any]]:
-    """Serve and learn in turns until the deadline, but through all batch sizes once; the run, and what it came to."""
+    """Serve and learn in turns until the deadline; the run, and what it came to.
+
+    All batch sizes are served and the learner has its turn once, however late it is.
+    """
     run = Run.start(
         model,
         new_draft(model, seed=0),
@@ -44,25 +53,25 @@ def learn(
         plans=PLANS,
         chooser="adaptive",
         traffic=sizes.traffic,
-        learner=LearnerConfig(),
+        learner=LearnerConfig(device=learner_device),
         sync_every=16,
         max_context=sizes.prompt_tokens + sizes.new_tokens,
         seed=0,
     )
-    loop, phases = run.loop, parse_traffic(sizes.traffic)
+    loop, learner, least = run.loop, run.learner, sum(phase.rounds for phase in parse_traffic(sizes.traffic))
+    assert learner is not None
     report = Reporter(run, directory, every_s=max(1.0, (deadline - clock.now()) / 8))
-    while loop.rounds < sum(phase.rounds for phase in phases) or clock.now() < deadline:
+    while loop.rounds < least or not learner.updates or clock.now() < deadline:
         loop.step()
         report.maybe()
     report.last()
     loop.close()
     served = max(1, loop.requests)
-    assert run.learner is not None
     return run, {
-        "learner_device": str(run.learner.device),
+        "learner_device": str(learner.device),
         "requests": loop.requests,
         "rounds": loop.rounds,
-        "updates": run.learner.updates,
+        "updates": learner.updates,
         "serving_s": loop.serve_s,
         "learning_s": loop.learn_s,
         "serving_s_per_request": loop.serve_s / served,

@@ -167,6 +167,7 @@ def train(weights: Weights, ids: Tensor, sizes: Sizes, device: str, clock: Clock
         if step % 50 == 1:
             course.append({"step": step, "seconds": clock.now() - began, "loss": float(loss.detach())})
     seconds, tokens = clock.now() - began, step * sizes.windows * sizes.context
+    course.append({"step": step, "seconds": seconds, "loss": float(loss.detach())})
     return {"steps": step, "tokens": tokens, "training_s": seconds, "tokens_per_s": tokens / seconds, "course": course}
 
 
