@@ -85,7 +85,7 @@ class Gate:
         self.shape, self.num_steps, self.sampled = shape, num_steps, sampled
         self.least_gain, self.least, self.level = least_gain, least, level
         self._embedding = embedding.detach().float()
-        self._rotation = rope_table(shape.rope, shape.head_dim, shape.max_position_embeddings)
+        self._rotation = rope_table(shape.rope, shape.head_dim, shape.max_position_embeddings).to(embedding.device)
         self._seed = seed
 
     def compare(
@@ -117,8 +117,9 @@ class Gate:
         """
         out = []
         for start in range(0, len(sequences), _AT_ONCE):
-            out.append(self._accept_lengths(weights, list(sequences[start : start + _AT_ONCE])))
-        return torch.cat(out).double().numpy()
+            with self._embedding.device:  # where weights and sequences are: new tensors go there
+                out.append(self._accept_lengths(weights, list(sequences[start : start + _AT_ONCE])))
+        return torch.cat(out).double().cpu().numpy()
 
     def _accept_lengths(self, weights: Mapping[str, Tensor], sequences: list[Sequence]) -> Tensor:
         tokens, features, valid = collate(sequences)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pretended_device
 import torch
 from tiny import TAPS, Listed, prompts, tiny_target
@@ -13,6 +14,7 @@ from torch import Tensor
 import specrl
 from specrl.agents import draft_learner
 from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
+from specrl.agents.gate import Gate
 from specrl.engines.base import Request
 from specrl.models.draft import new_draft
 from specrl.plan import Plan
@@ -52,18 +54,27 @@ def learnt(traces: list[Trace], embedding: Tensor, **settings: Any) -> tuple[dic
     return found, again
 
 
+def judged(learner: OnlineLearner, embedding: Tensor) -> list[float]:
+    """What the gate makes of the weights that the learner hands out."""
+    shape = new_draft(tiny_target(), intermediate_size=16, taps=TAPS).config
+    gate = Gate(shape, embedding, num_steps=2)
+    return [float(length) for length in gate.accept_lengths(learner.weights()[1], list(learner.replay))]
+
+
 def main() -> None:
     pretended_device.install()
     draft_learner.check_device = lambda device: None  # type: ignore[attr-defined]
     traces, embedding = traffic(), tiny_target().embedding
     chain = {"loss": "accept_length:0.5+forward_kl", "temperature": None, "reduced": True, "rejected": 0.3}
     for settings, dtype, together in (({}, "bfloat16", True), (chain, "float32", False)):
-        plain, _ = learnt(traces, embedding, dtype="float32", **settings)
+        plain, known = learnt(traces, embedding, dtype="float32", **settings)
         assert plain["updates"] >= 2, plain
         with pretended_device.pretended() as device:
             if together:
                 taken, shared = moved(traces, device), embedding.clone().to(device)
                 got, learner = learnt(taken, shared, dtype=dtype, **settings)
+                here, there = judged(known, embedding), judged(learner, shared)
+                assert len(there) > 3 and np.allclose(here, there, rtol=0.05), (here, there)
             else:
                 shared = embedding
                 got, learner = learnt(traces, shared, dtype=dtype, device=str(device), **settings)

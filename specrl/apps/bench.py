@@ -17,7 +17,7 @@ from specrl.clock import WallClock
 from specrl.engines.base import Workload
 from specrl.engines.simulated import Requests, SimulatedEngine
 from specrl.models.draft import load_draft, new_draft
-from specrl.models.target import load_target
+from specrl.models.target import default_device, load_target
 from specrl.plan import Plan, parse_plans
 from specrl.streams import open_stream
 
@@ -176,9 +176,7 @@ def _local(
     seed: int,
 ) -> list[Measured]:
     """The local engine's lanes at one temperature."""
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device(device)
     model = load_target(target, device=device)
     drafted = load_draft(draft) if draft is not None else new_draft(model, intermediate_size=256)
     results: list[Measured] = []

@@ -15,7 +15,7 @@ from specrl.apps.output import OutputDir, environment, show, table
 from specrl.apps.paired import PLAIN, Measured
 from specrl.export.bundle import PLANS, read_plans
 from specrl.models.draft import Draft, load_draft
-from specrl.models.target import load_target
+from specrl.models.target import default_device, load_target
 from specrl.plan import Plan
 from specrl.statistics import Interval, paired_speedup, probability_of_improvement
 from specrl.streams import open_stream
@@ -85,8 +85,6 @@ def compare(
         specrl compare runs/day0 runs/day0-lk
         specrl compare runs/bench-monday runs/bench-tuesday
     """
-    import torch
-
     if not 0 < precision < 1 or not 0 < seconds < float("inf"):
         raise ValueError(f"precision must be in (0, 1) and seconds above 0, but got {precision} and {seconds}")
     if not batch_sizes or min(batch_sizes) < 1:
@@ -103,7 +101,7 @@ def compare(
         ]
     else:
         given = None if plan is None else Plan.parse(plan)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device(device)
         one, two = read_drafted(a), read_drafted(b)
         model = load_target(target, device=device)
         source = open_stream(

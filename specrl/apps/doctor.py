@@ -65,9 +65,9 @@ def doctor(
         specrl doctor
         specrl doctor --threads 1,2 --batch_sizes 1,4,16 --seconds 30
     """
-    import torch
+    from specrl.models.target import default_device
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device(device)
     cores = usable_cores()
     threads = thread_counts(cores) if threads is None else threads
     _check(device, dtypes, threads, batch_sizes, seconds)

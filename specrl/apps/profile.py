@@ -15,7 +15,7 @@ from specrl.engines.fit_recording import Block, fit_recording
 from specrl.engines.local import LocalEngine
 from specrl.engines.profile import Profile
 from specrl.models.draft import load_draft, new_draft
-from specrl.models.target import load_target
+from specrl.models.target import default_device, load_target
 from specrl.plan import Plan, parse_plans
 from specrl.rounds import PlainSample
 from specrl.streams import open_stream
@@ -144,9 +144,7 @@ def _local(
     dtype: str,
 ) -> tuple[Engine, dict[str, object]]:
     """The local engine, and what the profile says of it."""
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device(device)
     model = load_target(target, device=device, dtype=dtype)
     drafted = load_draft(draft) if draft is not None else new_draft(model, intermediate_size=256)
     engine = LocalEngine(model, drafted, max_context=max_context, use_rejection_sampling=use_rejection_sampling)

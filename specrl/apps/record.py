@@ -11,7 +11,7 @@ from specrl.apps.shards import ShardWriter
 from specrl.engines.local import LocalEngine
 from specrl.models.config import default_taps
 from specrl.models.draft import load_draft
-from specrl.models.target import load_target
+from specrl.models.target import default_device, load_target
 from specrl.plan import Plan
 from specrl.streams import open_stream
 
@@ -19,6 +19,8 @@ from specrl.streams import open_stream
 def record(
     *,
     target: str = "embedded",
+    device: str | None = None,
+    dtype: str = "float32",
     draft: Path | None = None,
     plan: str = "0",
     workload: str = "stdlib",
@@ -39,6 +41,8 @@ def record(
 
     Args:
         target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        device: of the target; by default a GPU where there is one.
+        dtype: of the target.
         draft: EAGLE3 draft directory; by default none, and the layers are those that a new draft reads.
         plan: of every round, such as 3/1/4; without a draft 0.
         workload: as in `specrl train`.
@@ -65,7 +69,7 @@ def record(
     if chosen.num_steps and draft is None:
         raise ValueError(f"plan {chosen} needs a draft, but none is named; use --draft, or plan 0")
     directory = OutputDir(output_dir or Path("runs/record"))
-    model = load_target(target)
+    model = load_target(target, device=default_device(device), dtype=dtype)
     drafted = None if draft is None else load_draft(draft)
     taps = default_taps(model.config.num_layers) if drafted is None else drafted.config.taps
     source = open_stream(

@@ -24,7 +24,7 @@ from specrl.apps.vocabulary import served_vocabulary
 from specrl.engines.base import Workload
 from specrl.engines.named import make_engine
 from specrl.models.draft import Draft, load_draft, new_draft
-from specrl.models.target import Target, load_target
+from specrl.models.target import Target, default_device, load_target
 from specrl.plan import parse_plans
 from specrl.streams import Shifting, open_stream
 
@@ -40,6 +40,8 @@ def train(
     sglang_python: Path | None = None,
     sglang_flags: str = "",
     target: str = "embedded",
+    device: str | None = None,
+    dtype: str = "float32",
     draft: Path | None = None,
     draft_vocab_size: int | None = None,
     draft_intermediate_size: int | None = None,
@@ -88,6 +90,9 @@ def train(
         sglang_python: Python of an environment with SGLang and this package, to launch it in; by default this one.
         sglang_flags: further flags for sglang.launch_server, where it is launched.
         target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        device: of the target and, unless learner.device names another, of the learner; by default a GPU where there
+            is one, but the CPU beside SGLang and over Ray.
+        dtype: of the target here; greedy output is exactly lossless in float32.
         draft: EAGLE3 draft directory to start from; by default random initialisation.
         draft_vocab_size: tokens that a new draft can say, the most frequent ones of 96 requests served plainly first;
             by default all.
@@ -159,7 +164,7 @@ def train(
         raise ValueError("--shard is for processes that share traces, so name --ray and --traces, or leave it out")
     followed = _followed(engine, server, server_traces, draft)
     directory = OutputDir(output_dir or Path("runs/train"))
-    model = load_target(target)
+    model = load_target(target, device=device or ("cpu" if engine != "local" or ray else default_device()), dtype=dtype)
     if followed is not None and draft is not None:
         checkpoint = directory.path / "checkpoint" if resume else None
         taught = Follower(

@@ -222,6 +222,11 @@ def load_target(
     return Target(config, tensors, device=device, dtype=dtype)
 
 
+def default_device(device: str | None = None) -> str:
+    """`device`, or if it is None a GPU where there is one, else 'cpu'."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def check_device(device: str) -> None:
     """Raise a ValueError unless `device` is 'cpu' or a CUDA device of this machine."""
     count = torch.cuda.device_count()
