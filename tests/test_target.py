@@ -138,7 +138,13 @@ def test_prompts_longer_than_a_prefill_chunk(tmp_path: Path) -> None:
     model = hf_model("llama", max_position_embeddings=length)
     model.save_pretrained(tmp_path)
     ids = token_ids(2, length)
-    assert_close(specrl.load_target(tmp_path)(ids), hf_logits(model, ids))
+    target, expected = specrl.load_target(tmp_path), hf_logits(model, ids)
+    assert_close(target(ids), expected)
+    for last in (1, 45, length):  # of one chunk, of both, all
+        with torch.inference_mode():
+            found = target.prefill(ids, target.new_cache(2, length), last=last)
+        assert found.logits.shape[1] == last
+        assert_close(found.logits, expected[:, -last:])
 
 
 def test_weights_large_enough_for_two_threads(tmp_path: Path) -> None:

@@ -621,7 +621,8 @@ class LocalSession:
         """Read the prompt, sample the first token; whether the request ends with it."""
         request, length = live.request, len(live.request.prompt)
         tokens = torch.tensor([request.prompt], device=self.target.device)
-        decoded = self.target.prefill(tokens, self._cache, first=row, taps=self._taps)
+        wanted = None if self._trace else 1  # logits of a whole prompt take much memory
+        decoded = self.target.prefill(tokens, self._cache, first=row, taps=self._taps, last=wanted)
         heat = Temperatures.of([request.temperature], self.target.device)
         token = int(choose(decoded.logits[:, -1], heat, self._generator))
         kept, ends = live.keep([token], self._eos)

@@ -130,6 +130,7 @@ class Target:
         seen: Tensor | None = None,
         level: bool = False,
         taps: tuple[int, ...] = (),
+        last: int | None = None,
     ) -> Decoded:
         """Run q tokens of each of b requests on top of what the cache holds.
 
@@ -143,6 +144,7 @@ class Target:
             seen: [b, q, length] bool, who attends to which slot; None: all up to the token's own slot.
             level: whether all slots are known to be the same, `length - 1`.
             taps: indices of layers whose input is returned as features.
+            last: logits are of so many tokens at the end of each request; None: of all.
         """
         batch, queries = tokens.shape
         turned = slots if positions is None else positions
@@ -153,20 +155,26 @@ class Target:
             if i in taps:
                 taken.append(x)
             x = layer(self._norm(x), x, cache.flat[i], at, i)
-        logits = self._head(self._norm(x)).float().view(batch, queries, -1)
+        if last is not None:
+            x = x.view(batch, queries, -1)[:, queries - last :].flatten(0, 1)
+        logits = self._head(self._norm(x)).float().view(batch, queries if last is None else last, -1)
         features = torch.cat(taken, -1).view(batch, queries, -1) if taps else None
         return Decoded(logits, features)
 
-    def prefill(self, tokens: Tensor, cache: KVCache, *, first: int = 0, taps: tuple[int, ...] = ()) -> Decoded:
-        """Run prompts `tokens [b, T] int64` from slot 0 on, in chunks; logits at every position."""
-        parts = []
-        for start in range(0, tokens.shape[1], PREFILL_CHUNK):
+    def prefill(
+        self, tokens: Tensor, cache: KVCache, *, first: int = 0, taps: tuple[int, ...] = (), last: int | None = None
+    ) -> Decoded:
+        """Run prompts `tokens [b, T] int64` from slot 0 on, in chunks; logits at the `last` positions, or all."""
+        parts, length = [], tokens.shape[1]
+        for start in range(0, length, PREFILL_CHUNK):
             chunk = tokens[:, start : start + PREFILL_CHUNK]
             stop = start + chunk.shape[1]
             slots = torch.arange(start, stop, device=tokens.device).expand(chunk.shape)
-            parts.append(self.decode(chunk, cache, slots, length=stop, first=first, taps=taps))
+            wanted = None if last is None else max(1, stop - max(start, length - last))  # of none: no kernel likes it
+            parts.append(self.decode(chunk, cache, slots, length=stop, first=first, taps=taps, last=wanted))
         features = torch.cat([part.features for part in parts], 1) if taps else None  # type: ignore[misc]
-        return Decoded(torch.cat([part.logits for part in parts], 1), features)
+        logits = torch.cat([part.logits for part in parts], 1)
+        return Decoded(logits if last is None else logits[:, -last:], features)
 
     @torch.inference_mode()
     def __call__(self, input_ids: Tensor) -> Tensor:
