@@ -115,6 +115,16 @@ def test_the_speedup_is_the_geometric_mean_of_the_ratios() -> None:
     assert interval.low < 4.0 < interval.high and interval.level == 0.95
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5, 7])
+def test_a_few_values_have_an_interval_that_covers_the_truth_and_has_bounds(seeds: int) -> None:
+    rng = fixed(seeds)
+    found = [mean_interval(normal(rng, seeds), rng=rng) for _ in range(EXPERIMENTS)]
+    assert np.mean([interval.covers(0.0) for interval in found]) == pytest.approx(0.95, abs=0.025)
+    assert max(interval.half_width for interval in found) < 60.0
+    of_three = mean_interval([0.0, 1.0, 2.0], rng=rng)
+    assert (of_three.value, of_three.half_width) == (1.0, pytest.approx(4.303 / np.sqrt(3.0), rel=0.03))
+
+
 def test_blocks_without_any_noise_leave_no_doubt() -> None:
     assert paired_speedup([3.0] * 4, [2.0] * 4, rng=fixed()) == Interval(1.5, 1.5, 1.5)
 
