@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3600, help="of a run; six batch sizes share them")
     parser.add_argument("--only", default="", help="choosers, separated by commas; ours is always there")
     parser.add_argument("--shift", default="", help="one of steady, dearer, worse, better; all by default")
+    parser.add_argument("--table", default="", help="one of the tables; all by default")
     parser.add_argument("--bursts", type=float, default=0.0, help="share of rounds in bursts of five 1.5x slower ones")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--output_dir", type=Path, help="where shares.csv and bars.json go")
@@ -186,7 +187,7 @@ def main() -> None:
     found: list[Bar] = []
     with multiprocessing.Pool(args.workers) as pool:
         for shift in (s for s in (STEADY, *SHIFTS) if args.shift in ("", s.name)):
-            for table in (*TABLES, FLAT):
+            for table in (t for t in (*TABLES, FLAT) if args.table in ("", t.name)):
                 names = [n for n in wanted if shift is STEADY or n in ON_SHIFTS]
                 job = partial(play, table, shift, names, args.rounds, args.bursts)
                 plays = pool.map(job, range(args.first_seed, args.first_seed + args.seeds))

@@ -235,6 +235,7 @@ def main() -> None:
     print(f"fused  {speed['B']:10.0f} tokens/s, step {memory['fused']['step_gib']:.3f} GiB, {memory['fused']}")
     print(f"speed x {ratio}, memory x {less:.3f}")
     result = {"shape": args.shape, "batch": batch, "length": length, "passes": args.passes, "speed": speed}
+    result["seconds"] = seconds
     print(json.dumps({**result, "ratio": [ratio.value, ratio.low, ratio.high], "memory": memory, "memory_ratio": less}))
 
 

@@ -26,7 +26,7 @@ from specrl.models.draft import load_draft
 from specrl.models.target import load_target
 from specrl.plan import Plan
 from specrl.rounds import Round
-from specrl.statistics import paired_speedup
+from specrl.statistics import ratio_of_sums
 
 FITTED, HELD_OUT, BATCHES = (Plan(0), Plan(1), Plan(3), Plan(5)), (Plan(2), Plan(4)), (1, 4, 16)
 
@@ -51,8 +51,9 @@ def main() -> None:
         for plan in plans[1:]:
             mine = [p for p in pairs if _plan(p[0]) == plan and p[0].rounds[0].batch_size == batch]
             plain_s = [float(np.mean([step.seconds for step in plain.rounds])) for _, plain in mine]
-            spent = [sum(r.seconds for r in b.rounds) / sum(r.tokens.sum() / batch for r in b.rounds) for b, _ in mine]
-            live = paired_speedup(plain_s, spent, rng=rng)
+            tokens = [sum(r.tokens.sum() / batch for r in b.rounds) for b, _ in mine]
+            spent = [sum(r.seconds for r in b.rounds) for b, _ in mine]
+            live = ratio_of_sums(np.multiply(plain_s, tokens), spent, rng=rng)  # means, as the profile's are
             told = profile.speedup(batch, plan, extrapolate=True)
             inside = live.low <= told <= live.high
             print(

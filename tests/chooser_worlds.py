@@ -144,7 +144,8 @@ def recorded(name: str) -> Table:
 
 BF16 = recorded("embedded-bf16")
 FLAT = recorded("embedded-fp32")  # 3/1/4 is best or nearly so at all batch sizes but 1: hardly anything to choose
-TABLES = (CODER_NEXT, EMBEDDED, TREES, BF16)
+EARLY = recorded("embedded-fp32-early")  # 5/1/6 is best for one or two requests, 3/1/4 for more, 2/1/3 for 32
+TABLES = (CODER_NEXT, EMBEDDED, TREES, BF16, EARLY)
 STEADY = Shift("steady")
 SHIFTS = (
     Shift("dearer", at=1800, dearer=1.3),

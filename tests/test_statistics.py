@@ -122,7 +122,7 @@ def test_a_few_values_have_an_interval_that_covers_the_truth_and_has_bounds(seed
     assert np.mean([interval.covers(0.0) for interval in found]) == pytest.approx(0.95, abs=0.025)
     assert max(interval.half_width for interval in found) < 60.0
     of_three = mean_interval([0.0, 1.0, 2.0], rng=rng)
-    assert (of_three.value, of_three.half_width) == (1.0, pytest.approx(4.303 / np.sqrt(3.0), rel=0.03))
+    assert of_three.value == 1.0 and of_three.half_width == pytest.approx(4.303 / np.sqrt(3.0), rel=0.03)
 
 
 def test_blocks_without_any_noise_leave_no_doubt() -> None:
