@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
+from http.server import BaseHTTPRequestHandler
+from threading import Event
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from http_help import answering
 from tiny import Listed, prompts, tiny_draft, tiny_target
 
 import specrl  # noqa: F401 - registers the environments
@@ -82,29 +82,8 @@ class Paper:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Paper], str]]:
-    servers: list[ThreadingHTTPServer] = []
-
-    def start(paper: Paper) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                with suppress(OSError):  # whoever asked has gone
-                    paper.answer(self)
-
-            do_GET = do_POST
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        servers.append(server)
-        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with answering() as start:
+        yield lambda paper: start(paper.answer)
 
 
 @pytest.mark.parametrize("lump", [1, 4])

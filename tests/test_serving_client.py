@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+from itertools import count
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 
 import pytest
+from http_help import answering
 from tiny import Listed
 
 from specrl.clock import WallClock
@@ -42,32 +43,13 @@ Serve = Callable[[Answers], str]
 @pytest.fixture
 def serve() -> Iterator[Serve]:
     """Serves what a function makes of each request and its number; gives the URL."""
-    servers: list[ThreadingHTTPServer] = []
+    with answering() as start:
 
-    def start(answers: Answers) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            count = 0
+        def counted(answers: Answers) -> str:
+            number = count(1)
+            return start(lambda handler: answers(handler, next(number)))
 
-            def do_POST(self) -> None:
-                Handler.count += 1
-                with suppress(OSError):  # whoever asked has gone
-                    answers(self, Handler.count)
-
-            do_GET = do_POST
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        servers.append(server)
-        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield counted
 
 
 def say(handler: BaseHTTPRequestHandler, status: int, said: object) -> None:

@@ -15,10 +15,8 @@ import base64
 import hashlib
 import json
 import pickle
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +32,7 @@ from specrl.models.draft import Draft
 from specrl.serving import guard
 from specrl.serving.errors import SwapError
 from specrl.serving.line import Line, headers
+from specrl.serving.standby import standing_by
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAPS = ("d2t", "t2d")
@@ -126,17 +125,23 @@ def _swap(line: Line, body: bytes) -> dict[str, float]:
         timed(name, lambda: line.ask("POST", f"/{name}", said))
 
     # While the guard starts, the server takes in the body; nothing but the calls is left for the pause.
-    with line.upload("/update_weights_from_tensor", body) as finish, _guarded(line):
-        line.connect()
+    with (
+        line.upload("/update_weights_from_tensor", body) as finish,
+        standing_by(line.url, line.headers, line.timeout_s) as done,
+    ):
         try:
-            ask("pause_generation", {"mode": "in_place"})
-            ask("begin_weight_update", {"selector": "draft"})
-            timed("update_weights_from_tensor", finish)
-            ask("end_weight_update", {})
-            ask("continue_generation", _GO_ON)
-        except BaseException:
-            guard.release(line.url, line.headers, _LAST_WORD_S)
-            raise
+            line.connect()
+            try:
+                ask("pause_generation", {"mode": "in_place"})
+                ask("begin_weight_update", {"selector": "draft"})
+                timed("update_weights_from_tensor", finish)
+                ask("end_weight_update", {})
+                ask("continue_generation", _GO_ON)
+            except BaseException:
+                guard.release(line.url, line.headers, _LAST_WORD_S)
+                raise
+        finally:
+            done()
     return calls_s
 
 
@@ -247,26 +252,3 @@ def _compare(found: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
 def _digest(tensor: Tensor) -> str:
     """SGLang's hash of a tensor on a CPU."""
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-
-
-@contextmanager
-def _guarded(line: Line) -> Iterator[None]:
-    """While it lasts, a process stands by that lets the server go on if this one is killed."""
-    told = {"url": line.url, "headers": line.headers, "timeout_s": line.timeout_s}
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", guard.__file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,  # what kills our group leaves it be
-        text=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        process.stdin.write(json.dumps(told) + "\n")
-        process.stdin.flush()
-        process.stdout.readline()
-        yield
-    finally:
-        with process:
-            process.stdin.write("done\n")
-            process.stdin.flush()

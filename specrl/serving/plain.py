@@ -10,13 +10,13 @@ import secrets
 from collections.abc import Sequence
 from statistics import median
 from threading import Thread
+from typing import ClassVar
 
 from specrl.rounds import PlainSample
 from specrl.serving.errors import ServerError, ServerFailed, ServerSilent
 from specrl.serving.launch import ROUNDS, Server
 from specrl.serving.plugin_link import Rounds
 
-_STEPS = 4  # of a sample
 SKIPPED = 2  # steps that find their feet first
 
 
@@ -28,11 +28,13 @@ class PlainServer:
         timeout_s: for a sample.
     """
 
+    _STEPS: ClassVar[int] = 4  # of a sample
+
     def __init__(self, server: Server, timeout_s: float = 60.0) -> None:
         self.server, self._timeout_s = server, timeout_s
 
     def measure(self, texts: Sequence[Sequence[int]]) -> PlainSample:
-        """The median of some steps that continue these texts together.
+        """What some steps usually take that continue these texts together.
 
         Args:
             texts: token ids of each live request.
@@ -41,8 +43,13 @@ class PlainServer:
             ServerError: the server did not decode them together, or not at all.
         """
         contexts = [len(text) for text in texts]
-        usual = median(step.seconds for step in self.steps(texts, _STEPS))
+        usual = self._usual([step.seconds for step in self.steps(texts, self._STEPS)])
         return PlainSample(len(texts), sum(contexts) / len(contexts), usual)
+
+    @staticmethod
+    def _usual(seconds: Sequence[float]) -> float:
+        """What a sample is, of its steps."""
+        return median(seconds)
 
     def steps(self, texts: Sequence[Sequence[int]], count: int) -> list[PlainSample]:
         """Steps that continue these texts together, one after another.

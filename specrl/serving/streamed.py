@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +10,11 @@ from statistics import fmean
 
 from specrl.clock import WallClock
 from specrl.rounds import PlainSample
-from specrl.serving import guard
 from specrl.serving.errors import ServerFailed
 from specrl.serving.launch import Server
 from specrl.serving.plain import SKIPPED, PlainServer
+from specrl.serving.standby import standing_by
 
-_STEPS = 16  # of a sample
 _SAME = ("version", "revision", "dtype", "quantization", "tp_size")  # of /server_info
 
 
@@ -33,18 +29,12 @@ class StreamedPlain(PlainServer):
         timeout_s: for a sample.
     """
 
-    def measure(self, texts: Sequence[Sequence[int]]) -> PlainSample:
-        """The mean of some steps that continue these texts together: single ones say when tokens came, not were made.
+    _STEPS = 16
 
-        Args:
-            texts: token ids of each live request.
-
-        Raises:
-            ServerError: the server did not decode them together, or not at all.
-        """
-        contexts = [len(text) for text in texts]
-        usual = fmean(step.seconds for step in self.steps(texts, _STEPS))
-        return PlainSample(len(texts), sum(contexts) / len(contexts), usual)
+    @staticmethod
+    def _usual(seconds: Sequence[float]) -> float:
+        """The mean: single steps say when tokens came, not when they were made."""
+        return fmean(seconds)
 
     def steps(self, texts: Sequence[Sequence[int]], count: int) -> list[PlainSample]:
         """Steps that continue these texts together; see `PlainServer.steps`."""
@@ -108,26 +98,13 @@ def check_baseline(server: Server, plain: Server) -> None:
 def paused(server: Server) -> Iterator[None]:
     """Have a server stand still, its requests in place; a process stands by that lets it go on if we are killed."""
     client = server.client
-    told = {"url": client.url, "headers": client.headers, "timeout_s": client.timeout_s}
-    standby = subprocess.Popen(
-        [sys.executable, "-I", "-S", guard.__file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,  # what kills our group leaves it be
-        text=True,
-    )
-    assert standby.stdin is not None and standby.stdout is not None
-    with standby:
-        standby.stdin.write(json.dumps(told) + "\n")
-        standby.stdin.flush()
-        standby.stdout.readline()
+    with standing_by(client.url, client.headers, client.timeout_s) as done:
         try:
             client.post("/pause_generation", {"mode": "in_place"})
             yield
         finally:
             client.post("/continue_generation", {"torch_empty_cache": False})
-            standby.stdin.write("done\n")
-            standby.stdin.flush()
+            done()
 
 
 def _place(path: str) -> str:
