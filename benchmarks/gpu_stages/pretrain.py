@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import sysconfig
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -22,13 +20,12 @@ from specrl.clock import Clock
 from specrl.models.checkpoint import expected_target_tensors
 from specrl.models.config import TargetConfig
 from specrl.models.embedded import embedded_directory
+from specrl.models.embedded.pretrain import EOS, Weights, logits, rotary, save
 from specrl.models.tokenizer import load_tokenizer
 from specrl.workload import load_workload
 
-EOS = "<eos>"  # before every file; the only special token
 _FOR_TOKENIZER = 12 << 20  # bytes that the tokenizer is trained on
 _WARM_UP = 100  # steps
-Weights = dict[str, Tensor]
 
 
 def pretrain(out: Path, sizes: Sizes, device: str, clock: Clock, deadline: float) -> dict[str, Any]:
@@ -49,7 +46,8 @@ def pretrain(out: Path, sizes: Sizes, device: str, clock: Clock, deadline: float
     weights = new_weights(sizes.target, device)
     done = train(weights, ids, sizes, device, clock, deadline)
     nats = evaluate(weights, held_out.to(device), sizes, device)
-    save(out, weights, sizes.target, tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    save(out, weights, tokenizer, sizes.target)
     return {
         "parameters": sum(weight.numel() for weight in weights.values()),
         "corpus_bytes": sum(len(text) for text in texts),
@@ -105,41 +103,11 @@ def new_weights(config: TargetConfig, device: str) -> Weights:
     return weights
 
 
-def logits(weights: Weights, c: TargetConfig, ids: Tensor) -> Tensor:
-    """The model: [B, T] int64 -> [B, T, V]."""
-    batch, length = ids.shape
-    frequency = 1.0 / c.rope.theta ** (torch.arange(0, c.head_dim, 2, device=ids.device).float() / c.head_dim)
-    angle = torch.outer(torch.arange(length, device=ids.device).float(), frequency).repeat(1, 2)  # [T, D]
-    cos, sin = angle.cos(), angle.sin()
-
-    def rope(x: Tensor) -> Tensor:
-        left, right = x.chunk(2, -1)
-        return (x * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return F.rms_norm(x, (c.hidden_size,), weights[name], c.rms_norm_eps)
-
-    x = F.embedding(ids, weights["model.embed_tokens.weight"])  # [B, T, H]
-    for layer in range(c.num_layers):
-        at = f"model.layers.{layer}."
-        h = norm(x, at + "input_layernorm.weight")
-        q, k, v = (
-            F.linear(h, weights[f"{at}self_attn.{n}_proj.weight"]).view(batch, length, -1, c.head_dim).transpose(1, 2)
-            for n in "qkv"
-        )  # [B, heads, T, D]
-        k, v = (rope(k).repeat_interleave(c.group, 1), v.repeat_interleave(c.group, 1))
-        a = F.scaled_dot_product_attention(rope(q), k, v, is_causal=True)
-        x = x + F.linear(a.transpose(1, 2).reshape(batch, length, -1), weights[at + "self_attn.o_proj.weight"])
-        h = norm(x, at + "post_attention_layernorm.weight")
-        up = F.silu(F.linear(h, weights[at + "mlp.gate_proj.weight"])) * F.linear(h, weights[at + "mlp.up_proj.weight"])
-        x = x + F.linear(up, weights[at + "mlp.down_proj.weight"])
-    return F.linear(norm(x, "model.norm.weight"), weights["lm_head.weight"])
-
-
 def loss_of(weights: Weights, c: TargetConfig, windows: Tensor) -> Tensor:
     """Mean nats per token of windows [B, T + 1] int64, products in bfloat16."""
+    cos, sin = (angles.to(windows.device) for angles in rotary(windows.shape[1] - 1, c))
     with torch.autocast(windows.device.type, dtype=torch.bfloat16):
-        out = logits(weights, c, windows[:, :-1])
+        out = logits(weights, windows[:, :-1], cos, sin, c)
     return F.cross_entropy(out.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
@@ -177,34 +145,3 @@ def evaluate(weights: Weights, ids: Tensor, sizes: Sizes, device: str) -> float:
     size = sizes.context + 1
     windows = ids[: len(ids) // size * size].view(-1, size)[: 16 * sizes.windows]
     return float(torch.stack([loss_of(weights, sizes.target, part) for part in windows.split(sizes.windows)]).mean())
-
-
-def save(out: Path, weights: Weights, c: TargetConfig, tokenizer: Tokenizer) -> None:
-    """Write the checkpoint as Hugging Face reads it."""
-    out.mkdir(parents=True, exist_ok=True)
-    half = {name: weight.detach().bfloat16().cpu().contiguous() for name, weight in weights.items()}
-    save_file(half, out / "model.safetensors", {"format": "pt"})
-    eos = tokenizer.token_to_id(EOS)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": c.rope.theta,
-        "max_position_embeddings": c.max_position_embeddings,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": eos,
-        "eos_token_id": eos,
-    }
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save(str(out / "tokenizer.json"))
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOS, "eos_token": EOS}
-    (out / "tokenizer_config.json").write_text(json.dumps(kind, indent=2) + "\n")

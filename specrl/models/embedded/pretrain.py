@@ -26,11 +26,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 
 from specrl.clock import Clock, WallClock
+from specrl.models.config import TargetConfig
 from specrl.models.embedded.corpus import library_files, library_root
+from specrl.models.rope import RopeConfig
 
 VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, MLP, THETA, EPS = 512, 192, 16, 6, 2, 512, 10000.0, 1e-6
 HEAD = WIDTH // HEADS
 POSITIONS = 1024
+CONFIG = TargetConfig("llama", VOCAB, WIDTH, MLP, LAYERS, HEADS, KV_HEADS, HEAD, EPS, RopeConfig(THETA), POSITIONS)
 EOS = "<eos>"  # before every file; the only special token
 
 Weights = dict[str, Tensor]
@@ -115,37 +118,36 @@ def new_weights() -> Weights:
     return weights
 
 
-def rotary(context: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, [context, HEAD] float32 each."""
-    inverse = 1.0 / THETA ** (torch.arange(0, HEAD, 2).float() / HEAD)
+def rotary(context: int, c: TargetConfig = CONFIG) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, [context, D] float32 each."""
+    inverse = 1.0 / c.rope.theta ** (torch.arange(0, c.head_dim, 2).float() / c.head_dim)
     angle = torch.outer(torch.arange(context).float(), inverse)
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
 
 
-def logits(weights: Weights, ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The model: [B, T] int64 -> [B, T, VOCAB] in the weights' dtype."""
+def logits(weights: Weights, ids: Tensor, cos: Tensor, sin: Tensor, c: TargetConfig = CONFIG) -> Tensor:
+    """The model, a Llama: [B, T] int64 -> [B, T, V] in the weights' dtype, or in autocast's."""
     batch, length = ids.shape
     dtype = weights["model.norm.weight"].dtype
     cos, sin = cos[:length].to(dtype), sin[:length].to(dtype)
 
     def rope(x: Tensor) -> Tensor:
         left, right = x.chunk(2, -1)
-        return x * cos + torch.cat([-right, left], -1) * sin
+        return (x * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return F.rms_norm(x, (WIDTH,), weights[name], EPS)
+        return F.rms_norm(x, (c.hidden_size,), weights[name], c.rms_norm_eps)
 
-    x = F.embedding(ids, weights["model.embed_tokens.weight"])  # [B, T, WIDTH]
-    for layer in range(LAYERS):
+    x = F.embedding(ids, weights["model.embed_tokens.weight"])  # [B, T, H]
+    for layer in range(c.num_layers):
         at = f"model.layers.{layer}."
         h = norm(x, at + "input_layernorm.weight")
         q, k, v = (
-            F.linear(h, weights[f"{at}self_attn.{n}_proj.weight"]).view(batch, length, -1, HEAD).transpose(1, 2)
+            F.linear(h, weights[f"{at}self_attn.{n}_proj.weight"]).view(batch, length, -1, c.head_dim).transpose(1, 2)
             for n in "qkv"
-        )  # [B, heads, T, HEAD]
-        group = HEADS // KV_HEADS
-        k, v = rope(k).repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        )  # [B, heads, T, D]
+        k, v = rope(k).repeat_interleave(c.group, 1), v.repeat_interleave(c.group, 1)
         a = F.scaled_dot_product_attention(rope(q), k, v, is_causal=True)
         x = x + F.linear(a.transpose(1, 2).reshape(batch, length, -1), weights[at + "self_attn.o_proj.weight"])
         h = norm(x, at + "post_attention_layernorm.weight")
@@ -154,25 +156,25 @@ def logits(weights: Weights, ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return F.linear(norm(x, "model.norm.weight"), weights["lm_head.weight"])
 
 
-def save(out: Path, weights: Weights, tokenizer: Tokenizer) -> None:
+def save(out: Path, weights: Weights, tokenizer: Tokenizer, c: TargetConfig = CONFIG) -> None:
     """Write the checkpoint as Hugging Face reads it."""
-    half = {name: weight.detach().bfloat16().contiguous() for name, weight in weights.items()}
+    half = {name: weight.detach().bfloat16().cpu().contiguous() for name, weight in weights.items()}
     save_file(half, out / "model.safetensors", {"format": "pt"})
     eos = tokenizer.token_to_id(EOS)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": VOCAB,
-        "hidden_size": WIDTH,
-        "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": EPS,
-        "rope_theta": THETA,
-        "max_position_embeddings": POSITIONS,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope.theta,
+        "max_position_embeddings": c.max_position_embeddings,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "bos_token_id": eos,
