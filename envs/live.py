@@ -159,6 +159,10 @@ class PlanZero:
         """An episode begins; costs are kept."""
         self._saved = self._spent = 0.0
 
+    def forget(self) -> None:
+        """Costs are not kept."""
+        self._seconds.clear()
+
     def run(self, session: Session) -> PlainSample:
         """A round of plan 0 in the place of a plain step; said once."""
         if not self.stands_in:
@@ -176,14 +180,14 @@ class PlanZero:
         batch = outcome.batch_size
         if done.plan.num_steps == 0:
             self._take(done)
-        known = self._seconds.get(batch)
-        cost = sum(known) / len(known) if known else math.nan
-        if known:
-            self._saved += outcome.tokens * cost / batch
+        told = dict.fromkeys(("t0_s", "t0_error_s", "episode_speedup"), math.nan) if self.stands_in else {}
+        if known := self._seconds.get(batch):
+            told["plan0_s"] = sum(known) / len(known)
+            self._saved += outcome.tokens * told["plan0_s"] / batch
             self._spent += outcome.seconds
-        over = self._saved / self._spent if self._spent else math.nan
-        told = {"plan0_s": cost, "episode_speedup_over_plan0": over}
-        return told | dict.fromkeys(("t0_s", "t0_error_s", "episode_speedup"), math.nan) if self.stands_in else told
+        if self._spent:
+            told["episode_speedup_over_plan0"] = self._saved / self._spent
+        return told
 
 
 def describe(done: Round, outcome: Outcome, thinking_s: float, error_s: float, speedup: float) -> dict[str, Any]:

@@ -84,6 +84,7 @@ class SimulatedEnv(SpecDecodeEnv):
         """Begin an episode; with a seed, forget what was measured before."""
         if seed is not None:
             self.baseline = PlainCost()
+            self._zero.forget()
             self._reward = make_reward(self._make_reward)
         return super().reset(seed=seed, options=options)
 

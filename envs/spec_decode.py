@@ -74,9 +74,9 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
     `tokens`, `seconds` and their split (`draft_s`, `verify_s`, `other_s`, `thinking_s`; `prefill_s` apart),
     `accept_length`, `histogram` of correct drafts [num_steps + 1], `plan`, `draft_version`, `batch_size`, `t0_s`,
     `t0_error_s`, `episode_speedup` = ΣN·t0/B ÷ ΣΔt, `action_mask`, and the whole `round`. `plan0_s` and
-    `episode_speedup_over_plan0` are the same against rounds of plan 0, which keep the draft warm; nan before there were
-    any at this batch size. Of an SGLang server that was found running, without `plain_url`, they are all there is: plan
-    0 stands in for plain decoding in the reward, and `t0_s`, `t0_error_s` and `episode_speedup` are nan.
+    `episode_speedup_over_plan0` are the same against rounds of plan 0, which keep the draft warm; absent before there
+    were any. Of an SGLang server that was found running, without `plain_url`, they are all there is: plan 0 stands in
+    for plain decoding in the reward, and `t0_s`, `t0_error_s` and `episode_speedup` are nan.
 
     ## Arguments
         engine: 'local', 'sglang' (`specrl.serving.opening`; launched, or `engine_options={"server": "http://...",

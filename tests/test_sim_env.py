@@ -36,6 +36,7 @@ def test_gymnasium_and_stable_baselines_find_no_fault() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_env(gym.make(ID, batch_size=[1, 3]).unwrapped)
+        check_env(gym.make(ID, plans="1/1/2,2/1/3", profile="embedded-fp32-early").unwrapped)
         check_env_sb3(SimulatedEnv(batch_size="1x3,4x2"))
         check_env_sb3(SimulatedEnv(action="multi_discrete"))
     assert not gym.spec(ID).nondeterministic
@@ -69,8 +70,8 @@ def test_a_seed_reproduces_everything_and_makes_a_new_beginning() -> None:
         obs, info = env.reset(seed=seed)
         run = [obs.tolist(), info["batch_size"]]
         for i in range(50):
-            obs, reward, _, over, _ = env.step(i % 4)
-            run += [obs.tolist(), reward]
+            obs, reward, _, over, info = env.step(i % 4)
+            run += [obs.tolist(), reward, {key: str(told) for key, told in info.items()}]
             if over:
                 env.reset()
         runs.append(run)
