@@ -19,6 +19,7 @@ from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
 from specrl.apps.output import OutputDir
 from specrl.clock import VirtualClock
 from specrl.models.draft import new_draft
+from specrl.models.embedded import training
 from specrl.models.target import load_target
 from specrl.plan import Plan
 
@@ -104,15 +105,15 @@ def test_the_page_is_made_of_the_raw_data_alone(
 
 
 def test_what_is_pretrained_is_what_is_loaded(done: Path) -> None:
-    pretrain, config = stage("pretrain"), stage("sizes").SMALL.target
+    config = stage("sizes").SMALL.target
     target = load_target(done / "target")
     assert target.config.num_layers == config.num_layers
-    weights = pretrain.new_weights(config, "cpu")
+    weights = training.new_weights(config)
     with torch.no_grad():
         for name, tensor in load_file(done / "target" / "model.safetensors").items():
             weights[name].copy_(tensor)
         ids = torch.randint(0, config.vocab_size, (2, 30), generator=torch.Generator().manual_seed(0))
-        found = pretrain.logits(weights, ids, *pretrain.rotary(30, config), config)
+        found = training.logits(weights, ids, *training.rotary(30, config), config)
         torch.testing.assert_close(found, target(ids), atol=1e-3, rtol=1e-3)
 
 

@@ -8,6 +8,7 @@ from functools import cache
 from itertools import cycle
 
 import torch
+from torch import Tensor
 
 from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
 from specrl.engines.base import Request
@@ -39,16 +40,21 @@ def prompts(count: int, length: int, vocab_size: int = CONFIG.vocab_size, seed: 
     return [tuple(row) for row in torch.randint(1, vocab_size, (count, length), generator=generator).tolist()]
 
 
-@cache
-@torch.inference_mode(False)
-def tiny_target(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Target:
-    """Random weights; its logits spread by about 1.5 nats."""
+def target_tensors() -> dict[str, Tensor]:
+    """Random weights by which logits spread by about 1.5 nats."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in expected_target_tensors(CONFIG).items():
         spread = {"model.embed_tokens.weight": 1.0, "lm_head.weight": 1.3 * 32**-0.5}.get(name, 0.25)
         tensors[name] = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * spread
-    return Target(CONFIG, tensors, device=device, dtype=dtype)
+    return tensors
+
+
+@cache
+@torch.inference_mode(False)
+def tiny_target(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Target:
+    """The target of these weights."""
+    return Target(CONFIG, target_tensors(), device=device, dtype=dtype)
 
 
 @cache

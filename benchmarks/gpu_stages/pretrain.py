@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
-import math
 import random
 import sysconfig
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from gpu_stages.sizes import Sizes
 from specrl.clock import Clock
-from specrl.models.checkpoint import expected_target_tensors
 from specrl.models.config import TargetConfig
 from specrl.models.embedded import embedded_directory
-from specrl.models.embedded.pretrain import EOS, Weights, logits, rotary, save
+from specrl.models.embedded.training import (
+    Recipe,
+    Weights,
+    encode,
+    loss,
+    new_weights,
+    rotary,
+    save,
+    train,
+    train_tokenizer,
+)
 from specrl.models.tokenizer import load_tokenizer
 from specrl.workload import load_workload
 
 _FOR_TOKENIZER = 12 << 20  # bytes that the tokenizer is trained on
-_WARM_UP = 100  # steps
 
 
 def pretrain(out: Path, sizes: Sizes, device: str, clock: Clock, deadline: float) -> dict[str, Any]:
     """Write a checkpoint to `out`, trained until `deadline` on the clock; what was done."""
     began = clock.now()
     texts = list(sources(sizes.corpus_bytes))
-    tokenizer = train_tokenizer(texts, sizes.target.vocab_size)
-    eos = tokenizer.token_to_id(EOS)
-    parts = [
-        np.array([eos, *encoding.ids], dtype=np.int64)
-        for at in range(0, len(texts), 256)
-        for encoding in tokenizer.encode_batch_fast(texts[at : at + 256])
-    ]
-    ids = torch.from_numpy(np.concatenate(parts))
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = train_tokenizer(some_of(texts, _FOR_TOKENIZER), sizes.target.vocab_size, words)
+    ids = encode(tokenizer, texts)
     held_out, ids = ids[: len(ids) // 100], ids[len(ids) // 100 :].to(device)
     read_s = clock.now() - began
-    torch.manual_seed(0)
     weights = new_weights(sizes.target, device)
-    done = train(weights, ids, sizes, device, clock, deadline)
-    nats = evaluate(weights, held_out.to(device), sizes, device)
+    done = train_until(deadline, weights, ids, sizes, clock)
+    nats = evaluate(weights, held_out.to(device), sizes)
     out.mkdir(parents=True, exist_ok=True)
     save(out, weights, tokenizer, sizes.target)
     return {
@@ -76,72 +76,42 @@ def sources(most: int) -> Iterator[str]:
             return
 
 
-def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
-    """A byte-level BPE of `size` tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
+def some_of(texts: list[str], most: int) -> list[str]:
+    """Texts in random order, until they hold `most` characters."""
     some, taken = [], 0
     for text in random.Random(1).sample(texts, len(texts)):
         some.append(text)
-        if (taken := taken + len(text)) >= _FOR_TOKENIZER:
+        if (taken := taken + len(text)) >= most:
             break
-    tokenizer.train_from_iterator(some, trainer)
-    return tokenizer
+    return some
 
 
-def new_weights(config: TargetConfig, device: str) -> Weights:
-    """Random weights under Hugging Face's names, float32 on the device; what writes to the residual starts smaller."""
-    deep = 0.02 / math.sqrt(2 * config.num_layers)
-    weights = {}
-    for name, shape in expected_target_tensors(config).items():
-        std = deep if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-        new = torch.ones(shape, device=device) if len(shape) == 1 else torch.randn(shape, device=device) * std
-        weights[name] = new.requires_grad_()
-    return weights
-
-
-def loss_of(weights: Weights, c: TargetConfig, windows: Tensor) -> Tensor:
+def loss_of(c: TargetConfig, weights: Weights, windows: Tensor) -> Tensor:
     """Mean nats per token of windows [B, T + 1] int64, products in bfloat16."""
     cos, sin = (angles.to(windows.device) for angles in rotary(windows.shape[1] - 1, c))
     with torch.autocast(windows.device.type, dtype=torch.bfloat16):
-        out = logits(weights, windows[:, :-1], cos, sin, c)
-    return F.cross_entropy(out.float().flatten(0, 1), windows[:, 1:].flatten())
+        return loss(weights, windows, cos, sin, c)
 
 
-def train(weights: Weights, ids: Tensor, sizes: Sizes, device: str, clock: Clock, deadline: float) -> dict[str, Any]:
-    """AdamW on float32 weights until the deadline; the rate is constant for 60 % of the time, then falls to 2 %."""
-    matrices = [weight for weight in weights.values() if weight.ndim == 2]
-    vectors = [weight for weight in weights.values() if weight.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=sizes.learning_rate, betas=(0.9, 0.95), fused=True)
-    generator = torch.Generator().manual_seed(0)
-    offsets = torch.arange(sizes.context + 1, device=device)
-    began, step, course = clock.now(), 0, []
-    while step < 2 or clock.now() < deadline:
-        progress = (clock.now() - began) / max(deadline - began, 1e-9)
-        fall = min(1.0, max(0.02, (1.0 - progress) / 0.4))
-        for group in optimizer.param_groups:
-            group["lr"] = sizes.learning_rate * min(1.0, (step + 1) / _WARM_UP) * fall
-        starts = torch.randint(len(ids) - sizes.context - 1, (sizes.windows, 1), generator=generator).to(device)
-        loss = loss_of(weights, sizes.target, ids[starts + offsets])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % 50 == 1:
-            course.append({"step": step, "seconds": clock.now() - began, "loss": float(loss.detach())})
-    seconds, tokens = clock.now() - began, step * sizes.windows * sizes.context
-    course.append({"step": step, "seconds": seconds, "loss": float(loss.detach())})
-    return {"steps": step, "tokens": tokens, "training_s": seconds, "tokens_per_s": tokens / seconds, "course": course}
+def train_until(deadline: float, weights: Weights, ids: Tensor, sizes: Sizes, clock: Clock) -> dict[str, Any]:
+    """Train float32 weights until the deadline; how far that went."""
+    minutes = max(deadline - clock.now(), 0.0) / 60
+    recipe = Recipe(minutes, batch=sizes.windows, lr=sizes.learning_rate, context=sizes.context)
+    course: list[dict[str, float]] = []
+
+    def after(step: int, seconds: float, found: Tensor) -> None:
+        if step % 50 == 1 or seconds >= recipe.seconds:
+            course.append({"step": step, "seconds": seconds, "loss": float(found)})
+
+    train(recipe, weights, ids, partial(loss_of, sizes.target), clock, after)
+    steps, seconds = int(course[-1]["step"]), course[-1]["seconds"]
+    tokens = steps * sizes.windows * sizes.context
+    return {"steps": steps, "tokens": tokens, "training_s": seconds, "tokens_per_s": tokens / seconds, "course": course}
 
 
 @torch.no_grad()
-def evaluate(weights: Weights, ids: Tensor, sizes: Sizes, device: str) -> float:
+def evaluate(weights: Weights, ids: Tensor, sizes: Sizes) -> float:
     """Mean nats per token on up to 16 batches of windows."""
     size = sizes.context + 1
     windows = ids[: len(ids) // size * size].view(-1, size)[: 16 * sizes.windows]
-    return float(torch.stack([loss_of(weights, sizes.target, part) for part in windows.split(sizes.windows)]).mean())
+    return float(torch.stack([loss_of(sizes.target, weights, part) for part in windows.split(sizes.windows)]).mean())

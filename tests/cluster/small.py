@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from tiny import CONFIG, TAPS, prompts
+from tiny import CONFIG, TAPS, prompts, target_tensors
 
 from specrl.agents.draft_learner import LearnerConfig
 from specrl.apps.cluster.serving import Serving
 from specrl.engines.base import Request
-from specrl.models.checkpoint import expected_target_tensors
 from specrl.models.draft import Draft, new_draft
+from specrl.models.embedded.training import config_json
 from specrl.models.target import load_target
 
 LEARNER = LearnerConfig(dtype="float32", batch_size=8, passes=2, updates_per_request=0.5, learning_rate=1e-2)
@@ -25,30 +24,8 @@ LEARNER = LearnerConfig(dtype="float32", batch_size=8, passes=2, updates_per_req
 def write_target(directory: Path) -> str:
     """A checkpoint of the tiny target."""
     directory.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, shape in expected_target_tensors(CONFIG).items():
-        spread = {"model.embed_tokens.weight": 1.0, "lm_head.weight": 1.3 * 32**-0.5}.get(name, 0.25)
-        tensors[name] = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * spread
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    c = CONFIG
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "max_position_embeddings": c.max_position_embeddings,
-        "eos_token_id": 0,
-        "tie_word_embeddings": False,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
+    save_file(target_tensors(), directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config_json(CONFIG, "float32")))
     return str(directory)
 
 
