@@ -1,6 +1,8 @@
-"""Settings that must hold before torch and matplotlib are imported."""
+"""Settings that must hold before torch and matplotlib are imported, and what all tests share."""
 
 import os
+
+from own_locks import own_locks  # noqa: F401 - used by all tests
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
 os.environ.setdefault("MPLBACKEND", "agg")  # no display

@@ -134,7 +134,8 @@ def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "specrl toy: interrupted\n"
 
 
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_teaches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # of whatever terminal: lines break elsewhere in a narrow one
     with pytest.raises(SystemExit) as end:
         main(["toy", "--help"], TOY)
     assert end.value.code == 0

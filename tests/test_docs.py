@@ -6,7 +6,6 @@ import importlib
 import re
 import runpy
 import shlex
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,6 @@ def function_of(command: str) -> Callable[..., object]:
 @pytest.mark.parametrize("page", PAGES[1:], ids=NAMES[1:])
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # locks of timed environments: nobody else's
     with patch.dict(CHOOSERS), patch.dict(SLOT_LOSSES):
         for example in BLOCKS.parse(page).examples():
             example.evaluate()

@@ -35,8 +35,9 @@ class Ticking(VirtualClock):
         return super().now()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def gpu() -> Any:
+    """The script; its stages can be imported from then on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(HERE.parent / "benchmarks"))
         yield importlib.import_module("gpu")

@@ -166,7 +166,7 @@ def test_plans_are_followed_over_a_socket(short: Path) -> None:
     assert params.get_steps_for_batch(1) == 1 and params.on_verify_complete([1], 1) == 1, "none given: SGLang's rule"
     assert (short / "p").stat().st_mode & 0o777 == 0o600
     with socket.socket(socket.AF_UNIX) as peer:
-        peer.settimeout(5.0)
+        peer.settimeout(60.0)
         peer.connect(str(short / "p"))
         stream = peer.makefile("rwb")
 
@@ -245,7 +245,7 @@ found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "gymnasium" else found(name, *rest)
 import specrl.plugin.entry, specrl.plugin.lookahead, specrl.plugin.traces, specrl.plugin.subscriber, specrl.plugin.seams
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 # Traces.
@@ -322,7 +322,7 @@ class Serving:
             request.over = True
 
 
-def until(condition: Any, seconds: float = 5.0) -> None:
+def until(condition: Any, seconds: float = 120.0) -> None:
     clock = WallClock()
     began = clock.now()
     while not condition():
@@ -353,7 +353,7 @@ def subscribe() -> Iterator[Subscribe]:
 
         def connect(hooks: Hooks, path: Path) -> Subscriber:
             ring = tracer_of(hooks).ring
-            subscriber = opened.enter_context(Subscriber(path / "t", timeout_s=5.0))
+            subscriber = opened.enter_context(Subscriber(path / "t", timeout_s=60.0))
             until(lambda: ring.wanted)
             return subscriber
 
@@ -483,7 +483,7 @@ from specrl.plugin.subscriber import Subscriber
 for frame in Subscriber({str(short / "t")!r}).frames(): print(frame.said["kind"], flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    until(lambda: tracer_of(hooks).ring.wanted, 30.0)
+    until(lambda: tracer_of(hooks).ring.wanted)
     serving = Serving(hooks, [Request("a")])
     serving.prefill()
     assert process.stdout is not None and process.stdout.readline() == "prefill\n"
@@ -555,7 +555,9 @@ def test_a_socket_in_use_or_a_file_is_not_taken(hooks: Hooks, short: Path) -> No
 
 
 def test_frames_are_safetensors() -> None:
-    frame = Frame({"kind": "round", "requests": ["a"]}, {"x": torch.arange(3), "y": torch.randn(2, 2)})
+    frame = Frame(
+        {"kind": "round", "requests": ["a"]}, {"x": torch.arange(3), "y": torch.tensor([[0.5, -1.0], [3.0, 0.0]])}
+    )
     again = decode(encode(frame)[8:])
     assert again.said == frame.said and all(torch.equal(again.tensors[n], t) for n, t in frame.tensors.items())
     empty = decode(encode(Frame({"kind": "finished"}, {}))[8:])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
+from test_draft_tokens import TickingClock
 from tiny import TAPS, Listed, prompts, tiny_target
 
 import specrl
@@ -229,18 +230,18 @@ def test_the_command_writes_what_serves(tmp_path: Path) -> None:
 def test_it_goes_on_on_live_decoding_and_updates_are_no_thinking_time(tmp_path: Path) -> None:
     plans, target = parse_plans("0,1"), tiny_target()
     draft = specrl.new_draft(target, intermediate_size=32, taps=TAPS)
+    clock = TickingClock()
     live = SpecDecodeEnv(
-        engine=specrl.LocalEngine(target, draft, max_context=64),
+        engine=specrl.LocalEngine(target, draft, max_context=64, clock=clock),
         workload=Listed([Request(prompt, 32, ignore_eos=True) for prompt in prompts(8, 4)]),
         plans=plans,
         batch_size=[1, 2],
         max_rounds=16,
-        allow_parallel=True,
     )
     env = as_vector(live)
     agent = make_agent("ppo", env, {**SMALL["ppo"], "n_steps": 32, "normalize": True}, plans=plans)
     curve = Curve(agent, seconds=None, off_the_clock=live.off_the_clock)
-    thinking, updates = [], []
+    thinking, updates = list[float](), list[int]()
     step, train = live.step, agent.model.train  # type: ignore[attr-defined]
 
     def watched(action: Any) -> Any:
@@ -249,16 +250,14 @@ def test_it_goes_on_on_live_decoding_and_updates_are_no_thinking_time(tmp_path: 
         return out
 
     def slow() -> None:
-        began = live.engine.clock.now()
         train()
-        while live.engine.clock.now() - began < 0.2:
-            pass
-        updates.append(live.engine.clock.now() - began)
+        clock.advance(100.0)
+        updates.append(len(thinking))
 
     live.step, agent.model.train = watched, slow  # type: ignore[method-assign, attr-defined]
     agent.model.learn(96, callback=curve.callback())
-    assert len(thinking) == 96 and len(updates) == 3 and min(updates) >= 0.2
-    assert thinking[32] < 0.2 and thinking[64] < 0.2  # the steps after an update
+    assert len(thinking) == 96 and updates == [32, 64, 96]
+    assert max(thinking) < 0.1  # those of the steps after an update, too
     assert curve.rows and 0.0 < curve.rows[0]["speedup"] < 10.0
     agent.save(tmp_path)
     assert load_chooser(tmp_path).plans == plans

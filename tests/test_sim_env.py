@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -210,11 +209,6 @@ def test_wrong_calls_of_the_vectorised_form_get_one_clear_line() -> None:
         vector.reset(options={"x": 1})
 
 
-@pytest.fixture
-def _own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
-
 def live(**changes: Any) -> SpecDecodeEnv:
     listed = Listed([Request(prompt, 16, ignore_eos=True) for prompt in prompts(4, 4)])
     engine = specrl.LocalEngine(tiny_target(), max_context=32)
@@ -223,7 +217,6 @@ def live(**changes: Any) -> SpecDecodeEnv:
     return env
 
 
-@pytest.mark.usefixtures("_own_locks")
 def test_timed_environments_refuse_to_run_in_parallel_and_say_why() -> None:
     first, second = live(), live()
     first.step(0)
@@ -246,7 +239,6 @@ def test_timed_environments_refuse_to_run_in_parallel_and_say_why() -> None:
     third.step(0)
 
 
-@pytest.mark.usefixtures("_own_locks")
 def test_live_environments_of_one_vector_environment_are_refused() -> None:
     vector = gym.vector.SyncVectorEnv([live, live])
     vector.reset(seed=0)

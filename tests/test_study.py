@@ -8,7 +8,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
@@ -43,9 +42,8 @@ LIVE: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory and a device lock of its own, and plain decoding's setting as given."""
+    """A directory of its own, and plain decoding's setting as given."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("specrl.apps.study_live.fastest_plain", lambda *_: PlainSetting("float32", 1, 1e-3))
     monkeypatch.setattr("specrl.apps.study_live.VOCABULARY_REQUESTS", 4)
 

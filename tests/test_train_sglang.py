@@ -112,7 +112,7 @@ def test_a_server_that_goes_leaves_a_checkpoint_and_one_error(
     follower = Follower(tiny.tiny_target(), draft, CONFIG, source, sync_every=2)
 
     def die(line: str) -> None:
-        if "accept length" in line and not traffic._off.is_set():
+        if "accept length" in line and follower.requests and not traffic._off.is_set():
             traffic.close()
             fake.server.shutdown()
             fake.server.server_close()
