@@ -75,7 +75,7 @@ def test_graphs_serve_new_weights_without_another_capture() -> None:
             ours.load_draft(other, version=1)
         session = ours.start(Listed(listed), batch_size=4, seed=0)
         if before:
-            session._static.prepare(Plan(4), session._now())  # type: ignore[union-attr]
+            session._static.prepare(Plan(4), session._batch.known())  # type: ignore[union-attr]
             held = len(session._static.graphs)  # type: ignore[union-attr]
             ours.load_draft(other, version=1)
         corrects.append([session.round(Plan(4)).correct_drafts.tolist() for _ in range(10)])

@@ -21,7 +21,7 @@ import torch
 from tiny import CONFIG, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 from torch import Tensor
 
-from specrl.decoding import session as session_module
+from specrl.decoding import eager as eager_module
 from specrl.decoding.acceptance import Accepted
 from specrl.decoding.sampling import Temperatures, distribution, sample
 from specrl.engines.base import Request
@@ -158,7 +158,7 @@ def lenient(chosen: Tensor, drafted: Tensor) -> Accepted:
     ids=["replaced by p", "residual swapped", "lenient"],
 )
 def test_wrong_acceptance_is_caught(name: str, rule: object, rejection: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, name, rule)
+    monkeypatch.setattr(eager_module, name, rule)
     assert min(Decoded(CHAIN, rejection).p_values()) < ALPHA
 
 

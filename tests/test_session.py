@@ -16,7 +16,7 @@ from tiny import CONFIG, TAPS, Listed, prompts, tiny_draft, tiny_target, with_vo
 import specrl
 from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
 from specrl.apps.malloc import keep_large_blocks
-from specrl.decoding import session as session_module
+from specrl.decoding import waiting as waiting_module
 from specrl.decoding.session import LocalSession
 from specrl.engines.base import Request
 from specrl.engines.local import LocalEngine
@@ -169,16 +169,16 @@ def check_proposals(engine: LocalEngine, traces: list[Trace]) -> int:
 
 def check_draft_cache(session: LocalSession) -> None:
     """That every slot which the draft has read holds what it would read from the target's own features."""
-    draft, heads = session.draft, CONFIG.num_kv_heads
-    assert draft is not None
-    for row, read in enumerate(session._read.tolist()):
+    draft, waiting, heads = session.draft, session._waiting, CONFIG.num_kv_heads
+    assert draft is not None and waiting is not None
+    for row, read in enumerate(session._batch.read.tolist()):
         if read:
-            ids = torch.from_numpy(session._known[row, : read + 1])[None]
+            ids = torch.from_numpy(session._batch.tokens[row, : read + 1])[None]
             features = session.target.prefill(ids[:, :-1], session.target.new_cache(1, read), taps=TAPS).features
             assert features is not None
             fresh = draft.new_cache(1, read)
             draft.decode(ids[:, 1:], draft.fuse(features), fresh, torch.arange(read)[None], length=read)
-            held = session._draft_cache.data[:, :, row * heads : (row + 1) * heads, :read]
+            held = waiting.cache.data[:, :, row * heads : (row + 1) * heads, :read]
             torch.testing.assert_close(held, fresh.data, rtol=0, atol=1e-3)
 
 
@@ -202,7 +202,7 @@ def test_proposals_after_any_switch_are_those_of_a_session_that_never_switched()
 
 def test_features_that_wait_too_long_are_read_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan 0 for longer than the features of its rounds have room to wait; one of the requests parked meanwhile."""
-    monkeypatch.setattr(session_module, "_WAITING_BYTES", 0)  # room for 128
+    monkeypatch.setattr(waiting_module, "_WAITING_BYTES", 0)  # room for 128
     engine = tiny_engine()
     requests = [Request(prompt, 360, ignore_eos=True) for prompt in prompts(16, 5)]
     session = engine.start(Listed(requests), batch_size=16, seed=0, trace=True)
@@ -336,7 +336,8 @@ def test_plans_that_cannot_be_run_get_one_clear_line() -> None:
 def test_a_closed_session_lets_go_of_its_memory_and_says_that_it_is_closed() -> None:
     session = tiny_engine().start(Listed([Request((1, 2), 8)]), batch_size=2, seed=0, trace=True)
     session.round(Plan(1))
-    held = [weakref.ref(session._cache), weakref.ref(session._draft_cache)]
+    assert session._waiting is not None
+    held = [weakref.ref(session._eager.cache), weakref.ref(session._waiting.cache)]
     session.close()
     session.close()
     gc.collect()

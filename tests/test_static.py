@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from graph_models import RecordedGraphs, Recorder
 from tiny import CONFIG, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 
-from specrl.decoding import session as session_module
 from specrl.decoding import static as static_module
+from specrl.decoding import waiting as waiting_module
 from specrl.decoding.acceptance import accept_tree, walk_tree
 from specrl.decoding.sampling import Drawn
 from specrl.decoding.session import LocalSession
@@ -91,7 +91,7 @@ def test_attention_may_lay_its_result_out_as_it_likes(monkeypatch: pytest.Monkey
         for index, plan in enumerate(PLANS * 2):
             session.resize(1 + index % 3)
             session.round(plan)
-        found.append([live.generated for live in session._live])
+        found.append([live.generated for live in session._batch.live])
         monkeypatch.setattr(
             F,
             "scaled_dot_product_attention",
@@ -133,7 +133,7 @@ def test_the_same_numbers_draw_the_same_tokens(rejection: bool, monkeypatch: pyt
     found = []
     for static in (False, True):
         session = engine(static, rejection).start(Listed(listed), batch_size=3, max_batch_size=4, seed=0)
-        monkeypatch.setattr(session, "_warm_up", lambda plan: None)
+        monkeypatch.setattr(session._eager, "prepare", lambda plan, _: None)
         correct = []
         for plan, drawn in zip(plans, numbers, strict=True):
             if static:
@@ -145,7 +145,7 @@ def test_the_same_numbers_draw_the_same_tokens(rejection: bool, monkeypatch: pyt
             else:
                 monkeypatch.setattr(session, "_generator", Drawn(drawn[:3]))
             correct.append(session.round(plan).correct_drafts.tolist())
-        found.append((correct, [live.generated for live in session._live]))
+        found.append((correct, [live.generated for live in session._batch.live]))
     assert found[0] == found[1]
     assert np.mean(found[0][0]) > 0.5
 
@@ -167,14 +167,14 @@ def test_traces_are_the_same() -> None:
 
 def test_features_may_wait_longer_than_any_graph_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stretches of plan 0: the draft reads in one pass what waits, or early where there is no more room."""
-    monkeypatch.setattr(session_module, "_WAITING_BYTES", 0)  # room for 128
+    monkeypatch.setattr(waiting_module, "_WAITING_BYTES", 0)  # room for 128
     listed = [Request(text, 380, ignore_eos=True) for text in prompts(3, 5)]
     plans = [*[Plan(0)] * 100, Plan(3), *[Plan(0)] * 140, Plan(3, 4, 10), Plan(5)]
     found = []
     for static in (False, True):
         session = engine(static).start(Listed(listed), batch_size=3, max_batch_size=4, seed=0)
         rounds = [session.round(plan) for plan in plans]
-        found.append(([r.correct_drafts.tolist() for r in rounds], [live.generated for live in session._live]))
+        found.append(([r.correct_drafts.tolist() for r in rounds], [live.generated for live in session._batch.live]))
     assert found[0] == found[1]
 
 
@@ -186,7 +186,7 @@ def test_drafts_of_others_are_verified_between_static_rounds() -> None:
         for i in range(12):
             session.round(PLANS[i % len(PLANS)])
             session.round_with(torch.tensor([[1, 2], [3, -1], [4, 5]]))
-        found.append([live.generated for live in session._live])
+        found.append([live.generated for live in session._batch.live])
     assert found[0] == found[1]
 
 
@@ -232,7 +232,7 @@ def test_graphs_serve_new_weights(recorded: list[RecordedGraphs], monkeypatch: p
         assert session._static is not None
         if load == "first":
             ours.load_draft(other, version=1)
-        session._static.prepare(Plan(4), session._now())
+        session._static.prepare(Plan(4), session._batch.known())
         if load == "captured":
             ours.load_draft(other, version=1)
         found.append([session.round(Plan(4)).correct_drafts.tolist() for _ in range(10)])

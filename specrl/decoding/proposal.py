@@ -17,7 +17,6 @@ from specrl.models.draft import ServingDraft
 from specrl.plan import Plan
 
 MOST_NODES = 64  # tokens one plan may verify, and slots it may draft into
-_SUM_WITHIN = 1e-3  # of 1, that a given distribution must sum to
 
 
 class Proposal(NamedTuple):
@@ -131,27 +130,6 @@ def propose_tree(draft: ServingDraft, cache: KVCache, start: Start, plan: Plan) 
         above = above.gather(1, parent[..., None].expand(-1, -1, above.shape[-1]))
         first_row += topk * topk
     return _best(plan.num_draft_tokens, start.last, torch.cat(scores, 1), torch.cat(tokens, 1), torch.cat(parents, 1))
-
-
-def check_distributions(drafted: Tensor, distributions: Tensor, vocab_size: int) -> None:
-    """Raise a ValueError unless `distributions [B, s, V]` can be what `drafted [B, s]` was drawn from.
-
-    Rows where nothing was drafted (-1) are not read.
-    """
-    shape = [*drafted.shape, vocab_size]
-    if distributions.dtype != torch.float32 or list(distributions.shape) != shape:
-        got = f"{distributions.dtype} {list(distributions.shape)}"
-        raise ValueError(f"a proposal's distributions must be float32 {shape}, but got {got}")
-    rows, tokens = distributions[drafted >= 0], drafted[drafted >= 0]
-    if not len(rows):
-        return
-    if not bool(torch.isfinite(rows).all()) or bool((rows < 0).any()):
-        raise ValueError("a proposal's distributions must be finite and at least 0, but got NaN, infinity or less")
-    off = float((rows.sum(-1) - 1.0).abs().max())
-    if off > _SUM_WITHIN:
-        raise ValueError(f"a proposal's distributions must sum to 1 within {_SUM_WITHIN}, but one is {off:.3g} off")
-    if bool((rows.gather(-1, tokens[:, None]) == 0).any()):
-        raise ValueError("a drafted token must be possible under the distribution it was drawn from, but got odds of 0")
 
 
 def tree_mask(inside: Tensor, starts: Tensor, length: int, fixed: bool = False) -> Tensor:

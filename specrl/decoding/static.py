@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from specrl.decoding.acceptance import accept_chain, reject_chain, walk_tree
+from specrl.decoding.batch import Known
 from specrl.decoding.graphs import Graphs
 from specrl.decoding.proposal import MOST_NODES, Proposal, Start, propose_chain, propose_tree, tree_mask
 from specrl.decoding.sampling import Drawn, Temperatures, choose
@@ -30,15 +31,6 @@ _LEAST_CONTEXT = 256  # slots; buckets double from here
 _LEAST_WIDTH = 4  # tokens that the draft catches up with, likewise
 _WIDEST = 64  # that is captured; what is wider has work enough to hide its launches
 _KNOWN = 5  # numbers known of each request
-
-
-class Known(NamedTuple):
-    """What the host knows of the live requests."""
-
-    tokens: Ints  # [B, capacity + 1]
-    length: Ints  # [B], tokens known, L
-    read: Ints  # [B], slots that the draft has read, D
-    temperatures: Temperatures
 
 
 class Shape(NamedTuple):
