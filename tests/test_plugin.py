@@ -477,6 +477,20 @@ def test_a_subscriber_that_went_is_forgotten_and_served_again(hooks: Hooks, shor
     assert tokens == fresh.tokens["b"] and hooks.safe.on
 
 
+def test_one_who_never_reads_keeps_nobody_else_from_it(hooks: Hooks, short: Path, subscribe: Subscribe) -> None:
+    """The thread that sends is in the middle of a frame, which the first one's buffer does not hold."""
+    ring = tracer_of(hooks).ring
+    with socket.socket(socket.AF_UNIX) as stuck:
+        stuck.connect(str(short / "t"))
+        until(lambda: ring.wanted)
+        ring.put(lambda: Frame({"kind": "round"}, {"logits": torch.zeros(1 << 20)}))
+        assert stuck.recv(1)
+        first, again = ring._peer, subscribe(hooks, short)
+        until(lambda: ring._peer not in (None, first))
+        ring.put(lambda: Frame({"kind": "finished"}, {}))
+        assert next(again.frames()).said["kind"] == "finished"
+
+
 def test_a_killed_subscriber_does_not_hurt(hooks: Hooks, short: Path) -> None:
     code = f"""
 from specrl.plugin.subscriber import Subscriber

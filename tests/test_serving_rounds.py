@@ -6,7 +6,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Condition, Event, Thread
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +15,10 @@ from ahead import Ahead
 
 from specrl.plan import Plan, parse_plans
 from specrl.plugin.failsafe import Failsafe
+from specrl.plugin.peer import OnePeer
 from specrl.plugin.plan_socket import PlanSocket
 from specrl.plugin.rounds import RoundHooks
 from specrl.plugin.settings import Settings
-from specrl.plugin.sockets import admit, listen
 from specrl.serving.errors import ServerFailed, ServerGone, ServerSilent
 from specrl.serving.flags import command_line, serving_of
 from specrl.serving.plugin_link import Plans, Rounds
@@ -282,9 +282,23 @@ def test_a_ring_that_is_full_drops_and_counts(short: Path) -> None:
 
 
 def test_one_who_connects_while_all_is_closed_is_hung_up_on(short: Path) -> None:
-    wanted, taken = iter([True, False, False]), list[socket.socket]()
-    with listen(short / "s") as listener, socket.socket(socket.AF_UNIX) as late:
-        late.connect(str(short / "s"))
+    came = list[socket.socket]()
+
+    class Closed(OnePeer[bytes]):
+        """Is closed just when somebody has connected."""
+
+        def _leave(self, peer: socket.socket | None) -> None:
+            self._safe.on = False
+
+        def _came(self, peer: socket.socket) -> None:
+            came.append(peer)
+
+        def _send(self) -> None:
+            pass
+
+    closed = Closed(short / "s", Failsafe("telling", "nothing"), "closed")
+    with socket.socket(socket.AF_UNIX) as late:
         late.settimeout(60.0)
-        admit(listener, Condition(), wanted=lambda: next(wanted), leave=lambda: None, take=taken.append)
-        assert late.recv(1) == b"" and not taken
+        late.connect(str(short / "s"))
+        assert late.recv(1) == b"" and not came
+    closed.close()

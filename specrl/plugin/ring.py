@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import socket
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Condition, Thread
 
 from specrl.plugin.failsafe import Failsafe
-from specrl.plugin.sockets import admit, hang_up, listen
+from specrl.plugin.peer import OnePeer
 from specrl.plugin.wire import Frame, encode
 
 _IDLE_S = 0.05  # between two looks at what has ended, while nothing is served
 Late = Callable[[], Frame]  # finishes a frame outside the serving thread
 
 
-class Ring:
+class Ring(OnePeer[Late]):
     """Hands frames to whoever is connected, from a thread of its own.
 
     Without a subscriber nothing is kept. With one, up to `capacity` frames wait for it; what comes while the ring is
@@ -32,13 +30,8 @@ class Ring:
 
     def __init__(self, path: Path, capacity: int, between: Callable[[], Sequence[Frame]], safe: Failsafe) -> None:
         self.dropped = self.sent = 0
-        self._waiting: deque[Late] = deque()
-        self._capacity, self._between, self._safe = capacity, between, safe
-        self._changed = Condition()
-        self._peer: socket.socket | None = None
-        self._listener = listen(path)
-        for work in (self._accept, self._send):
-            Thread(target=safe.call, args=(work,), name=f"specrl-traces{work.__name__}", daemon=True).start()
+        self._capacity, self._between = capacity, between
+        super().__init__(path, safe, "specrl-traces")
 
     @property
     def wanted(self) -> bool:
@@ -59,35 +52,6 @@ class Ring:
         with self._changed:
             self._waiting.append(frame)
             self._changed.notify()
-
-    def close(self) -> None:
-        """Listen and send no more."""
-        with self._changed:
-            self._safe.on = False
-        hang_up(self._listener)
-        self._leave(self._peer)
-
-    def _accept(self) -> None:
-        admit(
-            self._listener,
-            self._changed,
-            wanted=lambda: self._safe.on,
-            leave=lambda: self._leave(self._peer),
-            take=self._take,
-        )
-
-    def _take(self, peer: socket.socket) -> None:
-        self._peer = peer
-        self._changed.notify()
-
-    def _leave(self, peer: socket.socket | None) -> None:
-        """This subscriber is gone."""
-        with self._changed:
-            if peer is not None and self._peer is peer:
-                self._peer = None
-                self._waiting.clear()
-        if peer is not None:
-            peer.close()
 
     def _send(self) -> None:
         while self._safe.on:

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import json
 import socket
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from threading import Condition, Thread
+from threading import Thread
 from typing import Any
 
 from specrl.plugin.failsafe import Failsafe
-from specrl.plugin.sockets import admit, hang_up, listen
+from specrl.plugin.peer import OnePeer
 
 _LONGEST = 1 << 20  # bytes of a line
 
 
-class RoundSocket:
+class RoundSocket(OnePeer[bytes]):
     """One client at a time, the last that came. Lines wait in a bounded ring; what it cannot hold is counted.
 
     Args:
@@ -37,14 +36,9 @@ class RoundSocket:
         self.paced = False  # whether the client sets the pace
         self.left = 0  # rounds that may go
         self.wanted: frozenset[str] = frozenset()  # requests that must be there first
-        self._capacity, self._safe = capacity, safe
+        self._capacity = capacity
         self._hello = json.dumps({**hello, "kind": "hello", "dropped": 0}).encode() + b"\n"
-        self._waiting: deque[bytes] = deque()
-        self._changed = Condition()
-        self._peer: socket.socket | None = None
-        self._listener = listen(path)
-        for work in (self._accept, self._send):
-            Thread(target=safe.call, args=(work,), name=f"specrl-rounds{work.__name__}", daemon=True).start()
+        super().__init__(path, safe, "specrl-rounds")
 
     def put(self, said: Mapping[str, Any]) -> None:
         """Let a line wait for the client; never blocks."""
@@ -80,37 +74,12 @@ class RoundSocket:
                 pass
             self._leave(peer)
 
-    def close(self) -> None:
-        """Listen and tell no more."""
-        with self._changed:
-            self._safe.on = False
-            self._changed.notify_all()
-        hang_up(self._listener)
-        self._leave(self._peer)
-
-    def _accept(self) -> None:
-        admit(
-            self._listener,
-            self._changed,
-            wanted=lambda: self._safe.on,
-            leave=lambda: self._leave(self._peer),
-            take=self._take,
-        )
-
-    def _take(self, peer: socket.socket) -> None:
-        self._peer = peer
+    def _came(self, peer: socket.socket) -> None:
         self._waiting.append(self._hello)
-        self._changed.notify_all()
         Thread(target=self._safe.call, args=(self._read, peer), name="specrl-rounds-peer", daemon=True).start()
 
-    def _leave(self, peer: socket.socket | None) -> None:
-        with self._changed:
-            if peer is not None and self._peer is peer:
-                self._peer, self.paced, self.left, self.wanted = None, False, 0, frozenset()
-                self._waiting.clear()
-                self._changed.notify_all()
-        if peer is not None:
-            hang_up(peer)
+    def _went(self) -> None:
+        self.paced, self.left, self.wanted = False, 0, frozenset()
 
     def _read(self, peer: socket.socket) -> None:
         try:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from threading import Condition
 
 
 def listen(path: Path) -> socket.socket:
@@ -33,38 +31,6 @@ def listen(path: Path) -> socket.socket:
         listener.close()
         raise ValueError(f"a socket must be made at {str(path)!r}, but it cannot: {error}") from error
     return listener
-
-
-def admit(
-    listener: socket.socket,
-    changed: Condition,
-    *,
-    wanted: Callable[[], bool],
-    leave: Callable[[], None],
-    take: Callable[[socket.socket], None],
-) -> None:
-    """Take in one peer after another, until nobody is wanted any more.
-
-    Args:
-        listener: where they connect.
-        changed: held while `wanted` is asked and `take` runs, so that one who connects while all is being closed is
-            hung up on and not forgotten.
-        wanted: whether anybody is.
-        leave: parts with the peer before.
-        take: the peer that came.
-    """
-    while wanted():
-        try:
-            peer, _ = listener.accept()
-        except OSError:  # closed
-            return
-        leave()
-        with changed:
-            welcome = wanted()
-            if welcome:
-                take(peer)
-        if not welcome:
-            hang_up(peer)
 
 
 def hang_up(end: socket.socket) -> None:
