@@ -13,7 +13,7 @@ from specrl.decoding.proposal import MOST_NODES
 from specrl.engines.base import ProposalSession, Workload
 from specrl.engines.local import LocalEngine
 from specrl.envs.draws import Draws
-from specrl.envs.live import OnTheClock, check_episode, describe, measure_plain, named_workload
+from specrl.envs.live import OnTheClock, check_episode, measure_plain, named_workload
 from specrl.envs.proposals import Arrays, Prefill, Reader, Window
 from specrl.envs.rewards import Outcome, make_reward
 from specrl.envs.spec_decode import BatchSizes, read_batch_sizes
@@ -139,17 +139,7 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Arrays, dict[str, Any]]:
         """Begin an episode with fresh prompts; no options are known."""
         super().reset(seed=seed)
-        if self._closed:
-            raise ValueError("the environment is closed; make another one")
-        if options:
-            raise ValueError(f"reset knows no options, but got {', '.join(options)}; pass them to gym.make")
-        self._let_others_run()
-        if self._session is not None:
-            self._session.close()
-        phases = self._phases
-        if self._drawn:
-            phases = (self._drawn[int(self.np_random.integers(len(self._drawn)))],)
-        self._schedule = batch_sizes(phases)
+        self._schedule = batch_sizes(self._begin(self.np_random, options))
         session = self.engine.start(
             self.workload,
             batch_size=next(self._schedule),
@@ -159,12 +149,8 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
         )
         self._session, self._window, self._traces = session, Window(*self._window_of), list[Trace]()
         self._draws = Draws(*self._draws_of, seed=int(self.np_random.integers(2**31)))
-        self._plain = self._spent = 0.0
-        self._rounds = self._tokens = 0
-        self._info = None
         came = self._take(session)
-        self._paused_s = 0.0
-        self._returned = self.engine.clock.now()
+        self._agents_turn()
         return self._window.show(session.batch_size), self._who(session, came)
 
     def step(self, action: Any) -> tuple[Arrays, float, bool, bool, dict[str, Any]]:
@@ -174,8 +160,8 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
             ValueError: before `reset`, an action that is not in the space or not what was drawn, or another timed
                 environment is in the middle of an episode on the same device. Nothing is committed then.
         """
-        session, clock = self._running(), self.engine.clock
-        thinking_s = max(clock.now() - self._returned - self._paused_s, 0.0)
+        session = self._running()
+        thinking_s = self._thinking_s()
         batch = session.batch_size
         drafted = self._reader.read(action, batch)
         distributions = self._draws.proposed(drafted)
@@ -187,28 +173,18 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
         self._draws.clear()
         t0 = self.baseline.estimate(batch, context)
         outcome = Outcome(sum(done.tokens.tolist()), batch, done.seconds + thinking_s, t0.seconds)
-        reward = self._reward(outcome)
-        self._rounds += 1
-        self._tokens += outcome.tokens
-        self._plain += outcome.plain_total_s
-        self._spent += outcome.seconds
-        self._info = describe(done, outcome, thinking_s, t0.standard_error, self._plain / self._spent)
-        terminated = self._max_tokens is not None and self._tokens >= self._max_tokens
-        truncated = self._max_rounds is not None and self._rounds >= self._max_rounds
-        if terminated or truncated:
-            self._let_others_run()
+        reward, terminated, truncated, info = self._count(done, outcome, thinking_s, t0.standard_error)
         came = self._take(session)
         size = next(self._schedule)
         if size != batch:
             session.resize(size)
             came += self._take(session)
-        self._info |= self._who(session, came) | {"batch_size": batch}
+        info |= self._who(session, came) | {"batch_size": batch}
         if self.render_mode == "human":
             self.render()
         observation = self._window.show(size)
-        self._paused_s = 0.0
-        self._returned = clock.now()
-        return observation, reward, terminated, truncated, self._info
+        self._agents_turn()
+        return observation, reward, terminated, truncated, info
 
     def draw(self, q: Any) -> Ints:
         """Draw one more draft for each live request, to be proposed in the next step; on the clock.

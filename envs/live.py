@@ -10,14 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
+
 from specrl.baseline import PlainCost
 from specrl.clock import WallClock
 from specrl.engines.base import Engine, Session, Workload
 from specrl.envs.exclusive import Exclusive
 from specrl.envs.panel import as_text, panel
-from specrl.envs.rewards import Outcome
+from specrl.envs.rewards import Outcome, Reward
 from specrl.plan import Plan
 from specrl.rounds import PlainSample, Round
+from specrl.traffic import Phase
 
 log = logging.getLogger("specrl.envs")
 NO_PLAIN = (
@@ -38,8 +41,11 @@ class OnTheClock(Generic[S]):
     engine: Engine
     render_mode: str | None
     _title: ClassVar[str]
-    _rounds: int
-    _paused_s: float  # since the last step, not the agent's
+    _phases: tuple[Phase, ...]  # the trace of batch sizes that episodes follow,
+    _drawn: tuple[Phase, ...]  # or what each of them draws from
+    _max_rounds: int | None
+    _max_tokens: int | None
+    _reward: Reward
 
     def _set_up(self, *, owned: bool, allow_parallel: bool) -> None:
         clock = self.engine.clock
@@ -49,6 +55,48 @@ class OnTheClock(Generic[S]):
         self._info: dict[str, Any] | None = None
         self._live: Any = None
         self._owned, self._closed = owned, False
+
+    def _begin(self, rng: np.random.Generator, options: dict[str, Any] | None) -> tuple[Phase, ...]:
+        """End the episode before; the trace of batch sizes of the next.
+
+        Raises:
+            ValueError: the environment is closed, or there are options.
+        """
+        if self._closed:
+            raise ValueError("the environment is closed; make another one")
+        if options:
+            raise ValueError(f"reset knows no options, but got {', '.join(options)}; pass them to gym.make")
+        self._let_others_run()
+        if self._session is not None:
+            self._session.close()
+        self._plain = self._spent = 0.0
+        self._rounds = self._tokens = 0
+        self._info = None
+        return (self._drawn[int(rng.integers(len(self._drawn)))],) if self._drawn else self._phases
+
+    def _agents_turn(self) -> None:
+        """The agent's time counts from now on."""
+        self._paused_s = 0.0
+        self._returned = self.engine.clock.now()
+
+    def _thinking_s(self) -> float:
+        """Seconds that the agent took since its turn began."""
+        return max(self.engine.clock.now() - self._returned - self._paused_s, 0.0)
+
+    def _count(
+        self, done: Round, outcome: Outcome, thinking_s: float, error_s: float
+    ) -> tuple[float, bool, bool, dict[str, Any]]:
+        """Take a round in, as `describe` tells it: its reward, terminated, truncated and info."""
+        self._rounds += 1
+        self._tokens += outcome.tokens
+        self._plain += outcome.plain_total_s
+        self._spent += outcome.seconds
+        self._info = info = describe(done, outcome, thinking_s, error_s, self._plain / self._spent)
+        terminated = self._max_tokens is not None and self._tokens >= self._max_tokens
+        truncated = self._max_rounds is not None and self._rounds >= self._max_rounds
+        if terminated or truncated:
+            self._let_others_run()
+        return self._reward(outcome), terminated, truncated, info
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:

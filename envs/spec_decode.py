@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from specrl.baseline import PlainCost
 from specrl.engines.base import Engine, Session, Workload
 from specrl.engines.named import make_engine
-from specrl.envs.live import OnTheClock, PlanZero, check_episode, describe, measure_plain, named_workload
+from specrl.envs.live import OnTheClock, PlanZero, check_episode, measure_plain, named_workload
 from specrl.envs.rewards import Outcome, make_reward
 from specrl.observation import Observation, Observer, vector_bounds
 from specrl.plan import Plan, parse_plans
@@ -181,16 +181,7 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Begin an episode with fresh prompts; no options are known."""
         super().reset(seed=seed)
-        if self._closed:
-            raise ValueError("the environment is closed; make another one")
-        if options:
-            raise ValueError(f"reset knows no options, but got {', '.join(options)}; pass them to gym.make")
-        self._let_others_run()
-        if self._session is not None:
-            self._session.close()
-        phases = self._phases
-        if self._drawn:
-            phases = (self._drawn[int(self.np_random.integers(len(self._drawn)))],)
+        phases = self._begin(self.np_random, options)
         self._schedule = batch_sizes(phases)
         self._batch_size = next(self._schedule)
         self._session = self.engine.start(
@@ -202,12 +193,8 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
         )
         self._observer.reset()
         self._late.clear()
-        self._plain = self._spent = 0.0
         self._zero.begin()
-        self._rounds = self._tokens = 0
-        self._info = None
-        self._paused_s = 0.0
-        self._returned = self.engine.clock.now()
+        self._agents_turn()
         return self._observe().vector(), {"action_mask": self.action_masks(), "batch_size": self._batch_size}
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
@@ -217,8 +204,8 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
             ValueError: before `reset`, an action that is not in the space or not in the mask, or another timed
                 environment is in the middle of an episode on the same device.
         """
-        session, clock = self._running(), self.engine.clock
-        thinking_s = max(clock.now() - self._returned - self._paused_s, 0.0)
+        session = self._running()
+        thinking_s = self._thinking_s()
         plan = self._plan(action)
         context = self._context
         if self._exclusive is not None:
@@ -227,30 +214,19 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
         done = session.round(plan)
         t0 = self.baseline.estimate(self._batch_size, context)
         outcome = Outcome(sum(done.tokens.tolist()), self._batch_size, done.seconds + thinking_s, t0.seconds)
-        reward = self._reward(outcome)
+        reward, terminated, truncated, info = self._count(done, outcome, thinking_s, t0.standard_error)
+        info |= self._zero.compare(done, outcome) | {"action_mask": self._action_mask.copy()}
         self._late.append((done, t0.seconds))
         if len(self._late) > self._delay:
             self._observer.record(*self._late.popleft())
-        self._rounds += 1
-        self._tokens += outcome.tokens
-        self._plain += outcome.plain_total_s
-        self._spent += outcome.seconds
-        self._info = describe(done, outcome, thinking_s, t0.standard_error, self._plain / self._spent)
-        self._info |= self._zero.compare(done, outcome)
-        self._info["action_mask"] = self._action_mask.copy()
-        terminated = self._max_tokens is not None and self._tokens >= self._max_tokens
-        truncated = self._max_rounds is not None and self._rounds >= self._max_rounds
-        if terminated or truncated:
-            self._let_others_run()
         self._batch_size = next(self._schedule)
         if self._batch_size != session.batch_size:
             session.resize(self._batch_size)
         observation = self._observe().vector()
         if self.render_mode == "human":
             self.render()
-        self._paused_s = 0.0
-        self._returned = clock.now()
-        return observation, reward, terminated, truncated, self._info
+        self._agents_turn()
+        return observation, reward, terminated, truncated, info
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Which plans the engine can run [n], as sb3-contrib asks for it; 'multi_discrete' allows every entry."""
