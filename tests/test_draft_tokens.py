@@ -16,6 +16,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 from test_distribution import ALPHA, p_value
+from test_sim_env import seeded
 from tiny import CONFIG, TAPS, Listed, prompts, tiny_draft, tiny_target
 
 from specrl.clock import VirtualClock
@@ -157,10 +158,9 @@ def test_gymnasium_and_stable_baselines_find_no_fault() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         small: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 12, "prompt_tokens": 16, "max_rounds": 8}
-        small["allow_parallel"] = True  # of other tests
         env = gym.make("SpecRL/DraftTokens-v0", **small)
-        check_env(env.unwrapped)
-        check_env_sb3(make(flat=True))
+        check_env(seeded(env.unwrapped, 0))
+        check_env_sb3(seeded(make(flat=True), 0))
         env.close()
     assert gym.spec("SpecRL/DraftTokens-v0").nondeterministic
 

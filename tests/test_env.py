@@ -7,6 +7,7 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
+from test_sim_env import seeded
 
 import specrl
 from specrl.clock import VirtualClock
@@ -38,6 +39,7 @@ def test_the_documented_example_runs(target: Target) -> None:
     )  # fmt: skip
     _, info = env.reset(seed=0)
     assert info["action_mask"].all() and len(info["action_mask"]) == 6
+    env.action_space.seed(0)
     obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
     assert obs in env.observation_space and np.isfinite(float(reward)) and not terminated and not truncated
     draft = specrl.new_draft(target, intermediate_size=256, seed=5)
@@ -51,9 +53,10 @@ def test_the_documented_example_runs(target: Target) -> None:
 def test_gymnasium_and_stable_baselines_find_no_fault(engine: specrl.LocalEngine) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(gym.make("SpecRL/SpecDecode-v0", engine=engine, **SMALL).unwrapped)
-        check_env_sb3(make(engine))
-        check_env_sb3(make(engine, action="multi_discrete"))
+        for seed in range(3):
+            check_env(seeded(gym.make("SpecRL/SpecDecode-v0", engine=engine, **SMALL).unwrapped, seed))
+            for action in ("discrete", "multi_discrete"):
+                check_env_sb3(seeded(make(engine, action=action), seed))
 
 
 def test_it_is_declared_nondeterministic() -> None:

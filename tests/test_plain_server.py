@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
-from threading import Event
+from threading import Condition, Event
 from typing import Any
 
 import gymnasium as gym
@@ -16,6 +16,7 @@ from http_help import answering
 from tiny import Listed, prompts, tiny_draft, tiny_target
 
 import specrl  # noqa: F401 - registers the environments
+from specrl.clock import VirtualClock
 from specrl.engines.base import Request
 from specrl.engines.local import LocalEngine
 from specrl.envs.live import NO_PLAIN
@@ -34,11 +35,39 @@ DRAFTS = {
 MODEL = {"model_path": "a/model", "weight_version": "default"}
 
 
+class Stepped(VirtualClock):
+    """Passes a step at a time, and only once the client has looked at it for all that came in the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._looks, self._looked = 0, Condition()
+
+    def now(self) -> float:
+        with self._looked:
+            self._looks += 1
+            self._looked.notify_all()
+            return super().now()
+
+    def step(self, pieces: int) -> None:
+        with self._looked:
+            assert self._looked.wait_for(lambda: self._looks >= pieces, 60.0), "nobody looks"
+            self.advance(STEP_S)
+
+
 class Paper:
     """A server of paper: what it says of itself, what it was asked for, and tokens that come a step apart."""
 
-    def __init__(self, info: dict[str, Any], model: dict[str, Any] = MODEL, *, lump: int = 1, fails: str = "") -> None:
-        self.info, self.model, self.lump, self.fails = {**INFO, **info}, model, lump, fails
+    def __init__(
+        self,
+        info: dict[str, Any],
+        model: dict[str, Any] = MODEL,
+        *,
+        lump: int = 1,
+        fails: str = "",
+        clock: Stepped | None = None,
+    ) -> None:
+        self.info, self.model, self.lump, self.fails, self.clock = {**INFO, **info}, model, lump, fails, clock
+        self.pieces = 0
         self.asked: list[str] = []
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
@@ -67,12 +96,16 @@ class Paper:
         handler.end_headers()
         new = body["sampling_params"]["max_new_tokens"]
         for step in range(1, new + 1):
-            Event().wait(STEP_S)
+            if self.clock is None:
+                Event().wait(STEP_S)
+            else:
+                self.clock.step(self.pieces)
             for index, rid in enumerate(body["rid"]):
                 count = step - (3 if index else 0)
                 if count >= 1 and (count % self.lump == 0 or count == new):
                     said = {"meta_info": {"id": rid, "completion_tokens": count}}
                     handler.wfile.write(b"data: " + json.dumps(said).encode() + b"\n\n")
+                    self.pieces += 1
             if self.fails == "error" and step == 2:
                 handler.wfile.write(b'data: {"error": {"message": "too long"}}\n\n')
             if self.fails == "gone" and step == 2:
@@ -87,28 +120,34 @@ def serve() -> Iterator[Callable[[Paper], str]]:
 
 
 @pytest.mark.parametrize("lump", [1, 4])
-def test_steps_are_those_in_which_all_requests_decode(serve: Callable[[Paper], str], lump: int) -> None:
-    plain = StreamedPlain(Server(serve(Paper({}, lump=lump))), 10.0)
+def test_steps_are_those_in_which_all_requests_decode(
+    serve: Callable[[Paper], str], lump: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Stepped()
+    monkeypatch.setattr("specrl.serving.streamed.WallClock", lambda: clock)
+    plain = StreamedPlain(Server(serve(Paper({}, lump=lump, clock=clock))), 60.0)
     steps = plain.steps([[1, 2], [1, 2, 3, 4]], 12)
     assert len(steps) <= 12 - 2 and all(step.batch_size == 2 for step in steps), "three steps were not of all"
     assert steps[0].context >= 3.0 + 3.0 and np.diff([step.context for step in steps]) == pytest.approx(1.0)
     measured = plain.measure([[1, 2], [1, 2, 3, 4]])
-    assert STEP_S * 0.8 < measured.seconds < STEP_S * 4.0 and measured.context == 3.0  # waiting lasts a little longer
+    # In lumps, two of 13 steps are of the first one, of which a step's time had passed when all had begun.
+    assert measured.seconds == pytest.approx(STEP_S * (1.0 if lump == 1 else (2 / lump + 11) / 13))
+    assert measured.context == 3.0
 
 
 def test_a_stream_that_breaks_off_is_one_error(serve: Callable[[Paper], str]) -> None:
     for fails, kind, words in (("gone", ServerGone, "to the end"), ("error", ServerFailed, "too long")):
         with pytest.raises(kind, match=words):
-            StreamedPlain(Server(serve(Paper({}, fails=fails))), 10.0).measure([[1, 2]])
+            StreamedPlain(Server(serve(Paper({}, fails=fails))), 60.0).measure([[1, 2]])
     with pytest.raises(ServerFailed, match="decode 2 requests at once, but did not"):
-        StreamedPlain(Server(serve(Paper({}))), 10.0).steps([[1], [2]], 1)
+        StreamedPlain(Server(serve(Paper({}))), 60.0).steps([[1], [2]], 1)
 
 
 def test_a_running_server_is_paused_while_the_other_is_measured(
     serve: Callable[[Paper], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     ours, beside = Paper(DRAFTS), Paper({})
-    engine = attach_engine(serve(ours), plain_url=serve(beside), timeout_s=10.0)
+    engine = attach_engine(serve(ours), plain_url=serve(beside), timeout_s=60.0)
     assert "no speedup" not in caplog.text and "no plan per round" in caplog.text
     session = engine.start(Listed([Request((5, 6), 8)]), batch_size=2, seed=0)
     sample = session.measure_plain()
@@ -125,7 +164,7 @@ def test_a_running_server_is_paused_while_the_other_is_measured(
 
 
 def test_without_a_baseline_it_is_said(serve: Callable[[Paper], str], caplog: pytest.LogCaptureFixture) -> None:
-    attach_engine(serve(Paper(DRAFTS)), timeout_s=10.0).close()
+    attach_engine(serve(Paper(DRAFTS)), timeout_s=60.0).close()
     assert "no plain_url names one without speculation" in caplog.text
 
 

@@ -31,13 +31,20 @@ def sure(**changes: Any) -> Profile:
     return replace(profile, costs=tuple(replace(c, jitter=0.0, spread=0.0, per_token=0.0) for c in profile.costs))
 
 
+def seeded(env: gym.Env[Any, Any], seed: int) -> gym.Env[Any, Any]:
+    """Both checkers draw actions, and seed nothing before the first."""
+    env.action_space.seed(seed)
+    return env
+
+
 def test_gymnasium_and_stable_baselines_find_no_fault() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(gym.make(ID, batch_size=[1, 3]).unwrapped)
-        check_env(gym.make(ID, plans="1/1/2,2/1/3", profile="embedded-fp32-early").unwrapped)
-        check_env_sb3(SimulatedEnv(batch_size="1x3,4x2"))
-        check_env_sb3(SimulatedEnv(action="multi_discrete"))
+        for seed in range(4):  # of the actions that they draw
+            for options in ({"batch_size": [1, 3]}, {"plans": "1/1/2,2/1/3", "profile": "embedded-fp32-early"}):
+                check_env(seeded(gym.make(ID, **options).unwrapped, seed))
+            for options in ({"batch_size": "1x3,4x2"}, {"action": "multi_discrete"}):
+                check_env_sb3(seeded(SimulatedEnv(**options), seed))
     assert not gym.spec(ID).nondeterministic
 
 

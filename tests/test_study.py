@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -167,12 +168,14 @@ def test_a_simulated_study_ends_with_its_results_and_goes_on(capsys: pytest.Capt
 
 
 def test_killed_half_way_it_ends_with_the_trials_asked_for() -> None:
-    spec = write(CHOOSER, trials=6)
+    spec = write(CHOOSER, trials=12)  # so many that it does not end between two looks
     command = [sys.executable, "-m", "specrl", "study", "--spec", spec, "--output_dir", "out"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while True:
         time.sleep(0.02)
-        first.send_signal(signal.SIGSTOP)  # what is seen now stays so until it is killed
+        first.send_signal(signal.SIGSTOP)
+        # Once it has stopped, or ended, what is seen stays so until it is killed.
+        os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         found = states("out")
         if found.count("COMPLETE") >= 2 and found[-1] == "RUNNING":
             break
@@ -181,11 +184,11 @@ def test_killed_half_way_it_ends_with_the_trials_asked_for() -> None:
     first.send_signal(signal.SIGKILL)
     first.wait()
     before = states("out")
-    assert "RUNNING" in before and before.count("COMPLETE") < 6
+    assert "RUNNING" in before and before.count("COMPLETE") < 12
 
     subprocess.run([*command[:4], "--output_dir", "out"], check=True, stdout=subprocess.DEVNULL)
     after = states("out")
-    assert after.count("COMPLETE") == 6 and "RUNNING" not in after and after.count("FAIL") <= 1
+    assert after.count("COMPLETE") == 12 and "RUNNING" not in after and after.count("FAIL") <= 1
     study = optuna.load_study(study_name="mine", storage=url("out"))
     killed = study.trials[before.index("RUNNING")]
     retried = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == killed.number]
