@@ -314,6 +314,15 @@ def test_a_request_may_fill_the_context_to_the_last_token() -> None:
         assert all(len(tokens) == 7 for tokens in done.values())
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+def test_there_may_be_more_requests_than_slots(static: bool) -> None:
+    engine = LocalEngine(tiny_target(), tiny_draft(), max_context=12, static=static)
+    listed = Listed([Request(prompt, 8, ignore_eos=True) for prompt in prompts(160, 4)])
+    plain, _ = decode(engine.start(listed, batch_size=160, seed=0, plain=True), 160, always(Plan(0)))
+    done, rounds = decode(engine.start(listed, batch_size=160, seed=0), 160, switching(0, (Plan(2), Plan(2, 2, 4))))
+    assert done == plain and len({r.plan for r in rounds}) == 2
+
+
 def test_plans_that_cannot_be_run_get_one_clear_line() -> None:
     engine = tiny_engine()
     session = engine.start(Listed([Request((1, 2), 8)]), batch_size=2, seed=0)

@@ -55,7 +55,7 @@ class Batch:
 
     Args:
         most: rows.
-        capacity: tokens that a row has room for, but one.
+        capacity: one less than the tokens that a row has room for.
         device: of the tensors that are made of all this.
     """
 

@@ -91,7 +91,7 @@ class StaticRounds:
         self._control = torch.zeros(entries, dtype=torch.int64, device=device)
         self._back = torch.zeros(self._most * (MOST_NODES + 2), dtype=torch.int64, pin_memory=pinned)
         self._arrived: Any = torch.cuda.Event() if graphs.captures else None
-        self._arange = torch.arange(self._last_slot + 1, device=device)
+        self._arange = torch.arange(max(self._last_slot + 1, self._most), device=device)
         self._uniform = torch.zeros(self._most, 2 * MOST_NODES + 1, device=device)
         self._heats = torch.ones(self._most, device=device)
         self._tokens = torch.zeros(self._most, MOST_NODES, dtype=torch.int64, device=device)

@@ -43,7 +43,7 @@ class Waiting:
         self.buffer = torch.zeros(  # [most, room + phantoms, 3H]
             batch.most, self._room + phantoms, width, dtype=draft.dtype, device=draft.device
         )
-        self._arange = torch.arange(capacity + MOST_NODES, device=draft.device)
+        self._arange = torch.arange(max(capacity + MOST_NODES, batch.most), device=draft.device)
 
     def resize(self) -> None:
         """Follow the batch, which was resized."""
