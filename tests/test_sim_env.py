@@ -41,10 +41,11 @@ def test_gymnasium_and_stable_baselines_find_no_fault() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for seed in range(4):  # of the actions that they draw
-            for options in ({"batch_size": [1, 3]}, {"plans": "1/1/2,2/1/3", "profile": "embedded-fp32-early"}):
-                check_env(seeded(gym.make(ID, **options).unwrapped, seed))
-            for options in ({"batch_size": "1x3,4x2"}, {"action": "multi_discrete"}):
-                check_env_sb3(seeded(SimulatedEnv(**options), seed))
+            check_env(seeded(gym.make(ID, batch_size=[1, 3]).unwrapped, seed))
+            few = gym.make(ID, plans="1/1/2,2/1/3", profile="embedded-fp32-early")
+            check_env(seeded(few.unwrapped, seed))
+            check_env_sb3(seeded(SimulatedEnv(batch_size="1x3,4x2"), seed))
+            check_env_sb3(seeded(SimulatedEnv(action="multi_discrete"), seed))
     assert not gym.spec(ID).nondeterministic
 
 
