@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TAPS, tiny_target
+from tiny import lively_draft, tiny_target
 from torch import Tensor
 
 from specrl.agents import attention, fused
@@ -28,23 +28,12 @@ from specrl.agents.losses import (
 from specrl.agents.objective import Objective
 from specrl.agents.sequences import Rejected, Sequence
 from specrl.agents.unroll import unroll
-from specrl.models.draft import Draft, new_draft
+from specrl.models.draft import Draft
 from specrl.models.rope import rope_table
 
 WORDS = (1, 2, 3, 5, 6, 8)  # of the reduced vocabulary
 COSTS = (PlanCost(1, 0, 1.0, 1.0), PlanCost(1, 2, 1.0, 1.1), PlanCost(4, 3, 1.5, 2.0))
 V, H = tiny_target().config.vocab_size, tiny_target().config.hidden_size
-
-
-def lively_draft(vocabulary: tuple[int, ...] | None) -> Draft:
-    ids = None if vocabulary is None else torch.tensor(vocabulary)
-    draft = new_draft(tiny_target(), vocabulary=ids, intermediate_size=24, taps=TAPS)
-    generator = torch.Generator().manual_seed(1)
-    for tensor in draft.tensors.values():
-        if tensor.is_floating_point():
-            noise = torch.randn(tensor.shape, generator=generator)
-            tensor.copy_(1.0 + 0.2 * noise if tensor.ndim == 1 else 0.3 * noise)
-    return draft
 
 
 def sequences(seed: int = 0, fallen: bool = True) -> list[Sequence]:

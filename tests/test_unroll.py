@@ -2,27 +2,15 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from tiny import TAPS, tiny_target
+from tiny import TAPS, lively_draft, tiny_target
 from torch import Tensor
 
 from specrl.agents.unroll import unroll
-from specrl.models.draft import Draft, ServingDraft, new_draft
+from specrl.models.draft import Draft, ServingDraft
 from specrl.models.rope import rope_table
 
 BATCH, LENGTH, PASSES = 2, 14, 5  # tokens x_0 .. x_14, of which slots 0 .. 13 predict
 VOCABULARIES = {"whole": None, "reduced": (1, 2, 5, 7, 8)}
-
-
-def lively_draft(vocabulary: tuple[int, ...] | None = None) -> Draft:
-    """A random draft whose attention and every norm matter (a new one is nearly the identity)."""
-    ids = None if vocabulary is None else torch.tensor(vocabulary)
-    draft = new_draft(tiny_target(), vocabulary=ids, intermediate_size=24, taps=TAPS)
-    generator = torch.Generator().manual_seed(1)
-    for tensor in draft.tensors.values():
-        if tensor.is_floating_point():
-            noise = torch.randn(tensor.shape, generator=generator)
-            tensor.copy_(1.0 + 0.2 * noise if tensor.ndim == 1 else 0.25 * noise)
-    return draft
 
 
 def traffic() -> tuple[Tensor, Tensor]:

@@ -78,6 +78,18 @@ def tiny_draft(updates: int = 60) -> Draft:
     return Draft(draft.config, learner.weights()[1])
 
 
+def lively_draft(vocabulary: Sequence[int] | None = None) -> Draft:
+    """A random draft whose attention and every norm matter (a new one is nearly the identity)."""
+    ids = None if vocabulary is None else torch.tensor(vocabulary)
+    draft = new_draft(tiny_target(), vocabulary=ids, intermediate_size=24, taps=TAPS)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in draft.tensors.values():
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(1.0 + 0.2 * noise if tensor.ndim == 1 else 0.25 * noise)
+    return draft
+
+
 def with_vocabulary(draft: Draft, kept: Sequence[int]) -> Draft:
     """The draft with no other target ids than `kept` (ascending) in its vocabulary."""
     ids = torch.tensor(kept)

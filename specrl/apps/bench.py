@@ -19,7 +19,7 @@ from specrl.engines.simulated import Requests, SimulatedEngine
 from specrl.models.draft import load_draft, new_draft
 from specrl.models.target import default_device, load_target
 from specrl.plan import Plan, parse_plans
-from specrl.streams import open_stream
+from specrl.streams import held_out
 
 PLANS = "0,1/1/2,3/1/4,3/2/6"
 CHAINS = "0,1/1/2,3/1/4"  # of SGLang, which cannot switch to a tree
@@ -99,15 +99,7 @@ def bench(
     if (profile is None) == (engine == "simulated"):
         raise ValueError(f"a profile goes with the simulated engine, but got engine {engine!r} and profile {profile!r}")
     parsed = None if plans is None else parse_plans(plans)
-    held_out = partial(
-        open_stream,
-        workload,
-        target,
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        ignore_eos=True,
-        split="held_out",
-    )
+    prompts = partial(held_out, workload, target, prompt_tokens, max_new_tokens)
     cells: dict[float | None, list[Measured]] = {}
     measured: dict[str, object] = {"engine": engine, "seed": seed, "precision": precision}
     if profile is not None:
@@ -124,7 +116,7 @@ def bench(
             draft,
             batch_sizes or BATCH_SIZES,
             parsed or parse_plans(CHAINS),
-            {temperature: held_out(temperature=temperature) for temperature in temperatures},
+            {temperature: prompts(temperature) for temperature in temperatures},
             max_new_tokens=max_new_tokens,
             python=sglang_python,
             flags=shlex.split(sglang_flags),
@@ -139,7 +131,7 @@ def bench(
                 draft,
                 batch_sizes or BATCH_SIZES,
                 parsed or parse_plans(PLANS),
-                held_out(temperature=temperature),
+                prompts(temperature),
                 prompt_tokens=prompt_tokens,
                 max_new_tokens=max_new_tokens,
                 use_rejection_sampling=use_rejection_sampling,

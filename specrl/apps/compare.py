@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from specrl.statistics import Interval, mean_interval, probability_of_improvement, stratified_iqm
 
+_RESAMPLES, _POINTS = 1000, 100  # of a bootstrap; of a curve
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -63,15 +64,15 @@ def speedup_interval(samples: Floats) -> Interval:
     return Interval(value, low, high, mean.level)
 
 
-def agree(one: Interval, two: Interval, *, times: float = 1.32) -> bool:
+def agree(one: Interval, two: Interval) -> bool:
     """Whether two measured speedups may be the same.
 
-    |log a - log b| <= `times` · sqrt(h_a² + h_b²) with h the half-widths of the 95 % intervals in logs: with 1.32 two
-    honest measurements disagree once in a hundred times.
+    |log a - log b| <= 1.32 · sqrt(h_a² + h_b²) with h the half-widths of the 95 % intervals in logs: two honest
+    measurements disagree once in a hundred times.
     """
     logs = [np.log([x.value, x.low, x.high]) for x in (one, two)]
     halves = [(high - low) / 2.0 for _, low, high in logs]
-    return bool(abs(logs[0][0] - logs[1][0]) <= times * np.hypot(*halves))
+    return bool(abs(logs[0][0] - logs[1][0]) <= 1.32 * np.hypot(*halves))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +147,11 @@ def _samples(scores: Sequence[Score]) -> Floats:
     return np.concatenate([x.speedups for x in scores])
 
 
-def improvement(mine: Floats, theirs: Floats, *, resamples: int = 1000, rng: np.random.Generator) -> Interval:
+def improvement(mine: Floats, theirs: Floats, *, rng: np.random.Generator) -> Interval:
     """P(mine > theirs), mean over tasks, of scores [tasks, seeds], with a bootstrap of seeds within each task."""
     value = np.mean([probability_of_improvement(a, b) for a, b in zip(mine, theirs, strict=True)])
     again = []
-    for _ in range(resamples):
+    for _ in range(_RESAMPLES):
         picks = rng.integers(mine.shape[1], size=(2, *mine.shape))
         drawn = (np.take_along_axis(x, p, 1) for x, p in zip((mine, theirs), picks, strict=True))
         again.append(np.mean([probability_of_improvement(a, b) for a, b in zip(*drawn, strict=True)]))
@@ -158,13 +159,13 @@ def improvement(mine: Floats, theirs: Floats, *, resamples: int = 1000, rng: np.
     return Interval(float(value), float(low), float(high))
 
 
-def curves(scores: Scores, points: int = 100) -> list[dict[str, object]]:
-    """Regret after each of about `points` rounds: mean over seeds, and the least and greatest."""
+def curves(scores: Scores) -> list[dict[str, object]]:
+    """Regret after each of about a hundred rounds: mean over seeds, and the least and greatest."""
     out: list[dict[str, object]] = []
     for source, by_chooser in scores.items():
         for chooser, plays in by_chooser.items():
             every = np.stack([x.regret for x in plays])
-            step = max(1, every.shape[1] // points)
+            step = max(1, every.shape[1] // _POINTS)
             for r in range(step - 1, every.shape[1], step):
                 row = every[:, r]
                 out.append(

@@ -18,7 +18,7 @@ from specrl.models.draft import Draft, load_draft
 from specrl.models.target import default_device, load_target
 from specrl.plan import Plan
 from specrl.statistics import Interval, paired_speedup, probability_of_improvement
-from specrl.streams import open_stream
+from specrl.streams import held_out
 
 Floats = NDArray[np.float64]
 
@@ -104,15 +104,7 @@ def compare(
         device = default_device(device)
         one, two = read_drafted(a), read_drafted(b)
         model = load_target(target, device=device)
-        source = open_stream(
-            workload,
-            target,
-            prompt_tokens=prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            ignore_eos=True,
-            split="held_out",
-        )
+        source = held_out(workload, target, prompt_tokens, max_new_tokens, temperature)
         lines = []
         for batch in batch_sizes:
             results = measure_plans(

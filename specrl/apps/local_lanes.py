@@ -18,6 +18,7 @@ from specrl.models.target import Target, load_target
 from specrl.plan import Plan
 
 NULL = "A/A"  # plain decoding once more
+_DTYPES = ("float32", "bfloat16")  # that plain decoding may be fastest in
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,6 @@ def fastest_plain(
     batch_size: int,
     *,
     device: str = "cpu",
-    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
     rounds: int = 60,
 ) -> PlainSetting:
     """The setting of {dtype, threads} in which plain decoding is fastest here, by interleaved medians.
@@ -101,7 +101,6 @@ def fastest_plain(
         workload: prompts.
         batch_size: live requests.
         device: 'cpu' or a CUDA device, where threads do not matter.
-        dtypes: to try.
         rounds: timed in each setting, in blocks of ten.
     """
     threads = (1,) if device.startswith("cuda") else tuple(sorted({1, usable_cores()}))
@@ -109,9 +108,9 @@ def fastest_plain(
         dtype: LocalEngine(load_target(target, device=device, dtype=dtype)).start(
             workload, batch_size=batch_size, seed=0, plain=True
         )
-        for dtype in dtypes
+        for dtype in _DTYPES
     }
-    turns = [(dtype, count) for dtype in dtypes for count in threads]
+    turns = [(dtype, count) for dtype in _DTYPES for count in threads]
     times: dict[tuple[str, int], list[float]] = {turn: [] for turn in turns}
     for _ in range(max(1, rounds // 10)):
         for dtype, count in turns:

@@ -214,12 +214,12 @@ def as_vector(env: SpecDecodeEnv) -> VectorEnv[Any, Any, Any]:
     return SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.SAME_STEP)
 
 
-def visit(env: VectorEnv[Any, Any, Any], chooser: NetworkChooser, rounds: int = 1024) -> tuple[Any, Any]:
-    """Batch sizes and choices [S] int64 of a policy's own rounds on a vector environment."""
+def visit(env: VectorEnv[Any, Any, Any], chooser: NetworkChooser) -> tuple[Any, Any]:
+    """Batch sizes and choices [S] int64 of a policy's own rounds, 1,024 of each, on a vector environment."""
     vectors, _ = env.reset()
     state = chooser.network.start(len(vectors))
     sizes, choices = [], []
-    for _ in range(rounds):
+    for _ in range(1024):
         actions, state = chooser.act(vectors, state)
         sizes.append(np.rint(2.0 ** (10.0 * vectors[:, 0])).astype(np.int64))
         choices.append(actions)

@@ -198,7 +198,7 @@ def live_source(
     from specrl.engines.local import LocalEngine
     from specrl.models.draft import load_draft, new_draft
     from specrl.models.target import load_target
-    from specrl.streams import open_stream
+    from specrl.streams import held_out
 
     config = {
         "target": target,
@@ -212,15 +212,7 @@ def live_source(
         "sglang_python": sglang_python,
         "sglang_flags": sglang_flags,
     }
-    source = open_stream(
-        workload,
-        target,
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        ignore_eos=True,
-        split="held_out",
-    )
+    source = held_out(workload, target, prompt_tokens, max_new_tokens, temperature)
     if engine == "sglang":
         python = None if sglang_python is None else Path(sglang_python)
         served = launch(target, None if draft is None else Path(draft), plans, python, shlex.split(sglang_flags))

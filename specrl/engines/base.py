@@ -155,6 +155,10 @@ class Engine(Protocol):
             max_batch_size: the most that the session may be resized to; None: `batch_size`.
             plain: decode without any draft: no feature capture, no catch-up. The only plan is then 0.
             trace: keep traces for `drain`.
+
+        Raises:
+            ValueError: a batch size or requests that do not fit, or the engine has no plain or no traced sessions.
+            OSError: the server that an engine decodes on does not serve (`specrl.serving.errors`).
         """
         ...
 

@@ -98,7 +98,7 @@ class LocalEngine:
         plain: bool = False,
         trace: bool = False,
     ) -> LocalSession:
-        """Prefill `batch_size` requests of `workload` and be ready for the first round."""
+        """Prefill `batch_size` requests, where the caches of all fit the memory."""
         most, draft = max_batch_size or batch_size, None if plain or self._serving is None else self._serving.config
         check_room(self.target, draft, batch_size=most, max_context=self.max_context, beyond=MOST_NODES + 1)
         session = LocalSession(

@@ -89,12 +89,7 @@ class SGLangEngine:
         plain: bool = False,
         trace: bool = False,
     ) -> Session:
-        """Send `batch_size` requests of `workload` and be ready for the first round.
-
-        Raises:
-            ValueError: no server without speculation, for `plain`.
-            ServerError: the server does not.
-        """
+        """Send `batch_size` requests to the server; `plain` needs one without speculation."""
         before = self._sessions.pop(plain, None)
         if before is not None:
             before.close()

@@ -39,13 +39,12 @@ def need_ray(*, loopback: bool = False) -> None:
 
 
 @contextmanager
-def connected(address: str, *, devices: int = 1) -> Iterator[None]:
+def connected(address: str) -> Iterator[None]:
     """Be a driver of the cluster at `address` meanwhile; where this process is one already, it stays one.
 
     Args:
         address: host:port of a running cluster's head, 'auto' for the one that runs on this machine, or 'local': one of
             this machine alone, bound to loopback, without a dashboard, that ends with the block.
-        devices: of 'local': how many timed trials may run at once.
 
     Raises:
         ValueError: Ray is not installed, or no cluster is there.
@@ -61,13 +60,8 @@ def connected(address: str, *, devices: int = 1) -> Iterator[None]:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         if address == "local":
-            ray.init(
-                "local",
-                include_dashboard=False,
-                dashboard_host=LOOPBACK,
-                resources={DEVICE: devices},
-                **common,
-            )
+            one = {DEVICE: 1}  # timed trial at once
+            ray.init("local", include_dashboard=False, dashboard_host=LOOPBACK, resources=one, **common)
         else:
             ray.init(address, **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
