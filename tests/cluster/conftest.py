@@ -16,6 +16,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
 )  # workers import them
 
+from own_locks import own_locks  # noqa: E402, F401 - used by all tests
+
 from specrl.apps.cluster.connect import DEVICE, need_ray  # noqa: E402
 
 
@@ -36,7 +38,7 @@ def two_nodes() -> Iterator[str]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {DEVICE: 1}, **node})
     cluster.add_node(num_cpus=2, resources={DEVICE: 1}, **node)
     ray.init(cluster.address, log_to_driver=False, logging_level="error")
-    cluster.wait_for_nodes()
+    cluster.wait_for_nodes(timeout=180)
     yield cluster.address
     ray.shutdown()
     cluster.shutdown()

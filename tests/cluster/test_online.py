@@ -28,13 +28,13 @@ pytestmark = pytest.mark.usefixtures("two_nodes")
 
 def prefill(request: int) -> Trace:
     """A request of three tokens that ends with its prompt."""
-    rows = torch.arange(3)
+    rows, generator = torch.arange(3), torch.Generator().manual_seed(request)
     return Trace(
         request_ids=torch.tensor([request]).numpy(),
         positions=torch.tensor([0]).numpy(),
         tokens=torch.tensor([[1, 2, 3]]),
-        features=torch.randn(1, 3, 96),
-        logits=torch.randn(1, 3, 10),
+        features=torch.randn(1, 3, 96, generator=generator),
+        logits=torch.randn(1, 3, 10, generator=generator),
         parents=(rows - 1)[None],
         path=rows[None],
         draft_version=0,
@@ -71,11 +71,11 @@ def test_what_a_slow_learner_does_not_take_is_dropped_and_counted_and_nobody_wai
         counts = outlet.learn([prefill(request)])  # would never come back if it waited: the gate is shut
     assert (counts["in_flight"], counts["dropped"], counts["sent"]) == (2.0, 5.0, 0.0)
     ray.get(gate.let.remote())
-    outlet.look(30.0)
+    outlet.look(180.0)
     assert ray.get(gate.let.remote()) == [1, 1]
     assert outlet.counts() == {"sent": 2.0, "dropped": 5.0, "lost": 0.0, "in_flight": 0.0}
     outlet.learn([prefill(7)])
-    outlet.look(30.0)
+    outlet.look(180.0)
     assert outlet.counts()["sent"] == 3.0
 
 
@@ -84,7 +84,7 @@ def test_what_was_on_its_way_to_a_killed_learner_is_lost_and_counted() -> None:
     outlet = Outlet(gate, 0, (5, {"a": torch.ones(1)}), Assembler(), in_flight=2)
     outlet.learn([prefill(0), prefill(1)])
     ray.kill(gate)
-    outlet.look(30.0)
+    outlet.look(180.0)
     assert outlet.counts() == {"sent": 0.0, "dropped": 0.0, "lost": 2.0, "in_flight": 0.0}
     assert outlet.weights()[0] == 5
 
@@ -114,9 +114,10 @@ def test_engines_on_both_nodes_feed_a_learner_that_is_killed_and_comes_back(tmp_
             return False
         return bool(restored == 1.0 and max(int(str(row["draft_version"])) for row in fleet.rows) > before)
 
-    before = ray.get(fleet.learner.newest.remote()).version
-    assert before > 0
-    assert load_checkpoint(out.path / CHECKPOINT).state["learner"]["updates"] == before
+    before, kept = -1, 0
+    while (said := ray.get(fleet.learner.newest.remote()).version) != before:  # it may still learn what it was sent
+        before, kept = said, load_checkpoint(out.path / CHECKPOINT).state["learner"]["updates"]
+    assert kept == before > 0
     ray.kill(fleet.learner, no_restart=False)
     requests = 160
     while requests < 160 + 320 or not learns_again():  # begun while there is no learner

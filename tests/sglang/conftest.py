@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from learned import learn_draft
+from own_locks import own_locks  # noqa: F401 - used by all tests
 from server import Server, serve
 
 from specrl.models.draft import Draft
@@ -50,7 +52,10 @@ def sglang_runtime() -> None:
         mem_fraction_static=0.5,
     )
     publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
-    bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=29777)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=port)
 
 
 @pytest.fixture

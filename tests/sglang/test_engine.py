@@ -122,7 +122,10 @@ def test_a_new_draft_serves_from_the_next_round_on(engine: SGLangEngine, target:
     session = engine.start(Listed(requests(2)), batch_size=2, seed=0)
     before = session.round(Plan(3))
     version = engine.draft_version
-    scrambled = {n: t if n == "d2t" else torch.randn_like(t) * 0.05 for n, t in draft.tensors.items()}
+    generator = torch.Generator().manual_seed(0)
+    scrambled = {
+        n: t if n == "d2t" else torch.randn(t.shape, generator=generator) * 0.05 for n, t in draft.tensors.items()
+    }
     engine.load_draft(scrambled, version=version + 1)
     rounds = [session.round(Plan(3)) for _ in range(8)]
     engine.load_draft(draft.tensors, version=version + 2)

@@ -9,6 +9,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count, pairwise
 from pathlib import Path
 from threading import Event
@@ -28,7 +29,7 @@ from specrl.plan import Plan
 from specrl.serving.errors import SwapError
 from specrl.serving.hot_swap import push, recover
 
-AT_ONCE, SWAPS, NEW, LONG = 8, 20, 96, 200
+AT_ONCE, SWAPS, NEW, LONG, EARLY = 8, 20, 96, 400, 60
 PLAN = Plan(3)
 CLOCK = WallClock()
 
@@ -46,11 +47,12 @@ class Streamed(NamedTuple):
         return float(np.mean(steps)) if steps else float("nan")
 
 
-def stream(server: Server, prompt: Sequence[int], new: int) -> Streamed:
+def stream(server: Server, prompt: Sequence[int], new: int, out: Streamed | None = None) -> Streamed:
+    """`out`, or a new one, grows as the answer comes."""
     sampling = {"temperature": 0.0, "max_new_tokens": new, "ignore_eos": True}
     body = json.dumps({"input_ids": list(prompt), "sampling_params": sampling, "stream": True}).encode()
     request = urllib.request.Request(server.url + "/generate", body, {"Content-Type": "application/json"})
-    out = Streamed({}, [], [])
+    out = Streamed({}, [], []) if out is None else out
     with urllib.request.urlopen(request, timeout=120) as answer:
         for line in answer:
             if line.startswith(b"data: {"):
@@ -132,12 +134,15 @@ def test_acceptance_rises_within_a_request(target: Target, draft: Draft, fresh: 
     prompt = prompts(1)[0]
     ours = decode(target, draft, [prompt], PLAN, LONG)
     with ThreadPoolExecutor(1) as pool:
-        request = pool.submit(stream, server, prompt, LONG)
-        Event().wait(1.5)
+        streamed = Streamed({}, [], [])
+        request = pool.submit(stream, server, prompt, LONG, streamed)
+        while len(streamed.known) < EARLY:
+            assert not request.done(), "it ended before the swap"
+            Event().wait(0.001)
         began = CLOCK.now()
         push(server.url, draft.tensors, version=1, like=fresh)
         ended = CLOCK.now()
-        streamed = request.result()
+        request.result()
     compare(target, [prompt], ours, [streamed.answer], drafts=False)
     before, after = streamed.accept_length(0.0, began), streamed.accept_length(ended, float("inf"))
     print(f"accept length {before:.2f} before and {after:.2f} after the swap, in one request")
@@ -168,7 +173,7 @@ def test_what_does_not_fit_never_reaches_the_server(
     assert len(server.said("pause_generation")) == pauses
 
 
-@pytest.fixture
+@contextmanager
 def pausing(server: Server, draft: Draft, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that dies of kill -9 between the pause and the end of an update."""
     draft.save(tmp_path / "draft")
@@ -187,17 +192,20 @@ def pausing(server: Server, draft: Draft, tmp_path: Path) -> Iterator[subprocess
         "hot_swap.push(sys.argv[1], draft.tensors, version=1, like=draft)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path / "draft")])
-    yield process
-    process.kill()
-    process.wait()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_pusher_killed_in_the_middle_leaves_the_server_serving(
-    server: Server, draft: Draft, fresh: Draft, pausing: subprocess.Popen[bytes]
+    server: Server, draft: Draft, fresh: Draft, tmp_path: Path
 ) -> None:
     quiet = server.generate(prompts(1)[0], 24)["output_ids"]
     begun, ended = (len(server.said(f"{word}_weight_update")) for word in ("begin", "end"))
-    assert pausing.wait(60) == -signal.SIGKILL
+    with pausing(server, draft, tmp_path) as process:
+        assert process.wait(180) == -signal.SIGKILL
     assert len(server.said("begin_weight_update")) == begun + 1, "it died with the server paused"
     assert server.generate(prompts(1)[0], 24)["output_ids"] == quiet
     assert len(server.said("end_weight_update")) == ended + 1, "somebody stood by"

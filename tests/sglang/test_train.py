@@ -31,7 +31,7 @@ from specrl.plugin.subscriber import Subscriber
 
 AT_ONCE, NEW = 8, 48
 LEAST = 1.5  # accept length
-ENOUGH_S = 240.0
+ENOUGH_S = 600.0
 
 
 class Traffic:
@@ -156,9 +156,12 @@ def test_a_random_draft_learns_from_traffic_and_a_killed_learner_goes_on(
         learned_after = len(clients.answers)
         second.kill()
         Event().wait(2.0)  # nobody listens now
-        more = len(clients.answers)
-        Event().wait(3.0)
-        assert len(clients.answers) > more, "serving goes on"
+        more = len(clients.answers) + 2 * AT_ONCE  # those on their way, and as many begun since
+        clock = WallClock()
+        began = clock.now()
+        while len(clients.answers) < more:
+            assert clock.now() - began < ENOUGH_S, "serving goes on"
+            Event().wait(0.2)
     assert before < 1.2
     assert [server.generate(prompt, NEW)["output_ids"] for prompt in listed] == quiet
     assert not server.said("SPECRL PLUGIN")
@@ -177,7 +180,7 @@ def _versions(answers: list[dict[str, Any]]) -> list[int]:
 def test_every_trace_names_the_draft_it_was_served_by(server: Server, folder: Path, fresh: Draft) -> None:
     from specrl.serving.hot_swap import push
 
-    with Subscriber(folder / "t", timeout_s=5.0) as subscriber:
+    with Subscriber(folder / "t", timeout_s=60.0) as subscriber:
         for version in (7, 1234):
             push(server.url, fresh.tensors, version=version, like=fresh)
             server.generate(prompts(1)[0], 8)
@@ -197,7 +200,7 @@ def test_a_killed_server_is_one_clear_error_and_the_run_goes_on_with_another(
     learner = Learner(server, folder, tmp_path / "run")
     learner.until(lambda: learner.requests >= 16)
     assert _kill(server.url.rsplit(":", 1)[1]) == 1
-    status = learner.process.wait(60)
+    status = learner.process.wait(ENOUGH_S)
     assert clients.stop(), "its clients notice"
     assert status == 2
     (line,) = [line for line in learner.log.read_text().splitlines() if "error" in line]
