@@ -111,11 +111,6 @@ def parse_loss(text: str) -> Mixture:
     return Mixture(slot, {name: weight for name, weight in weights.items() if name in CHAIN_LOSSES})
 
 
-def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of `values` where `valid` (bool, same shape); 0 where nothing is."""
-    return torch.where(valid, values, 0.0).sum() / valid.sum().clamp_min(1)
-
-
 def top_k_of(p: Tensor, k: int) -> Tensor:
     """The k most likely tokens of p [N, Vd], normalised anew, the rest 0: what is learnt after a rejected token."""
     best = p.topk(min(k, p.shape[-1]), -1)

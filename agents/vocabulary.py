@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-from specrl.agents.sequences import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,29 +14,6 @@ class Vocabulary:
     ids: Tensor  # [Vd] int64, ascending
     coverage: float  # share of the tokens that it was made from; of other traffic, see `coverage`
     seen: int  # different tokens there; fewer than Vd: the rest are the lowest ids that never came
-
-
-def token_counts(sequences: Iterable[Sequence], vocab_size: int, *, prompts: bool = True) -> Tensor:
-    """How often each token came: [V] int64.
-
-    Args:
-        sequences: the traffic.
-        vocab_size: V, the target's.
-        prompts: whether prompts count, which the draft reads but need not say.
-
-    Raises:
-        ValueError: a token outside the vocabulary.
-    """
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for sequence in sequences:
-        tokens = sequence.tokens if prompts else sequence.tokens[sequence.prompt_tokens :]
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-            raise ValueError(
-                f"tokens must be in [0, {vocab_size}), the target's vocabulary, but got "
-                f"{int(tokens.min())}..{int(tokens.max())}"
-            )
-        counts += torch.bincount(tokens, minlength=vocab_size)
-    return counts
 
 
 def top_tokens(counts: Tensor, size: int) -> Vocabulary:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from specrl.plan import Plan
 from specrl.rounds import Round
 
-MAX_BATCH_SIZE = 1024
 MAX_CONTEXT = 1 << 20
 MAX_COST = 16.0  # relative to plain; beyond it a plan is hopeless, whatever it accepts
 MAX_AGE = (1 << 20) - 1

@@ -16,7 +16,6 @@ from specrl.agents.losses import (
     accept_length,
     acceptance,
     greedy_step,
-    masked_mean,
     parse_loss,
     sampled_step,
     seconds_saved,
@@ -147,12 +146,6 @@ def test_every_loss_is_known_by_its_name(name: str) -> None:
 def test_a_loss_that_cannot_be_read_is_refused(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         parse_loss(text)
-
-
-def test_a_masked_mean_ignores_even_nan() -> None:
-    values = torch.tensor([1.0, math.nan, 4.0])
-    assert float(masked_mean(values, torch.tensor([True, False, True]))) == 2.5
-    assert float(masked_mean(values, torch.zeros(3, dtype=torch.bool))) == 0.0
 
 
 def test_top_k_keeps_the_best_and_makes_them_whole() -> None:

@@ -215,7 +215,7 @@ def as_vector(env: SpecDecodeEnv) -> VectorEnv[Any, Any, Any]:
 
 
 def visit(env: VectorEnv[Any, Any, Any], chooser: NetworkChooser) -> tuple[Any, Any]:
-    """Batch sizes and choices [S] int64 of a policy's own rounds, 1,024 of each, on a vector environment."""
+    """Batch sizes and choices [S] int64 of 1,024 rounds that a policy plays by itself on a vector environment."""
     vectors, _ = env.reset()
     state = chooser.network.start(len(vectors))
     sizes, choices = [], []
