@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     text = page(json.loads((args.output / RAW).read_text()))
     if args.page:
-        args.page.write_text(text)
+        args.page.write_text(text, encoding="utf-8")
     else:
         print(text)
 

@@ -61,7 +61,7 @@ def test_blocks_say_again_what_the_speedups_are() -> None:
 
 def test_the_markdown_table_holds_the_published_columns() -> None:
     rows = bench(engine="simulated", profile="embedded-fp32", batch_sizes=(2,), precision=0.9, output_dir=Path("out"))
-    lines = Path("out/bench.md").read_text().splitlines()
+    lines = Path("out/bench.md").read_text(encoding="utf-8").splitlines()
     assert lines[2] == ("| batch | plan | tok/s mean | P50 | P05 | P95 | requests | speedup [95 %] | accept length |")
     assert len(lines) == 4 + len(rows) + 2 and "no measurement" in lines[-1]
     assert lines[5].startswith("| 2 | 0 |") and f"{rows[1]['speedup']:.3f} [" in lines[5]

@@ -136,8 +136,10 @@ def resolve(name: str) -> object:
 
 @each_page
 def test_make_targets_that_are_mentioned_exist(page: Path) -> None:
-    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    blocks = "\n".join(block for language, block in FENCE.findall(page.read_text()) if language == "bash")
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    blocks = "\n".join(
+        block for language, block in FENCE.findall(page.read_text(encoding="utf-8")) if language == "bash"
+    )
     named = re.findall(r"^make ([a-z-]+)", "\n".join([blocks, *mentions(page)]), re.MULTILINE)
     assert set(named) <= set(targets)
 

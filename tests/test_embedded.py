@@ -90,7 +90,7 @@ def test_the_script_learns_and_writes_what_is_read_back(tmp_path: Path) -> None:
     read = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(read[name], made[name].detach().bfloat16()) for name in made)
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / file).read_text() == (embedded_directory() / file).read_text()
+        assert (tmp_path / file).read_bytes() == (embedded_directory() / file).read_bytes()
 
 
 def test_the_rate_warms_up_then_falls() -> None:

@@ -97,7 +97,7 @@ def test_the_page_is_made_of_the_raw_data_alone(
     row = raw["stages"]["measure"]["rows"][2]
     assert f"| 1 | 0 | {row['mean_tps']:.1f} | {row['p50_tps']:.1f} |" in said
     gpu.main(["report", "--output", str(tmp_path), "--page", str(tmp_path / "page.md")])
-    assert (tmp_path / "page.md").read_text().strip() == said.strip()
+    assert (tmp_path / "page.md").read_text(encoding="utf-8").strip() == said.strip()
     row = {"batch_size": 1, "plan": "3/1/4", "wall_s": 0.004, "busy_s": 0.003, "share": 0.25}
     raw["on_gpu"], raw["stages"]["host"] = True, {"defined": True, "rows": [row], "out_of_time": []}
     said = stage("report").page(raw)

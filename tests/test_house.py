@@ -31,7 +31,7 @@ def test_links_are_relative_and_their_folders_flat(name: str) -> None:
 
 
 def test_the_version_is_the_same_everywhere() -> None:
-    newest = re.search(r"^## \[?(\d[^\] ]*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    newest = re.search(r"^## \[?(\d[^\] ]*)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest is not None and newest.group(1) == specrl.__version__
     try:
         installed = version("specrl")
@@ -48,7 +48,7 @@ def test_every_folder_with_code_is_a_package() -> None:
 
 def test_every_data_file_of_the_package_goes_into_the_wheel() -> None:
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     packed = set()
     for package, patterns in project["tool"]["setuptools"]["package-data"].items():
         for pattern in patterns:
