@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import TAPS, Listed, prompts, tiny_draft, tiny_target
+from tiny import TAPS, Drawn, Listed, tiny_draft, tiny_target
 
 from specrl.agents.adaptive import AdaptiveChooser
 from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
@@ -45,17 +45,6 @@ class Ticking(VirtualClock):
     def now(self) -> float:
         self.advance(2.0**-10)
         return super().now()
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Random prompts, of which every `never`-th is not to be learnt from."""
-
-    never: int = 0
-
-    def requests(self, seed: int) -> Iterator[Request]:
-        for i, prompt in enumerate(prompts(100_000, 4, seed=seed)):
-            yield Request(prompt, 20, 1.0, ignore_eos=True, learn=not self.never or i % self.never > 0)
 
 
 def new() -> Draft:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_loop import Drawn, Ticking, new
-from tiny import tiny_target
+from test_loop import Ticking, new
+from tiny import Drawn, tiny_target
 
 from specrl.agents.draft_learner import LearnerConfig
 from specrl.apps.output import OutputDir

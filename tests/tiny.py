@@ -40,6 +40,17 @@ def prompts(count: int, length: int, vocab_size: int = CONFIG.vocab_size, seed: 
     return [tuple(row) for row in torch.randint(1, vocab_size, (count, length), generator=generator).tolist()]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A workload of random prompts, of which every `never`-th is not to be learnt from."""
+
+    never: int = 0
+
+    def requests(self, seed: int) -> Iterator[Request]:
+        for i, prompt in enumerate(prompts(100_000, 4, seed=seed)):
+            yield Request(prompt, 20, 1.0, ignore_eos=True, learn=not self.never or i % self.never > 0)
+
+
 def target_tensors() -> dict[str, Tensor]:
     """Random weights by which logits spread by about 1.5 nats."""
     generator = torch.Generator().manual_seed(0)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from tiny import CONFIG, TAPS, prompts, target_tensors
+from tiny import CONFIG, TAPS, Drawn, target_tensors
 
 from specrl.agents.draft_learner import LearnerConfig
 from specrl.apps.cluster.serving import Serving
-from specrl.engines.base import Request
 from specrl.models.draft import Draft, new_draft
 from specrl.models.embedded.training import config_json
 from specrl.models.target import load_target
@@ -31,17 +28,6 @@ def write_target(directory: Path) -> str:
 
 def small_draft(target: str) -> Draft:
     return new_draft(load_target(target), intermediate_size=32, taps=TAPS)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Random prompts; every `never`-th is not to be learnt from."""
-
-    never: int = 0
-
-    def requests(self, seed: int) -> Iterator[Request]:
-        for i, prompt in enumerate(prompts(20_000, 4, seed=seed)):
-            yield Request(prompt, 20, 1.0, ignore_eos=True, learn=not self.never or i % self.never > 0)
 
 
 def partly_private() -> Drawn:
