@@ -4,6 +4,8 @@ import os
 
 from own_locks import own_locks  # noqa: F401 - used by all tests
 
+for name in [name for name in os.environ if name.startswith("SPECRL_")]:
+    del os.environ[name]  # what this user asks of commands and of the plugin
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
 os.environ.setdefault("MPLBACKEND", "agg")  # no display
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make or ship their data, and download none
