@@ -18,7 +18,7 @@ from specrl.models.draft import load_draft, new_draft
 from specrl.models.target import default_device, load_target
 from specrl.plan import Plan, parse_plans
 from specrl.rounds import PlainSample
-from specrl.streams import open_stream
+from specrl.streams import held_out
 
 _ROUNDS, _UNCOUNTED = 8, 2  # rounds or plain steps of a block, and rounds before it
 _LEAST = 4  # passes
@@ -94,15 +94,7 @@ def profile(
         raise ValueError(f"seconds must be above 0, but got {seconds}")
     served = engine == "sglang"
     parsed, flags = parse_plans(plans or (CHAINS if served else PLANS)), shlex.split(sglang_flags)
-    source = open_stream(
-        workload,
-        target,
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        ignore_eos=True,
-        split="held_out",
-    )
+    source = held_out(workload, target, prompt_tokens, max_new_tokens, temperature)
     if served:
         show("launching SGLang with speculation, and without")
         decoder = launch(target, draft, parsed, sglang_python, flags)

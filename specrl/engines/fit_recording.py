@@ -1,8 +1,12 @@
 """A profile from a recording: blocks of rounds and of plain steps, interleaved on one machine.
 
-Of the seconds of a kind of round at a batch size, hiccups (beyond 1.65 times the median) are set apart, the growth with
-context is a line common to the kinds, and the noise is split by the blocks: the median variance within a block is
-jitter, and what the means of blocks differ by beyond it (from P05 to P95) is slow.
+A machine that others share is slow for a while, and interrupted for milliseconds. What is slow meets a plan's block
+and the plain steps beside it alike, so the cost of a plan is that of plain decoding times the geometric mean of block
+over neighbour. An interruption takes as long in a short round as in a long one, so hiccups are what exceeds the median
+of the block by 0.65 times the plain median, whatever the plan; they are set apart, and their share and size are common
+to all. Growth with context is a line common to the kinds. The noise is split by the blocks: the median variance within
+a block is jitter, and what the means of blocks differ by beyond it (from P05 to P95) is slow. What other estimates came
+to: docs/decisions/0010-recorded-profiles.md.
 
 Of the drafts, c_k is the share of k-th drafts that stood among those whose first k - 1 did, over all chains; the spread
 of skill is what requests' first drafts differ by beyond chance (one-way analysis of variance); and b_k is solved for
@@ -14,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +29,7 @@ from specrl.plan import Plan
 from specrl.rounds import PlainSample, Round
 
 Floats = NDArray[np.float64]
-_HICCUP = 1.65  # times the median
+_HICCUP = 0.65  # times the plain median, above the median of the block
 _P95_TO_P05 = 3.29  # standard deviations between the 5th and the 95th percentile of a normal distribution
 
 
@@ -77,20 +81,12 @@ def fit_recording(
         if (batch_size, None) not in kinds:
             raise ValueError(f"a profile needs plain steps at every batch size, but got none at {batch_size}")
     context = float(np.mean([block.contexts.mean() for block in blocks]))
-    costs, odd, rounds, extra = [], 0, 0, 0.0
+    costs: list[Cost] = []
+    timed: list[_Timed] = []
     for batch_size in sorted({size for size, _ in kinds}):
-        here = {plan: found for (size, plan), found in kinds.items() if size == batch_size}
-        slope = _per_token(list(here.values()), context)
-        timings = {plan: [_timing(block, slope, context) for block in found] for plan, found in here.items()}
-        noise = {plan: _noise(found) for plan, found in timings.items()}
-        spread = math.sqrt(float(np.mean([slow for _, slow in noise.values()])))
-        for plan in sorted(here, key=lambda p: (p is not None, p or Plan(0))):
-            every = np.concatenate(timings[plan])
-            usual = every[every <= _HICCUP * np.median(every)]
-            odd, rounds = odd + len(every) - len(usual), rounds + len(every)
-            extra += float((every[every > _HICCUP * np.median(every)] / usual.mean() - 1.0).sum())
-            jitter = math.sqrt(noise[plan][0])
-            costs.append(Cost(batch_size, plan, float(usual.mean()), jitter, spread, slope, _draft_share(here[plan])))
+        costs_here, timed_here = _costs(blocks, batch_size, context)
+        costs, timed = costs + costs_here, timed + timed_here
+    hiccups = sum(t.hiccups for t in timed)
     done = [r for block in blocks for r in block.rounds if isinstance(r, Round)]
     skill = _skill(done)
     return Profile(
@@ -100,42 +96,88 @@ def fit_recording(
         log_odds=_log_odds(done, skill),
         skill=skill,
         memory=max(len(done) / max(len(kinds[next(iter(kinds))]), 1), 1.0),
-        hiccup_share=min(odd / rounds, 0.5),
-        hiccup_extra=extra / odd if odd else 1.0,
+        hiccup_share=min(hiccups / sum(t.usual + t.hiccups for t in timed), 0.5),
+        hiccup_extra=sum(t.extra for t in timed) / hiccups if hiccups else 1.0,
         context=context,
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
     )
 
 
-def _per_token(kinds: Sequence[Sequence[Block]], context: float) -> float:
+class _Timed(NamedTuple):
+    """A block's seconds as they would be at the profile's context."""
+
+    mean: float  # log of the mean, hiccups apart
+    variance: float  # of log seconds, hiccups apart
+    usual: int  # rounds without
+    hiccups: int
+    extra: float  # Σ seconds ÷ mean - 1, of hiccups
+
+
+def _costs(blocks: Sequence[Block], batch_size: int, context: float) -> tuple[list[Cost], list[_Timed]]:
+    """The costs at a batch size, and its blocks."""
+    by_plan: dict[Plan | None, list[int]] = {}  # places among the blocks, by which one sees what is beside what
+    for i, block in enumerate(blocks):
+        if block.kind[0] == batch_size:
+            by_plan.setdefault(block.kind[1], []).append(i)
+    plain = by_plan[None]
+    limit = _HICCUP * float(np.median(np.concatenate([blocks[i].seconds for i in plain])))
+    slope = _per_token([[blocks[i] for i in places] for places in by_plan.values()], limit, context)
+    timed = {i: _timed(blocks[i], limit, slope, context) for places in by_plan.values() for i in places}
+    noise = {plan: _noise([timed[i] for i in places]) for plan, places in by_plan.items()}
+    spread = math.sqrt(float(np.mean([slow for _, slow in noise.values()])))
+    level = float(np.mean([math.exp(timed[i].mean) for i in plain]))
+    costs = []
+    for plan in sorted(by_plan, key=lambda p: (p is not None, p or Plan(0))):
+        places = by_plan[plan]
+        over = 0.0 if plan is None else float(np.mean([timed[i].mean - _beside(i, plain, timed) for i in places]))
+        jitter, share = math.sqrt(noise[plan][0]), _draft_share([blocks[i] for i in places])
+        costs.append(Cost(batch_size, plan, level * math.exp(over), jitter, spread, slope, share))
+    return costs, list(timed.values())
+
+
+def _usual(seconds: Floats, limit: float) -> NDArray[np.bool_]:
+    """Which of a block's rounds are no hiccups."""
+    usual: NDArray[np.bool_] = seconds <= np.median(seconds) + limit
+    return usual
+
+
+def _timed(block: Block, limit: float, slope: float, context: float) -> _Timed:
+    seconds = block.seconds / (1.0 + slope * (block.contexts - context))
+    usual = _usual(seconds, limit)
+    kept = seconds[usual]
+    variance = float(np.log(kept).var(ddof=1)) if len(kept) > 1 else 0.0
+    extra = float((seconds[~usual] / kept.mean() - 1.0).sum())
+    return _Timed(math.log(kept.mean()), variance, len(kept), int((~usual).sum()), extra)
+
+
+def _beside(index: int, plain: Sequence[int], timed: Mapping[int, _Timed]) -> float:
+    """Log of the plain mean beside a block: that of the nearest block of plain steps, or of the two as near."""
+    nearest = min(abs(i - index) for i in plain)
+    return float(np.mean([timed[i].mean for i in plain if abs(i - index) == nearest]))
+
+
+def _per_token(kinds: Sequence[Sequence[Block]], limit: float, context: float) -> float:
     """Growth of the seconds with a token of context, over the seconds at `context`: a line common to the kinds."""
     x, y = [], []
     for blocks in kinds:
-        seconds = np.concatenate([block.seconds for block in blocks])
-        contexts = np.concatenate([block.contexts for block in blocks])
-        usual = seconds <= _HICCUP * np.median(seconds)
-        x.append(contexts[usual] - contexts[usual].mean())
-        y.append(seconds[usual] / seconds[usual].mean() - 1.0)
+        usual = [_usual(block.seconds, limit) for block in blocks]
+        contexts = np.concatenate([block.contexts[kept] for block, kept in zip(blocks, usual, strict=True)])
+        seconds = np.concatenate([block.seconds[kept] for block, kept in zip(blocks, usual, strict=True)])
+        x.append(contexts - contexts.mean())
+        y.append(seconds / seconds.mean() - 1.0)
     moved, grown = np.concatenate(x), np.concatenate(y)
     if np.ptp(moved) < 0.2 * context:
         return 0.0
     return float(np.clip((moved * grown).sum() / (moved**2).sum(), 0.0, 0.5 / context))
 
 
-def _timing(block: Block, slope: float, context: float) -> Floats:
-    """Seconds of the block's rounds, as they would be at `context`."""
-    at_context: Floats = block.seconds / (1.0 + slope * (block.contexts - context))
-    return at_context
-
-
-def _noise(blocks: Sequence[Floats]) -> tuple[float, float]:
+def _noise(blocks: Sequence[_Timed]) -> tuple[float, float]:
     """Variances of log seconds: of rounds within a block, and of blocks beyond what their rounds explain."""
-    logs = [np.log(block[block <= _HICCUP * np.median(block)]) for block in blocks]
-    within = float(np.median([part.var(ddof=1) for part in logs if len(part) > 1] or [0.0]))
-    low, high = np.percentile([part.mean() for part in logs], [5, 95])
+    within = float(np.median([block.variance for block in blocks if block.usual > 1] or [0.0]))
+    low, high = np.percentile([block.mean for block in blocks], [5, 95])
     between = ((high - low) / _P95_TO_P05) ** 2
-    return within, max(float(between) - within / float(np.mean([len(part) for part in logs])), 0.0)
+    return within, max(float(between) - within / float(np.mean([block.usual for block in blocks])), 0.0)
 
 
 def _draft_share(blocks: Sequence[Block]) -> float:
