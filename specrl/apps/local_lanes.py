@@ -19,6 +19,7 @@ from specrl.plan import Plan
 
 NULL = "A/A"  # plain decoding once more
 _DTYPES = ("float32", "bfloat16")  # that plain decoding may be fastest in
+_LOOK, _BEHIND = 6, 1.25  # blocks after which settings are given up whose median is so many times the best
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +93,19 @@ def fastest_plain(
     batch_size: int,
     *,
     device: str = "cpu",
-    rounds: int = 60,
+    rounds: int = 240,
 ) -> PlainSetting:
     """The setting of {dtype, threads} in which plain decoding is fastest here, by interleaved medians.
+
+    On a machine that others share, what is fastest changes within seconds where two settings are close, so a short look
+    does not tell; settings that are far behind are given up after six blocks.
 
     Args:
         target: as for `load_target`.
         workload: prompts.
         batch_size: live requests.
         device: 'cpu' or a CUDA device, where threads do not matter.
-        rounds: timed in each setting, in blocks of ten.
+        rounds: timed in each setting that is not given up, in blocks of ten.
     """
     threads = (1,) if device.startswith("cuda") else tuple(sorted({1, usable_cores()}))
     sessions = {
@@ -112,7 +116,10 @@ def fastest_plain(
     }
     turns = [(dtype, count) for dtype in _DTYPES for count in threads]
     times: dict[tuple[str, int], list[float]] = {turn: [] for turn in turns}
-    for _ in range(max(1, rounds // 10)):
+    for passed in range(max(1, rounds // 10)):
+        if passed == _LOOK:
+            medians = {turn: float(np.median(times[turn])) for turn in turns}
+            turns = [turn for turn in turns if medians[turn] <= _BEHIND * min(medians.values())]
         for dtype, count in turns:
             with torch_threads(count):
                 took = [sessions[dtype].round(Plan(0)).seconds for _ in range(12)]
@@ -120,7 +127,7 @@ def fastest_plain(
         turns.reverse()
     for session in sessions.values():
         session.close()
-    best = min(times, key=lambda turn: float(np.median(times[turn])))
+    best = min(turns, key=lambda turn: float(np.median(times[turn])))
     return PlainSetting(*best, float(np.median(times[best])))
 
 
