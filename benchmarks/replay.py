@@ -24,7 +24,7 @@ import numpy as np
 from specrl.apps.malloc import keep_large_blocks
 from specrl.apps.output import OutputDir, environment
 from specrl.apps.profile import record
-from specrl.apps.quickstart import NEW, PROMPT, TARGET, _workload
+from specrl.apps.quickstart import NEW, PROMPT, TARGET, TEMPERATURE
 from specrl.engines.fit_recording import Block, fit_recording
 from specrl.engines.local import LocalEngine
 from specrl.engines.simulated import Requests, SimulatedEngine
@@ -33,6 +33,7 @@ from specrl.models.target import load_target
 from specrl.plan import Plan
 from specrl.rounds import Round
 from specrl.statistics import Interval, paired_speedup
+from specrl.streams import held_out
 
 FITTED, HELD_OUT, BATCHES = (Plan(0), Plan(1), Plan(3), Plan(5)), (Plan(2), Plan(4)), (1, 4, 16)
 PLANS = sorted((*FITTED, *HELD_OUT))
@@ -48,7 +49,8 @@ def main() -> None:
     args = parser.parse_args()
     keep_large_blocks()
     live = LocalEngine(load_target(TARGET), load_draft(args.draft), max_context=PROMPT + NEW)
-    blocks = record(live, _workload("held_out"), BATCHES, PLANS, seconds=args.seconds, seed=args.seed)
+    prompts = held_out("stdlib", TARGET, PROMPT, NEW, TEMPERATURE)
+    blocks = record(live, prompts, BATCHES, PLANS, seconds=args.seconds, seed=args.seed)
     live.close()
     kept = [block for block in blocks if block.kind[1] not in HELD_OUT]
     source = {"kind": "recording", "source": "benchmarks/replay.py", "environment": environment()}

@@ -120,6 +120,8 @@ def fastest_plain(
         if passed == _LOOK:
             medians = {turn: float(np.median(times[turn])) for turn in turns}
             turns = [turn for turn in turns if medians[turn] <= _BEHIND * min(medians.values())]
+            if len(turns) == 1:
+                break
         for dtype, count in turns:
             with torch_threads(count):
                 took = [sessions[dtype].round(Plan(0)).seconds for _ in range(12)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,7 @@ class EagerRounds:
         self._arange = torch.arange(MOST_NODES, device=target.device)
         self._no_parents = torch.full((batch.most, 1), -1, dtype=torch.int64, device=target.device)
 
-    def prepare(self, plan: Plan, generator: torch.Generator, given: Proposal | None = None) -> None:
+    def prepare(self, plan: Plan, generator: torch.Generator, given: Callable[[], Proposal] | None = None) -> None:
         """Before the first round of its kind, run it once and take everything back: kernels are built untimed."""
         batch = self._batch
         kind = (batch.size, plan, self._waiting is None)
@@ -65,7 +66,7 @@ class EagerRounds:
         self._warm.add(kind)
         read, state = batch.read.copy(), generator.get_state()
         for _ in range(2):
-            proposal = self.propose(plan, generator) if given is None else given
+            proposal = self.propose(plan, generator) if given is None else given()
             choose(self._decode(plan, proposal).logits, batch.temperatures, generator)
             batch.read[:] = read
         generator.set_state(state)

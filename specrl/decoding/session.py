@@ -170,14 +170,15 @@ class LocalSession:
         """Verify and commit what somebody else drafted, for every live request (see `ProposalSession`)."""
         self._check_open()
         plan = check_given(drafted, distributions, self.batch_size, self.target.config.vocab_size)
-        self._eager.prepare(plan, self._generator, self._given(plan, drafted, distributions))
-        began = self.clock.now()
-        return self._conclude(plan, self._given(plan, drafted, distributions), began)
 
-    def _given(self, plan: Plan, drafted: Tensor, distributions: Tensor | None) -> Proposal:
-        if plan.num_steps == 0:
-            return self._eager.propose(plan, self._generator)
-        return given_chain(drafted, distributions, self._batch.last())
+        def given() -> Proposal:
+            if plan.num_steps == 0:
+                return self._eager.propose(plan, self._generator)
+            return given_chain(drafted, distributions, self._batch.last())
+
+        self._eager.prepare(plan, self._generator, given)
+        began = self.clock.now()
+        return self._conclude(plan, given(), began)
 
     def _conclude(self, plan: Plan, proposal: Proposal, began: float) -> Round:
         """Verify and commit a proposal whose making began at `began`."""
