@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    output = OutputDir(args.output) if args.output else None  # before anything is measured that could be lost
     keep_large_blocks()
     live = LocalEngine(load_target(TARGET), load_draft(args.draft), max_context=PROMPT + NEW)
     prompts = held_out("stdlib", TARGET, PROMPT, NEW, TEMPERATURE)
@@ -71,14 +72,13 @@ def main() -> None:
             f"{predicted / row['live'][0] - 1.0:12.1%}{outside}"
         )
     told = {"seed": args.seed, "passes": len(blocks) // (2 * len(rows)), "draft": str(args.draft), "rows": rows}
-    if args.output:
-        output = OutputDir(args.output)
+    if output:
         output.write_text("profile.json", profile.to_json())
         output.write_text("replay.json", json.dumps(told | {"environment": environment()}, indent=1) + "\n")
         arrays = {"seconds": [b.seconds for b in blocks], "batch_size": [b.kind[0] for b in blocks]}
         plans = [str(b.kind[1] or "plain") for b in blocks]
         tokens = [[int(r.tokens.sum()) if isinstance(r, Round) else 1 for r in b.rounds] for b in blocks]
-        np.savez_compressed(args.output / "blocks.npz", plan=plans, tokens=tokens, **arrays)
+        np.savez_compressed(output.path / "blocks.npz", plan=plans, tokens=tokens, **arrays)
     print(json.dumps(told))
 
 
