@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from specrl.agents.base import PlanChooser
-from specrl.agents.choosers import CHOOSERS, Known, make_chooser
-from specrl.agents.fixed import ClairvoyantLength, FixedPlan
-from specrl.apps.output import environment
-from specrl.clock import WallClock
-from specrl.statistics import mean_interval, probability_of_improvement, stratified_iqm
+from specrl.agents.choosers.registry import CHOOSERS, Known, make_chooser
+from specrl.agents.choosers.table import ClairvoyantLength, FixedPlan
+from specrl.core.clock import WallClock
+from specrl.core.interfaces import PlanChooser
+from specrl.core.statistics import mean_interval, probability_of_improvement, stratified_iqm
+from specrl.io.output import environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from chooser_worlds import FLAT, SHIFTS, STEADY, TABLES, Script, Shift, Table

@@ -33,23 +33,23 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.agents.fixed import FixedPlan
-from specrl.agents.sequences import Assembler, Sequence
-from specrl.apps.loop import OnlineLoop
-from specrl.apps.malloc import keep_large_blocks
-from specrl.apps.output import environment
-from specrl.apps.paired import Setting, measure
-from specrl.apps.quickstart import NEW, PROMPT, TARGET, _workload
-from specrl.apps.train import fresh_draft
-from specrl.engines.local import LocalEngine
+from specrl.agents.choosers.table import FixedPlan
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.agents.draft.sequences import Assembler, Sequence
+from specrl.commands.quickstart import NEW, PROMPT, TARGET, _workload
+from specrl.commands.train import fresh_draft
+from specrl.core.batch_schedule import Phase
+from specrl.core.plan import Plan
+from specrl.core.round import Trace
+from specrl.core.statistics import probability_of_improvement
+from specrl.decoding.engine import LocalEngine
+from specrl.io.output import environment
+from specrl.measure.malloc import keep_large_blocks
+from specrl.measure.paired import Setting, measure
 from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft
 from specrl.models.target import load_target
-from specrl.plan import Plan
-from specrl.rounds import Trace
-from specrl.statistics import probability_of_improvement
-from specrl.traffic import Phase
+from specrl.training.loop import OnlineLoop
 
 PLAN, PROBED, BATCH = Plan(5), Plan(3), 16
 MARKS = (1.5, 2.0, 2.5)

@@ -17,12 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import specrl
-from specrl.apps.malloc import keep_large_blocks
-from specrl.clock import WallClock
-from specrl.engines.base import Request
+from specrl.core.clock import WallClock
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan
+from specrl.core.statistics import abba, paired_speedup
+from specrl.measure.malloc import keep_large_blocks
 from specrl.models.embedded import embedded_directory
-from specrl.plan import Plan
-from specrl.statistics import abba, paired_speedup
 
 PROMPT, NEW = 64, 64
 CLOCK = WallClock()

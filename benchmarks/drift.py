@@ -25,23 +25,23 @@ from typing import Any
 
 import numpy as np
 
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.agents.fixed import FixedPlan
-from specrl.apps.loop import OnlineLoop
-from specrl.apps.malloc import keep_large_blocks
-from specrl.apps.output import environment
-from specrl.apps.paired import Lane, Measured, Setting, measure
-from specrl.apps.quickstart import NEW, PROMPT, TARGET
-from specrl.apps.train import fresh_draft
-from specrl.engines.base import Workload
-from specrl.engines.local import LocalEngine
+from specrl.agents.choosers.table import FixedPlan
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.commands.quickstart import NEW, PROMPT, TARGET
+from specrl.commands.train import fresh_draft
+from specrl.core.batch_schedule import Phase
+from specrl.core.interfaces import Workload
+from specrl.core.plan import Plan
+from specrl.core.statistics import Interval, mean_interval, paired_speedup
+from specrl.decoding.engine import LocalEngine
+from specrl.io.output import environment
+from specrl.measure.malloc import keep_large_blocks
+from specrl.measure.paired import Lane, Measured, Setting, measure
 from specrl.models.draft import Draft, load_draft
 from specrl.models.target import Target, load_target
-from specrl.plan import Plan
-from specrl.statistics import Interval, mean_interval, paired_speedup
-from specrl.streams import open_stream
-from specrl.traffic import Phase
-from specrl.workload import Split
+from specrl.training.loop import OnlineLoop
+from specrl.workloads.stream import open_stream
+from specrl.workloads.text import Split
 
 SHIFTS = ("stdlib,encodings", "stdlib,pydoc_data", "encodings,stdlib", "pydoc_data,stdlib", "encodings,pydoc_data")
 SERVED, TIMED, BATCH = Plan(5), (Plan(1), Plan(3), Plan(5)), 16

@@ -15,8 +15,8 @@ import gymnasium as gym
 import numpy as np
 
 import specrl  # noqa: F401  (registers the environment)
-from specrl.apps.malloc import keep_large_blocks
-from specrl.engines.base import Session
+from specrl.core.interfaces import Session
+from specrl.measure.malloc import keep_large_blocks
 
 
 class Stopwatch:

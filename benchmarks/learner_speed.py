@@ -29,16 +29,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner, product_dtype
-from specrl.agents.sequences import Sequence, collate
-from specrl.apps.malloc import keep_large_blocks
-from specrl.clock import WallClock
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner, product_dtype
+from specrl.agents.draft.sequences import Sequence, collate
+from specrl.core.clock import WallClock
+from specrl.core.statistics import abba, paired_speedup
+from specrl.measure.malloc import keep_large_blocks
 from specrl.models.checkpoint import expected_draft_tensors
 from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft
 from specrl.models.layer import interleave
 from specrl.models.rope import RopeConfig, rope_table
-from specrl.statistics import abba, paired_speedup
 
 EMBEDDED = DraftConfig(512, 512, 192, 192, 256, 6, 2, 32, 1e-6, RopeConfig(10000.0), 4096, (2, 8, 13))
 REAL = DraftConfig(32000, 32000, 2048, 2048, 8192, 16, 4, 128, 1e-6, RopeConfig(1e6), 16384, (2, 24, 45))
@@ -100,7 +100,7 @@ class PlainLearner:
 def plain_unroll(
     w: Mapping[str, Tensor], c: DraftConfig, embeddings: Tensor, features: Tensor, rotation: Tensor, passes: int
 ) -> list[Tensor]:
-    """[B, T, Vd] logits of every pass (see `specrl.agents.unroll`)."""
+    """[B, T, Vd] logits of every pass (see `specrl.agents.draft.unroll`)."""
     batch, length, _ = embeddings.shape
     group, at = c.num_heads // c.num_kv_heads, "midlayer.self_attn."
     slots = torch.arange(length)

@@ -24,23 +24,23 @@ from typing import Any
 
 import numpy as np
 
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.agents.fixed import FixedPlan
-from specrl.agents.losses import PlanCost
-from specrl.agents.sequences import Assembler, Sequence
-from specrl.apps.loop import OnlineLoop
-from specrl.apps.malloc import keep_large_blocks
-from specrl.apps.output import environment
-from specrl.apps.paired import Setting, measure
-from specrl.apps.quickstart import NEW, PROMPT, TARGET, _workload
-from specrl.apps.train import fresh_draft
-from specrl.engines.local import LocalEngine
-from specrl.engines.profile import load_profile
+from specrl.agents.choosers.table import FixedPlan
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.agents.draft.losses import PlanCost
+from specrl.agents.draft.sequences import Assembler, Sequence
+from specrl.commands.quickstart import NEW, PROMPT, TARGET, _workload
+from specrl.commands.train import fresh_draft
+from specrl.core.batch_schedule import Phase
+from specrl.core.plan import Plan
+from specrl.core.statistics import mean_interval, probability_of_improvement
+from specrl.decoding.engine import LocalEngine
+from specrl.io.output import environment
+from specrl.measure.malloc import keep_large_blocks
+from specrl.measure.paired import Setting, measure
 from specrl.models.draft import Draft, load_draft
 from specrl.models.target import Target, load_target
-from specrl.plan import Plan
-from specrl.statistics import mean_interval, probability_of_improvement
-from specrl.traffic import Phase
+from specrl.simulation.profile import load_profile
+from specrl.training.loop import OnlineLoop
 
 PROFILE = "embedded-fp32"
 SERVED, TIMED, BATCHES = Plan(5), Plan(3), (1, 4, 16)

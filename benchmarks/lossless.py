@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 import specrl
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.apps.malloc import keep_large_blocks
-from specrl.engines.base import Request
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan, parse_plans
+from specrl.measure.malloc import keep_large_blocks
 from specrl.models.draft import Draft
 from specrl.models.embedded import embedded_directory
 from specrl.models.target import Target
-from specrl.plan import Plan, parse_plans
-from specrl.workload import TextWorkload, load_tokenizer, load_workload
+from specrl.workloads.text import TextWorkload, load_tokenizer, load_workload
 
 PLANS = parse_plans("1/1/2,2/1/3,3/1/4,5/1/6,2/2/4,3/2/6,3/4/10")
 BATCH_SIZES = range(1, 17)

@@ -20,14 +20,14 @@ import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.callbacks import BaseCallback
 
-from specrl.agents.sb3 import ALGORITHMS, make_agent
-from specrl.apps.output import environment
-from specrl.apps.policy_report import report
-from specrl.apps.rl import EPISODE, HYPERPARAMETERS, read_hyperparameters
-from specrl.clock import WallClock
-from specrl.engines.profile import load_profile
+from specrl.agents.rl.sb3 import ALGORITHMS, make_agent
+from specrl.commands.rl import EPISODE, HYPERPARAMETERS, read_hyperparameters
+from specrl.core.clock import WallClock
 from specrl.envs import SIMULATED
 from specrl.envs.simulated_vector import SimulatedVectorEnv
+from specrl.evaluation.policy_report import report
+from specrl.io.output import environment
+from specrl.simulation.profile import load_profile
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
 AIM = 0.97

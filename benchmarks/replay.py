@@ -21,19 +21,19 @@ from pathlib import Path
 
 import numpy as np
 
-from specrl.apps.malloc import keep_large_blocks
-from specrl.apps.output import OutputDir, environment
-from specrl.apps.profile import record
-from specrl.apps.quickstart import NEW, PROMPT, TARGET, TEMPERATURE
-from specrl.engines.fit_recording import Block, fit_recording
-from specrl.engines.local import LocalEngine
-from specrl.engines.simulated import Requests, SimulatedEngine
+from specrl.commands.profile import record
+from specrl.commands.quickstart import NEW, PROMPT, TARGET, TEMPERATURE
+from specrl.core.plan import Plan
+from specrl.core.round import Round
+from specrl.core.statistics import Interval, paired_speedup
+from specrl.decoding.engine import LocalEngine
+from specrl.io.output import OutputDir, environment
+from specrl.measure.malloc import keep_large_blocks
 from specrl.models.draft import load_draft
 from specrl.models.target import load_target
-from specrl.plan import Plan
-from specrl.rounds import Round
-from specrl.statistics import Interval, paired_speedup
-from specrl.streams import held_out
+from specrl.simulation.engine import Requests, SimulatedEngine
+from specrl.simulation.fit import Block, fit_recording
+from specrl.workloads.stream import held_out
 
 FITTED, HELD_OUT, BATCHES = (Plan(0), Plan(1), Plan(3), Plan(5)), (Plan(2), Plan(4)), (1, 4, 16)
 PLANS = sorted((*FITTED, *HELD_OUT))

@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 
 import specrl  # noqa: F401  (registers the environment)
-from specrl.clock import WallClock
+from specrl.core.clock import WallClock
 
 
 def vectorised(num_envs: int, slices: int, **kwargs) -> list[float]:  # type: ignore[no-untyped-def]

@@ -8,19 +8,19 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from specrl.baseline import PlainCost
-from specrl.decoding.proposal import MOST_NODES
-from specrl.engines.base import ProposalSession, Workload
-from specrl.engines.local import LocalEngine
-from specrl.envs.draws import Draws
-from specrl.envs.live import OnTheClock, check_episode, measure_plain, named_workload
-from specrl.envs.proposals import Arrays, Prefill, Reader, Window
+from specrl.core.batch_schedule import batch_sizes
+from specrl.core.interfaces import ProposalSession, Workload
+from specrl.core.plain_cost import PlainCost
+from specrl.core.round import Ints, Trace
+from specrl.decoding.engine import LocalEngine
+from specrl.decoding.propose import MOST_NODES
+from specrl.envs.draft_io import Arrays, Prefill, Reader, Window
 from specrl.envs.rewards import Outcome, make_reward
+from specrl.envs.sampled_drafts import Draws
 from specrl.envs.spec_decode import BatchSizes, read_batch_sizes
+from specrl.envs.timed_env import OnTheClock, check_episode, measure_plain, named_workload
 from specrl.models.config import default_taps
 from specrl.models.target import load_target
-from specrl.rounds import Ints, Trace
-from specrl.traffic import batch_sizes
 
 
 class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
@@ -71,7 +71,7 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
 
     ## Info
     As in `SpecRL/SpecDecode-v0` (`plan` is the longest chain of the round), and `request_ids` [live] int64 of the rows
-    to draft for next, `prefills`: a `specrl.envs.proposals.Prefill` for each request that came in (also at reset).
+    to draft for next, `prefills`: a `specrl.envs.draft_io.Prefill` for each request that came in (also at reset).
 
     ## Arguments
         engine: 'local', or an engine ready-made: a `specrl.LocalEngine` with taps.

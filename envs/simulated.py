@@ -9,12 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from specrl.baseline import PlainCost
-from specrl.engines.profile import Profile, Shift, load_profile
-from specrl.engines.simulated import Requests, SimulatedEngine
+from specrl.core.plain_cost import PlainCost
+from specrl.core.plan import Plan, parse_plans
 from specrl.envs.rewards import make_reward
 from specrl.envs.spec_decode import BatchSizes, SpecDecodeEnv, read_batch_sizes
-from specrl.plan import Plan, parse_plans
+from specrl.simulation.engine import Requests, SimulatedEngine
+from specrl.simulation.profile import Profile, Shift, load_profile
 
 MAX_ROUNDS = 256  # of an episode, unless it is said otherwise
 Lengths = int | tuple[int, int] | None
@@ -32,7 +32,7 @@ class SimulatedEnv(SpecDecodeEnv):
     the table of plain costs and the running speedup survive, as in the live environment.
 
     ## Arguments
-        profile: a `Profile`, the name of a shipped one (`specrl.engines.profile.shipped_profiles`), or a .json file.
+        profile: a `Profile`, the name of a shipped one (`specrl.simulation.profile.shipped_profiles`), or a .json file.
         batch_size, reward, action, max_tokens, render_mode: as in `SpecRL/SpecDecode-v0`.
         plans: on offer; None: all that the profile knows at all of these batch sizes.
         prompt_tokens, max_new_tokens: of each request: a length, or the least and the greatest; None: the profile's.

@@ -13,16 +13,16 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from specrl.baseline import PlainCost
-from specrl.engines.batched import BatchedSessions, Rounds
-from specrl.engines.profile import Profile, Shift
+from specrl.core.batch_schedule import batch_sizes
+from specrl.core.observation import vector_bounds
+from specrl.core.plain_cost import PlainCost
+from specrl.core.plan import Plan
 from specrl.envs.simulated import MAX_ROUNDS, Lengths, simulation
 from specrl.envs.spec_decode import BatchSizes, read_batch_sizes
 from specrl.envs.vector_observer import VectorObserver
 from specrl.envs.vector_rewards import VectorOutcome, make_vector_reward
-from specrl.observation import vector_bounds
-from specrl.plan import Plan
-from specrl.traffic import batch_sizes
+from specrl.simulation.profile import Profile, Shift
+from specrl.simulation.vector import BatchedSessions, Rounds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -36,7 +36,7 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
 
     Spaces, rewards and episodes are those of the single form, and so is the distribution of what happens, but not the
     random numbers. Three things are simpler: plain costs are a mean over recent samples (without hiccups, their growth
-    with context known) instead of a robust line through them, skills lie on a grid (`specrl.engines.batched`), and
+    with context known) instead of a robust line through them, skills lie on a grid (`specrl.simulation.vector`), and
     actions are 'discrete' only.
 
     `info` holds arrays over environments: `tokens`, `seconds`, `accept_length`, `batch_size`, `t0_s`, `plan` (its

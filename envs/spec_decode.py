@@ -13,15 +13,15 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from specrl.baseline import PlainCost
-from specrl.engines.base import Engine, Session, Workload
-from specrl.engines.named import make_engine
-from specrl.envs.live import OnTheClock, PlanZero, check_episode, measure_plain, named_workload
+from specrl.core.batch_schedule import Phase, batch_sizes, parse_traffic
+from specrl.core.interfaces import Engine, Session, Workload
+from specrl.core.observation import Observation, Observer, vector_bounds
+from specrl.core.plain_cost import PlainCost
+from specrl.core.plan import Plan, parse_plans
+from specrl.core.registry import make_engine
+from specrl.core.round import Round, Trace
 from specrl.envs.rewards import Outcome, make_reward
-from specrl.observation import Observation, Observer, vector_bounds
-from specrl.plan import Plan, parse_plans
-from specrl.rounds import Round, Trace
-from specrl.traffic import Phase, batch_sizes, parse_traffic
+from specrl.envs.timed_env import OnTheClock, PlanZero, check_episode, measure_plain, named_workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
     topk on offer.
 
     ## Observation space
-    `Box`, float32, from what any serving engine knows cheaply (`specrl.observation.Observation.vector`). K is the
+    `Box`, float32, from what any serving engine knows cheaply (`specrl.core.observation.Observation.vector`). K is the
     largest num_steps of the n plans. Everything measured starts neutral.
 
     | Num | Observation | Min | Max | Unit |
@@ -79,7 +79,7 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
     for plain decoding in the reward, and `t0_s`, `t0_error_s` and `episode_speedup` are nan.
 
     ## Arguments
-        engine: 'local', 'sglang' (`specrl.serving.opening`; launched, or `engine_options={"server": "http://...",
+        engine: 'local', 'sglang' (`specrl.sglang.client.factory`; launched, or `engine_options={"server": "http://...",
             "plain_url": "http://..."}`: running servers with and without speculation), or an `Engine` ready-made
             (target and draft are then its own).
         target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
@@ -297,7 +297,7 @@ def read_batch_sizes(given: BatchSizes) -> tuple[tuple[Phase, ...], tuple[Phase,
 def _local_engine(
     target: str | Path, draft: Draft | str | Path | None, max_context: int, use_rejection_sampling: bool
 ) -> Engine:
-    from specrl.engines.local import LocalEngine
+    from specrl.decoding.engine import LocalEngine
     from specrl.models.draft import Draft, load_draft, new_draft
     from specrl.models.target import load_target
 

@@ -1,4 +1,4 @@
-"""The recent averages of `specrl.observation.Observer`, of N environments at once."""
+"""The recent averages of `specrl.core.observation.Observer`, of N environments at once."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from specrl.engines.batched import Rounds
-from specrl.observation import MAX_COST
-from specrl.plan import Plan
+from specrl.core.observation import MAX_COST
+from specrl.core.plan import Plan
+from specrl.simulation.vector import Rounds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
 class VectorObserver:
-    """Keeps what N observations show, in the layout of `specrl.observation.Observation.vector`.
+    """Keeps what N observations show, in the layout of `specrl.core.observation.Observation.vector`.
 
     Args:
         plans: on offer, in the order of the actions.

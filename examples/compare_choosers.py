@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from specrl.apps.evaluate import evaluate
+from specrl.commands.evaluate import evaluate
 
 
 def main(folder: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import gymnasium as gym
 
 import specrl
-from specrl.agents.draft_actor import DraftActor
-from specrl.agents.reinforce import Reinforce
+from specrl.agents.draft.actor import DraftActor
+from specrl.agents.draft.reinforce import Reinforce
 from specrl.envs.draft_tokens import DraftTokensEnv
 from specrl.models.draft import Draft
 

@@ -7,12 +7,12 @@ No base class: `plans`, `choose` and `learn` are all there is (docs/architecture
 
 from __future__ import annotations
 
-from specrl.agents.choosers import CHOOSERS
-from specrl.agents.conformance import CHECKS
-from specrl.apps.evaluate import evaluate
-from specrl.observation import Observation
-from specrl.plan import Plan
-from specrl.rounds import Round
+from specrl.agents.choosers.registry import CHOOSERS
+from specrl.commands.evaluate import evaluate
+from specrl.core.observation import Observation
+from specrl.core.plan import Plan
+from specrl.core.round import Round
+from specrl.testing.agent import CHECKS
 
 
 class LongestThatStands:

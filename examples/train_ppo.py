@@ -8,12 +8,12 @@ it chose. Run it: python examples/train_ppo.py, or cell by cell in an editor tha
 # %% The environment: a load of 1 to 32 requests, another one in each episode
 from gymnasium.vector import AutoresetMode
 
-from specrl.agents.network import load_chooser
-from specrl.agents.sb3 import make_agent
-from specrl.apps.policy_report import report
-from specrl.engines.profile import load_profile
+from specrl.agents.choosers.policy_network import load_chooser
+from specrl.agents.rl.sb3 import make_agent
+from specrl.core.observation import Observer
 from specrl.envs.simulated_vector import SimulatedVectorEnv
-from specrl.observation import Observer
+from specrl.evaluation.policy_report import report
+from specrl.simulation.profile import load_profile
 
 SIZES = (1, 8, 16, 32)
 PROFILE = "aurora-qwen3-coder-next-fp8"

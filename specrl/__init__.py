@@ -5,16 +5,17 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from specrl.plan import Plan, parse_plans
-from specrl.rounds import PlainSample, Round, Trace
+from specrl.core.plan import Plan, parse_plans
+from specrl.core.round import PlainSample, Round, Trace
+from specrl.core.version import __version__
 
 if TYPE_CHECKING:
-    from specrl.engines.local import LocalEngine
+    from specrl.decoding.engine import LocalEngine
     from specrl.models.draft import load_draft, new_draft
     from specrl.models.target import load_target
 
-__version__ = "0.1.0"
 __all__ = [
+    "__version__",
     "LocalEngine",
     "PlainSample",
     "Plan",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "LocalEngine": "specrl.engines.local",
+    "LocalEngine": "specrl.decoding.engine",
     "load_draft": "specrl.models.draft",
     "new_draft": "specrl.models.draft",
     "load_target": "specrl.models.target",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import specrl
-from specrl.apps.options import build_parser, did_you_mean, read_options
+from specrl.io.options import build_parser, did_you_mean, read_options
 
 
 class Command(NamedTuple):
@@ -27,22 +27,24 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "quickstart": Command("specrl.apps.quickstart:quickstart", "from a random draft to a measured speedup, in minutes"),
-    "train": Command("specrl.apps.train:train", "learn a draft, and a plan per batch size, on live traffic"),
-    "record": Command("specrl.apps.record:record", "serve traffic, and keep what a draft can be learnt from"),
-    "export": Command("specrl.apps.export:export", "what a run learned, as a directory that serves"),
-    "import": Command("specrl.apps.import_draft:import_draft", "a published EAGLE3 draft, to start learning from"),
-    "doctor": Command("specrl.apps.doctor:doctor", "what this machine can do, and what would slow it down"),
-    "bench": Command("specrl.apps.bench:bench", "speculative against plain decoding, by plan and batch size"),
-    "compare": Command("specrl.apps.compare_runs:compare", "two drafts or runs, measured in turns, or two benchmarks"),
-    "evaluate": Command("specrl.apps.evaluate:evaluate", "choosers of plans against each other, simulated or live"),
-    "validate": Command("specrl.apps.validate:validate", "does a record of an evaluation hold?"),
-    "presets": Command("specrl.apps.presets:presets", "drafts that others published, and where each figure stands"),
-    "profile": Command("specrl.apps.profile:profile", "record this machine's rounds, for simulation"),
-    "study": Command("specrl.apps.study:study", "hyperparameters searched with Optuna, by what trials measure"),
-    "report": Command("specrl.apps.html.report:report", "runs side by side on one HTML page, for any browser"),
-    "watch": Command("specrl.apps.watch:watch", "a run in the terminal, while it goes on"),
-    "rl": Command("specrl.apps.rl:rl", "a policy that chooses plans, by PPO and others, simulated or live"),
+    "quickstart": Command(
+        "specrl.commands.quickstart:quickstart", "from a random draft to a measured speedup, in minutes"
+    ),
+    "train": Command("specrl.commands.train:train", "learn a draft, and a plan per batch size, on live traffic"),
+    "record": Command("specrl.commands.record:record", "serve traffic, and keep what a draft can be learnt from"),
+    "export": Command("specrl.commands.export:export", "what a run learned, as a directory that serves"),
+    "import": Command("specrl.commands.import_draft:import_draft", "a published EAGLE3 draft, to start learning from"),
+    "doctor": Command("specrl.commands.doctor:doctor", "what this machine can do, and what would slow it down"),
+    "bench": Command("specrl.commands.bench:bench", "speculative against plain decoding, by plan and batch size"),
+    "compare": Command("specrl.commands.compare:compare", "two drafts or runs, measured in turns, or two benchmarks"),
+    "evaluate": Command("specrl.commands.evaluate:evaluate", "choosers of plans against each other, simulated or live"),
+    "validate": Command("specrl.commands.validate:validate", "does a record of an evaluation hold?"),
+    "presets": Command("specrl.commands.presets:presets", "drafts that others published, and where each figure stands"),
+    "profile": Command("specrl.commands.profile:profile", "record this machine's rounds, for simulation"),
+    "study": Command("specrl.commands.study:study", "hyperparameters searched with Optuna, by what trials measure"),
+    "report": Command("specrl.commands.report:report", "runs side by side on one HTML page, for any browser"),
+    "watch": Command("specrl.commands.watch:watch", "a run in the terminal, while it goes on"),
+    "rl": Command("specrl.commands.rl:rl", "a policy that chooses plans, by PPO and others, simulated or live"),
 }
 
 _HELP = """\
@@ -102,8 +104,8 @@ def run(prog: str, command: Command, words: Sequence[str]) -> None:
     Raises:
         ValueError: the options do not fit.
     """
-    from specrl.apps.malloc import keep_large_blocks
-    from specrl.apps.output import OutputDir
+    from specrl.io.output import OutputDir
+    from specrl.measure.malloc import keep_large_blocks
 
     keep_large_blocks()
     module, _, name = command.target.partition(":")

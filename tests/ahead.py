@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specrl.clock import WallClock
+from specrl.core.clock import WallClock
 
 
 class Ahead:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from specrl.agents.base import PlanChooser
-from specrl.agents.survival import Survival
-from specrl.engines.profile import load_profile
-from specrl.engines.skill import accept_length
-from specrl.observation import Observation
-from specrl.plan import Plan
-from specrl.rounds import Round
+from specrl.agents.choosers.survival import Survival
+from specrl.core.interfaces import PlanChooser
+from specrl.core.observation import Observation
+from specrl.core.plan import Plan
+from specrl.core.round import Round
+from specrl.simulation.acceptance_model import accept_length
+from specrl.simulation.profile import load_profile
 
 Floats = NDArray[np.float64]
 LOADS = (1, 2, 4, 8, 16, 32)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specrl.decoding.graphs import Graphs
+from specrl.decoding.cuda_graphs import Graphs
 
 T = TypeVar("T")
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")  # for the device

@@ -12,13 +12,13 @@ from tiny import TAPS, Listed, prompts, tiny_target
 from torch import Tensor
 
 import specrl
-from specrl.agents import draft_learner
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.agents.gate import Gate
-from specrl.engines.base import Request
+from specrl.agents.draft import learner as draft_learner
+from specrl.agents.draft.gate import Gate
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan
+from specrl.core.round import Trace
 from specrl.models.draft import new_draft
-from specrl.plan import Plan
-from specrl.rounds import Trace
 
 _TENSORS = ("tokens", "features", "logits", "parents", "path")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specrl.decoding.acceptance import accept_chain, accept_tree, reject_chain
 from specrl.decoding.sampling import Temperatures, distribution
+from specrl.decoding.verify import accept_chain, accept_tree, reject_chain
 
 V = 4
 

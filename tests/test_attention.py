@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specrl.agents import attention
-from specrl.agents.attention import attend, blockwise, whole
+from specrl.agents.draft import attention
+from specrl.agents.draft.attention import attend, blockwise, whole
 
 BATCH, HEADS, KV_HEADS, LENGTH, SIZE = 2, 4, 2, 9, 8
 

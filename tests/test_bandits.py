@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from chooser_worlds import EMBEDDED, Script
 
-from specrl.agents.bandits import EXP3, UCB1, MedianGreedy
-from specrl.agents.base import PlanChooser
-from specrl.agents.conformance import CHECKS, Make, made_up_round
-from specrl.observation import Observation, Observer
-from specrl.plan import Plan, parse_plans
+from specrl.agents.choosers.bandits import EXP3, UCB1, MedianGreedy
+from specrl.core.interfaces import PlanChooser
+from specrl.core.observation import Observation, Observer
+from specrl.core.plan import Plan, parse_plans
+from specrl.testing.agent import CHECKS, Make, made_up_round
 
 PLANS = parse_plans("0,1,3")
 MAKERS: dict[str, Make] = {

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
-from specrl.baseline import PlainCost
-from specrl.rounds import PlainSample
+from specrl.core.plain_cost import PlainCost
+from specrl.core.round import PlainSample
 
 
 def fed(samples: Iterable[tuple[int, float, float]]) -> PlainCost:

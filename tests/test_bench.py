@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specrl.apps.bench import bench
-from specrl.apps.paired import PLAIN, Lane, Setting, measure
 from specrl.cli import main
-from specrl.engines.fit_table import read_table
-from specrl.engines.profile import Cost, Profile
-from specrl.engines.simulated import Requests, SimulatedEngine
-from specrl.plan import Plan
+from specrl.commands.bench import bench
+from specrl.core.plan import Plan
+from specrl.measure.paired import PLAIN, Lane, Setting, measure
+from specrl.simulation.engine import Requests, SimulatedEngine
+from specrl.simulation.fit_table import read_table
+from specrl.simulation.profile import Cost, Profile
 
 FOLDER = Path(__file__).parent.parent / "specrl" / "engines" / "profiles"
 
@@ -26,7 +26,7 @@ def _in_a_fresh_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_bench_prints_a_table_with_intervals(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specrl.apps.local_lanes.usable_cores", lambda: 1)  # two threads are slow beside other work
+    monkeypatch.setattr("specrl.measure.local_arms.usable_cores", lambda: 1)  # two threads are slow beside other work
     line = "bench --batch_sizes 2 --plans 0,3/2/6 --temperatures 0.7,0 --max_new_tokens 8 --seconds 1 --precision 0.9"
     assert main([*line.split(), "--output_dir", "out"]) == 0
     printed = capsys.readouterr().out

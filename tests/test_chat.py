@@ -12,11 +12,11 @@ import tokenizers
 import transformers
 from tokenizers import processors
 
-from specrl.engines.base import Request
+from specrl.core.interfaces import Request
 from specrl.models.chat import ChatTemplate
 from specrl.models.embedded import embedded_directory
 from specrl.models.tokenizer import Tokenizer, load_tokenizer
-from specrl.workload import load_workload
+from specrl.workloads.text import load_workload
 
 MARKS = ("<|bos|>", "<|start|>", "<|end|>")
 # What the templates of Llama and Qwen checkpoints do, in words of our own.

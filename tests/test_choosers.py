@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from specrl.agents.adaptive import AdaptiveChooser
-from specrl.agents.conformance import CHECKS, Make, made_up_round
-from specrl.agents.costs import Costs
-from specrl.agents.fixed import FixedPlan, PlanTable
-from specrl.agents.survival import Survival
-from specrl.observation import Observer
-from specrl.plan import Plan, parse_plans
+from specrl.agents.choosers.adaptive import AdaptiveChooser
+from specrl.agents.choosers.costs import Costs
+from specrl.agents.choosers.survival import Survival
+from specrl.agents.choosers.table import FixedPlan, PlanTable
+from specrl.core.observation import Observer
+from specrl.core.plan import Plan, parse_plans
+from specrl.testing.agent import CHECKS, Make, made_up_round
 
 PLANS = parse_plans("0,1,2,3,4,5")
 # Seconds of a round relative to plain decoding's, by lookahead, as measured on the embedded target.

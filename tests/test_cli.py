@@ -9,9 +9,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 import specrl
-from specrl.apps.output import OutputDir, environment, show, table, to_json
 from specrl.cli import COMMANDS, Command, main
-from specrl.plan import Plan
+from specrl.core.plan import Plan
+from specrl.io.output import OutputDir, environment, show, table, to_json
 
 CALLS: list[dict[str, object]] = []
 
@@ -49,7 +49,7 @@ def toy(
 
 TOY = {
     "toy": Command(f"{__name__}:toy", "does next to nothing"),
-    "gone": Command("specrl.apps.no_such_module:gone", "is not written yet"),
+    "gone": Command("specrl.commands.no_such_module:gone", "is not written yet"),
 }
 
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from specrl.clock import Clock, VirtualClock, WallClock
+from specrl.core.clock import Clock, VirtualClock, WallClock
 
 
 def test_the_wall_clock_never_runs_backwards() -> None:
@@ -31,5 +31,7 @@ def test_virtual_time_moves_forward_only(seconds: float) -> None:
 
 
 def test_reading_the_processors_clock_needs_no_torch() -> None:
-    code = "import sys; from specrl.clock import WallClock; WallClock('cpu').now(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from specrl.core.clock import WallClock; WallClock('cpu').now(); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

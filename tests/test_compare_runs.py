@@ -8,22 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specrl.apps.bench import bench
-from specrl.apps.compare_benches import compare_benches, mean_difference
-from specrl.apps.compare_runs import Drafted, compare, paired_line, read_drafted
-from specrl.apps.paired import PLAIN, Setting, measure
 from specrl.cli import main
-from specrl.engines.profile import Profile, load_profile
-from specrl.engines.simulated import Requests, SimulatedEngine
+from specrl.commands.bench import bench
+from specrl.commands.compare import Drafted, compare, paired_line, read_drafted
+from specrl.core.plan import Plan
+from specrl.measure.compare import compare_benches, mean_difference
+from specrl.measure.paired import PLAIN, Setting, measure
 from specrl.models.draft import new_draft
 from specrl.models.target import load_target
-from specrl.plan import Plan
+from specrl.simulation.engine import Requests, SimulatedEngine
+from specrl.simulation.profile import Profile, load_profile
 
 
 @pytest.fixture(autouse=True)
 def _in_a_fresh_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("specrl.apps.local_lanes.usable_cores", lambda: 1)  # two threads are slow beside other work
+    monkeypatch.setattr("specrl.measure.local_arms.usable_cores", lambda: 1)  # two threads are slow beside other work
 
 
 def quicker(profile: Profile, factor: float) -> Profile:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny import Listed, prompts, tiny_draft, tiny_target
 
-from specrl.clock import VirtualClock
-from specrl.decoding.graphs import Graphs
-from specrl.engines import local
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
-from specrl.plan import Plan, parse_plans
+from specrl.core.clock import VirtualClock
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan, parse_plans
+from specrl.decoding import engine as local
+from specrl.decoding.cuda_graphs import Graphs
+from specrl.decoding.engine import LocalEngine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PLANS = parse_plans("0,1/1/2,3/1/4,5/1/6,2/2/4,3/4/10")

@@ -21,12 +21,12 @@ import torch
 from tiny import CONFIG, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 from torch import Tensor
 
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan
 from specrl.decoding import eager as eager_module
-from specrl.decoding.acceptance import Accepted
+from specrl.decoding.engine import LocalEngine
 from specrl.decoding.sampling import Temperatures, distribution, sample
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
-from specrl.plan import Plan
+from specrl.decoding.verify import Accepted
 
 ALPHA = 8e-6
 V = CONFIG.vocab_size

@@ -15,10 +15,10 @@ import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
-from specrl.agents.choosers import CHOOSERS
-from specrl.agents.losses import SLOT_LOSSES
-from specrl.apps.options import build_parser, read_options
+from specrl.agents.choosers.registry import CHOOSERS
+from specrl.agents.draft.losses import SLOT_LOSSES
 from specrl.cli import COMMANDS
+from specrl.io.options import build_parser, read_options
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -79,7 +79,7 @@ def test_configurations_are_accepted(page: Path, tmp_path: Path) -> None:
         if language == "yaml" and (command := re.match(r"# specrl (\w+)", block)):
             (tmp_path / "given.yaml").write_text(block, encoding="utf-8")
             if command[1] == "study":  # its file is no configuration of its options
-                importlib.import_module("specrl.apps.study_file").read_study(tmp_path / "given.yaml")
+                importlib.import_module("specrl.studies.config").read_study(tmp_path / "given.yaml")
                 continue
             function = function_of(command[1])
             words = ["--config", str(tmp_path / "given.yaml")]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from specrl.apps import checks
-from specrl.apps.doctor import Setting, about_fastest, doctor, long_form, side_by_side, thread_counts
-from specrl.apps.malloc import keep_large_blocks, set_by_environment
-from specrl.clock import VirtualClock
+from specrl.commands.doctor import Setting, about_fastest, doctor, long_form, side_by_side, thread_counts
+from specrl.core.clock import VirtualClock
+from specrl.measure import machine as checks
+from specrl.measure.malloc import keep_large_blocks, set_by_environment
 
 
 class Ticking:

@@ -6,12 +6,12 @@ import pytest
 from test_draft_tokens import TickingClock
 from tiny import TAPS, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 
-from specrl.agents.draft_actor import DraftActor
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
+from specrl.agents.draft.actor import DraftActor
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan
+from specrl.decoding.engine import LocalEngine
 from specrl.envs.draft_tokens import DraftTokensEnv
 from specrl.models.draft import Draft
-from specrl.plan import Plan
 
 K = 3
 LISTED = Listed([Request(prompt, 8 + i % 5, 0.0) for i, prompt in enumerate(prompts(40, 6))])

@@ -10,16 +10,15 @@ from tiny import TAPS, Listed, prompts, tiny_target
 from torch import Tensor
 
 import specrl
-from specrl.agents.base import DraftLearner
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner, product_dtype
-from specrl.agents.sequences import Assembler
-from specrl.engines.base import Request
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner, product_dtype
+from specrl.agents.draft.sequences import Assembler
+from specrl.core.interfaces import DraftLearner, Request
+from specrl.core.plan import Plan
+from specrl.core.round import Trace
 from specrl.models.draft import Draft, ServingDraft, new_draft
 from specrl.models.embedded import embedded_directory
 from specrl.models.tokenizer import load_tokenizer
-from specrl.plan import Plan
-from specrl.rounds import Trace
-from specrl.workload import load_workload
+from specrl.workloads.text import load_workload
 
 QUICK: dict[str, Any] = {"batch_size": 2, "updates_per_request": 1.0, "dtype": "float32"}
 WORDS = (1, 2, 3, 5, 8)  # of the reduced vocabulary

@@ -19,13 +19,13 @@ from test_distribution import ALPHA, p_value
 from test_sim_env import seeded
 from tiny import CONFIG, TAPS, Listed, prompts, tiny_draft, tiny_target
 
-from specrl.clock import VirtualClock
+from specrl.core.clock import VirtualClock
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan
+from specrl.decoding.engine import LocalEngine
 from specrl.decoding.sampling import Temperatures, distribution
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
 from specrl.envs.draft_tokens import DraftTokensEnv
-from specrl.envs.draws import Draws
-from specrl.plan import Plan
+from specrl.envs.sampled_drafts import Draws
 
 V, K = CONFIG.vocab_size, 3
 Agent = Callable[[dict[str, Any], dict[str, Any]], Any]

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specrl.agents.drift import DriftDetector
+from specrl.agents.draft.drift import DriftDetector
 
 LOOKAHEAD = 4
 BEFORE, AFTER = 0.65, 0.5545  # odds that a draft stands: accept lengths of 2.526 and, 15 % less, 2.147

@@ -3,9 +3,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from specrl.apps.drift_watch import DriftWatch
-from specrl.plan import Plan
-from specrl.rounds import Completion, Round
+from specrl.core.plan import Plan
+from specrl.core.round import Completion, Round
+from specrl.training.drift_watch import DriftWatch
 
 BATCH, ROUNDS = 8, 12  # live requests, and the rounds that each of them lasts
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from specrl.clock import VirtualClock
+from specrl.core.clock import VirtualClock
 from specrl.models.embedded import embedded_directory, training
-from specrl.models.embedded.corpus import SKIPPED, library_files, library_root
 from specrl.models.embedded.pretrain import CONFIG
 from specrl.models.tokenizer import load_tokenizer
-from specrl.workload import load_workload
+from specrl.workloads.stdlib import SKIPPED, library_files, library_root
+from specrl.workloads.text import load_workload
 
 NAMES = ("embedded-easy", "embedded-strong")
 

@@ -7,13 +7,13 @@ import torch
 from tiny import Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 from torch import Tensor
 
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan
+from specrl.core.round import PlainSample, Round
+from specrl.decoding.engine import LocalEngine
 from specrl.decoding.session import LocalSession
-from specrl.engines.base import Request
-from specrl.engines.conformance import CHECKS, Case
-from specrl.engines.local import LocalEngine
 from specrl.models.draft import Draft
-from specrl.plan import Plan
-from specrl.rounds import PlainSample, Round
+from specrl.testing.engine import CHECKS, Case
 
 LISTED = Listed([
     Request(prompt, 8 + i % 9, temperature)
@@ -75,7 +75,7 @@ class Deaf(LocalEngine):
 def test_the_checks_find_a_broken_session(
     check: str, broken: type[LocalSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specrl.engines.local.LocalSession", broken)
+    monkeypatch.setattr("specrl.decoding.engine.LocalSession", broken)
     with pytest.raises(AssertionError):
         next(c for c in CHECKS if c.__name__ == check)(local())
 

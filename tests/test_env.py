@@ -10,7 +10,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 from test_sim_env import seeded
 
 import specrl
-from specrl.clock import VirtualClock
+from specrl.core.clock import VirtualClock
 from specrl.envs.spec_decode import SpecDecodeEnv
 from specrl.models.target import Target
 

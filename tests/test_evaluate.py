@@ -7,23 +7,22 @@ import numpy as np
 import pytest
 from tiny import Listed, prompts, tiny_draft, tiny_target
 
-from specrl.agents.base import PlanChooser
-from specrl.agents.choosers import CHOOSERS, Known, make_chooser
-from specrl.agents.conformance import CHECKS
-from specrl.agents.fixed import FixedPlan
-from specrl.apps.compare import agree, compare, improvement, regret, score, share, speedup_interval
-from specrl.apps.evaluate import append, evaluate, parse_shifts
-from specrl.apps.headroom import blocks, closed, headroom, lines, together
-from specrl.apps.live import PLAIN, block_speedups, measured_values, play_live
-from specrl.apps.plays import Play, Replayed, World
-from specrl.apps.sources import Live, Simulated
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
-from specrl.engines.profile import Shift, load_profile
-from specrl.plan import Plan, parse_plans
-from specrl.rounds import Round
-from specrl.statistics import Interval
-from specrl.traffic import parse_traffic
+from specrl.agents.choosers.registry import CHOOSERS, Known, make_chooser
+from specrl.agents.choosers.table import FixedPlan
+from specrl.commands.evaluate import append, evaluate, parse_shifts
+from specrl.core.batch_schedule import parse_traffic
+from specrl.core.interfaces import PlanChooser, Request
+from specrl.core.plan import Plan, parse_plans
+from specrl.core.round import Round
+from specrl.core.statistics import Interval
+from specrl.decoding.engine import LocalEngine
+from specrl.evaluation.backends import Live, Simulated
+from specrl.evaluation.live import PLAIN, block_speedups, measured_values, play_live
+from specrl.evaluation.regret import blocks, closed, headroom, lines, together
+from specrl.evaluation.scores import agree, compare, improvement, regret, score, share, speedup_interval
+from specrl.evaluation.simulation import Play, Replayed, World
+from specrl.simulation.profile import Shift, load_profile
+from specrl.testing.agent import CHECKS
 
 ROOT = Path(__file__).parent.parent
 CODER = load_profile("aurora-qwen3-coder-next-fp8")

@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 from tiny import TAPS, tiny_target, with_vocabulary
 from torch import Tensor
 
-from specrl.agents.adaptive import AdaptiveChooser
+from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.cli import main
+from specrl.core.plan import Plan
 from specrl.export.bundle import Bundle, check_bundle
 from specrl.export.card import Provenance
 from specrl.export.hub import push_to_hub
 from specrl.export.published import import_draft
-from specrl.export.serving import Serving, plan_serving
+from specrl.export.serving_flags import Serving, plan_serving
 from specrl.models.draft import Draft, load_draft, new_draft
-from specrl.plan import Plan
-from specrl.plugin.policy import LearnedPolicy
+from specrl.sglang.plugin.policy import LearnedPolicy
 
 CHAINS = {1: Plan(3), 4: Plan(1), 16: Plan(0)}
 TREE = Plan(3, 2, 6)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from specrl.apps.options import build_parser, read_options
 from specrl.cli import COMMANDS
+from specrl.io.options import build_parser, read_options
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/figures.md").read_text(encoding="utf-8")

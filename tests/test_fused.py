@@ -3,9 +3,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specrl.agents import fused
-from specrl.agents.fused import SHARPNESS, Targets, head_loss, head_steps, make_targets
-from specrl.agents.losses import SLOT_LOSSES, acceptance, greedy_step, parse_loss, sampled_step, top_k_of
+from specrl.agents.draft import fused_head as fused
+from specrl.agents.draft.fused_head import SHARPNESS, Targets, head_loss, head_steps, make_targets
+from specrl.agents.draft.losses import SLOT_LOSSES, acceptance, greedy_step, parse_loss, sampled_step, top_k_of
 
 HIDDEN, WORDS, SAID, LENGTHS = 8, 24, (1, 2, 3, 5, 8, 13, 21), (5, 9)
 HEATS = (0.7, 1.5)

@@ -8,12 +8,12 @@ import torch
 from tiny import Listed, prompts, tiny_draft, tiny_target
 from torch import Tensor
 
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.agents.gate import Gate, expected_rounds, trial
-from specrl.agents.sequences import Assembler, Sequence
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
-from specrl.plan import Plan
+from specrl.agents.draft.gate import Gate, expected_rounds, trial
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.agents.draft.sequences import Assembler, Sequence
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan
+from specrl.decoding.engine import LocalEngine
 
 SEEDS = range(5)
 

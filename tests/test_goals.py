@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from chooser_worlds import SHIFTS, STEADY, TABLES, Script, Shift, Table
 
-from specrl.agents.choosers import Known, make_chooser
-from specrl.agents.fixed import FixedPlan
-from specrl.statistics import probability_of_improvement
+from specrl.agents.choosers.registry import Known, make_chooser
+from specrl.agents.choosers.table import FixedPlan
+from specrl.core.statistics import probability_of_improvement
 
 SEEDS, ROUNDS = 3, 3000
 

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 from tiny import TAPS, tiny_target
 
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.apps.output import OutputDir
-from specrl.clock import VirtualClock
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.core.clock import VirtualClock
+from specrl.core.plan import Plan
+from specrl.io.output import OutputDir
 from specrl.models.draft import new_draft
 from specrl.models.embedded import training
 from specrl.models.target import load_target
-from specrl.plan import Plan
 
 HERE = Path(__file__).parent
 PLANS = ["0", "3/1/4", "4/1/5", "5/1/6"]

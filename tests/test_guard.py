@@ -5,9 +5,9 @@ import torch
 from tiny import TAPS, tiny_target
 from torch import Tensor
 
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.agents.guard import Guard
-from specrl.agents.sequences import Sequence
+from specrl.agents.draft.divergence_guard import Guard
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.agents.draft.sequences import Sequence
 from specrl.models.draft import new_draft
 
 NAN = float("nan")

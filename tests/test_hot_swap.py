@@ -16,10 +16,10 @@ import pytest
 import tiny
 import torch
 
-from specrl.clock import WallClock
+from specrl.core.clock import WallClock
 from specrl.models.draft import Draft, new_draft
-from specrl.serving.errors import SwapError
-from specrl.serving.hot_swap import _digest, encode, push, served_names
+from specrl.sglang.client.errors import SwapError
+from specrl.sglang.client.hot_swap import _digest, encode, push, served_names
 
 
 class Fake:

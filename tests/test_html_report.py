@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from specrl.apps.html.data import LEAST, ratio, read_run
-from specrl.apps.html.figures import THEMES
-from specrl.apps.html.page import said
-from specrl.apps.options import build_parser, read_options
-from specrl.apps.output import OutputDir
 from specrl.cli import COMMANDS, main
-from specrl.statistics import Interval
+from specrl.core.statistics import Interval
+from specrl.io.options import build_parser, read_options
+from specrl.io.output import OutputDir
+from specrl.reports.data import LEAST, ratio, read_run
+from specrl.reports.figures import THEMES
+from specrl.reports.page import said
 
 SECTIONS = [
     "overview", "learning", "speedups", "acceptance", "breakdown", "costs", "regret", "leaderboard", "environment",
@@ -95,7 +95,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     to = ["--output_dir", str(base / "evaluate"), "--leaderboard", str(base / "board.csv")]
     assert main(["evaluate", *played.split(), *to]) == 0
     (base / "profile").mkdir()
-    shipped = Path(__file__).parent.parent / "specrl/engines/profiles/embedded-fp32.json"
+    shipped = Path(__file__).parent.parent / "specrl/simulation/profiles/embedded-fp32.json"
     shutil.copy(shipped, base / "profile/profile.json")
     return {"train": serving(base / ODD), **{name: base / name for name in ("bench", "evaluate", "profile")}}
 

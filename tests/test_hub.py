@@ -16,11 +16,11 @@ from huggingface_hub.utils._paths import filter_repo_objects
 from models_help import hf_model, token_ids
 
 import specrl
-from specrl.export.serving import Serving
+from specrl.core.plan import Plan
+from specrl.export.serving_flags import Serving
 from specrl.models import hub
 from specrl.models.embedded import target_directory
 from specrl.models.hub import HubId, hub_directory, hub_id, served_as
-from specrl.plan import Plan
 
 COMMIT, OTHER = "1" * 40, "2" * 40
 

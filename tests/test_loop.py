@@ -12,21 +12,21 @@ import pytest
 import torch
 from tiny import TAPS, Drawn, Listed, tiny_draft, tiny_target
 
-from specrl.agents.adaptive import AdaptiveChooser
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.agents.fixed import FixedPlan
-from specrl.agents.gate import Gate
-from specrl.agents.losses import PlanCost
-from specrl.apps.loop import OnlineLoop, Stream
-from specrl.apps.pricing import plan_costs
-from specrl.apps.updates import PAIRS, TURN, Better
-from specrl.clock import VirtualClock
-from specrl.engines.base import Request, Workload
-from specrl.engines.local import LocalEngine
+from specrl.agents.choosers.adaptive import AdaptiveChooser
+from specrl.agents.choosers.table import FixedPlan
+from specrl.agents.draft.gate import Gate
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.agents.draft.losses import PlanCost
+from specrl.core.batch_schedule import Phase, parse_traffic
+from specrl.core.clock import VirtualClock
+from specrl.core.interfaces import Request, Workload
+from specrl.core.plan import Plan
+from specrl.core.round import Round, Trace
+from specrl.decoding.engine import LocalEngine
 from specrl.models.draft import Draft, new_draft
-from specrl.plan import Plan
-from specrl.rounds import Round, Trace
-from specrl.traffic import Phase, parse_traffic
+from specrl.training.deploy import PAIRS, TURN, Better
+from specrl.training.loop import OnlineLoop, Stream
+from specrl.training.plan_costs import plan_costs
 
 PLAN = Plan(3)
 QUICK: dict[str, Any] = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specrl.agents.losses import (
+from specrl.agents.draft.losses import (
     CHAIN_LOSSES,
     SLOT_LOSSES,
     PlanCost,

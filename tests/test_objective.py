@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from tiny import lively_draft, tiny_target
 from torch import Tensor
 
-from specrl.agents import attention, fused
-from specrl.agents import unroll as unroll_module
-from specrl.agents.fused import SHARPNESS
-from specrl.agents.learner_config import LearnerConfig
-from specrl.agents.losses import (
+from specrl.agents.draft import attention
+from specrl.agents.draft import fused_head as fused
+from specrl.agents.draft import unroll as unroll_module
+from specrl.agents.draft.config import LearnerConfig
+from specrl.agents.draft.fused_head import SHARPNESS
+from specrl.agents.draft.losses import (
     PlanCost,
     Step,
     accept_length,
@@ -25,9 +26,9 @@ from specrl.agents.losses import (
     survival,
     top_k_of,
 )
-from specrl.agents.objective import Objective
-from specrl.agents.sequences import Rejected, Sequence
-from specrl.agents.unroll import unroll
+from specrl.agents.draft.objective import Objective
+from specrl.agents.draft.sequences import Rejected, Sequence
+from specrl.agents.draft.unroll import unroll
 from specrl.models.draft import Draft
 from specrl.models.rope import rope_table
 

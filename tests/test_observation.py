@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from specrl.agents.conformance import made_up_round
-from specrl.observation import MAX_AGE, MAX_CONTEXT, Observer, vector_bounds
-from specrl.plan import Plan, parse_plans
+from specrl.core.observation import MAX_AGE, MAX_CONTEXT, Observer, vector_bounds
+from specrl.core.plan import Plan, parse_plans
+from specrl.testing.agent import made_up_round
 
 PLANS = parse_plans("0,1/1/2,3/1/4,3/2/6")  # K = 3, four plans: 5 + 3 + 3 * 4 = 20 numbers
 

@@ -16,15 +16,15 @@ from http_help import answering
 from tiny import Listed, prompts, tiny_draft, tiny_target
 
 import specrl  # noqa: F401 - registers the environments
-from specrl.clock import VirtualClock
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
-from specrl.envs.live import NO_PLAIN
-from specrl.plan import Plan
-from specrl.serving.errors import ServerError, ServerFailed, ServerGone
-from specrl.serving.launch import Server
-from specrl.serving.opening import attach_engine
-from specrl.serving.streamed import StreamedPlain
+from specrl.core.clock import VirtualClock
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan
+from specrl.decoding.engine import LocalEngine
+from specrl.envs.timed_env import NO_PLAIN
+from specrl.sglang.client.errors import ServerError, ServerFailed, ServerGone
+from specrl.sglang.client.factory import attach_engine
+from specrl.sglang.client.launch import Server
+from specrl.sglang.client.streamed import StreamedPlain
 
 STEP_S = 0.01
 INFO = {"version": "0.5.23", "dtype": "float32", "quantization": None, "tp_size": 1}
@@ -124,7 +124,7 @@ def test_steps_are_those_in_which_all_requests_decode(
     serve: Callable[[Paper], str], lump: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Stepped()
-    monkeypatch.setattr("specrl.serving.streamed.WallClock", lambda: clock)
+    monkeypatch.setattr("specrl.sglang.client.streamed.WallClock", lambda: clock)
     plain = StreamedPlain(Server(serve(Paper({}, lump=lump, clock=clock))), 60.0)
     steps = plain.steps([[1, 2], [1, 2, 3, 4]], 12)
     assert len(steps) <= 12 - 2 and all(step.batch_size == 2 for step in steps), "three steps were not of all"

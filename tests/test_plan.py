@@ -1,6 +1,6 @@
 import pytest
 
-from specrl.plan import Plan, parse_plans
+from specrl.core.plan import Plan, parse_plans
 
 
 def test_a_chain_is_written_by_its_steps_alone() -> None:

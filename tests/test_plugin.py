@@ -17,19 +17,19 @@ from typing import Any
 import pytest
 import torch
 
-from specrl.agents.adaptive import AdaptiveChooser
-from specrl.clock import VirtualClock, WallClock
-from specrl.plan import Plan
-from specrl.plugin import entry
-from specrl.plugin.failsafe import Failsafe
-from specrl.plugin.lookahead import Lookahead, make_lookahead, make_policy
-from specrl.plugin.policy import LearnedPolicy
-from specrl.plugin.seams import Seam
-from specrl.plugin.settings import Settings
-from specrl.plugin.subscriber import Subscriber
-from specrl.plugin.traces import Hooks, Tracer
-from specrl.plugin.wire import Frame, decode, encode
-from specrl.rounds import Trace
+from specrl.agents.choosers.adaptive import AdaptiveChooser
+from specrl.core.clock import VirtualClock, WallClock
+from specrl.core.plan import Plan
+from specrl.core.round import Trace
+from specrl.sglang.client.trace_subscriber import Subscriber
+from specrl.sglang.plugin import entry
+from specrl.sglang.plugin.failsafe import Failsafe
+from specrl.sglang.plugin.hooks import Seam
+from specrl.sglang.plugin.lookahead import Lookahead, make_lookahead, make_policy
+from specrl.sglang.plugin.policy import LearnedPolicy
+from specrl.sglang.plugin.settings import Settings
+from specrl.sglang.plugin.traces import Hooks, Tracer
+from specrl.sglang.plugin.wire import Frame, decode, encode
 
 V, H3, N = 7, 6, 4
 UNION = [0, 1, 3]
@@ -243,7 +243,8 @@ for name in ("gymnasium", "rich", "matplotlib", "jsonargparse", "tokenizers", "s
 import importlib.util
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "gymnasium" else found(name, *rest)
-import specrl.plugin.entry, specrl.plugin.lookahead, specrl.plugin.traces, specrl.plugin.subscriber, specrl.plugin.seams
+import specrl.sglang.plugin.entry, specrl.sglang.plugin.lookahead, specrl.sglang.plugin.traces
+import specrl.sglang.client.trace_subscriber, specrl.sglang.plugin.hooks
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
@@ -394,7 +395,7 @@ def test_every_request_comes_from_its_prompt_to_its_end(hooks: Hooks, short: Pat
 
 
 def test_a_learner_takes_the_traces(hooks: Hooks, short: Path, subscribe: Subscribe) -> None:
-    from specrl.agents.sequences import Assembler
+    from specrl.agents.draft.sequences import Assembler
 
     subscriber = subscribe(hooks, short)
     serving = Serving(hooks, [Request("a")])
@@ -408,7 +409,7 @@ def test_a_learner_takes_the_traces(hooks: Hooks, short: Path, subscribe: Subscr
 
 
 def test_the_links_of_a_tree_become_parents() -> None:
-    from specrl.plugin.subscriber import _trace
+    from specrl.sglang.client.trace_subscriber import _trace
 
     # 0 -> 1, 2; 1 -> 3; 2 -> 4, 5
     row = {
@@ -493,7 +494,7 @@ def test_one_who_never_reads_keeps_nobody_else_from_it(hooks: Hooks, short: Path
 
 def test_a_killed_subscriber_does_not_hurt(hooks: Hooks, short: Path) -> None:
     code = f"""
-from specrl.plugin.subscriber import Subscriber
+from specrl.sglang.client.trace_subscriber import Subscriber
 for frame in Subscriber({str(short / "t")!r}).frames(): print(frame.said["kind"], flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

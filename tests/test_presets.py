@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from specrl.apps.presets import presets
 from specrl.cli import main
-from specrl.engines.profile import load_profile
+from specrl.commands.presets import presets
+from specrl.core.plan import Plan
 from specrl.export.presets import (
     SHAPE,
     checkpoint_header,
@@ -23,7 +23,7 @@ from specrl.export.presets import (
 )
 from specrl.models.checkpoint import expected_draft_tensors
 from specrl.models.config import read_draft_config
-from specrl.plan import Plan
+from specrl.simulation.profile import load_profile
 
 BUILT = {"minimax-m2.1": 797, "qwen3-coder-next": 145, "qwen3-8b": 400, "llama-3.1-8b": 425}  # millions, as published
 TARGET = {

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specrl.apps.profile import profile as profile_command
-from specrl.apps.profile import record
-from specrl.engines.batched import BatchedSessions
-from specrl.engines.fit_recording import Block, fit_recording
-from specrl.engines.fit_table import fit_table, read_table
-from specrl.engines.profile import Cost, Profile, Shift, load_profile, shipped_profiles
-from specrl.engines.simulated import Requests, SimulatedEngine
-from specrl.engines.skill import accept_length, round_survival, skills, survival
-from specrl.plan import Plan, parse_plans
-from specrl.rounds import PlainSample, Round
+from specrl.commands.profile import profile as profile_command
+from specrl.commands.profile import record
+from specrl.core.plan import Plan, parse_plans
+from specrl.core.round import PlainSample, Round
+from specrl.simulation.acceptance_model import accept_length, round_survival, skills, survival
+from specrl.simulation.engine import Requests, SimulatedEngine
+from specrl.simulation.fit import Block, fit_recording
+from specrl.simulation.fit_table import fit_table, read_table
+from specrl.simulation.profile import Cost, Profile, Shift, load_profile, shipped_profiles
+from specrl.simulation.vector import BatchedSessions
 
 FOLDER = Path(__file__).parent.parent / "specrl" / "engines" / "profiles"
 TABLES = ["aurora-minimax-m2.1", "aurora-qwen3-coder-next-fp8"]

@@ -5,11 +5,11 @@ import torch
 from tiny import TAPS, prompts, tiny_draft, tiny_target, with_vocabulary
 from torch import Tensor
 
-from specrl.decoding.proposal import Proposal, Start, propose_chain, propose_tree, tree_mask
+from specrl.core.plan import Plan, parse_plans
+from specrl.decoding.propose import Proposal, Start, propose_chain, propose_tree, tree_mask
 from specrl.decoding.sampling import Temperatures
-from specrl.models.cache import KVCache
 from specrl.models.draft import Draft, ServingDraft
-from specrl.plan import Plan, parse_plans
+from specrl.models.kv_cache import KVCache
 
 LENGTHS = (5, 9, 2)
 TREES = parse_plans("1/2/3,1/4/5,2/2/4,2/2/7,3/2/6,3/3/4,3/4/10,4/3/20,3/4/37")

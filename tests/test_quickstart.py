@@ -17,7 +17,7 @@ def _in_a_fresh_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_quickstart_ends_in_its_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specrl.apps.local_lanes.usable_cores", lambda: 1)  # two threads are slow beside other work
+    monkeypatch.setattr("specrl.measure.local_arms.usable_cores", lambda: 1)  # two threads are slow beside other work
     line = "quickstart --train_seconds 3 --idle_seconds 1 --measure_seconds 3 --output_dir out"
     assert main(line.split()) == 0
     printed = capsys.readouterr().out.strip().splitlines()

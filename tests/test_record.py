@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from specrl.agents.sequences import Rejected, Sequence
-from specrl.apps.output import OutputDir
-from specrl.apps.shards import INDEX, ShardWriter, Traces, pack, unpack
+from specrl.agents.draft.sequences import Rejected, Sequence
 from specrl.cli import main
+from specrl.io.output import OutputDir
 from specrl.models.draft import load_draft
+from specrl.training.trace_files import INDEX, ShardWriter, Traces, pack, unpack
 
 SHORT = "--max_new_tokens 16 --prompt_tokens 24 --batch_size 8"
 
@@ -66,7 +66,7 @@ def test_the_index_names_whole_shards_at_every_moment(monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr("specrl.apps.shards.save_tensors", full)
+        broken.setattr("specrl.training.trace_files.save_tensors", full)
         with pytest.raises(OSError, match="No space"):
             writer.close()
     traces = Traces(Path("out"))
@@ -116,7 +116,7 @@ def test_a_draft_learns_from_a_record_without_serving(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr("specrl.engines.local.LocalEngine.start", never)
+    monkeypatch.setattr("specrl.decoding.engine.LocalEngine.start", never)
     learn = "train --traces traces --learner.passes 2 --learner.average 0.9 --learner.dtype float32"
     assert main(f"{learn} --epochs 2 --output_dir run".split()) == 0
     assert main(f"{learn} --epochs 3 --resume --output_dir run".split()) == 0

@@ -6,10 +6,10 @@ import torch
 from test_draft_tokens import TickingClock
 from tiny import TAPS, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 
-from specrl.agents.draft_actor import DraftActor
-from specrl.agents.reinforce import Reinforce
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
+from specrl.agents.draft.actor import DraftActor
+from specrl.agents.draft.reinforce import Reinforce
+from specrl.core.interfaces import Request
+from specrl.decoding.engine import LocalEngine
 from specrl.envs.draft_tokens import DraftTokensEnv
 from specrl.models.draft import Draft
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from test_loop import Ticking, new
 from tiny import Drawn, tiny_target
 
-from specrl.agents.draft_learner import LearnerConfig
-from specrl.apps.output import OutputDir
-from specrl.apps.report import Reporter
-from specrl.apps.run import Run
-from specrl.apps.train import serve
+from specrl.agents.draft.learner import LearnerConfig
+from specrl.commands.train import serve
+from specrl.io.output import OutputDir
+from specrl.training.logger import Reporter
+from specrl.training.run import Run
 
 EVERY = {"always": 30, "better": 125}  # requests between checkpoints
 LEARNER: dict[str, Any] = {"dtype": "float32", "passes": 2, "replay": 40, "sample": 0.9, "rejected": 0.1}

@@ -13,22 +13,22 @@ from test_draft_tokens import TickingClock
 from tiny import TAPS, Listed, prompts, tiny_target
 
 import specrl
-from specrl.agents.conformance import CHECKS
-from specrl.agents.distill import distill, tabulate
-from specrl.agents.fixed import PlanTable
-from specrl.agents.network import NetworkChooser, PolicyNetwork, load_chooser
-from specrl.agents.sb3 import ALGORITHMS, Agent, make_agent
-from specrl.agents.sb3_vector import SB3VectorEnv
-from specrl.apps.curve import Curve
-from specrl.apps.policy_report import best_plans, report
-from specrl.apps.rl import HYPERPARAMETERS, as_vector, read_hyperparameters, rl
-from specrl.engines.base import Request
-from specrl.engines.profile import load_profile
+from specrl.agents.choosers.policy_network import NetworkChooser, PolicyNetwork, load_chooser
+from specrl.agents.choosers.table import PlanTable
+from specrl.agents.rl.distill import distill, tabulate
+from specrl.agents.rl.sb3 import ALGORITHMS, Agent, make_agent
+from specrl.agents.rl.sb3_vector import SB3VectorEnv
+from specrl.agents.rl.training_log import Curve
+from specrl.commands.rl import HYPERPARAMETERS, as_vector, read_hyperparameters, rl
+from specrl.core.interfaces import Request
+from specrl.core.observation import vector_bounds
+from specrl.core.plan import Plan, parse_plans
 from specrl.envs.simulated_vector import SimulatedVectorEnv
 from specrl.envs.spec_decode import SpecDecodeEnv
+from specrl.evaluation.policy_report import best_plans, report
 from specrl.export.bundle import read_plans
-from specrl.observation import vector_bounds
-from specrl.plan import Plan, parse_plans
+from specrl.simulation.profile import load_profile
+from specrl.testing.agent import CHECKS
 
 SMALL: dict[str, dict[str, Any]] = {
     "ppo": {"policy": "MlpPolicy", "n_steps": 8, "batch_size": 32, "n_epochs": 1},
@@ -153,7 +153,7 @@ def test_a_policy_is_a_chooser(check: Any, recurrent: bool) -> None:
 def test_a_recurrent_chooser_goes_on_from_its_state() -> None:
     agent = trained("recurrent_ppo")
     one, two = agent.chooser(), agent.chooser()
-    observer = specrl.observation.Observer(agent.plans)
+    observer = specrl.core.observation.Observer(agent.plans)
     for size in (1, 8, 32):
         one.choose(observer.observe(size, 100.0))
     assert one.state_dict() != two.state_dict()
@@ -350,7 +350,7 @@ def test_wrong_policies_and_hyperparameters_get_one_clear_line(tmp_path: Path) -
     ]:
         with pytest.raises(ValueError, match=message):
             make_agent(algorithm, env, hyper, plans=env.plans)
-    observation = specrl.observation.Observer(parse_plans("0,1")).observe(1, 10.0)
+    observation = specrl.core.observation.Observer(parse_plans("0,1")).observe(1, 10.0)
     with pytest.raises(ValueError, match="observe the plans 0, 3/1/4, 4/1/5, 5/1/6"):
         agent.chooser().choose(observation)
     with pytest.raises(ValueError, match="layers that score plans"):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny import TAPS, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 
-from specrl.agents.conformance import made_up_round
-from specrl.clock import VirtualClock
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
-from specrl.plan import Plan, parse_plans
-from specrl.rounds import Completion, Trace
+from specrl.core.clock import VirtualClock
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan, parse_plans
+from specrl.core.round import Completion, Trace
+from specrl.decoding.engine import LocalEngine
+from specrl.testing.agent import made_up_round
 
 PLANS = parse_plans("3/1/4,0,3/4/10,1/1/2,2/2/4,5/1/6")
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from chooser_worlds import CODER_NEXT, EMBEDDED, SHIFTS, TABLES, Script, Table
 
-from specrl.agents.adaptive import AdaptiveChooser
-from specrl.agents.base import PlanChooser
-from specrl.agents.conformance import CHECKS, Make, made_up_round
-from specrl.agents.fixed import ClairvoyantLength, FixedPlan, best_table
-from specrl.agents.sglang_rule import DEFAULTS, SGLangRule
-from specrl.agents.threshold import ThresholdStopping
-from specrl.agents.throughput_rule import ThroughputRule
-from specrl.observation import Observer
-from specrl.plan import Plan, parse_plans
-from specrl.statistics import probability_of_improvement
+from specrl.agents.choosers.adaptive import AdaptiveChooser
+from specrl.agents.choosers.sglang_rule import DEFAULTS, SGLangRule
+from specrl.agents.choosers.table import ClairvoyantLength, FixedPlan, best_table
+from specrl.agents.choosers.threshold import ThresholdStopping
+from specrl.agents.choosers.throughput_rule import ThroughputRule
+from specrl.core.interfaces import PlanChooser
+from specrl.core.observation import Observer
+from specrl.core.plan import Plan, parse_plans
+from specrl.core.statistics import probability_of_improvement
+from specrl.testing.agent import CHECKS, Make, made_up_round
 
 CHAINS = parse_plans("0,1,3,5,7")
 

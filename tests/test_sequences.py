@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 import specrl
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.agents.sequences import Assembler, Replay, Sequence, collate
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.agents.draft.sequences import Assembler, Replay, Sequence, collate
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan, parse_plans
+from specrl.core.round import Completion, Trace
 from specrl.decoding.session import LocalSession
-from specrl.engines.base import Request
 from specrl.models.draft import Draft
 from specrl.models.target import Target
-from specrl.plan import Plan, parse_plans
-from specrl.rounds import Completion, Trace
 
 PLANS = parse_plans("3/1/4,0,3/2/6,1/1/2,2/3/7,5/1/6,4/2/9")
 

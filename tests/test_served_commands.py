@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from tiny import Listed, prompts, tiny_draft, tiny_target
 
-from specrl.apps import evaluate as evaluating
-from specrl.apps import profile as profiling
-from specrl.apps import rl as learning
-from specrl.apps import sources
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
-from specrl.engines.simulated import SimulatedEngine
-from specrl.plan import parse_plans
+from specrl.commands import evaluate as evaluating
+from specrl.commands import profile as profiling
+from specrl.commands import rl as learning
+from specrl.core.interfaces import Request
+from specrl.core.plan import parse_plans
+from specrl.decoding.engine import LocalEngine
+from specrl.evaluation import backends as sources
+from specrl.simulation.engine import SimulatedEngine
 
 
 class Kept(LocalEngine):
@@ -66,7 +66,7 @@ def test_lanes_share_a_servers_sessions(monkeypatch: pytest.MonkeyPatch) -> None
         return engine
 
     monkeypatch.setattr(sources, "launch", launch)
-    monkeypatch.setattr("specrl.streams.open_stream", lambda *_, **__: listed)
+    monkeypatch.setattr("specrl.workloads.stream.open_stream", lambda *_, **__: listed)
     rows = evaluating.evaluate(
         profiles=("live",), engine="sglang", choosers=("adaptive", "2/1/3"), reference="2/1/3", seeds=1, rounds=16,
         traffic="1x4,4x4", plans="0,2", temperature=0.0, draft="d", sglang_flags="--x 1",

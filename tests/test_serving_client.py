@@ -18,13 +18,12 @@ import pytest
 from http_help import answering
 from tiny import Listed
 
-from specrl.clock import VirtualClock, WallClock
-from specrl.engines.base import Request
-from specrl.engines.named import make_engine
-from specrl.plan import Plan
-from specrl.serving import client as client_module
-from specrl.serving.client import Client
-from specrl.serving.errors import (
+from specrl.core.clock import VirtualClock, WallClock
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan
+from specrl.core.registry import make_engine
+from specrl.sglang.client import http as client_module
+from specrl.sglang.client.errors import (
     ServerBusy,
     ServerError,
     ServerFailed,
@@ -33,9 +32,10 @@ from specrl.serving.errors import (
     ServerRefuses,
     ServerSilent,
 )
-from specrl.serving.launch import Server
-from specrl.serving.opening import attach_engine, launch_engine
-from specrl.serving.requests import Flight, Flights
+from specrl.sglang.client.factory import attach_engine, launch_engine
+from specrl.sglang.client.http import Client
+from specrl.sglang.client.launch import Server
+from specrl.sglang.client.requests import Flight, Flights
 
 ROOT = Path(__file__).parent.parent
 Answers = Callable[[BaseHTTPRequestHandler, int], None]
@@ -255,7 +255,7 @@ def test_a_server_does_not_outlive_whoever_launched_it(tmp_path: Path) -> None:
     fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import time; time.sleep(600)"\n')
     fake.chmod(0o755)
     code = (
-        "import sys; from pathlib import Path; from specrl.serving.launch import Server\n"
+        "import sys; from pathlib import Path; from specrl.sglang.client.launch import Server\n"
         "server = Server.launch([], Path(sys.argv[1]), python=Path(sys.argv[1]) / 'python')\n"
         "print(server.process_id, flush=True); sys.stdin.read()"
     )

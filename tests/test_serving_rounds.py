@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from ahead import Ahead
 
-from specrl.plan import Plan, parse_plans
-from specrl.plugin.failsafe import Failsafe
-from specrl.plugin.peer import OnePeer
-from specrl.plugin.plan_socket import PlanSocket
-from specrl.plugin.rounds import RoundHooks
-from specrl.plugin.settings import Settings
-from specrl.serving.errors import ServerFailed, ServerGone, ServerSilent
-from specrl.serving.flags import command_line, serving_of
-from specrl.serving.plugin_link import Plans, Rounds
+from specrl.core.plan import Plan, parse_plans
+from specrl.sglang.client.errors import ServerFailed, ServerGone, ServerSilent
+from specrl.sglang.client.flags import command_line, serving_of
+from specrl.sglang.client.plugin_client import Plans, Rounds
+from specrl.sglang.plugin.failsafe import Failsafe
+from specrl.sglang.plugin.peer import OnePeer
+from specrl.sglang.plugin.plan_socket import PlanSocket
+from specrl.sglang.plugin.rounds import RoundHooks
+from specrl.sglang.plugin.settings import Settings
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ def test_the_environment_says_what_is_asked_of_the_plugin() -> None:
 
 
 def test_a_ring_that_is_full_drops_and_counts(short: Path) -> None:
-    from specrl.plugin.round_socket import RoundSocket
+    from specrl.sglang.plugin.round_socket import RoundSocket
 
     telling = RoundSocket(short / "r", 4, {"lockstep": 0.0}, Failsafe("telling", "nothing"))
     with socket.socket(socket.AF_UNIX) as peer:

@@ -14,19 +14,19 @@ import torch
 from tiny import CONFIG, TAPS, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 
 import specrl
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.apps.malloc import keep_large_blocks
-from specrl.decoding import waiting as waiting_module
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan, parse_plans
+from specrl.core.round import Round, Trace
+from specrl.decoding import pending_features as waiting_module
+from specrl.decoding.engine import LocalEngine
 from specrl.decoding.session import LocalSession
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
+from specrl.measure.malloc import keep_large_blocks
 from specrl.models.draft import Draft
 from specrl.models.embedded import embedded_directory
 from specrl.models.target import Target
 from specrl.models.tokenizer import load_tokenizer
-from specrl.plan import Plan, parse_plans
-from specrl.rounds import Round, Trace
-from specrl.workload import load_workload
+from specrl.workloads.text import load_workload
 
 PLANS = parse_plans("1/1/2,2/1/3,3/1/4,5/1/6,2/2/4,3/2/6,3/4/10")
 GAP = 1e-4  # between plain decoding's two best logits: below it, rounding may decide

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import pytest
 from tiny import Listed, prompts, tiny_draft, tiny_target
 
-from specrl.apps.local_lanes import NULL
-from specrl.apps.paired import PLAIN
-from specrl.apps.sglang_lanes import Shared, measure_served
 from specrl.cli import main
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
-from specrl.plan import Plan, parse_plans
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan, parse_plans
+from specrl.decoding.engine import LocalEngine
+from specrl.measure.local_arms import NULL
+from specrl.measure.paired import PLAIN
+from specrl.measure.sglang_arms import Shared, measure_served
 
 
 def requests(prompted: Sequence[tuple[int, ...]]) -> Listed:

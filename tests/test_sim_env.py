@@ -15,12 +15,12 @@ from test_profile import made_up
 from tiny import Listed, prompts, tiny_target
 
 import specrl
-from specrl.engines.base import Request
-from specrl.engines.profile import Profile, Shift
-from specrl.envs.exclusive import Exclusive
+from specrl.core.interfaces import Request
+from specrl.envs.device_lock import Exclusive
 from specrl.envs.simulated import SimulatedEnv
 from specrl.envs.simulated_vector import SimulatedVectorEnv
 from specrl.envs.spec_decode import SpecDecodeEnv
+from specrl.simulation.profile import Profile, Shift
 
 ID = "SpecRL/Simulated-v0"
 
@@ -257,7 +257,7 @@ def test_live_environments_of_one_vector_environment_are_refused() -> None:
 
 def test_another_process_is_named_and_its_death_frees_the_device(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from specrl.envs.exclusive import Exclusive; "
+        "import sys, pathlib; from specrl.envs.device_lock import Exclusive; "
         f"e = Exclusive('cuda:0', pathlib.Path({str(tmp_path)!r})); e.take(); print('held', flush=True); "
         "sys.stdin.read()"
     )

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from test_profile import made_up
 
-from specrl.engines.batched import BatchedSessions
-from specrl.engines.conformance import CHECKS, Case
-from specrl.engines.profile import Cost, Profile, Shift
-from specrl.engines.simulated import Requests, SimulatedEngine
-from specrl.plan import Plan, parse_plans
-from specrl.rounds import Round
+from specrl.core.plan import Plan, parse_plans
+from specrl.core.round import Round
+from specrl.simulation.engine import Requests, SimulatedEngine
+from specrl.simulation.profile import Cost, Profile, Shift
+from specrl.simulation.vector import BatchedSessions
+from specrl.testing.engine import CHECKS, Case
 
 REQUESTS = Requests((4, 8), (8, 24))
 LONG = Requests((8, 8), (10_000, 10_000))

@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from graph_models import RecordedGraphs, Recorder
 from tiny import CONFIG, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 
-from specrl.decoding import static as static_module
-from specrl.decoding import waiting as waiting_module
-from specrl.decoding.acceptance import accept_tree, walk_tree
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan, parse_plans
+from specrl.decoding import engine as local
+from specrl.decoding import fixed_shape as static_module
+from specrl.decoding import pending_features as waiting_module
+from specrl.decoding.engine import LocalEngine
 from specrl.decoding.sampling import Drawn
 from specrl.decoding.session import LocalSession
-from specrl.engines import local
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
+from specrl.decoding.verify import accept_tree, walk_tree
 from specrl.models import linear as linear_module
 from specrl.models.draft import Draft, ServingDraft
 from specrl.models.linear import Linear
-from specrl.plan import Plan, parse_plans
 
 PLANS = parse_plans("0,1/1/2,3/1/4,5/1/6,2/2/4,3/2/6,3/4/10,4/3/12")
 Story = tuple[dict[int, tuple[int, ...]], list[tuple[list[int], list[int], list[int]]]]

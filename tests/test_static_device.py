@@ -10,15 +10,15 @@ from graph_models import OnDevice, fake_cuda
 from tiny import CONFIG, TAPS
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from specrl.decoding.graphs import Graphs
-from specrl.decoding.proposal import MOST_NODES
-from specrl.decoding.static import Shape, StaticRounds
+from specrl.core.plan import Plan
+from specrl.decoding.cuda_graphs import Graphs
+from specrl.decoding.fixed_shape import Shape, StaticRounds
+from specrl.decoding.propose import MOST_NODES
 from specrl.models import draft as draft_module
 from specrl.models.checkpoint import expected_draft_tensors, expected_target_tensors
 from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft, ServingDraft
 from specrl.models.target import Target
-from specrl.plan import Plan
 
 GREEDY, MIXED, SAMPLED = (True, True), (False, True), (False, False)
 CASES = [(Plan(0), SAMPLED), (Plan(2), GREEDY), (Plan(2), MIXED), (Plan(2), SAMPLED), (Plan(2, 2, 4), MIXED)]

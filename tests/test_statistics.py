@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from specrl.statistics import (
+from specrl.core.statistics import (
     Floats,
     Interval,
     abba,

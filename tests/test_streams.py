@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from specrl.engines.base import Request, Workload
+from specrl.core.interfaces import Request, Workload
 from specrl.models.embedded import embedded_directory
-from specrl.streams import SHIFTED, Mixture, Shifting, load_stream
-from specrl.workload import Tokenizer, load_tokenizer, load_workload
+from specrl.workloads.stream import SHIFTED, Mixture, Shifting, load_stream
+from specrl.workloads.text import Tokenizer, load_tokenizer, load_workload
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ from typing import Any
 import optuna
 import pytest
 
-from specrl.apps.local_lanes import PlainSetting
-from specrl.apps.study import run_trial
-from specrl.apps.study_file import STUDIES, make_study, read_study
-from specrl.apps.study_store import alive, open_study, retry_once, this_process
-from specrl.apps.study_work import work
 from specrl.cli import main
-from specrl.envs.exclusive import Exclusive
+from specrl.commands.study import run_trial
+from specrl.envs.device_lock import Exclusive
+from specrl.measure.local_arms import PlainSetting
+from specrl.studies.config import STUDIES, make_study, read_study
+from specrl.studies.store import alive, open_study, retry_once, this_process
+from specrl.studies.worker import work
 
 CHOOSER: dict[str, Any] = {
     "trial": "simulated",
@@ -45,8 +45,8 @@ LIVE: dict[str, Any] = {
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory of its own, and plain decoding's setting as given."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("specrl.apps.study_live.fastest_plain", lambda *_: PlainSetting("float32", 1, 1e-3))
-    monkeypatch.setattr("specrl.apps.study_live.VOCABULARY_REQUESTS", 4)
+    monkeypatch.setattr("specrl.studies.live.fastest_plain", lambda *_: PlainSetting("float32", 1, 1e-3))
+    monkeypatch.setattr("specrl.studies.live.VOCABULARY_REQUESTS", 4)
 
 
 def write(found: dict[str, Any], **changes: Any) -> str:
@@ -278,7 +278,7 @@ def test_trials_that_cannot_run_end_the_study(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("specrl.apps.study_work.measure_trial", fail)
+    monkeypatch.setattr("specrl.studies.worker.measure_trial", fail)
     with pytest.raises(ValueError, match="the last 3 failed"):
         work(make_study(CHOOSER, "mine"), "sqlite:///study.db", Path("out"), 5)
 

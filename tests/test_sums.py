@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specrl.apps.loop import STRETCH, Tally
-from specrl.apps.sums import WINDOW, RoundSums, Windows, read_windows
 from specrl.cli import main
-from specrl.plan import Plan
-from specrl.rounds import Round
+from specrl.core.plan import Plan
+from specrl.core.round import Round
+from specrl.core.round_stats import WINDOW, RoundSums, Windows, read_windows
+from specrl.training.loop import STRETCH, Tally
 
 
 def a_round(correct: list[int], plan: str = "3", verify_s: float = 0.002) -> Round:

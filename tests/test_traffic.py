@@ -2,7 +2,7 @@ from itertools import islice
 
 import pytest
 
-from specrl.traffic import Phase, batch_sizes, parse_traffic
+from specrl.core.batch_schedule import Phase, batch_sizes, parse_traffic
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_wrong_input_ends_in_one_line_and_leaves_nothing(
 def test_a_stream_of_parts_a_vocabulary_and_metrics(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specrl.apps.train.VOCABULARY_REQUESTS", 8)
+    monkeypatch.setattr("specrl.commands.train.VOCABULARY_REQUESTS", 8)
     stream = "--workload stdlib@8,encodings@8 --draft_vocab_size 100 --draft_intermediate_size 96"
     assert main(f"train {SHORT} --requests 16 --checkpoint_every 8 {stream} --output_dir run".split()) == 0
     printed = capsys.readouterr().out

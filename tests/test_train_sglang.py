@@ -13,14 +13,14 @@ import tiny
 import torch
 from test_hot_swap import Fake
 
-from specrl.agents.draft_learner import LearnerConfig
-from specrl.apps.output import OutputDir
-from specrl.apps.train import train
-from specrl.apps.train_sglang import Follower, Source, follow
+from specrl.agents.draft.learner import LearnerConfig
+from specrl.commands.train import train
+from specrl.io.output import OutputDir
 from specrl.models.draft import Draft, load_draft, new_draft
-from specrl.plugin.failsafe import Failsafe
-from specrl.plugin.ring import Ring
-from specrl.plugin.wire import Frame
+from specrl.sglang.plugin.failsafe import Failsafe
+from specrl.sglang.plugin.ring import Ring
+from specrl.sglang.plugin.wire import Frame
+from specrl.training.server_learner import Follower, Source, follow
 
 CONFIG = LearnerConfig(batch_size=2, passes=1, dtype="float32")
 

@@ -5,7 +5,7 @@ import torch
 from tiny import TAPS, lively_draft, tiny_target
 from torch import Tensor
 
-from specrl.agents.unroll import unroll
+from specrl.agents.draft.unroll import unroll
 from specrl.models.draft import Draft, ServingDraft
 from specrl.models.rope import rope_table
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from test_evaluate import live_source
 
-from specrl.apps import validate as module
-from specrl.apps.compare import speedup_interval
-from specrl.apps.evaluate import evaluate
-from specrl.apps.output import OutputDir
-from specrl.apps.records import read_record, write_record
-from specrl.apps.validate import validate
 from specrl.cli import main
+from specrl.commands import validate as module
+from specrl.commands.evaluate import evaluate
+from specrl.commands.validate import validate
+from specrl.evaluation.records import read_record, write_record
+from specrl.evaluation.scores import speedup_interval
+from specrl.io.output import OutputDir
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import TAPS, tiny_target
 
-from specrl.agents.vocabulary import coverage, top_tokens
+from specrl.agents.draft.vocabulary import coverage, top_tokens
 from specrl.models.draft import new_draft
 
 COUNTS = torch.tensor([0, 1, 3, 0, 0, 1, 0, 4, 0, 1])  # of token ids 0 to 9

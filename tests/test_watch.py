@@ -10,10 +10,10 @@ from threading import Timer
 import pytest
 from rich.console import Console
 
-from specrl.apps.output import OutputDir
-from specrl.apps.watch import ended, follow, frame, sparkline
 from specrl.cli import main
-from specrl.clock import WallClock
+from specrl.commands.watch import ended, follow, frame, sparkline
+from specrl.core.clock import WallClock
+from specrl.io.output import OutputDir
 
 
 def a_run(directory: Path, lines: int = 3) -> OutputDir:

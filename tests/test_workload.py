@@ -7,10 +7,10 @@ import pytest
 from tokenizers import Tokenizer as Encoder
 from tokenizers import models, pre_tokenizers, processors
 
-from specrl.engines.base import Request, Workload
+from specrl.core.interfaces import Request, Workload
 from specrl.models.embedded import embedded_directory
-from specrl.models.embedded.corpus import library_root
-from specrl.workload import Split, Text, TextWorkload, Tokenizer, load_tokenizer, load_workload
+from specrl.workloads.stdlib import library_root
+from specrl.workloads.text import Split, Text, TextWorkload, Tokenizer, load_tokenizer, load_workload
 
 SPLITS: tuple[Split, ...] = ("train", "held_out", "all")
 

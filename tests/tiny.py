@@ -10,15 +10,15 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan
+from specrl.decoding.engine import LocalEngine
 from specrl.models.checkpoint import expected_target_tensors
 from specrl.models.config import TargetConfig
 from specrl.models.draft import Draft, new_draft
 from specrl.models.rope import RopeConfig
 from specrl.models.target import Target
-from specrl.plan import Plan
 
 CONFIG = TargetConfig("llama", 10, 32, 48, 4, 4, 2, 8, 1e-6, RopeConfig(10000.0), 640, eos_token_ids=(0,))
 TAPS = (1, 2, 3)

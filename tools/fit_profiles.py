@@ -2,7 +2,8 @@
 
 python tools/fit_profiles.py [--check]
 
-Writes specrl/engines/profiles/<name>.json for every <name>.csv beside it; with --check only says whether they differ.
+Writes specrl/simulation/profiles/<name>.json for every <name>.csv beside it; with --check, only says whether they
+differ.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from specrl.engines.fit_table import fit_table, read_table
+from specrl.simulation.fit_table import fit_table, read_table
 
 FOLDER = Path(__file__).parent.parent / "specrl" / "engines" / "profiles"
 

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from gpu_stages.sizes import PLANS, TEMPERATURE, Sizes
-from specrl.agents.draft_learner import LearnerConfig
-from specrl.apps.output import OutputDir
-from specrl.apps.report import Reporter
-from specrl.apps.run import Run
-from specrl.clock import Clock
-from specrl.engines.base import Workload
+from specrl.agents.draft.learner import LearnerConfig
+from specrl.core.batch_schedule import parse_traffic
+from specrl.core.clock import Clock
+from specrl.core.interfaces import Workload
+from specrl.io.output import OutputDir
 from specrl.models.draft import new_draft
 from specrl.models.target import Target
-from specrl.streams import open_stream
-from specrl.traffic import parse_traffic
-from specrl.workload import Split
+from specrl.training.logger import Reporter
+from specrl.training.run import Run
+from specrl.workloads.stream import open_stream
+from specrl.workloads.text import Split
 
 
 def prompts(target: Path, sizes: Sizes, split: Split, new_tokens: int | None = None) -> Workload:

@@ -11,14 +11,14 @@ import torch
 
 from gpu_stages.learn import prompts
 from gpu_stages.sizes import PLANS, PRECISION, TEMPERATURE, Sizes
-from specrl.apps.bench_tables import block_rows, cell_rows
-from specrl.apps.local_lanes import fastest_plain, measure_plans
-from specrl.apps.output import show
-from specrl.clock import Clock
-from specrl.engines.local import LocalEngine
+from specrl.core.clock import Clock
+from specrl.core.plan import Plan, parse_plans
+from specrl.decoding.engine import LocalEngine
+from specrl.io.output import show
+from specrl.measure.local_arms import fastest_plain, measure_plans
+from specrl.measure.tables import block_rows, cell_rows
 from specrl.models.draft import Draft
 from specrl.models.target import Target
-from specrl.plan import Plan, parse_plans
 
 _WARM_ROUNDS = 8
 _GROUP = 8  # rounds

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from gpu_stages.sizes import Sizes
-from specrl.clock import Clock
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
+from specrl.core.clock import Clock
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan
+from specrl.decoding.engine import LocalEngine
 from specrl.models.checkpoint import expected_target_tensors
 from specrl.models.config import TargetConfig
 from specrl.models.target import Target
-from specrl.plan import Plan
 
 _WARM_STEPS = 8
 _COPIES = 8

@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from gpu_stages.sizes import Sizes
-from specrl.clock import Clock
+from specrl.core.clock import Clock
 from specrl.models.config import TargetConfig
 from specrl.models.embedded import embedded_directory
 from specrl.models.embedded.training import (
@@ -29,7 +29,7 @@ from specrl.models.embedded.training import (
     train_tokenizer,
 )
 from specrl.models.tokenizer import load_tokenizer
-from specrl.workload import load_workload
+from specrl.workloads.text import load_workload
 
 _FOR_TOKENIZER = 12 << 20  # bytes that the tokenizer is trained on
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from specrl.apps.bench_tables import markdown
+from specrl.measure.tables import markdown
 
 OF_COPY, HOST_SHARE, SPEEDUP = 0.6, 0.1, 1.5
 PASS, FAIL, NOT_MEASURED = "PASS", "FAIL", "NOT MEASURED"

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specrl.core.interfaces import Request
+from specrl.core.round import Completion, Ints
 from specrl.decoding.sampling import Temperatures
-from specrl.engines.base import Request
-from specrl.rounds import Completion, Ints
 
 
 @dataclass(slots=True)

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specrl.decoding.acceptance import accept_chain, accept_tree, reject_chain
+from specrl.core.plan import Plan
+from specrl.core.round import Ints
 from specrl.decoding.batch import Batch
-from specrl.decoding.proposal import MOST_NODES, Proposal, Start, propose_chain, propose_tree, tree_mask
+from specrl.decoding.pending_features import Waiting
+from specrl.decoding.propose import MOST_NODES, Proposal, Start, propose_chain, propose_tree, tree_mask
 from specrl.decoding.sampling import choose
-from specrl.decoding.waiting import Waiting
-from specrl.models.cache import KVCache
+from specrl.decoding.verify import accept_chain, accept_tree, reject_chain
+from specrl.models.kv_cache import KVCache
 from specrl.models.target import Decoded, Target
-from specrl.plan import Plan
-from specrl.rounds import Ints
 
 
 class Verified(NamedTuple):

@@ -13,27 +13,27 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from specrl.clock import Clock
-from specrl.decoding.admission import Admission
+from specrl.core.clock import Clock
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan
+from specrl.core.round import Completion, Ints, PlainSample, Round, Trace
 from specrl.decoding.batch import Batch
+from specrl.decoding.cuda_graphs import Graphs
 from specrl.decoding.eager import EagerRounds
-from specrl.decoding.given import check_given, given_chain
-from specrl.decoding.graphs import Graphs
-from specrl.decoding.proposal import MOST_NODES, Proposal
-from specrl.decoding.static import StaticRounds
-from specrl.decoding.tracing import Record, Traces
-from specrl.decoding.waiting import Waiting
-from specrl.engines.base import Request
+from specrl.decoding.external_draft import check_given, given_chain
+from specrl.decoding.fixed_shape import StaticRounds
+from specrl.decoding.pending_features import Waiting
+from specrl.decoding.prefill import Admission
+from specrl.decoding.propose import MOST_NODES, Proposal
+from specrl.decoding.traces import Record, Traces
 from specrl.models.draft import ServingDraft
 from specrl.models.target import Target
-from specrl.plan import Plan
-from specrl.rounds import Completion, Ints, PlainSample, Round, Trace
 
 _PLAIN_STEPS = 3  # that a sample of plain decoding takes
 
 
 class LocalSession:
-    """Closed-loop decoding of one target at fixed concurrency (see `specrl.engines.base.Session`).
+    """Closed-loop decoding of one target at fixed concurrency (see `specrl.core.interfaces.Session`).
 
     Args:
         target: the model.

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from specrl.core.plan import Plan
 from specrl.export.card import Provenance, model_card
-from specrl.export.serving import ADAPTIVE, Serving, write_serving
+from specrl.export.serving_flags import ADAPTIVE, Serving, write_serving
 from specrl.models.checkpoint import write_atomic
 from specrl.models.draft import Draft, load_draft
-from specrl.plan import Plan
-from specrl.plugin.policy import LearnedPolicy
+from specrl.sglang.plugin.policy import LearnedPolicy
 
 PLANS, MANIFEST, CARD = "plans.json", "manifest.json", "README.md"
 

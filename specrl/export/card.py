@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specrl.export.serving import ADAPTIVE, Serving
+from specrl.core.plan import Plan
+from specrl.export.serving_flags import ADAPTIVE, Serving
 from specrl.models.config import DraftConfig
-from specrl.plan import Plan
 
 _MEASURED = ("batch_size", "plan", "speedup", "low", "high", "accept_length")
 

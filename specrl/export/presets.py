@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specrl.export.serving import Serving
+from specrl.core.plan import Plan
+from specrl.export.serving_flags import Serving
 from specrl.models.checkpoint import expected_draft_tensors
 from specrl.models.config import DraftConfig, default_taps
 from specrl.models.rope import RopeConfig
-from specrl.plan import Plan
 
-_FOLDER = Path(__file__).parent.parent / "presets"
+_FOLDER = Path(__file__).parent / "preset_data"
 _SHAPE = "vocab_size draft_vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim"
 SHAPE = tuple(_SHAPE.split())  # what the tensors' shapes follow from
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")

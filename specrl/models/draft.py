@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specrl.models.cache import KVCache, place
 from specrl.models.checkpoint import check_tensors, expected_draft_tensors, read_tensors, save_tensors, write_atomic
 from specrl.models.config import DraftConfig, default_taps, read_draft_config, write_draft_config
+from specrl.models.kv_cache import KVCache, place
 from specrl.models.layer import Layer, Norm, interleave
 from specrl.models.linear import Linear
 from specrl.models.rope import rope_table

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specrl.models.cache import Placement
+from specrl.models.kv_cache import Placement
 from specrl.models.linear import Linear
 
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specrl.models.cache import KVCache, place
 from specrl.models.checkpoint import Checkpoint, check_layout, expected_target_tensors
 from specrl.models.config import TargetConfig, read_target_config
 from specrl.models.embedded import target_directory
+from specrl.models.kv_cache import KVCache, place
 from specrl.models.layer import Layer, Norm, interleave
 from specrl.models.linear import Linear
 from specrl.models.memory import check_weights

@@ -18,7 +18,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 from own_locks import own_locks  # noqa: E402, F401 - used by all tests
 
-from specrl.apps.cluster.connect import DEVICE, need_ray  # noqa: E402
+from specrl.cluster.connect import DEVICE, need_ray  # noqa: E402
 
 
 def pytest_configure() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from safetensors.torch import save_file
 from tiny import CONFIG, TAPS, Drawn, target_tensors
 
-from specrl.agents.draft_learner import LearnerConfig
-from specrl.apps.cluster.serving import Serving
+from specrl.agents.draft.learner import LearnerConfig
+from specrl.cluster.serving import Serving
 from specrl.models.draft import Draft, new_draft
 from specrl.models.embedded.training import config_json
 from specrl.models.target import load_target

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from specrl.apps.cluster.environments import _SEEDS, RayVectorEnv
-from specrl.apps.rl import rl
+from specrl.cluster.environments import _SEEDS, RayVectorEnv
+from specrl.commands.rl import rl
 from specrl.envs.simulated_vector import SimulatedVectorEnv
 
 OPTIONS = {"batch_size": (1, 8), "max_rounds": 6, "stagger": True}

@@ -10,18 +10,18 @@ import ray
 import torch
 from small import LEARNER, small, small_draft, write_target
 
-from specrl.agents.draft_learner import OnlineLearner
-from specrl.agents.sequences import Assembler, Sequence
-from specrl.apps.checkpoint import load_checkpoint
-from specrl.apps.cluster.connect import _check_listens
-from specrl.apps.cluster.learner import CHECKPOINT, LearnerActor
-from specrl.apps.cluster.online import Fleet
-from specrl.apps.cluster.outlet import Outlet
-from specrl.apps.cluster.weights import SentTraces, from_bytes
-from specrl.apps.output import OutputDir
+from specrl.agents.draft.learner import OnlineLearner
+from specrl.agents.draft.sequences import Assembler, Sequence
+from specrl.cluster.connect import _check_listens
+from specrl.cluster.learner import CHECKPOINT, LearnerActor
+from specrl.cluster.online import Fleet
+from specrl.cluster.outlet import Outlet
+from specrl.cluster.weights import SentTraces, from_bytes
+from specrl.core.round import Trace
+from specrl.io.output import OutputDir
 from specrl.models.draft import load_draft
 from specrl.models.target import load_target
-from specrl.rounds import Trace
+from specrl.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("two_nodes")
 

@@ -12,16 +12,16 @@ import torch
 from small import LEARNER, small_draft, write_target
 from torch.distributed.tensor import DTensor
 
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.agents.objective import Objective, Share
-from specrl.agents.sequences import Sequence
-from specrl.apps.cluster.sharded import sharded
-from specrl.apps.cluster.shared import SharedObjective, learn_over_ray
-from specrl.apps.offline import learn_from
-from specrl.apps.output import OutputDir
-from specrl.apps.shards import ShardWriter, Traces
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.agents.draft.objective import Objective, Share
+from specrl.agents.draft.sequences import Sequence
+from specrl.cluster.sharded import sharded
+from specrl.cluster.shared import SharedObjective, learn_over_ray
+from specrl.io.output import OutputDir
 from specrl.models.draft import load_draft
 from specrl.models.target import load_target
+from specrl.training.offline import learn_from
+from specrl.training.trace_files import ShardWriter, Traces
 
 CONFIG = LearnerConfig(dtype="float32", batch_size=6, passes=2, learning_rate=1e-3)
 

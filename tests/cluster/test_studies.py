@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from specrl.apps.cluster.studies import tune_study
-from specrl.apps.output import OutputDir
-from specrl.apps.study_file import Study, make_study
-from specrl.apps.study_objective import NotReached
-from specrl.apps.study_report import write_report
-from specrl.apps.study_store import open_study
+from specrl.cluster.studies import tune_study
+from specrl.io.output import OutputDir
+from specrl.studies.config import Study, make_study
+from specrl.studies.objective import NotReached
+from specrl.studies.report import write_report
+from specrl.studies.store import open_study
 
 pytestmark = pytest.mark.usefixtures("two_nodes")
 SEARCH = {"adaptive.revisit": {"int": [100, 3000], "log": True}}
@@ -33,7 +33,7 @@ def pretend(spec: Study, params: Mapping[str, Any], directory: Path) -> dict[str
     """A timed trial that takes a moment; the third one's worker is killed once, and the fifth reaches nothing."""
     import ray
 
-    from specrl.clock import WallClock
+    from specrl.core.clock import WallClock
 
     clock = WallClock()
     directory.mkdir(parents=True, exist_ok=True)

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from tiny import Listed
 
-from specrl.agents.draft_learner import LearnerConfig, OnlineLearner
-from specrl.engines.base import Request
-from specrl.engines.local import LocalEngine
+from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan
+from specrl.decoding.engine import LocalEngine
 from specrl.models.draft import Draft, new_draft
 from specrl.models.embedded import embedded_directory
 from specrl.models.target import Target
-from specrl.plan import Plan
-from specrl.workload import load_tokenizer, load_workload
+from specrl.workloads.text import load_tokenizer, load_workload
 
 PROMPT, NEW = 48, 48
 

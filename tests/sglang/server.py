@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specrl.clock import WallClock
+from specrl.core.clock import WallClock
+from specrl.core.plan import Plan
 from specrl.export.bundle import Bundle
 from specrl.export.card import Provenance
-from specrl.export.serving import plan_serving
+from specrl.export.serving_flags import plan_serving
 from specrl.models.draft import Draft
 from specrl.models.embedded import embedded_directory
-from specrl.plan import Plan
-from specrl.plugin.policy import LearnedPolicy
+from specrl.sglang.plugin.policy import LearnedPolicy
 
 ON_A_CPU = """
 --device cpu --dtype float32 --attention-backend intel_amx --mem-fraction-static 0.5 --max-total-tokens 4096

@@ -16,15 +16,15 @@ from server import ON_A_CPU
 from tiny import Listed
 
 import specrl  # noqa: F401 - registers the environments
-from specrl.clock import WallClock
-from specrl.engines import conformance
-from specrl.engines.base import Request
+from specrl.core.clock import WallClock
+from specrl.core.interfaces import Request
+from specrl.core.plan import Plan, parse_plans
 from specrl.models.draft import Draft
 from specrl.models.target import Target
-from specrl.plan import Plan, parse_plans
-from specrl.serving.engine import SGLangEngine
-from specrl.serving.errors import ServerError
-from specrl.serving.opening import attach_engine, launch_engine
+from specrl.sglang.client.engine import SGLangEngine
+from specrl.sglang.client.errors import ServerError
+from specrl.sglang.client.factory import attach_engine, launch_engine
+from specrl.testing import engine as conformance
 
 NEW = 40
 PLANS = parse_plans("0,1,3")

@@ -22,12 +22,12 @@ from learned import Decoded, decode, prompts
 from server import Server, export, serve
 from test_serve import compare
 
-from specrl.clock import WallClock
+from specrl.core.clock import WallClock
+from specrl.core.plan import Plan
 from specrl.models.draft import Draft, new_draft
 from specrl.models.target import Target
-from specrl.plan import Plan
-from specrl.serving.errors import SwapError
-from specrl.serving.hot_swap import push, recover
+from specrl.sglang.client.errors import SwapError
+from specrl.sglang.client.hot_swap import push, recover
 
 AT_ONCE, SWAPS, NEW, LONG, EARLY = 8, 20, 96, 400, 60
 PLAN = Plan(3)
@@ -180,7 +180,8 @@ def pausing(server: Server, draft: Draft, tmp_path: Path) -> Iterator[subprocess
     code = (
         "import os, signal, sys\n"
         "from specrl.models.draft import load_draft\n"
-        "from specrl.serving import hot_swap, line\n"
+        "from specrl.sglang.client import hot_swap\n"
+        "from specrl.sglang.client import swap_connection as line\n"
         "ask = line.Line.ask\n"
         "def dies(self, method, path, said=None, **rest):\n"
         "    answer = ask(self, method, path, said, **rest)\n"

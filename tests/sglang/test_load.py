@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from specrl.core.plan import Plan
 from specrl.export.bundle import Bundle
 from specrl.export.card import Provenance
-from specrl.export.serving import plan_serving
+from specrl.export.serving_flags import plan_serving
 from specrl.models.draft import Draft, ServingDraft, load_draft, new_draft
 from specrl.models.target import Target
-from specrl.plan import Plan
-from specrl.plugin.policy import LearnedPolicy
+from specrl.sglang.plugin.policy import LearnedPolicy
 
 LENGTH = 12
 PLAN = Plan(3)

@@ -17,15 +17,15 @@ import torch
 from learned import prompts
 from server import Server, export
 
-from specrl.agents.adaptive import AdaptiveChooser
-from specrl.agents.sequences import Assembler
+from specrl.agents.choosers.adaptive import AdaptiveChooser
+from specrl.agents.draft.sequences import Assembler
+from specrl.core.plan import Plan
+from specrl.core.round import Trace
 from specrl.models.draft import Draft
 from specrl.models.target import Target
-from specrl.plan import Plan
-from specrl.plugin.policy import LearnedPolicy
-from specrl.plugin.seams import CONTEXT, POLICY, PREFILL, VERIFY, version_note
-from specrl.plugin.subscriber import Subscriber
-from specrl.rounds import Trace
+from specrl.sglang.client.trace_subscriber import Subscriber
+from specrl.sglang.plugin.hooks import CONTEXT, POLICY, PREFILL, VERIFY, version_note
+from specrl.sglang.plugin.policy import LearnedPolicy
 
 NEW = 32
 CANDIDATES = {"1": {"candidate_steps": [0, 1, 3]}}
@@ -89,7 +89,7 @@ def test_plans_are_followed_and_a_dead_subscriber_hurts_nobody(
         stream.close()
 
     # A subscriber is killed in the middle, with frames on their way: serving does not notice.
-    code = "import sys; from specrl.plugin.subscriber import Subscriber; s = Subscriber(sys.argv[1], 60.0)"
+    code = "import sys; from specrl.sglang.client.trace_subscriber import Subscriber; s = Subscriber(sys.argv[1], 60.0)"
     loop = "print('up'); next(s.frames()); print('one'); sys.stdin.read()"
     dies = subprocess.Popen(
         [sys.executable, "-uc", f"{code}; {loop}", f"{short}/traces"], stdin=subprocess.PIPE, stdout=subprocess.PIPE

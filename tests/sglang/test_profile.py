@@ -11,16 +11,16 @@ import pytest
 from server import ON_A_CPU
 
 import specrl  # noqa: F401 - registers the environments
-from specrl.apps import evaluate as evaluating
-from specrl.apps import profile as profiling
-from specrl.apps import sources
-from specrl.apps.sglang_lanes import launch
-from specrl.engines.profile import load_profile
+from specrl.commands import evaluate as evaluating
+from specrl.commands import profile as profiling
+from specrl.core.batch_schedule import parse_traffic
+from specrl.core.plan import Plan, parse_plans
+from specrl.evaluation import backends as sources
+from specrl.measure.sglang_arms import launch
 from specrl.models.draft import Draft
-from specrl.plan import Plan, parse_plans
-from specrl.serving.engine import SGLangEngine
-from specrl.serving.opening import attach_engine
-from specrl.traffic import parse_traffic
+from specrl.sglang.client.engine import SGLangEngine
+from specrl.sglang.client.factory import attach_engine
+from specrl.simulation.profile import load_profile
 
 PLANS = "0,3"
 

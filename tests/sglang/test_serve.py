@@ -12,10 +12,10 @@ from learned import Decoded, decode, margin, prompts
 from server import Server, export
 from torch import Tensor
 
-from specrl.decoding import proposal
+from specrl.core.plan import Plan
+from specrl.decoding import propose as proposal
 from specrl.models.draft import Draft
 from specrl.models.target import Target
-from specrl.plan import Plan
 
 PROMPTS, NEW, AT_ONCE = 50, 40, 8
 NEAR_TIE = 1e-3  # logits closer than this may be ordered either way by two implementations in float32

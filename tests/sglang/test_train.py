@@ -23,11 +23,11 @@ import pytest
 from learned import prompts
 from server import ON_A_CPU, Server, export, serve
 
-from specrl.clock import WallClock
+from specrl.core.clock import WallClock
+from specrl.core.plan import Plan
 from specrl.models.draft import Draft, load_draft, new_draft
 from specrl.models.target import Target
-from specrl.plan import Plan
-from specrl.plugin.subscriber import Subscriber
+from specrl.sglang.client.trace_subscriber import Subscriber
 
 AT_ONCE, NEW = 8, 48
 LEAST = 1.5  # accept length
@@ -178,7 +178,7 @@ def _versions(answers: list[dict[str, Any]]) -> list[int]:
 
 
 def test_every_trace_names_the_draft_it_was_served_by(server: Server, folder: Path, fresh: Draft) -> None:
-    from specrl.serving.hot_swap import push
+    from specrl.sglang.client.hot_swap import push
 
     with Subscriber(folder / "t", timeout_s=60.0) as subscriber:
         for version in (7, 1234):

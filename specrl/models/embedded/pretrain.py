@@ -22,9 +22,8 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer
 from torch import Tensor
 
-from specrl.clock import Clock, WallClock
+from specrl.core.clock import Clock, WallClock
 from specrl.models.config import TargetConfig
-from specrl.models.embedded.corpus import library_files, library_root
 from specrl.models.embedded.training import (
     Recipe,
     Weights,
@@ -38,6 +37,7 @@ from specrl.models.embedded.training import (
     train_tokenizer,
 )
 from specrl.models.rope import RopeConfig
+from specrl.workloads.stdlib import library_files, library_root
 
 VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, MLP, THETA, EPS = 512, 192, 16, 6, 2, 512, 10000.0, 1e-6
 HEAD = WIDTH // HEADS

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import PreTokenizer
 from torch import Tensor
 
-from specrl.clock import Clock
+from specrl.core.clock import Clock
 from specrl.models.checkpoint import expected_target_tensors
 from specrl.models.config import TargetConfig
 

@@ -1,0 +1,1 @@
+"""Plan choosers: which plan each round uses."""

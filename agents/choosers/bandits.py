@@ -1,0 +1,192 @@
+"""Bandits over plans, one per group of batch sizes: bucketed ε-greedy, UCB1 and EXP3. NumPy only.
+
+They know nothing of how plans are related: each arm is learned on its own. A round's reward is tokens per second and
+request. UCB1 and EXP3 want rewards in [0, 1]: v / (v + m) with m the mean of all v of the group so far, which needs no
+scale from outside; 1/2 is the group's mean. They then maximise the mean of a function of per-round ratios, which is
+not the ratio of sums that a run is judged by.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from specrl.core.observation import Observation
+from specrl.core.plan import Plan
+from specrl.core.round import Round
+
+GROUPS = (1, 2, 4, 8, 16, 32, 64, 128)  # lower bounds
+
+
+def _group(groups: Sequence[int], batch_size: int) -> int:
+    return groups[max(bisect_right(groups, batch_size) - 1, 0)]
+
+
+def _checked(plans: Sequence[Plan], groups: Sequence[int]) -> tuple[tuple[Plan, ...], tuple[int, ...]]:
+    if not plans:
+        raise ValueError("a bandit needs at least one plan, but got none")
+    if not groups or min(groups) < 1:
+        raise ValueError(f"groups are lower bounds of batch sizes from 1 on, but got {list(groups)}")
+    return tuple(plans), tuple(sorted(groups))
+
+
+class MedianGreedy:
+    """Bucketed ε-greedy on medians (BEG-MAB of TLT; Hu et al., 2025, arXiv 2511.16665, section 5).
+
+    Reward of a round: median accept length of its plan over all groups, times requests, over seconds. With probability
+    ε a plan at random, else the one whose rewards in the window have the highest median; one without any comes first.
+
+    Args:
+        plans: on offer.
+        tiers: lower bound of the batch size -> plans that it may run (TLT lets large batches verify fewer tokens);
+            None: all plans everywhere.
+        epsilon: ε.
+        window: rewards kept for each plan of a group.
+        groups: of batch sizes.
+        seed: of the exploration.
+
+    Raises:
+        ValueError: no plans, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        *,
+        tiers: Mapping[int, Sequence[Plan]] | None = None,
+        epsilon: float = 0.1,
+        window: int = 1000,
+        groups: Sequence[int] = GROUPS,
+        seed: int = 0,
+    ) -> None:
+        self.plans, self._groups = _checked(plans, groups)
+        if not 0.0 <= epsilon <= 1.0 or window < 1:
+            raise ValueError(f"epsilon must be in [0, 1] and window at least 1, but got {epsilon}, {window}")
+        self._tiers = {bound: tuple(allowed) for bound, allowed in sorted((tiers or {1: self.plans}).items())}
+        self._epsilon, self._rng = epsilon, np.random.default_rng(seed)
+        self._lengths = {plan: deque[float](maxlen=window) for plan in self.plans}
+        self._rewards = {(group, plan): deque[float](maxlen=window) for group in self._groups for plan in self.plans}
+        self._scores = dict.fromkeys(self._rewards, math.inf)
+
+    def choose(self, observation: Observation) -> Plan:
+        """The plan for the next round."""
+        allowed = self._tiers[_group(tuple(self._tiers), observation.batch_size)]
+        if self._rng.random() < self._epsilon:
+            return allowed[int(self._rng.integers(len(allowed)))]
+        group = _group(self._groups, observation.batch_size)
+        return max(allowed, key=lambda plan: self._scores[group, plan])
+
+    def learn(self, done: Round) -> None:
+        """Take a finished round."""
+        lengths, key = self._lengths[done.plan], (_group(self._groups, done.batch_size), done.plan)
+        lengths.append(done.accept_length)
+        self._rewards[key].append(float(np.median(lengths)) * done.batch_size / done.seconds)
+        self._scores[key] = float(np.median(self._rewards[key]))
+
+
+@dataclass(slots=True)
+class _Arms:
+    """What is known of the plans of one group of batch sizes."""
+
+    sums: list[float]
+    counts: list[float]
+    speed: float = 0.0  # mean tokens per second and request
+    rounds: int = 0
+    waiting: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=64))  # arm, probability of choosing
+
+    def reward(self, done: Round) -> float:
+        """In (0, 1); 1/2 is the mean speed so far."""
+        speed = done.accept_length / done.seconds
+        self.rounds += 1
+        self.speed += (speed - self.speed) / self.rounds
+        return speed / (speed + self.speed)
+
+
+class UCB1:
+    """The arm with the highest x̄_j + scale · sqrt(2 ln n / n_j) (Auer, Cesa-Bianchi and Fischer, 2002, figure 1).
+
+    Args:
+        plans: on offer.
+        groups: of batch sizes.
+        scale: of the bonus; 1 is the paper's. Rewards of plans differ by some hundredths, so that 1 explores long.
+        seed: unused, so that all bandits are made alike.
+    """
+
+    def __init__(
+        self, plans: Sequence[Plan], *, groups: Sequence[int] = GROUPS, scale: float = 1.0, seed: int = 0
+    ) -> None:
+        self.plans, self._groups = _checked(plans, groups)
+        if not scale >= 0.0:
+            raise ValueError(f"scale must be at least 0, but got {scale}")
+        self._scale, count = scale, len(self.plans)
+        self._arms = {group: _Arms([0.0] * count, [0.0] * count) for group in self._groups}
+
+    def choose(self, observation: Observation) -> Plan:
+        """The plan for the next round."""
+        arms = self._arms[_group(self._groups, observation.batch_size)]
+        if 0.0 in arms.counts:
+            return self.plans[arms.counts.index(0.0)]
+        bonus = 2.0 * math.log(sum(arms.counts))
+        bounds = [s / n + self._scale * math.sqrt(bonus / n) for s, n in zip(arms.sums, arms.counts, strict=True)]
+        return self.plans[bounds.index(max(bounds))]
+
+    def learn(self, done: Round) -> None:
+        """Take a finished round."""
+        arms = self._arms[_group(self._groups, done.batch_size)]
+        at = self.plans.index(done.plan)
+        arms.sums[at] += arms.reward(done)
+        arms.counts[at] += 1.0
+
+
+class EXP3:
+    """Exponential weights for rewards chosen by an adversary (Auer, Cesa-Bianchi, Freund and Schapire, 2002, figure 1).
+
+    p_j = (1 - γ) w_j / Σw + γ / K, and after reward x of arm j: w_j ← w_j exp(γ x / (p_j K)).
+
+    Args:
+        plans: on offer.
+        groups: of batch sizes.
+        gamma: γ in (0, 1].
+        seed: of the choices.
+    """
+
+    def __init__(
+        self, plans: Sequence[Plan], *, groups: Sequence[int] = GROUPS, gamma: float = 0.1, seed: int = 0
+    ) -> None:
+        self.plans, self._groups = _checked(plans, groups)
+        if not 0.0 < gamma <= 1.0:
+            raise ValueError(f"gamma must be in (0, 1], but got {gamma}")
+        self._gamma, self._rng, count = gamma, np.random.default_rng(seed), len(self.plans)
+        self._arms = {group: _Arms([0.0] * count, [0.0] * count) for group in self._groups}  # sums: ln w
+
+    def _probabilities(self, arms: _Arms) -> list[float]:
+        top = max(arms.sums)
+        weights = [math.exp(s - top) for s in arms.sums]
+        total = sum(weights)
+        return [(1.0 - self._gamma) * w / total + self._gamma / len(weights) for w in weights]
+
+    def choose(self, observation: Observation) -> Plan:
+        """The plan for the next round."""
+        arms = self._arms[_group(self._groups, observation.batch_size)]
+        p = self._probabilities(arms)
+        at, left = 0, self._rng.random() - p[0]
+        while left > 0.0 and at < len(p) - 1:
+            at += 1
+            left -= p[at]
+        arms.waiting.append((at, p[at]))
+        return self.plans[at]
+
+    def learn(self, done: Round) -> None:
+        """Take a finished round, and the probability that its plan was chosen with, however long ago that was."""
+        arms = self._arms[_group(self._groups, done.batch_size)]
+        at = self.plans.index(done.plan)
+        chosen = next((entry for entry in arms.waiting if entry[0] == at), None)
+        if chosen is not None:
+            arms.waiting.remove(chosen)
+        p = chosen[1] if chosen is not None else self._probabilities(arms)[at]
+        arms.sums[at] += self._gamma * arms.reward(done) / (p * len(self.plans))

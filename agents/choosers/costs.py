@@ -1,0 +1,205 @@
+"""What a round costs: seconds by batch size and plan, robustly averaged in log space. NumPy only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from specrl.core.plan import Plan
+
+_NOISE = 0.12  # log standard deviation of one round's seconds until it is known better
+_STEP = 0.15  # what one draft step is taken to add, relative to plan 0, before it is measured
+_GUESS = 0.35  # log standard deviation of such a guess
+_OCTAVE = 0.05  # what a ratio of two plans may differ by between batch sizes, for every doubling
+_BEND = 0.015  # the same between two batch sizes that enclose it
+_SPIKE = 0.6  # a round more than this above the mean in log seconds is a hiccup, unless it recurs
+_SLACK, _ALARM = 0.75, 11.0  # of the change detection, in standard deviations of one round
+_MOST = 2.0  # that one round may speak for a change: nine at least must agree, for machines stutter in bursts
+_LEANS = 40.0  # a cost seen more often than this does without its neighbours
+_SAME, _OTHER = 0.8, 0.3  # chance that a plan's change holds at another batch size, and for another plan
+
+
+@dataclass(slots=True)
+class Cell:
+    """Running log seconds of one plan at one batch size."""
+
+    mean: float
+    weight: float = 1.0
+    seen: int = 0  # the clock of the last visit
+    odd: int = 0  # hiccups in a row
+    above: float = 0.0  # CUSUM of residuals, upwards
+    below: float = 0.0  # and downwards
+    run: float = 0.0  # sum and number of the residuals since both were zero
+    length: int = 0
+    visits: int = 1  # rounds ever taken
+
+
+class Costs:
+    """T(batch size, plan).
+
+    Each cost is a mean of log seconds that forgets slowly. A cost that moves at once is noticed by a two-sided CUSUM of
+    its standardised residuals z, clipped at ±2 (Page, 1954): S ← max(0, S ± z - 0.75), and S > 11 is a change. The cost
+    then begins anew with the rounds that S was made of. What makes one plan dearer is seldom its own at one batch size
+    only: the same plan's other costs are believed to have moved by as much with probability 0.8, other plans' with 0.3.
+    Their means move by that share, and their variances grow by that of the coin. A cost with little evidence leans on
+    what its plan costs, relative to another one, at the nearest batch size.
+
+    Args:
+        plans: on offer.
+        memory: rounds of a plan at a batch size after which a cost has faded to 1/e.
+        drift: log standard deviation that a cost may have moved by in a thousand rounds unseen.
+    """
+
+    def __init__(self, plans: Sequence[Plan], memory: float = 250.0, drift: float = 0.02) -> None:
+        self.plans, self._keep, self._drift = tuple(plans), math.exp(-1.0 / memory), drift
+        self._cells: dict[tuple[int, Plan], Cell] = {}
+        self._seen: dict[Plan, int] = {}  # the clock of a plan's last round
+        self._variance = _NOISE**2
+        self.rounds = 0
+        self.changes = 0  # noticed so far
+
+    def learn(self, batch_size: int, plan: Plan, seconds: float) -> None:
+        """Take the seconds of a round."""
+        self.rounds += 1
+        self._seen[plan] = self.rounds
+        x, key = math.log(seconds), (batch_size, plan)
+        cell = self._cells.get(key)
+        if cell is None:
+            self._cells[key] = Cell(x, seen=self.rounds)
+            return
+        stale = self._stale(cell)
+        cell.seen = self.rounds
+        error = x - cell.mean
+        if error > _SPIKE and cell.odd < 3:
+            cell.odd += 1
+            return
+        if cell.odd >= 3 or error < -_SPIKE:  # it recurs, or the first visit was the hiccup: begin anew
+            self._cells[key] = Cell(x, seen=self.rounds)
+            return
+        cell.odd, cell.visits = 0, cell.visits + 1
+        if self._changed(cell, error):
+            shift, weight = cell.run / cell.length, float(cell.length)
+            self._cells[key] = Cell(cell.mean + shift, weight, seen=self.rounds, visits=cell.visits)
+            self._spread(key, shift)
+            return
+        cell.weight = self._variance / (self._variance / cell.weight + stale) * self._keep + 1.0
+        cell.mean += error / cell.weight
+        if cell.weight > 5.0:
+            self._variance += 0.005 * (error**2 - self._variance)
+
+    def _changed(self, cell: Cell, error: float) -> bool:
+        """Whether this residual completes the evidence of a change."""
+        z = max(-_MOST, min(error / math.sqrt(self._variance * (1.0 + 1.0 / cell.weight)), _MOST))
+        cell.above, cell.below = max(0.0, cell.above + z - _SLACK), max(0.0, cell.below - z - _SLACK)
+        if cell.above == cell.below == 0.0:
+            cell.run, cell.length = 0.0, 0
+            return False
+        cell.run, cell.length = cell.run + error, cell.length + 1
+        return max(cell.above, cell.below) > _ALARM
+
+    def _spread(self, changed: tuple[int, Plan], shift: float) -> None:
+        """Other costs may have moved by as much."""
+        self.changes += 1
+        for key, cell in self._cells.items():
+            if key != changed:
+                chance = _SAME if key[1] == changed[1] else _OTHER
+                cell.mean += chance * shift
+                doubt = chance * (1.0 - chance) * shift**2
+                cell.weight = self._variance / (self._variance / cell.weight + doubt)
+                cell.above = cell.below = cell.run = 0.0
+                cell.length = 0
+
+    def _stale(self, cell: Cell) -> float:
+        return self._drift**2 * (self.rounds - cell.seen) / 1000.0
+
+    def tried(self, batch_size: int, plan: Plan) -> float:
+        """Weight of the evidence; 0 where there is none."""
+        cell = self._cells.get((batch_size, plan))
+        return 0.0 if cell is None else cell.weight
+
+    def visits(self, batch_size: int, plan: Plan) -> int:
+        """Rounds of the plan at this batch size, ever."""
+        cell = self._cells.get((batch_size, plan))
+        return 0 if cell is None else cell.visits
+
+    def unseen_anywhere(self, plan: Plan) -> int:
+        """Rounds since the plan last ran at any batch size."""
+        return self.rounds - self._seen.get(plan, 0)
+
+    def unseen(self, batch_size: int, plan: Plan) -> int:
+        """Rounds since the plan last ran at this batch size."""
+        cell = self._cells.get((batch_size, plan))
+        return self.rounds if cell is None else self.rounds - cell.seen
+
+    def log_seconds(self, batch_size: int, plan: Plan) -> tuple[float, float]:
+        """Mean and standard deviation of our belief about log T."""
+        cell = self._cells.get((batch_size, plan))
+        if cell is None:
+            mean, variance = self._guess(batch_size, plan)
+            return mean, math.sqrt(variance)
+        mean, variance = cell.mean, self._variance / cell.weight + self._stale(cell)
+        if cell.weight < _LEANS:
+            guess, doubt = self._guess(batch_size, plan)
+            if doubt < _GUESS**2:
+                mean = (mean / variance + guess / doubt) / (1.0 / variance + 1.0 / doubt)
+                variance = 1.0 / (1.0 / variance + 1.0 / doubt)
+        return mean, math.sqrt(variance)
+
+    def _guess(self, batch_size: int, plan: Plan) -> tuple[float, float]:
+        """Mean and variance without the cost's own rounds.
+
+        From the plan most like it that is known at this batch size, moved by what the two differ by at the nearest
+        ones, or by their steps; where nothing is known here, the plan's cost at the nearest batch size.
+        """
+        cells = self._cells
+        known = [p for p in self.plans if p != plan and (batch_size, p) in cells]
+        if not known:
+            sizes = [b for b, p in cells if p == plan and b != batch_size]
+            if not sizes:
+                return 0.0, _GUESS**2
+            b = min(sizes, key=lambda size: abs(math.log(size / batch_size)))
+            return cells[b, plan].mean, _GUESS**2
+        known = [p for p in known if cells[batch_size, p].visits > 1] or known  # one round may have been a hiccup
+        near = min(known, key=lambda p: (abs(p.num_steps - plan.num_steps), p.topk != plan.topk))
+        here = cells[batch_size, near]
+        sizes = [b for b, p in cells if p == plan and b != batch_size and (b, near) in cells]
+        if sizes:
+            ratio, variance, spread = self._ratio(batch_size, plan, near, sizes)
+            return here.mean + ratio, self._variance / here.weight + variance + spread**2
+        steps = math.log((1 + _STEP * plan.num_steps) / (1 + _STEP * near.num_steps))
+        return here.mean + steps, _GUESS**2
+
+    def _ratio(self, batch_size: int, plan: Plan, near: Plan, sizes: Sequence[int]) -> tuple[float, float, float]:
+        """Log ratio of two plans' costs, its variance, and what it may be off by, from other batch sizes.
+
+        Between two of them it is a line over log batch size; beyond, as at the nearest.
+        """
+        low = max((b for b in sizes if b < batch_size), default=0)
+        high = min((b for b in sizes if b > batch_size), default=0)
+        if low and high:
+            weight, spread = math.log(batch_size / low) / math.log(high / low), _BEND * math.log2(high / low)
+        else:
+            low = high = low or high
+            weight, spread = 0.0, _OCTAVE * (0.5 + abs(math.log2(low / batch_size)))
+        ratio = variance = 0.0
+        for share, b in ((1.0 - weight, low), (weight, high)):
+            one, two = self._cells[b, plan], self._cells[b, near]
+            ratio += share * (one.mean - two.mean)
+            variance += share**2 * self._variance * (1.0 / one.weight + 1.0 / two.weight)
+        return ratio, variance, spread
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        cells = [
+            [b, str(p), c.mean, c.weight, c.seen, c.odd, c.above, c.below, c.run, c.length, c.visits]
+            for (b, p), c in self._cells.items()
+        ]
+        return {"rounds": self.rounds, "changes": self.changes, "variance": self._variance, "cells": cells}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.rounds, self.changes, self._variance = state["rounds"], state["changes"], state["variance"]
+        self._cells = {(b, Plan.parse(p)): Cell(*numbers) for b, p, *numbers in state["cells"]}
+        self._seen = {plan: max(c.seen for (_, p), c in self._cells.items() if p == plan) for _, plan in self._cells}

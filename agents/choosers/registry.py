@@ -1,0 +1,73 @@
+"""Choosers by name, all made alike from what may be known of an engine. NumPy only."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from specrl.agents.choosers.adaptive import AdaptiveChooser
+from specrl.agents.choosers.bandits import EXP3, UCB1, MedianGreedy
+from specrl.agents.choosers.sglang_rule import SGLangRule
+from specrl.agents.choosers.table import FixedPlan, best_table
+from specrl.agents.choosers.threshold import ThresholdStopping
+from specrl.agents.choosers.throughput_rule import ThroughputRule
+from specrl.core.interfaces import PlanChooser
+from specrl.core.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a chooser may be told beforehand; ours needs the plans only.
+
+    Args:
+        plans: on offer.
+        costs: T, batch size -> plan -> seconds of a round, as a profile at start-up measures them; may be empty.
+        accept_lengths: E[τ] of each plan; may be empty.
+    """
+
+    plans: tuple[Plan, ...]
+    costs: Mapping[int, Mapping[Plan, float]] = field(default_factory=dict)
+    accept_lengths: Mapping[Plan, float] = field(default_factory=dict)
+
+    @property
+    def same_steps(self) -> dict[str, dict[str, list[int]]]:
+        """A config of SGLang's rule that restricts it to the chains on offer, in one tier."""
+        return {"1": {"candidate_steps": sorted(plan.num_steps for plan in self.plans if plan.is_chain)}}
+
+
+Make = Callable[[Known, int], PlanChooser]  # what is known, seed
+CHOOSERS: dict[str, Make] = {
+    "adaptive": lambda known, seed: AdaptiveChooser(known.plans, seed=seed),
+    "sglang": lambda known, seed: SGLangRule(known.plans),
+    "sglang-same": lambda known, seed: SGLangRule(known.plans, config=known.same_steps),
+    # as proposed, it always drafts; with plan 0 beside; and at its best: no hysteresis, every round, windows kept
+    "throughput": lambda known, seed: ThroughputRule(tuple(p for p in known.plans if p.num_steps), known.costs),
+    "throughput-0": lambda known, seed: ThroughputRule(known.plans, known.costs),
+    "throughput-eager": lambda known, seed: ThroughputRule(
+        known.plans, known.costs, update_interval=1, hysteresis=0.0, forget=False
+    ),
+    "threshold": lambda known, seed: ThresholdStopping(known.plans),
+    "median-greedy": lambda known, seed: MedianGreedy(known.plans, seed=seed),
+    "ucb1": lambda known, seed: UCB1(known.plans, seed=seed),
+    "exp3": lambda known, seed: EXP3(known.plans, seed=seed),
+    "best-table": lambda known, seed: best_table(known.costs, known.accept_lengths),
+}
+
+
+def make_chooser(name: str, known: Known, seed: int = 0) -> PlanChooser:
+    """A chooser of `CHOOSERS`, or by a plan ('3/1/4') the one that always takes it.
+
+    Raises:
+        ValueError: neither, or the chooser wants to know more, or a plan that is not on offer.
+    """
+    if name in CHOOSERS:
+        return CHOOSERS[name](known, seed)
+    if name[:1].isdigit():
+        plan = Plan.parse(name)
+        if plan not in known.plans:
+            raise ValueError(f"a fixed plan must be one of {', '.join(map(str, known.plans))}, but got {name}")
+        return FixedPlan(plan)
+    close = difflib.get_close_matches(name, CHOOSERS, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"a chooser is one of {', '.join(CHOOSERS)} or a plan, but got {name!r}{meant}")

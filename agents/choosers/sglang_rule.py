@@ -1,0 +1,158 @@
+"""SGLang's own adaptive rule for the number of draft steps: the baseline that ships. NumPy only.
+
+Facts: sglang 0.5.23, `srt/speculative/adaptive_spec_params.py` (`--speculative-adaptive`). It knows no time: longer
+proposals are tried as long as drafts stand.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from specrl.core.observation import Observation
+from specrl.core.plan import Plan
+from specrl.core.round import Round
+
+# What `--speculative-adaptive` does without a file of its own: by lower bound of the batch size.
+DEFAULTS: Mapping[str, Any] = {
+    "1": {"candidate_steps": [1, 3, 5, 7], "down_hysteresis": -0.25},
+    "8": {"candidate_steps": [0, 1, 3], "down_hysteresis": 0.0},
+    "32": {"candidate_steps": [0, 1], "down_hysteresis": 0.0},
+    "64": {"candidate_steps": [0], "down_hysteresis": 0.0},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The numbers of one tier, with SGLang's names and defaults."""
+
+    candidate_steps: tuple[int, ...]
+    ema_alpha: float = 0.2  # weight of the newest round
+    update_interval: int = 5  # rounds between decisions
+    warmup_batches: int = 10  # rounds before the first one
+    down_hysteresis: float = -0.25  # added to the threshold for fewer steps
+    up_hysteresis: float = 0.0  # added to the threshold for more
+    ceiling_coeff: float = 0.0  # 0: no ceiling
+
+
+class Tier:
+    """Steps for one range of batch sizes, after the moving mean e of correct drafts per request.
+
+    Every `update_interval` rounds: go down while e <= c' - 1/2 + down_hysteresis for the next smaller candidate c'
+    (1/2 in the place of c' - 1/2 where c' = 0); else go up while e > c - 1/2 + up_hysteresis for the present c. From 0
+    steps the next candidate is tried at every decision.
+    """
+
+    def __init__(self, settings: Settings, initial_steps: int) -> None:
+        self.settings = settings
+        steps = self.candidates = sorted(set(settings.candidate_steps))
+        self.steps = initial_steps if initial_steps in steps else steps[len(steps) // 2]
+        self.mean = float(self.steps - 1)
+        self.rounds = 0
+
+    def update(self, correct: Sequence[int]) -> None:
+        """Take the correct drafts of each request of a round."""
+        s = self.settings
+        if self.steps > 0:
+            self.mean = (1 - s.ema_alpha) * self.mean + s.ema_alpha * (sum(correct) / len(correct))
+        self.rounds += 1
+        since = self.rounds - s.warmup_batches
+        if since > 0 and since % s.update_interval == 0:
+            self.steps = self._probe() if self.steps == 0 else self._decide()
+
+    def _probe(self) -> int:
+        steps = self.candidates[min(1, len(self.candidates) - 1)]
+        if steps > 0 and self.mean < 0:  # began with 0 steps: no draft was ever seen
+            self.mean = float(steps - 1)
+        return steps
+
+    def _decide(self) -> int:
+        s, steps = self.settings, self.candidates
+        at = first = steps.index(self.steps)
+        while at > 0 and self.mean <= (steps[at - 1] - 0.5 if steps[at - 1] else 0.5) + s.down_hysteresis:
+            at -= 1
+        if at == first:
+            while at < len(steps) - 1 and self.mean > steps[at] - 0.5 + s.up_hysteresis:
+                at += 1
+        if s.ceiling_coeff > 0 and steps[at] <= self.steps:  # only ever holds a proposal down
+            ceiling = max(1, math.ceil(self.mean * s.ceiling_coeff))
+            while at > 0 and steps[at] > ceiling:
+                at -= 1
+        return steps[at]
+
+
+class SGLangRule:
+    """SGLang's adaptive rule as a plan chooser, on chains.
+
+    Args:
+        plans: on offer; those that are no chain, or no candidate anywhere, are never chosen.
+        config: as `--speculative-adaptive-config` has it: tiers by lower bound of the batch size, numbers of `Settings`
+            in a tier or for all. None: SGLang's defaults, without the candidates that are not on offer; a tier that
+            would be left with none has all chains.
+        initial_steps: of the server, `--speculative-num-steps`.
+        graph_batch_sizes: the captured ones, to which a batch size is padded before its tier is looked up.
+
+    Raises:
+        ValueError: no chain is on offer, or the config has no tier, unknown names, or candidates not on offer.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        *,
+        config: Mapping[str, Any] | None = None,
+        initial_steps: int = 3,
+        graph_batch_sizes: Sequence[int] = (),
+    ) -> None:
+        chains = {plan.num_steps: plan for plan in plans if plan.is_chain}
+        if not chains:
+            raise ValueError(f"SGLang's rule needs a chain (topk=1), but got {', '.join(map(str, plans)) or 'no plan'}")
+        tiers = _tiers(DEFAULTS if config is None else config)
+        self._tiers = {}
+        for bound, numbers in sorted(tiers.items()):
+            offered = [steps for steps in numbers["candidate_steps"] if steps in chains]
+            missing = sorted(set(numbers["candidate_steps"]) - set(chains))
+            if missing and config is not None:
+                raise ValueError(f"candidate_steps must be on offer, but got {missing} in tier {bound}; add the plans")
+            numbers = {**numbers, "candidate_steps": tuple(offered or chains)}
+            self._tiers[bound] = Tier(Settings(**numbers), initial_steps)
+        used = {steps for tier in self._tiers.values() for steps in tier.candidates}
+        self.plans = tuple(plan for plan in plans if plan.is_chain and plan.num_steps in used)
+        self._chains, self._bounds = chains, sorted(self._tiers)
+        self._graphs = sorted(graph_batch_sizes)
+
+    def _tier(self, batch_size: int) -> Tier:
+        at = bisect.bisect_left(self._graphs, batch_size)
+        padded = self._graphs[at] if at < len(self._graphs) else batch_size
+        return self._tiers[self._bounds[max(0, bisect.bisect_right(self._bounds, padded) - 1)]]
+
+    def best(self, batch_size: int) -> Plan:
+        """The plan for a batch size now."""
+        return self._chains[self._tier(batch_size).steps]
+
+    def choose(self, observation: Observation) -> Plan:
+        """The plan for the next round."""
+        return self.best(observation.batch_size)
+
+    def learn(self, done: Round) -> None:
+        """Take a finished round; like the original, without asking which plan it ran."""
+        self._tier(done.batch_size).update(done.correct_drafts.tolist())
+
+
+def _tiers(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Tiers by lower bound, each with the numbers that hold for all."""
+    shared = {name: value for name, value in config.items() if not name.isdigit()}
+    tiers = {int(name): {**shared, **tier} for name, tier in config.items() if name.isdigit()}
+    known = set(Settings.__dataclass_fields__)
+    for bound, numbers in tiers.items():
+        if unknown := sorted(set(numbers) - known):
+            raise ValueError(f"the rule knows {', '.join(sorted(known))}, but got {', '.join(unknown)}; remove it")
+        steps = numbers.get("candidate_steps")
+        if not steps or not all(isinstance(s, int) and s >= 0 for s in steps):
+            raise ValueError(f"candidate_steps must be whole numbers from 0 on, but got {steps!r} in tier {bound}")
+    if not tiers:
+        raise ValueError(f'the config needs a tier such as "1": {{"candidate_steps": [1, 3]}}, but got {list(config)}')
+    return tiers

@@ -1,0 +1,177 @@
+"""How far drafts survive: conditional acceptance by position, pooled over batch sizes. NumPy only.
+
+a_k is the probability that draft k is accepted given that the first k - 1 were; P_k = a_1 ... a_k and
+E[τ] = 1 + Σ P_k. It is a property of draft, traffic and acceptance rule, not of the batch size. Chains pool over
+their lengths; trees of one shape stand alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specrl.core.plan import Plan
+from specrl.core.round import Round
+
+Floats = NDArray[np.float64]
+_PRIOR = 2.0  # pseudo-drafts behind a position that was never tried
+_INDEPENDENT = 1.0  # neighbouring rounds of a request are alike: what one draft counts for
+_SLACK, _ALARM = 1.0, 8.0  # of the change detection, in standard deviations of one round
+_OLD = 0.02  # the share of evidence that a change leaves
+
+
+@dataclass(slots=True)
+class Watch:
+    """CUSUM of a family's residuals, both ways, and what was counted since both were zero."""
+
+    above: float = 0.0
+    below: float = 0.0
+    run: Floats | None = None  # [2, K]: accepted, tried
+
+
+class Survival:
+    """Discounted Beta counts of a_k.
+
+    A change at once is noticed by a two-sided CUSUM (Page, 1954) of each round's accepted drafts less those expected,
+    over their standard deviation: the counts then begin anew with the rounds that it was made of.
+
+    Args:
+        memory: rounds with drafts, of any plan, after which evidence has faded to 1/e.
+        version_memory: the share of evidence kept when the draft's weights change.
+        idle_memory: as `memory`, in rounds without drafts: where no evidence comes in, a change would go unseen, so
+            what is believed grows uncertain sooner, and drafts are tried again.
+    """
+
+    def __init__(self, memory: float = 1600.0, version_memory: float = 0.97, idle_memory: float = 400.0) -> None:
+        self._keep, self._keep_idle = math.exp(-1.0 / memory), math.exp(-1.0 / idle_memory)
+        self.version_memory = version_memory
+        self._counts: dict[str, Floats] = {}  # family -> [2, K]: accepted, tried
+        self._watches: dict[str, Watch] = {}
+        self._version: int | None = None
+        self.changes = 0  # noticed so far
+
+    @staticmethod
+    def family(plan: Plan) -> str:
+        """Plans that share their acceptance."""
+        return "chain" if plan.is_chain else f"tree/{plan.topk}/{plan.num_draft_tokens}"
+
+    def learn(self, done: Round) -> None:
+        """Take a finished round."""
+        changed = self._version is not None and done.draft_version != self._version
+        keep = self._keep if done.plan.num_steps else self._keep_idle
+        for counts in self._counts.values():
+            counts *= keep * (self.version_memory if changed else 1.0)
+        self._version = done.draft_version
+        steps = done.plan.num_steps
+        if steps == 0:
+            return
+        histogram = np.bincount(done.correct_drafts, minlength=steps + 1)
+        reached = histogram[::-1].cumsum()[::-1].astype(np.float64)  # reached[k]: k or more correct
+        family = self.family(done.plan)
+        counts = self._of(family, steps)
+        if not self._changed(family, counts, reached):
+            counts[0, :steps] += reached[1:]
+            counts[1, :steps] += reached[:-1]
+
+    def _changed(self, family: str, counts: Floats, reached: Floats) -> bool:
+        """Whether this round completes the evidence of a change; then the counts begin anew."""
+        steps = len(reached) - 1
+        watch = self._watches.setdefault(family, Watch())
+        tried = counts[1, :steps]
+        rates = (counts[0, :steps] + 0.5) / (tried + 1.0)
+        spread = rates * (1.0 - rates) * reached[:-1]
+        spread = spread * (1.0 + reached[:-1] / (1.0 + _INDEPENDENT * tried))  # the rates themselves are uncertain
+        z = float((reached[1:] - rates * reached[:-1]).sum()) / math.sqrt(float(spread.sum()) + 1e-9)
+        z = max(-4.0, min(z, 4.0))
+        watch.above, watch.below = max(0.0, watch.above + z - _SLACK), max(0.0, watch.below - z - _SLACK)
+        if watch.above == watch.below == 0.0:
+            watch.run = None
+            return False
+        if watch.run is None or watch.run.shape != counts.shape:
+            watch.run = np.zeros_like(counts)
+        watch.run[0, :steps] += reached[1:]
+        watch.run[1, :steps] += reached[:-1]
+        if max(watch.above, watch.below) <= _ALARM:
+            return False
+        for old in self._counts.values():
+            old *= _OLD
+        counts += watch.run
+        self._watches.clear()
+        self.changes += 1
+        return True
+
+    def _of(self, family: str, steps: int) -> Floats:
+        counts = self._counts.get(family)
+        if counts is None or counts.shape[1] < steps:
+            grown = np.zeros((2, steps))
+            if counts is not None:
+                grown[:, : counts.shape[1]] = counts
+            counts = self._counts[family] = grown
+        return counts
+
+    def accept_length(self, plan: Plan, rng: np.random.Generator | None = None) -> float:
+        """E[τ] of a plan: its posterior mean, or with a generator a sample of it."""
+        return self.accept_lengths((plan,), rng)[0]
+
+    def accept_lengths(self, plans: tuple[Plan, ...], rng: np.random.Generator | None = None) -> list[float]:
+        """E[τ] of plans; those of one family share one sample of a_k, so that they differ by what they do differ by."""
+        longest: dict[str, Plan] = {}
+        for plan in plans:
+            family = self.family(plan)
+            if family not in longest or plan.num_steps > longest[family].num_steps:
+                longest[family] = plan
+        lengths = {}
+        for family, plan in longest.items():
+            a, b = self._posterior(plan)
+            rates = a / (a + b) if rng is None else rng.beta(a, b)
+            lengths[family] = [1.0, *(1.0 + rates.cumprod().cumsum()).tolist()]
+        return [lengths[self.family(plan)][plan.num_steps] for plan in plans]
+
+    def steps_above(self, threshold: float, most: int) -> int:
+        """How many leading positions of a chain have a_k >= threshold, up to `most`."""
+        a, b = self._posterior(Plan(most))
+        below = np.flatnonzero(a / (a + b) < threshold)
+        return int(below[0]) if len(below) else most
+
+    def _posterior(self, plan: Plan) -> tuple[Floats, Floats]:
+        """Beta parameters of a_1 .. a_steps; a position never tried leans on the one before it."""
+        steps = plan.num_steps
+        accepted, seen = self._of(self.family(plan), steps).tolist()
+        chain = self._counts.get("chain")
+        hints = [] if plan.is_chain or chain is None else chain.T.tolist()
+        before, a, b = 0.5, [], []
+        for k in range(steps):
+            lean = before
+            if k < len(hints) and hints[k][1] > 0:
+                lean = hints[k][0] / hints[k][1]
+            hits, tried = accepted[k] * _INDEPENDENT, seen[k] * _INDEPENDENT
+            a.append(hits + _PRIOR * lean + 1e-3)
+            b.append(tried - hits + _PRIOR * (1.0 - lean) + 1e-3)
+            before = a[k] / (a[k] + b[k])
+        return np.array(a), np.array(b)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        return {
+            "counts": {name: counts.tolist() for name, counts in self._counts.items()},
+            "watches": {
+                name: [watch.above, watch.below, None if watch.run is None else watch.run.tolist()]
+                for name, watch in self._watches.items()
+            },
+            "version": self._version,
+            "changes": self.changes,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self._counts = {name: np.array(counts, dtype=np.float64) for name, counts in state["counts"].items()}
+        self._watches = {
+            name: Watch(above, below, None if run is None else np.array(run, dtype=np.float64))
+            for name, (above, below, run) in state["watches"].items()
+        }
+        self._version, self.changes = state["version"], state["changes"]

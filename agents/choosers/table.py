@@ -1,0 +1,114 @@
+"""Choosers that do not learn: one plan, one per batch size, and bounds that know costs or luck. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from specrl.core.observation import Observation
+from specrl.core.plan import Plan
+from specrl.core.round import Round
+
+
+class PlanTable:
+    """One plan per batch size, by lower bound: a batch size takes the entry of the largest bound it reaches.
+
+    Args:
+        table: lower bound -> plan; a batch size below the least bound takes the least one's.
+
+    Raises:
+        ValueError: an empty table, or a bound below 1.
+    """
+
+    def __init__(self, table: Mapping[int, Plan | str]) -> None:
+        if not table or min(table) < 1:
+            raise ValueError(f"a plan table needs entries for batch sizes from 1 on, but got {dict(table)}")
+        self._table = {bound: Plan.parse(table[bound]) for bound in sorted(table)}
+        self.plans = tuple(dict.fromkeys(self._table.values()))
+
+    def best(self, batch_size: int) -> Plan:
+        """The plan for a batch size."""
+        reached = [bound for bound in self._table if bound <= batch_size]
+        return self._table[max(reached) if reached else min(self._table)]
+
+    def choose(self, observation: Observation) -> Plan:
+        """The plan for the next round."""
+        return self.best(observation.batch_size)
+
+    def learn(self, done: Round) -> None:
+        """Nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The table, JSON-able: {"1": "3/1/4", ...}."""
+        return {str(bound): str(plan) for bound, plan in self._table.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing: a table does not change."""
+
+
+class FixedPlan(PlanTable):
+    """The same plan at every batch size."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__({1: plan})
+
+
+def best_table(costs: Mapping[int, Mapping[Plan, float]], accept_lengths: Mapping[Plan, float]) -> PlanTable:
+    """The best fixed plan per batch size, argmax E[τ] / T(B, plan): what a chooser is measured against.
+
+    Args:
+        costs: T, batch size -> plan -> seconds of a round.
+        accept_lengths: E[τ] = 1 + Σ P_k of each plan.
+
+    Raises:
+        ValueError: no costs, or a plan without an accept length.
+    """
+    unknown = sorted({str(plan) for known in costs.values() for plan in known} - set(map(str, accept_lengths)))
+    if unknown:
+        raise ValueError(f"every plan needs an accept length, but got none of {', '.join(unknown)}")
+    return PlanTable({b: max(known, key=lambda p: accept_lengths[p] / known[p]) for b, known in costs.items()})
+
+
+class ClairvoyantLength:
+    """A bound, not a chooser to serve with: it is told how many drafts of each request will stand.
+
+    Takes the chain with the most N - λ·T: tokens committed less the seconds at the rate λ = ΣN / ΣT that it has had at
+    this batch size (Dinkelbach, 1967), per request. Only a simulation can tell it, and no agent that sees what engines
+    know before a round can do as well.
+
+    Args:
+        plans: on offer; those that are no chain are never chosen.
+        costs: T, batch size -> plan -> seconds; a batch size without an entry takes that of the largest bound reached.
+        foresee: gives, for the round to be chosen, each request's correct drafts under the longest chain.
+
+    Raises:
+        ValueError: no chain on offer, or no costs.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        costs: Mapping[int, Mapping[Plan, float]],
+        foresee: Callable[[], Sequence[int]],
+    ) -> None:
+        self.plans = tuple(plan for plan in plans if plan.is_chain)
+        if not self.plans or not costs:
+            raise ValueError(f"clairvoyance needs chains and costs, but got {len(self.plans)} and {len(costs)} of them")
+        self._costs, self._foresee = {bound: dict(costs[bound]) for bound in sorted(costs)}, foresee
+        self._earned = dict.fromkeys(self._costs, (0.0, 0.0))  # tokens per request, seconds
+
+    def choose(self, observation: Observation) -> Plan:
+        """The plan for the next round."""
+        bound = max((b for b in self._costs if b <= observation.batch_size), default=min(self._costs))
+        costs, correct = self._costs[bound], list(self._foresee())
+        gains = [1.0 + sum(min(c, plan.num_steps) for c in correct) / len(correct) for plan in self.plans]
+        tokens, seconds = self._earned[bound]
+        ratios = [gain / costs[plan] for gain, plan in zip(gains, self.plans, strict=True)]
+        rate = tokens / seconds if seconds else max(ratios)
+        values = [gain - rate * costs[plan] for gain, plan in zip(gains, self.plans, strict=True)]
+        best = values.index(max(values))
+        self._earned[bound] = tokens + gains[best], seconds + costs[self.plans[best]]
+        return self.plans[best]
+
+    def learn(self, done: Round) -> None:
+        """Nothing: it knows."""

@@ -1,0 +1,117 @@
+"""The throughput-aware rule: tokens per second from a window of acceptance and costs profiled once. NumPy only.
+
+Proposed to SGLang (sgl-project/sglang pull request 28045, open when this was written), for chains:
+score(s) = (1 + Σ_{k<=s} P_k) / cost(B, s).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from specrl.core.observation import Observation
+from specrl.core.plan import Plan
+from specrl.core.round import Round
+
+
+class ThroughputRule:
+    """Takes the chain with the highest score, if it beats the present one by more than `hysteresis`.
+
+    P_k is the mean of the last `window` rounds that proposed k drafts, over all batch sizes; one never seen follows
+    geometrically from those before it. The costs are what a profile at start-up measured and never change. It explores
+    nothing but what the extrapolation makes it hope for.
+
+    Plan 0 is beyond the proposal, which drafts always. Where it is on offer it scores 1 / cost here, and every `probe`
+    rounds of it the shortest chain runs once: the windows would stand still otherwise, and plan 0 would be final.
+
+    Args:
+        plans: on offer; those that are no chain are never chosen.
+        costs: batch size -> plan -> seconds of a round; a batch size between two takes the larger one's.
+        window: rounds that P_k is the mean of.
+        update_interval: rounds between decisions.
+        hysteresis: share by which a plan must be better to replace the present one.
+        forget: as proposed, positions beyond the present plan are forgotten when it shrinks. After one step only P_1 is
+            known then and P_2 = P_1 assumed, so that the rule springs back; without, it keeps the old windows.
+        probe: rounds of plan 0 between two drafts.
+
+    Raises:
+        ValueError: no chain is on offer, a cost is missing, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        costs: Mapping[int, Mapping[Plan, float]],
+        *,
+        window: int = 20,
+        update_interval: int = 5,
+        hysteresis: float = 0.1,
+        forget: bool = True,
+        probe: int = 20,
+    ) -> None:
+        self.plans = tuple(sorted(plan for plan in plans if plan.is_chain))
+        if not self.plans:
+            raise ValueError(f"this rule needs a chain (topk=1), but got {', '.join(map(str, plans)) or 'no plan'}")
+        if min(window, update_interval, probe) < 1 or hysteresis < 0:
+            raise ValueError(
+                "window, update_interval and probe must be at least 1 and hysteresis at least 0, "
+                f"but got {window}, {update_interval}, {probe}, {hysteresis}"
+            )
+        missing = [f"{plan} at {batch}" for batch, known in costs.items() for plan in self.plans if plan not in known]
+        if not costs or missing:
+            raise ValueError(f"every plan needs a cost, but got none of {', '.join(missing) or 'any'}; profile it")
+        self._costs = {batch: dict(costs[batch]) for batch in sorted(costs)}
+        self._bounds = list(self._costs)
+        self._windows: list[deque[float]] = [deque(maxlen=window) for _ in range(self.plans[-1].num_steps)]
+        self._interval, self._hysteresis, self._since = update_interval, hysteresis, 0
+        self._forget, self._probe, self._idle = forget, probe, 0
+        self._shortest = next((plan for plan in self.plans if plan.num_steps), self.plans[0])
+        self._now = self.plans[len(self.plans) // 2]
+
+    def choose(self, observation: Observation) -> Plan:
+        """The plan for the next round."""
+        if self._since >= self._interval:
+            self._since = 0
+            if all(len(seen) == seen.maxlen for seen in self._windows[: self._now.num_steps]):
+                self._decide(observation.batch_size)
+        return self._shortest if self._idle >= self._probe else self._now
+
+    def _decide(self, batch_size: int) -> None:
+        at = min(bisect.bisect_left(self._bounds, batch_size), len(self._bounds) - 1)
+        costs, tokens = self._costs[self._bounds[at]], self.accept_lengths()
+        scores = {plan: tokens[plan.num_steps] / costs[plan] for plan in self.plans if plan.num_steps < len(tokens)}
+        best = max(scores, key=lambda plan: scores[plan])
+        if scores[best] > scores[self._now] * (1.0 + self._hysteresis):
+            if self._forget and 0 < best.num_steps < self._now.num_steps:
+                for seen in self._windows[best.num_steps :]:
+                    seen.clear()
+            self._now = best
+
+    def accept_lengths(self) -> list[float]:
+        """E[τ] of the chains with 0, 1, 2, … steps, as far as anything is known."""
+        survival: list[float] = []
+        for seen in self._windows:
+            if seen:
+                survival.append(sum(seen) / len(seen))
+            elif len(survival) > 1 and survival[0] > 0:
+                ratio = (survival[-1] / survival[0]) ** (1.0 / (len(survival) - 1))
+                survival.append(survival[-1] * min(ratio, 1.0))
+            elif survival:
+                survival.append(survival[-1])
+            else:
+                break
+        lengths = [1.0]
+        for p in survival:
+            lengths.append(lengths[-1] + p)
+        return lengths
+
+    def learn(self, done: Round) -> None:
+        """Take a finished round: acceptance only."""
+        correct, batch = done.correct_drafts.tolist(), done.batch_size
+        reached = batch
+        for k in range(min(done.plan.num_steps, len(self._windows))):
+            reached -= correct.count(k)
+            self._windows[k].append(reached / batch)
+        self._since += 1
+        self._idle = 0 if done.plan.num_steps else self._idle + 1

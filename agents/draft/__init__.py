@@ -1,0 +1,1 @@
+"""Draft learning: what the draft proposes."""

@@ -1,0 +1,70 @@
+"""From a policy to a table: the plan per batch size that it chooses, always or most often. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specrl.agents.choosers.policy_network import NetworkChooser
+from specrl.agents.choosers.table import PlanTable
+from specrl.core.observation import Observer
+from specrl.core.plan import Plan
+
+
+class Distilled(NamedTuple):
+    """A table, and how well it tells what the policy does.
+
+    Attributes:
+        table: lower bound of batch size -> plan.
+        agreement: share of the states at which the policy chose the table's plan.
+        by_batch_size: the same at each batch size.
+        states: how many there were.
+    """
+
+    table: PlanTable
+    agreement: float
+    by_batch_size: dict[int, float]
+    states: int
+
+
+def distill(batch_sizes: NDArray[np.int64], actions: NDArray[np.int64], plans: Sequence[Plan]) -> Distilled:
+    """The majority rule: at each batch size, the plan chosen at most of the states visited there.
+
+    Of plans chosen equally often, the one that comes first in `plans` counts.
+
+    Args:
+        batch_sizes: of the states [S] int64.
+        actions: the policy's choice at each, as an index into `plans` [S] int64.
+        plans: in the order of the actions.
+
+    Raises:
+        ValueError: no states, or not as many choices.
+    """
+    if batch_sizes.ndim != 1 or batch_sizes.shape != actions.shape or not len(actions):
+        raise ValueError(f"distill needs a choice for each state, but got {batch_sizes.shape} and {actions.shape}")
+    table: dict[int, Plan | str] = {}
+    shares: dict[int, float] = {}
+    for size in np.unique(batch_sizes).tolist():
+        counts = np.bincount(actions[batch_sizes == size], minlength=len(plans))
+        table[size], shares[size] = plans[int(counts.argmax())], float(counts.max() / counts.sum())
+    agreement = sum(shares[size] * float((batch_sizes == size).mean()) for size in shares)
+    return Distilled(PlanTable(table), agreement, shares, len(actions))
+
+
+def tabulate(chooser: NetworkChooser, most: int) -> PlanTable:
+    """The table that a policy is which sees the batch size alone: the same choice at every batch size 1 .. `most`.
+
+    Raises:
+        ValueError: the policy sees or remembers more, so that it is no table.
+    """
+    network = chooser.network
+    if not network.is_table:
+        raise ValueError("only a policy that sees the batch size alone is a table; train it with 'observe: batch_size'")
+    vectors = np.zeros((most, network.inputs), dtype=np.float32)
+    vectors[:, 0] = [Observer(chooser.plans).observe(size, 1.0).values[0] for size in range(1, most + 1)]
+    actions = chooser.act(vectors, network.start(most))[0].tolist()
+    changes = [size for size in range(1, most + 1) if size == 1 or actions[size - 1] != actions[size - 2]]
+    return PlanTable({size: chooser.plans[actions[size - 1]] for size in changes})

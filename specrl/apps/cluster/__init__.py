@@ -1,1 +1,0 @@
-"""More than one machine, through Ray: studies, online learning, environments and offline learning."""

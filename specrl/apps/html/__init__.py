@@ -1,1 +1,0 @@
-"""`specrl report`: runs on one HTML page."""

@@ -1,0 +1,1 @@
+"""Values, protocols and statistics that every other folder shares. NumPy only."""

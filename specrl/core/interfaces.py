@@ -1,0 +1,200 @@
+"""The seam between decoding and everything that decides or learns: engines and their sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from specrl.core.clock import Clock
+from specrl.core.observation import Observation
+from specrl.core.plan import Plan
+from specrl.core.round import PlainSample, Round, Trace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be continued.
+
+    Args:
+        prompt: token ids, at least one.
+        max_new_tokens: tokens to generate at most, at least 1.
+        temperature: 0 is greedy.
+        ignore_eos: go on to `max_new_tokens` even after the end-of-sequence token (fixed-length measurements).
+        learn: whether a draft may be learnt from it.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    ignore_eos: bool = False
+    learn: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("a prompt must hold at least one token, but got none; start it with the bos token")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, but got {self.max_new_tokens}")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and at least 0, but got {self.temperature}; 0 is greedy")
+
+
+class Workload(Protocol):
+    """A source of requests; the same seed gives the same requests in the same order, endlessly."""
+
+    def requests(self, seed: int) -> Iterator[Request]:
+        """An endless, reproducible stream of requests."""
+        ...
+
+
+@runtime_checkable
+class Session(Protocol):
+    """Closed-loop decoding at fixed concurrency: a finished request is replaced by the next prompt."""
+
+    @property
+    def batch_size(self) -> int:
+        """Live requests."""
+        ...
+
+    @property
+    def context_lengths(self) -> Sequence[int]:
+        """Tokens known of each live request."""
+        ...
+
+    def resize(self, batch_size: int) -> None:
+        """Decode `batch_size` requests from the next round on; further ones are admitted, or the last ones parked."""
+        ...
+
+    def round(self, plan: Plan) -> Round:
+        """Propose, verify and commit once for every live request."""
+        ...
+
+    def measure_plain(self) -> PlainSample | None:
+        """Time one step of plain decoding on the live requests and throw its tokens away.
+
+        Nothing of the session changes, so that the baseline can be re-measured between rounds at the batch
+        size and context they have. None where the engine measures its baseline elsewhere.
+        """
+        ...
+
+    def drain(self) -> list[Trace]:
+        """Take the traces of the rounds since the last call (outside any timed window)."""
+        ...
+
+    def close(self) -> None:
+        """End the session; idempotent."""
+        ...
+
+
+@runtime_checkable
+class ProposalSession(Session, Protocol):
+    """A session that verifies what somebody else drafted, too."""
+
+    @property
+    def request_ids(self) -> Sequence[int]:
+        """Of the live requests, row by row."""
+        ...
+
+    @property
+    def last_tokens(self) -> Sequence[int]:
+        """The last committed token of each live request."""
+        ...
+
+    def round_with(self, drafted: Tensor, distributions: Tensor | None = None) -> Round:
+        """Verify and commit these drafts for every live request; `draft_s` is what taking them over took.
+
+        Args:
+            drafted: [B, s] int64 chains of target ids, -1 after the end of a shorter one; s may be 0.
+            distributions: [B, s, V] float32 that each draft was sampled from, given those before it, for rejection
+                sampling; None: drafts stand where the target itself chooses them, whatever they are. A request's
+                output is the target's own under every proposal without them, and under every greedy one. With them
+                it is where the drafts are truly such samples, which nobody can check.
+
+        Raises:
+            ValueError: a shape, dtype, token or distribution that is not one. Nothing is committed then.
+        """
+        ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A decoder of one target, with or without a draft."""
+
+    @property
+    def clock(self) -> Clock:
+        """The clock its rounds are timed on."""
+        ...
+
+    @property
+    def draft_version(self) -> int:
+        """Version of the draft weights that serve now."""
+        ...
+
+    def supports(self, plan: Plan) -> bool:
+        """Whether a session of this engine can run `plan`."""
+        ...
+
+    def start(
+        self,
+        workload: Workload,
+        *,
+        batch_size: int,
+        seed: int,
+        max_batch_size: int | None = None,
+        plain: bool = False,
+        trace: bool = False,
+    ) -> Session:
+        """Prefill `batch_size` requests and be ready for the first round.
+
+        Args:
+            workload: where the requests come from.
+            batch_size: live requests, at least 1.
+            seed: of the requests' order and of sampling.
+            max_batch_size: the most that the session may be resized to; None: `batch_size`.
+            plain: decode without any draft: no feature capture, no catch-up. The only plan is then 0.
+            trace: keep traces for `drain`.
+
+        Raises:
+            ValueError: a batch size or requests that do not fit, or the engine has no plain or no traced sessions.
+            OSError: the server that an engine decodes on does not serve (`specrl.sglang.client.errors`).
+        """
+        ...
+
+    def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
+        """Serve these draft weights from the next round on."""
+        ...
+
+    def close(self) -> None:
+        """Release everything; idempotent."""
+        ...
+
+
+@runtime_checkable
+class PlanChooser(Protocol):
+    """Chooses the plan of each round. NumPy only: the same code runs inside a serving engine."""
+
+    plans: tuple[Plan, ...]
+
+    def choose(self, observation: Observation) -> Plan:
+        """One of `plans` for the next round."""
+        ...
+
+    def learn(self, done: Round) -> None:
+        """Take a finished round, maybe some rounds after the next ones were chosen."""
+        ...
+
+
+@runtime_checkable
+class DraftLearner(Protocol):
+    """Learns draft weights from traces."""
+
+    def learn(self, traces: list[Trace]) -> Mapping[str, float]:
+        """Take traces and learn; metrics by name."""
+        ...
+
+    def weights(self) -> tuple[int, Mapping[str, Tensor]]:
+        """Version and weights to serve, by SGLang's names."""
+        ...

@@ -1,0 +1,138 @@
+"""The rolling cost of plain decoding, t0(batch size, context): what every speedup is counted against.
+
+Kept per batch size as a robust line over context (t0 grows with the context that attention reads), from the most
+recent samples only, so that it follows a machine that becomes slower or faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from specrl.core.round import PlainSample
+
+_EAGER = 8  # samples that are taken densely at a new batch size
+
+
+class PlainEstimate(NamedTuple):
+    """Seconds of a plain round, its standard error, and the samples it rests on."""
+
+    seconds: float
+    standard_error: float
+    samples: int
+
+
+@dataclass(slots=True)
+class _Cell:
+    contexts: deque[float]
+    seconds: deque[float]
+    since: int = 0  # rounds since the last sample
+    line: tuple[float, float, float, float] | None = field(default=None)  # level, slope, centre, error
+
+
+class PlainCost:
+    """t0(batch size, context) from samples taken between rounds.
+
+    Args:
+        window: samples kept per batch size.
+        every: rounds between two samples once there are enough; fewer before.
+
+    Raises:
+        ValueError: a window below 4, or every below 1.
+    """
+
+    def __init__(self, window: int = 48, every: int = 24) -> None:
+        if window < 4 or every < 1:
+            raise ValueError(f"window must be at least 4 and every at least 1, but got {window} and {every}")
+        self.window, self.every = window, every
+        self._cells: dict[int, _Cell] = {}
+
+    def add(self, sample: PlainSample) -> None:
+        """Take a measured plain step."""
+        if not (math.isfinite(sample.seconds) and sample.seconds > 0):
+            raise ValueError(f"a plain step must take a finite time above 0, but got {sample.seconds} s")
+        cell = self._cells.get(sample.batch_size)
+        if cell is None:
+            cell = self._cells[sample.batch_size] = _Cell(deque(maxlen=self.window), deque(maxlen=self.window))
+        cell.contexts.append(sample.context)
+        cell.seconds.append(sample.seconds)
+        cell.since, cell.line = 0, None
+
+    def tick(self, batch_size: int, context: float) -> None:
+        """A round at this batch size is about to run."""
+        if batch_size in self._cells:
+            self._cells[batch_size].since += 1
+
+    def known(self, batch_size: int) -> bool:
+        """Whether plain decoding was ever measured at this batch size."""
+        return batch_size in self._cells
+
+    def due(self, batch_size: int, context: float) -> bool:
+        """Whether to measure again before the next round: every other round at first, then every `every`."""
+        cell = self._cells.get(batch_size)
+        if cell is None:
+            return True
+        return cell.since >= (2 if len(cell.seconds) < _EAGER else self.every)
+
+    def estimate(self, batch_size: int, context: float) -> PlainEstimate:
+        """t0 at this batch size and mean context.
+
+        Raises:
+            ValueError: plain decoding was never measured at this batch size.
+        """
+        cell = self._cells.get(batch_size)
+        if cell is None:
+            known = ", ".join(map(str, sorted(self._cells))) or "none"
+            raise ValueError(f"plain decoding must be measured at batch size {batch_size} first; measured: {known}")
+        if cell.line is None:
+            cell.line = _fit(np.array(cell.contexts), np.array(cell.seconds))
+        level, slope, centre, error = cell.line
+        seconds = level + slope * (context - centre) if slope else level
+        return PlainEstimate(max(seconds, 0.5 * level), error, len(cell.seconds))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        cells = {str(b): {"contexts": list(c.contexts), "seconds": list(c.seconds)} for b, c in self._cells.items()}
+        return {"window": self.window, "every": self.every, "cells": cells}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self._cells = {
+            int(batch): _Cell(deque(cell["contexts"], maxlen=self.window), deque(cell["seconds"], maxlen=self.window))
+            for batch, cell in state["cells"].items()
+        }
+
+
+def _fit(contexts: np.ndarray, seconds: np.ndarray) -> tuple[float, float, float, float]:
+    """A line through the samples that are not spikes: level at the centre, slope, centre, standard error."""
+    off = seconds - _median_slope(contexts, seconds) * contexts
+    off = np.abs(off - np.median(off))
+    spread = 1.4826 * np.median(off) + 1e-9
+    kept = off <= 3.0 * spread + 0.02 * np.median(seconds)
+    x, y = contexts[kept], seconds[kept]
+    centre, level = float(x.mean()), float(y.mean())
+    moved = x - centre
+    slope = 0.0
+    if _tells_slope(x):
+        slope = max(float((moved * (y - level)).sum() / (moved**2).sum()), 0.0)
+    residual = y - level - slope * moved
+    return level, slope, centre, float(np.sqrt((residual**2).sum() / max(len(y) - 1, 1) / len(y)))
+
+
+def _tells_slope(contexts: np.ndarray) -> bool:
+    """Whether there are enough contexts, and different enough, to fit a slope."""
+    return len(contexts) >= 8 and bool(np.ptp(contexts) > 0.2 * max(float(contexts.mean()), 1.0))
+
+
+def _median_slope(contexts: np.ndarray, seconds: np.ndarray) -> float:
+    """Median slope between samples far apart, at least 0: spikes hardly move it (Theil, 1950; Sen, 1968)."""
+    if not _tells_slope(contexts):
+        return 0.0
+    apart = contexts - contexts[:, None]  # [n, n]
+    far = apart > 0.2 * np.ptp(contexts)
+    return max(float(np.median((seconds - seconds[:, None])[far] / apart[far])), 0.0)

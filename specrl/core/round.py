@@ -1,0 +1,102 @@
+"""What happened in a round: the frozen values that engines hand to everyone else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specrl.core.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request: its prompt and what was generated (`tokens`), as token ids."""
+
+    request_id: int
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One draft proposal, verified and committed for every live request.
+
+    All seconds are device-synchronised differences of one monotonic clock. Prefill of the requests that
+    replace finished ones is timed apart and is not part of `seconds`.
+    """
+
+    plan: Plan
+    request_ids: Ints  # [B] int64
+    tokens: Ints  # [B] int64, tokens committed and kept (a request that ends drops what follows its end)
+    correct_drafts: Ints  # [B] int64, drafts accepted, bonus excluded, before any such drop
+    context_lengths: Ints  # [B] int64, tokens known of each request before the round
+    draft_s: float  # proposing, catch-up of the draft's cache included
+    verify_s: float  # the target's forward pass and the acceptance
+    other_s: float  # commit and bookkeeping
+    prefill_s: float = 0.0  # after the round, for requests that came in; not in `seconds`
+    draft_version: int = 0
+    finished: tuple[Completion, ...] = ()
+
+    def __post_init__(self) -> None:
+        batch = len(self.request_ids)
+        for name in ("tokens", "correct_drafts", "context_lengths"):
+            assert getattr(self, name).shape == (batch,), f"{name} must be [B]"
+        assert (self.correct_drafts <= self.plan.num_steps).all(), "more drafts accepted than proposed"
+
+    @property
+    def batch_size(self) -> int:
+        """Live requests in the round."""
+        return len(self.request_ids)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the round, prefill excluded."""
+        return self.draft_s + self.verify_s + self.other_s
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens per request that the verification yielded, bonus included (mean of `correct_drafts` + 1)."""
+        return float(self.correct_drafts.sum()) / len(self.correct_drafts) + 1.0
+
+    def histogram(self) -> Ints:
+        """Requests by number of correct drafts: [num_steps + 1] int64."""
+        return np.bincount(self.correct_drafts, minlength=self.plan.num_steps + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainSample:
+    """One measured step of plain decoding: no draft, no feature capture, nothing committed."""
+
+    batch_size: int
+    context: float  # mean tokens known per live request
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a learner needs from one round (or one prefill): every verified node, accepted or rejected.
+
+    Row 0 of each request is its last committed token; `logits[b, i]` is the target's distribution over the
+    token that follows `tokens[b, i]`, and `features[b, i]` the fused taps at that token. A prefill is a trace
+    whose rows are the prompt, all accepted.
+    """
+
+    request_ids: Ints  # [B] int64
+    positions: Ints  # [B] int64, position in the request of row 0's token
+    tokens: Tensor  # [B, n] int64
+    features: Tensor  # [B, n, 3H], the target's dtype
+    logits: Tensor  # [B, n, V] float32
+    parents: Tensor  # [B, n] int64, the row each node continues; -1 for row 0
+    path: Tensor  # [B, num_steps + 1] int64, rows on the accepted path, -1 padded
+    draft_version: int
+    plan: Plan | None = None  # None: a prefill
+    temperatures: tuple[float, ...] = field(default=())
+    finished: tuple[int, ...] = ()  # ids of requests whose last trace this is

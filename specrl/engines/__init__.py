@@ -1,1 +1,0 @@
-"""Engines: where rounds are decoded and timed."""

@@ -1,0 +1,1 @@
+"""Comparison of plan choosers, in simulation and live."""

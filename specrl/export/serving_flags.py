@@ -1,0 +1,146 @@
+"""How SGLang serves a table of plans: its adaptive config for chains, one plan for all batch sizes with trees.
+
+SGLang 0.5.23 changes num_steps while it serves, but neither topk nor the number of verified tokens of a tree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from specrl.core.plan import Plan
+from specrl.models.hub import served_as
+
+Lookahead = Literal["auto", "adaptive", "single"]
+Speeds = Mapping[int, Mapping[Plan, float]]  # batch size -> plan -> tokens per second and request, as it was learned
+ADAPTIVE, SERVE, LAUNCH = "adaptive.json", "serve.yaml", "launch.sh"
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What SGLang is told.
+
+    Attributes:
+        tiers: lower bound of the batch size -> candidate num_steps, ascending; None: one plan for all.
+        plan: to start with; with no tiers, for all batch sizes. Plan 0: no draft is served.
+        costs: batch size -> the share of speed given up against the learned plan; None: it is not known.
+    """
+
+    tiers: Mapping[int, tuple[int, ...]] | None
+    plan: Plan
+    costs: Mapping[int, float | None] = field(default_factory=dict)
+
+    def adaptive_config(self) -> dict[str, object] | None:
+        """The content of --speculative-adaptive-config. One candidate in a tier pins it."""
+        if self.tiers is None:
+            return None
+        return {str(bound): {"candidate_steps": list(steps)} for bound, steps in sorted(self.tiers.items())}
+
+    def flags(self, model_path: str, *, rejection_sampling: bool = False) -> dict[str, object]:
+        """Flags of sglang.launch_server without their dashes; paths of the bundle are relative to it.
+
+        `model_path` is a directory, or a Hugging Face id with or without '@revision'.
+        """
+        flags = served_as(model_path)
+        if self.plan.num_steps == 0:
+            return flags
+        flags |= {
+            "speculative-algorithm": "EAGLE3",
+            "speculative-draft-model-path": "draft",
+            "speculative-num-steps": self.plan.num_steps,
+            "speculative-eagle-topk": self.plan.topk,
+            "speculative-num-draft-tokens": self.plan.num_draft_tokens,
+        }
+        if self.tiers is not None:
+            flags |= {"speculative-adaptive": True, "speculative-adaptive-config": ADAPTIVE}
+        if rejection_sampling and self.plan.is_chain:
+            flags["speculative-use-rejection-sampling"] = True
+        return flags
+
+
+def plan_serving(
+    table: Mapping[int, Plan], speeds: Speeds | None = None, *, lookahead: Lookahead = "auto", candidates: int = 1
+) -> Serving:
+    """Fit a learned table of plans to what SGLang can do.
+
+    Args:
+        table: lower bound of the batch size -> plan.
+        speeds: as learned; needed for candidates beside the best, and to state what a compromise costs.
+        lookahead: 'adaptive' for the best chain per batch size, 'single' for one plan, 'auto': 'single' only where the
+            table holds a tree.
+        candidates: per batch size, among which SGLang's own rule chooses; 1 pins the learned plan.
+
+    Raises:
+        ValueError: `speeds` are needed but not given, or no candidate.
+    """
+    if not table or candidates < 1:
+        raise ValueError(f"serving needs a table and at least one candidate, but got {len(table)} and {candidates}")
+    if all(plan.num_steps == 0 for plan in table.values()):
+        return Serving(None, Plan(0), dict.fromkeys(table, 0.0))
+    trees = not all(plan.is_chain for plan in table.values())
+    if lookahead == "adaptive" or (lookahead == "auto" and not trees):
+        return _adaptive(table, speeds, candidates, trees)
+    return _single(table, speeds)
+
+
+def _adaptive(table: Mapping[int, Plan], speeds: Speeds | None, candidates: int, trees: bool) -> Serving:
+    if speeds is None and (candidates > 1 or trees):
+        why = "a tree must give way to a chain" if trees else f"{candidates} candidates are wanted"
+        raise ValueError(f"the run must hold what it learned of every plan, as {why}, but it does not; use 'train'")
+    tiers: dict[int, tuple[int, ...]] = {}
+    costs: dict[int, float | None] = {}
+    for bound, plan in table.items():
+        known = {} if speeds is None else {p: v for p, v in speeds.get(bound, {}).items() if p.is_chain}
+        ranked = sorted(known, key=lambda p: -known[p])
+        if plan.is_chain:  # what was learned comes first, whatever the estimates say by now
+            ranked = [plan, *(p for p in ranked if p != plan)]
+        if not ranked:
+            raise ValueError(f"batch size {bound} needs a chain that was tried, but got only the tree {plan}")
+        tiers[bound] = tuple(sorted(p.num_steps for p in ranked[:candidates]))
+        costs[bound] = _cost(speeds, bound, ranked[0], plan)
+    most = max(steps for tier in tiers.values() for steps in tier)
+    return Serving(tiers, Plan(most), costs)
+
+
+def _single(table: Mapping[int, Plan], speeds: Speeds | None) -> Serving:
+    """The plan that loses the least, as a mean of log speeds over the table's batch sizes; plan 0 cannot be it."""
+    named = [plan for plan in table.values() if plan.num_steps]
+    best = max(named, key=lambda plan: (named.count(plan), not plan.is_chain, plan))
+    if speeds is not None:
+        everywhere = set.intersection(*(set(speeds.get(bound, {})) for bound in table))
+        able = sorted(plan for plan in everywhere if plan.num_steps)
+        if able:
+            best = max(able, key=lambda plan: sum(math.log(speeds[bound][plan]) for bound in table))
+    return Serving(None, best, {bound: _cost(speeds, bound, best, plan) for bound, plan in table.items()})
+
+
+def _cost(speeds: Speeds | None, batch: int, served: Plan, learned: Plan) -> float | None:
+    if served == learned:
+        return 0.0
+    known = {} if speeds is None else speeds.get(batch, {})
+    return 1.0 - known[served] / known[learned] if served in known and learned in known else None
+
+
+def write_serving(serving: Serving, flags: Mapping[str, object], directory: Path) -> None:
+    """Write adaptive.json (where the lookahead adapts), serve.yaml and launch.sh."""
+    config = serving.adaptive_config()
+    if config is not None:
+        (directory / ADAPTIVE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    lines = [f"{flag}: {json.dumps(value)}" for flag, value in flags.items()]  # JSON values are YAML
+    (directory / SERVE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    launch = directory / LAUNCH
+    launch.write_text(_LAUNCH, encoding="utf-8")
+    launch.chmod(0o755)
+
+
+_LAUNCH = """\
+#!/usr/bin/env bash
+# Serve this directory with SGLang 0.5.23. Flags given here win over serve.yaml: ./launch.sh --port 30001
+set -euo pipefail
+cd "$(dirname "$0")"
+exec "${PYTHON:-python3}" -m sglang.launch_server --config serve.yaml "$@"
+"""

@@ -1,0 +1,1 @@
+"""What commands read and write: options, tables, output directories and progress."""

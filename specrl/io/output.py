@@ -1,0 +1,227 @@
+"""Results: tables for people, JSON and CSV for programs, and the record of where they were measured."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console, RenderableType
+from rich.progress import Progress
+from rich.table import Table
+
+from specrl.core.plan import Plan
+from specrl.core.version import __version__
+
+Row = Mapping[str, object]
+
+
+class OutputDir:
+    """A directory for one run's results, made if need be; every file appears whole or not at all.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / f".writable-{os.getpid()}").touch()
+            (self.path / f".writable-{os.getpid()}").unlink()
+        except OSError as error:
+            why = error.strerror or error
+            raise ValueError(f"output_dir must be a writable directory, but {str(path)!r} is not: {why}") from error
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a file, through a temporary one beside it."""
+        path = self.path / name
+        beside = path.with_name(f".{path.name}-{os.getpid()}")
+        try:
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+        return path
+
+    def discard_alone(self, name: str) -> None:
+        """Remove the directory where this file is all it holds, so that wrong input leaves nothing behind."""
+        if [path.name for path in self.path.iterdir()] == [name]:
+            (self.path / name).unlink()
+            self.path.rmdir()
+
+    def write_json(self, name: str, value: object) -> Path:
+        """Write JSON; numbers that are not finite become null, plans and paths text."""
+        return self.write_text(name, to_json(value, indent=2) + "\n")
+
+    def write_csv(self, name: str, rows: Sequence[Row]) -> Path:
+        """Write rows under a header: every key that occurs, in order of appearance."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _plain(value) for key, value in row.items()} for row in rows)
+        return self.write_text(name, text.getvalue())
+
+
+def to_json(value: object, *, indent: int | None = None) -> str:
+    """JSON text of values, frozen ones and NumPy's included; numbers that are not finite become null."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (Plan, Path)):
+        return str(value)
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (Sequence, set, frozenset)):
+        return [_plain(part) for part in value]
+    raise TypeError(f"results hold numbers, text, lists and mappings, but got {type(value).__name__}")
+
+
+def table(rows: Sequence[Row], columns: Mapping[str, str] | Sequence[str] | None = None, *, title: str = "") -> Table:
+    """A table for people: numbers to three significant digits and to the right, what is missing as a dash.
+
+    Args:
+        rows: one mapping per line.
+        columns: keys to show, or key -> heading; None: the keys of the first row.
+        title: above the table.
+    """
+    keys = columns if columns is not None else list(rows[0]) if rows else []
+    headings = columns if isinstance(columns, Mapping) else {key: key for key in keys}
+    out = Table(title=title or None, title_justify="left", title_style="bold")
+    for key, heading in headings.items():
+        numbers = all(isinstance(row.get(key), (int, float, np.number, type(None))) for row in rows)
+        out.add_column(heading, justify="right" if numbers else "left")
+    for row in rows:
+        out.add_row(*(_cell(row.get(key)) for key in headings))
+    return out
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (float, np.floating)):
+        return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}" if math.isfinite(value) else "–"
+    return str(value)
+
+
+def show(*parts: RenderableType) -> None:
+    """Print tables and text to standard output, in full width where it is not a terminal."""
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width, markup=False, emoji=False, highlight=False).print(*parts, sep="\n")
+
+
+def hint(directory: Path) -> str:
+    """The line a command ends with: what shows its results."""
+    return f"to see it in a browser: specrl report {shlex.quote(str(directory))}"
+
+
+@contextmanager
+def progress(what: str, total: float) -> Iterator[Callable[..., None]]:
+    """A bar on standard error for long work; the value is called with how much of `total` is done, and a note or none.
+
+    It is drawn only then (no thread draws beside the work), so call it outside timed windows.
+    """
+    bar = Progress(console=Console(stderr=True), auto_refresh=False, transient=True, disable=not sys.stderr.isatty())
+    with bar:
+        task = bar.add_task(what, total=total)
+        bar.refresh()
+        yield lambda done, note="": bar.update(
+            task, completed=min(done, total), description=f"{what} {note}".rstrip(), refresh=True
+        )
+
+
+def environment() -> dict[str, object]:
+    """What must be known of the machine and the software to judge a measured number."""
+    import torch
+
+    record: dict[str, object] = {
+        "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu("model name") or platform.processor() or platform.machine(),
+        "cpu_mhz": _cpu("cpu MHz"),
+        "clock_source": _line("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
+        "cores": usable_cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "specrl": __version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+    for package in ("numpy", "tokenizers", "sglang"):
+        record[package] = installed(package)
+    return record
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed distribution; None where there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, whatever the machine has; a container's quota counts."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(cores, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no quota
+        return cores
+
+
+def _cpu(what: str) -> str | None:
+    """What the system says of the first core; None: nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(what)), None)
+
+
+def _line(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit this runs from, '+' after it if files were changed; None for an installed package."""
+    root = Path(__file__).parent.parent.parent
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -1,0 +1,1 @@
+"""Paired measurement of speculative against plain decoding."""

@@ -1,1 +1,0 @@
-"""SGLang servers from outside: what is asked of one that runs."""

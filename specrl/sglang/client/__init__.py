@@ -1,0 +1,1 @@
+"""The client of a running SGLang server: requests, plans, traces and weight updates."""

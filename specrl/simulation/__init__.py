@@ -1,0 +1,1 @@
+"""Rounds drawn from a recorded profile instead of a decoding model."""

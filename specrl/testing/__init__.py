@@ -1,0 +1,1 @@
+"""Conformance checks for engines and agents of your own."""

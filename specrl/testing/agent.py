@@ -1,0 +1,88 @@
+"""What every plan chooser must hold to; run these on your own: `for check in CHECKS: check(make)`.
+
+`make` takes a tuple of plans and gives a fresh chooser. A check raises AssertionError with what was wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from specrl.core.interfaces import PlanChooser
+from specrl.core.observation import Observer
+from specrl.core.plan import Plan, parse_plans
+from specrl.core.round import Round
+
+Make = Callable[[tuple[Plan, ...]], PlanChooser]
+PLANS = parse_plans("0,1/1/2,2/1/3,3/1/4,3/2/6")
+
+
+def made_up_round(
+    plan: Plan, batch_size: int, correct: Sequence[int] | None = None, seconds: float = 2e-3, draft_version: int = 0
+) -> Round:
+    """A round for tests: `correct` drafts of each request (none by default), all of `seconds` spent verifying."""
+    right = np.zeros(batch_size, dtype=np.int64) if correct is None else np.asarray(correct, dtype=np.int64)
+    return Round(
+        plan=plan,
+        request_ids=np.arange(batch_size),
+        tokens=right + 1,
+        correct_drafts=right,
+        context_lengths=np.full(batch_size, 100),
+        draft_s=0.0,
+        verify_s=seconds,
+        other_s=0.0,
+        draft_version=draft_version,
+    )
+
+
+def check_is_a_chooser(make: Make) -> None:
+    """It has the parts of the protocol."""
+    assert isinstance(make(PLANS), PlanChooser), "it must have plans, choose and learn"
+
+
+def check_chooses_among_its_plans(make: Make) -> None:
+    """From the first round on, at any batch size."""
+    chooser, observer = make(PLANS), Observer(PLANS)
+    for batch in (1, 3, 32, 1024):
+        for _ in range(20):
+            plan = chooser.choose(observer.observe(batch, 100.0))
+            assert plan in PLANS, f"chose {plan}, which is not on offer"
+            assert plan in chooser.plans, f"chose {plan}, which is not in its plans"
+            done = made_up_round(plan, batch)
+            chooser.learn(done)
+            observer.record(done, 2e-3)
+
+
+def check_takes_results_late(make: Make) -> None:
+    """Rounds may be learnt after the next ones were chosen."""
+    chooser, observer = make(PLANS), Observer(PLANS)
+    waiting = [made_up_round(chooser.choose(observer.observe(4, 100.0)), 4) for _ in range(3)]
+    for _ in range(50):
+        waiting.append(made_up_round(chooser.choose(observer.observe(4, 100.0)), 4))
+        chooser.learn(waiting.pop(0))
+
+
+def check_takes_one_plan_only(make: Make) -> None:
+    """A single plan leaves no choice."""
+    only = (Plan(2),)
+    chooser = make(only)
+    assert chooser.choose(Observer(only).observe(1, 10.0)) == only[0], "the only plan must be chosen"
+
+
+def check_survives_hiccups(make: Make) -> None:
+    """Rounds that took no time or a hundred times as long change nothing about what it may choose."""
+    chooser, observer = make(PLANS), Observer(PLANS)
+    for seconds in (1e-9, 2e-3, 0.2, 2e-3, 20.0):
+        plan = chooser.choose(observer.observe(2, 50.0))
+        chooser.learn(made_up_round(plan, 2, seconds=seconds))
+    assert chooser.choose(observer.observe(2, 50.0)) in PLANS
+
+
+CHECKS: tuple[Callable[[Make], None], ...] = (
+    check_is_a_chooser,
+    check_chooses_among_its_plans,
+    check_takes_results_late,
+    check_takes_one_plan_only,
+    check_survives_hiccups,
+)

@@ -1,0 +1,1 @@
+"""The online and offline training loops, with their checkpoints and logs."""

@@ -1,0 +1,151 @@
+"""Sequences on disk: safetensors, with what is not a tensor as JSON; in shards under an index where they are many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from specrl.agents.draft.sequences import Rejected
+from specrl.agents.draft.sequences import Sequence as Traced
+from specrl.io.output import OutputDir
+from specrl.models.checkpoint import save_tensors
+
+INDEX = "index.json"
+_FORMAT = 1
+_TENSORS, _NUMBERS = ("tokens", "features", "logits"), ("temperature", "draft_version", "prompt_tokens")
+_REJECTED = ("positions", "tokens", "logits")
+
+
+def pack(sequences: Sequence[Traced]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Tensors by '<number>.<name>', and a JSON-able note of each sequence."""
+    tensors: dict[str, Tensor] = {}
+    notes: list[dict[str, Any]] = []
+    for i, sequence in enumerate(sequences):
+        tensors |= {f"{i}.{name}": getattr(sequence, name) for name in _TENSORS}
+        if sequence.rejected is not None:
+            tensors |= {f"{i}.rejected.{name}": getattr(sequence.rejected, name) for name in _REJECTED}
+        note = {name: getattr(sequence, name) for name in _NUMBERS}
+        notes.append({**note, "length": len(sequence.tokens), "rejected": sequence.rejected is not None})
+    return tensors, notes
+
+
+def unpack(i: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> Traced:
+    """The sequence of number `i` of a `pack`."""
+    rejected = {name: tensors[f"{i}.rejected.{name}"] for name in _REJECTED} if note["rejected"] else None
+    fields: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in _TENSORS}
+    fields |= {name: note[name] for name in _NUMBERS}
+    return Traced(**fields, rejected=None if rejected is None else Rejected(**rejected))
+
+
+class ShardWriter:
+    """Writes sequences to a directory; at every moment its index names whole shards only.
+
+    Args:
+        directory: without an index yet.
+        about: what the sequences are of, JSON-able: 'target' and its 'features' [3H] and 'vocab_size' at least.
+        size: sequences of a shard.
+
+    Raises:
+        ValueError: a size below 1, or sequences are there already.
+    """
+
+    def __init__(self, directory: OutputDir, about: Mapping[str, Any], size: int) -> None:
+        if size < 1:
+            raise ValueError(f"a shard must hold at least 1 sequence, but got {size}")
+        if (directory.path / INDEX).exists():
+            raise ValueError(f"traces must be recorded to a new directory, but {str(directory.path)!r} holds some")
+        self._directory, self._about, self._size = directory, dict(about), size
+        self._waiting: list[Traced] = []
+        self._shards: list[dict[str, Any]] = []
+        self.written = 0
+
+    def add(self, sequences: Sequence[Traced]) -> None:
+        """Take sequences, and write those that fill a shard."""
+        self._waiting += sequences
+        while len(self._waiting) >= self._size:
+            self._write(self._waiting[: self._size])
+            del self._waiting[: self._size]
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._waiting:
+            self._write(self._waiting)
+            self._waiting = []
+
+    def _write(self, sequences: list[Traced]) -> None:
+        tensors, notes = pack(sequences)
+        name = f"shard-{len(self._shards):05d}.safetensors"
+        save_tensors(self._directory.path / name, tensors, {"format": "pt"})
+        self._shards.append({"file": name, "sequences": notes})
+        self.written += len(notes)
+        self._directory.write_json(INDEX, {"format": _FORMAT, **self._about, "shards": self._shards})
+
+
+class Traces:
+    """Recorded sequences, read when they are asked for.
+
+    Raises:
+        ValueError: no index there, or one that is not ours.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory
+        if not (directory / INDEX).is_file():
+            raise ValueError(
+                f"traces must be a directory with {INDEX}, but {str(directory)!r} has none; 'specrl record'"
+            )
+        try:
+            self.about: dict[str, Any] = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+            found, shards = self.about["format"], self.about.pop("shards")
+            self._notes = [(str(s["file"]), i, dict(note)) for s in shards for i, note in enumerate(s["sequences"])]
+            strange = [file for file, _, _ in self._notes if Path(file).name != file]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{INDEX} of traces must be JSON with 'shards', but got {error}; record again") from error
+        if found != _FORMAT or strange:
+            raise ValueError(
+                f"traces must be of format {_FORMAT}, their shards beside {INDEX}, but got {found} {strange[:1]}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._notes)
+
+    def length(self, number: int) -> int:
+        """Tokens of a sequence."""
+        return int(self._notes[number][2]["length"])
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Traced]:
+        """The sequences of these numbers, from 0 on.
+
+        Raises:
+            ValueError: a shard that is missing or damaged.
+        """
+        with ExitStack() as stack:
+            files: dict[str, Any] = {}
+            for number in numbers:
+                file, i, note = self._notes[number]
+                try:
+                    if file not in files:
+                        files[file] = stack.enter_context(safe_open(self.path / file, framework="pt"))
+                    yield unpack(i, _Lazy(files[file]), note)
+                except (OSError, SafetensorError) as error:
+                    raise ValueError(
+                        f"traces must be whole, but {file} cannot be read: {error}; record again"
+                    ) from error
+
+
+class _Lazy(dict[str, Tensor]):
+    """Tensors of an open file by name."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__()
+        self._file = file
+
+    def __missing__(self, name: str) -> Tensor:
+        found: Tensor = self._file.get_tensor(name)
+        return found

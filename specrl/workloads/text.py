@@ -1,0 +1,236 @@
+"""Prompt sources: endless, reproducible requests cut from text.
+
+A `text` is a document: prompts are windows of it, begun at a line and drawn in proportion to length. A `prompt` (a
+line of a .jsonl file that says so) is used from its start; a conversation goes through the target's chat template where
+it has one. Lines are read and windows encoded when they are drawn: a fraction of a millisecond each, however large the
+source, of which a .jsonl file never is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from specrl.core.interfaces import Request
+from specrl.models.embedded import embedded_directory
+from specrl.models.tokenizer import Tokenizer, load_tokenizer
+from specrl.workloads.jsonl import Line, Text, read_lines
+from specrl.workloads.stdlib import library_files, library_root
+
+__all__ = ["Split", "Text", "TextWorkload", "Tokenizer", "load_tokenizer", "load_workload"]
+
+Split = Literal["train", "held_out", "all"]
+_SUFFIXES = (".py", ".txt", ".md", ".jsonl")
+
+
+@dataclass(frozen=True)
+class TextWorkload:
+    """Requests cut from texts (see the module's text; `specrl.core.interfaces.Workload`).
+
+    Args:
+        texts: at least one; documents and prompts may mix (the prompts share their total length evenly).
+        tokenizer: of the target.
+        prompt_tokens: least and greatest prompt length; a request's is uniform between them. A whole prompt is cut
+            to it, or shorter; a conversation under a chat template is never cut, but left out if it is longer than
+            the greatest.
+        max_new_tokens: tokens to generate at most.
+        temperatures: each request draws one.
+        ignore_eos: always generate `max_new_tokens`.
+        source: what to call the texts in messages.
+
+    Raises:
+        ValueError: an argument out of range, or no text as long as the longest prompt and no conversation as short.
+    """
+
+    texts: tuple[Text | Line, ...]
+    tokenizer: Tokenizer
+    prompt_tokens: tuple[int, int] = (64, 64)
+    max_new_tokens: int = 128
+    temperatures: tuple[float, ...] = (0.7,)
+    ignore_eos: bool = False
+    source: str = "the workload"
+
+    def __post_init__(self) -> None:
+        low, high = self.prompt_tokens
+        if not 1 <= low <= high:
+            raise ValueError(f"prompt_tokens must be a length or two with 1 <= low <= high, but got {low}, {high}")
+        if not self.temperatures:
+            raise ValueError("temperature must be a number or a list of at least one, but got none; 0 is greedy")
+        for temperature in self.temperatures:
+            Request((0,), self.max_new_tokens, temperature)
+        chats = [text for text in self.texts if text.templated]
+        shortest = len(self.tokenizer.encode_chat(min(chats, key=lambda chat: chat.size).content)) if chats else 0
+        if 1 <= shortest <= high:
+            return
+        longest = 0
+        for text in sorted((text for text in self.texts if not text.templated), key=lambda text: -text.size):
+            found = len(self._encode(text.content, 0, high))
+            longest = max(longest, found)
+            if found >= (1 if text.whole else high):
+                return
+        if chats:
+            raise ValueError(
+                f"{self.source} must hold a conversation of at most {high} tokens, but its shortest has {shortest} in "
+                "the target's chat template; raise prompt_tokens"
+            )
+        raise ValueError(
+            f"{self.source} must hold a text of at least {high} tokens, but its longest has {longest}; "
+            "lower prompt_tokens or name longer texts"
+        )
+
+    def requests(self, seed: int) -> Iterator[Request]:
+        """An endless stream; the same seed gives the same requests."""
+        rng = np.random.default_rng(seed)
+        lengths = np.array([text.size for text in self.texts], dtype=np.float64)
+        whole = np.array([text.whole for text in self.texts])
+        weights = np.where(whole, lengths[whole].mean() if whole.any() else 0.0, lengths)
+        until = np.cumsum(weights / weights.sum())
+        low, high = self.prompt_tokens
+        while True:
+            text = self.texts[min(int(np.searchsorted(until, rng.random(), side="right")), len(self.texts) - 1)]
+            count = int(rng.integers(low, high + 1))
+            content = text.content
+            start = 0 if text.whole else _line_start(content, int(rng.integers(len(content))))
+            if text.templated:
+                prompt = self.tokenizer.encode_chat(content)
+            else:
+                prompt = self._encode(content, start, count)
+            if len(prompt) < count and not text.whole:  # the end of the text is nearer: take its last window
+                prompt = self._last(content, count)
+            temperature = self.temperatures[int(rng.integers(len(self.temperatures)))]
+            if len(prompt) == count or (text.whole and 1 <= len(prompt) <= high):
+                yield Request(tuple(prompt), self.max_new_tokens, temperature, self.ignore_eos, text.learn)
+
+    def _encode(self, content: str, start: int, count: int) -> list[int]:
+        """The first `count` tokens from character `start` on; fewer at the end of the text."""
+        span = 8 * count + 32
+        while True:
+            ids = self.tokenizer.encode(content[start : start + span], document_start=start == 0)
+            whole = start + span >= len(content)
+            if whole or len(ids) > count + 8:  # not the last few, whose words the cut may have broken
+                return ids[:count]
+            span *= 4
+
+    def _last(self, content: str, count: int) -> list[int]:
+        """The first `count` tokens of the shortest tail, begun at a line where it can be, that has as many."""
+        back = 4 * count
+        while True:
+            start = _line_start(content, max(0, len(content) - back))
+            ids = self._encode(content, start, count)
+            if len(ids) == count or start == 0:
+                return ids
+            back *= 2
+
+
+def _line_start(content: str, near: int) -> int:
+    """The line break at or before `near`, if there is one within 1,000 characters; else `near`; 0 is the start.
+
+    The window begins with the line break itself, so that indentation becomes the tokens it is in the whole text.
+    """
+    if near < 1000 and content.rfind("\n", 0, near + 1) < 0:
+        return 0
+    found = content.rfind("\n", max(0, near - 1000), near + 1)
+    return near if found < 0 else found
+
+
+def load_workload(
+    spec: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    prompt_tokens: int | Sequence[int] = 64,
+    max_new_tokens: int = 128,
+    temperature: float | Sequence[float] = 0.7,
+    ignore_eos: bool = False,
+    split: Split = "train",
+) -> TextWorkload:
+    """A workload by name.
+
+    Args:
+        spec: 'stdlib' (the running interpreter's standard library sources), a .jsonl or .txt file, or a directory
+            (searched for .py, .txt, .md and .jsonl). Lines of .jsonl hold 'prompt', 'text' (a document), or a
+            conversation: 'messages', 'conversations' (ShareGPT) or 'turns'. A conversation is asked up to the last turn
+            that is not the assistant's, in the target's chat template; without one, the contents are joined. A line
+            with "learn": false is served, and never learnt from.
+        tokenizer: of the target (`load_tokenizer`).
+        prompt_tokens: prompt length, or the least and the greatest.
+        max_new_tokens: tokens to generate at most.
+        temperature: of every request, or several to draw from.
+        ignore_eos: always generate `max_new_tokens`.
+        split: 'train', 'held_out' or 'all'. Of the standard library, held out are the files that the embedded
+            targets never saw; of other texts every twentieth, of fewer the last, of one document its last tenth.
+
+    Raises:
+        ValueError: an argument out of range, or nothing usable at `spec`.
+    """
+    if split not in ("train", "held_out", "all"):
+        raise ValueError(f"split must be 'train', 'held_out' or 'all', but got {split!r}")
+    low, *rest = [prompt_tokens] if isinstance(prompt_tokens, int) else [*prompt_tokens] or [0]
+    if len(rest) > 1:
+        raise ValueError(f"prompt_tokens must be a length or two, least and greatest, but got {prompt_tokens}")
+    temperatures = (temperature,) if isinstance(temperature, (int, float)) else tuple(temperature)
+    texts = _stdlib_texts(split) if str(spec) == "stdlib" else _part(_texts(Path(spec), tokenizer), split)
+    return TextWorkload(
+        tuple(texts),
+        tokenizer,
+        (low, rest[0] if rest else low),
+        max_new_tokens,
+        temperatures,
+        ignore_eos,
+        source=f"workload {str(spec)!r} ({split})",
+    )
+
+
+def _stdlib_texts(split: Split) -> list[Text | Line]:
+    root = library_root()
+    held_out = set(_read(embedded_directory() / "held_out.txt").split())
+    texts: list[Text | Line] = []
+    for path in library_files(root):
+        if split in ("all", "held_out" if path.relative_to(root).as_posix() in held_out else "train"):
+            texts.append(Text(path.read_text(encoding="utf-8", errors="replace")))
+    return [text for text in texts if text.size]
+
+
+def _part(texts: list[Text | Line], split: Split) -> list[Text | Line]:
+    if split == "all":
+        return texts
+    if len(texts) == 1 and not texts[0].whole:
+        content, cut = texts[0].content, texts[0].size * 9 // 10
+        return [Text(content[:cut] if split == "train" else content[cut:], learn=texts[0].learn)]
+    held_out = range(19, len(texts), 20) if len(texts) >= 20 else range(max(1, len(texts) - 1), len(texts))
+    return [text for i, text in enumerate(texts) if (i in held_out) == (split == "held_out")]
+
+
+def _texts(path: Path, tokenizer: Tokenizer) -> list[Text | Line]:
+    if path.is_dir():
+        found = (p for p in sorted(path.rglob("*")) if p.suffix in _SUFFIXES and p.is_file())
+        files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    elif path.is_file() and path.suffix in _SUFFIXES:
+        files = [path]
+    else:
+        has = "is of another kind" if path.exists() else "does not exist"
+        lines = "; make one line of each entry: jq -c '.[]'" if path.is_file() and path.suffix == ".json" else ""
+        raise ValueError(
+            f"a workload is 'stdlib', a .jsonl or .txt file, or a directory, but {str(path)!r} {has}{lines}"
+        )
+    texts: list[Text | Line] = []
+    for file in files:
+        if file.suffix == ".jsonl":
+            texts += read_lines(file, tokenizer.chat)
+        elif (content := _read(file)).strip():
+            texts.append(Text(content))
+    if not texts:
+        raise ValueError(f"a workload must hold text, but {str(path)!r} has none in {', '.join(_SUFFIXES)} files")
+    return texts
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"a workload's files must be UTF-8, but {path} is not at byte {error.start}; convert it"
+        ) from error
