@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from specrl.core.interfaces import Session
 from specrl.core.round import PlainSample
 
+_FIRST_SAMPLES = 3  # plain steps measured when a batch size is met for the first time
 _EAGER = 8  # samples that are taken densely at a new batch size
 
 
@@ -62,6 +64,25 @@ class PlainCost:
         cell.contexts.append(sample.context)
         cell.seconds.append(sample.seconds)
         cell.since, cell.line = 0, None
+
+    def update(self, session: Session, context: float) -> None:
+        """Measure plain decoding between two rounds of a session, if a sample is due.
+
+        Raises:
+            ValueError: the engine does not measure plain decoding between rounds.
+        """
+        batch = session.batch_size
+        self.tick(batch, context)
+        if not self.due(batch, context):
+            return
+        for _ in range(1 if self.known(batch) else _FIRST_SAMPLES):
+            sample = session.measure_plain()
+            if sample is None:
+                raise ValueError(
+                    "the engine must measure plain decoding between rounds, but it does not; use 'local', or 'sglang' "
+                    "with baseline='alternate', or plain_url= for a running server"
+                )
+            self.add(sample)
 
     def tick(self, batch_size: int, context: float) -> None:
         """A round at this batch size is about to run."""

@@ -1,0 +1,150 @@
+"""The one round loop: observe, choose a plan, decode a round, learn from it.
+
+Environments, training, evaluation and measurement all decode through `Rollout`, so the policy that is trained, the
+one that is evaluated and the one that serves run in the same loop.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Protocol
+
+from specrl.core.clock import Clock
+from specrl.core.interfaces import PlanChooser, Session
+from specrl.core.observation import Observation, Observer
+from specrl.core.plain_cost import PlainEstimate
+from specrl.core.plan import Plan
+from specrl.core.round import Round
+
+
+class Baseline(Protocol):
+    """The cost of plain decoding, which every speedup is measured against."""
+
+    def update(self, session: Session, context: float) -> None:
+        """Prepare for the next round of `session`; may measure plain decoding. Called outside timed windows.
+
+        Args:
+            session: about to decode a round.
+            context: mean number of known tokens per live request.
+
+        Raises:
+            ValueError: the baseline must measure plain decoding, but the engine cannot.
+        """
+        ...
+
+    def estimate(self, batch_size: int, context: float) -> PlainEstimate:
+        """Seconds of one plain decoding step at this batch size and mean context."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One round of a rollout.
+
+    Attributes:
+        plan: the plan of the round.
+        round: the result of the round.
+        plain: seconds of a plain decoding step at the batch size and context of the round.
+        thinking_s: seconds that choosing the plan took.
+    """
+
+    plan: Plan
+    round: Round
+    plain: PlainEstimate
+    thinking_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the round, the choice of the plan included and prefill excluded."""
+        return self.round.seconds + self.thinking_s
+
+    @property
+    def plain_total_s(self) -> float:
+        """Seconds that plain decoding would have taken for the tokens of the round: N · t0 / B."""
+        return float(self.round.tokens.sum()) * self.plain.seconds / self.round.batch_size
+
+
+class Rollout:
+    """Decodes rounds of a session, one plan after the other.
+
+    Args:
+        session: decodes the rounds.
+        plans: the plans that may be chosen, in the order of the observation.
+        baseline: the cost of plain decoding.
+        batch_sizes: the batch size of each round, endless; None: the session keeps the batch size that it has.
+        result_delay: rounds by which results arrive late, on engines that overlap rounds.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        plans: Sequence[Plan],
+        baseline: Baseline,
+        *,
+        batch_sizes: Iterator[int] | None = None,
+        result_delay: int = 0,
+    ) -> None:
+        self.session, self.baseline, self.observer = session, baseline, Observer(plans)
+        self._batch_sizes = repeat(session.batch_size) if batch_sizes is None else batch_sizes
+        self._result_delay = result_delay
+        self._late: deque[Step] = deque()
+        self._ready = False  # the session has the batch size of the next round
+        self._context = 0.0
+
+    @property
+    def context(self) -> float:
+        """Mean number of known tokens per live request before the next round."""
+        self._prepare()
+        return self._context
+
+    def observe(self) -> Observation:
+        """The observation before the next round, at the batch size of that round."""
+        self._prepare()
+        return self.observer.observe(self.session.batch_size, self._context)
+
+    def step(self, plan: Plan, thinking_s: float = 0.0) -> Step:
+        """Decode one round with this plan.
+
+        Raises:
+            ValueError: the session cannot run the plan, or the baseline cannot be measured.
+        """
+        self._prepare()
+        batch, context = self.session.batch_size, self._context
+        self.baseline.update(self.session, context)
+        done = self.session.round(plan)
+        self._ready = False
+        step = Step(plan, done, self.baseline.estimate(batch, context), thinking_s)
+        self._late.append(step)
+        return step
+
+    def arrived(self) -> Iterator[Step]:
+        """The steps whose results are known by now, each once; the observation includes them from then on."""
+        while len(self._late) > self._result_delay:
+            step = self._late.popleft()
+            self.observer.record(step.round, step.plain.seconds)
+            yield step
+
+    def play(self, chooser: PlanChooser, clock: Clock) -> Iterator[Step]:
+        """Decode rounds with the plans that `chooser` chooses, endlessly; it learns from each result that arrives."""
+        while True:
+            observation = self.observe()
+            began = clock.now()
+            plan = chooser.choose(observation)
+            step = self.step(plan, clock.now() - began)
+            for known in self.arrived():
+                chooser.learn(known.round)
+            yield step
+
+    def _prepare(self) -> None:
+        """Resize the session to the batch size of the next round."""
+        if self._ready:
+            return
+        batch = next(self._batch_sizes)
+        if batch != self.session.batch_size:
+            self.session.resize(batch)
+        lengths = self.session.context_lengths
+        self._context = sum(lengths) / len(lengths)
+        self._ready = True
