@@ -1,0 +1,312 @@
+"""Settings that commands and studies share: frozen dataclasses, checked when they are made.
+
+The command line makes an option of every field: `TargetConfig.dtype` of a parameter `target` is `--target.dtype`, and
+`--target NAME` is short for the first field, `--target.name NAME`. The lines under `Args:` are the help texts.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from specrl.core.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from specrl.core.interfaces import Engine, Workload
+    from specrl.models.draft import Draft
+    from specrl.models.target import Target
+    from specrl.workloads.text import Split
+
+DTypeName = Literal["float32", "bfloat16"]
+SMALL_TARGET = 512  # hidden size below which a new draft gets a narrow MLP
+NARROW_MLP = 256  # intermediate size of that MLP
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """The target model.
+
+    Args:
+        name: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        dtype: of its weights; greedy output is exactly lossless in float32.
+        device: 'cpu' or a CUDA device; by default a GPU if there is one.
+
+    Raises:
+        ValueError: another dtype.
+    """
+
+    name: str = "embedded"
+    dtype: DTypeName = "float32"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"target.dtype must be 'float32' or 'bfloat16', but got {self.dtype!r}")
+
+    def load(self, *, device: str | None = None) -> Target:
+        """Load the model.
+
+        Args:
+            device: used if `self.device` is None; None: a GPU if there is one.
+
+        Raises:
+            ValueError: no such model or device, or a checkpoint that is not supported.
+        """
+        from specrl.models.target import default_device, load_target
+
+        return load_target(self.name, device=default_device(self.device or device), dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """The draft model: an EAGLE3 checkpoint, or a new one from random initialisation.
+
+    Args:
+        path: EAGLE3 draft directory; by default a new draft from random initialisation.
+        vocab_size: tokens that a new draft can predict, the most frequent ones of the workload; by default all.
+        intermediate_size: width of a new draft's MLP; by default the target's, but at most 256 for a target with a
+            hidden size below 512.
+
+    Raises:
+        ValueError: a size below 1, or one beside a path.
+    """
+
+    path: Path | None = None
+    vocab_size: int | None = None
+    intermediate_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "intermediate_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"draft.{name} must be at least 1, but got {size}")
+            if size is not None and self.path is not None:
+                raise ValueError(
+                    f"draft.{name} is for a new draft, but got {size} with draft.path {str(self.path)!r}; "
+                    "leave one of them out"
+                )
+
+    def load(self, target: Target, *, seed: int = 0, vocabulary: Tensor | None = None) -> Draft:
+        """Load the checkpoint at `path`, or make a new draft.
+
+        Args:
+            target: the model that it drafts for.
+            seed: of a new draft's initialisation.
+            vocabulary: [vocab_size] int64, ascending target ids that a new draft can predict
+                (`specrl.training.vocabulary`); None: all. Required if `vocab_size` is given.
+
+        Raises:
+            ValueError: a checkpoint that cannot be read, or no vocabulary of `vocab_size` tokens.
+        """
+        from specrl.models.draft import load_draft, new_draft
+
+        if self.path is not None:
+            return load_draft(self.path)
+        if self.vocab_size is not None and (vocabulary is None or len(vocabulary) != self.vocab_size):
+            raise ValueError(
+                f"draft.vocab_size needs a vocabulary of {self.vocab_size} tokens, but got "
+                f"{'none' if vocabulary is None else len(vocabulary)}; leave it out, or count the workload's tokens"
+            )
+        width = self.intermediate_size
+        if width is None and target.config.hidden_size < SMALL_TARGET:
+            width = min(NARROW_MLP, target.config.intermediate_size)
+        return new_draft(target, intermediate_size=width, vocabulary=vocabulary, seed=seed)
+
+
+@dataclass(frozen=True)
+class WorkloadConfig:
+    """The requests.
+
+    Args:
+        name: 'stdlib', a .txt, .jsonl or directory of prompts, or a stream of them such as
+            'stdlib@500,pydoc_data@500' (see docs/own/model.md).
+        prompt_tokens: tokens of a prompt; a conversation is never cut, but left out if it is longer.
+        max_new_tokens: tokens generated per request.
+        temperature: of sampling; 0 is greedy.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    name: str = "stdlib"
+    prompt_tokens: int = 64
+    max_new_tokens: int = 128
+    temperature: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"workload.{name} must be at least 1, but got {getattr(self, name)}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"workload.temperature must be a finite number of at least 0, but got {self.temperature}")
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of a request, prompt included."""
+        return self.prompt_tokens + self.max_new_tokens
+
+    def open(self, target: str, split: Split, *, ignore_eos: bool | None = None) -> Workload:
+        """The requests in the tokens of a target.
+
+        Args:
+            target: name of the target (`TargetConfig.name`).
+            split: 'train', 'held_out' or 'all'; of a file or directory, all of it is used.
+            ignore_eos: generate `max_new_tokens` whatever the model says; None: for 'held_out' only, so that
+                measured requests have equal lengths.
+
+        Raises:
+            ValueError: no such workload, or no prompt of this length in it.
+        """
+        from specrl.workloads.stream import open_stream
+
+        return open_stream(
+            self.name,
+            target,
+            split=split,
+            prompt_tokens=self.prompt_tokens,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            ignore_eos=split == "held_out" if ignore_eos is None else ignore_eos,
+        )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The engine that decodes.
+
+    Args:
+        name: 'local' decodes in this process; 'sglang' launches SGLang servers with and without speculation.
+        python: for 'sglang': Python of an environment with SGLang and this package; by default this one.
+        flags: for 'sglang': further flags for sglang.launch_server.
+
+    Raises:
+        ValueError: another name, or options of 'sglang' with another engine.
+    """
+
+    name: Literal["local", "sglang"] = "local"
+    python: Path | None = None
+    flags: str = ""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("local", "sglang"):
+            raise ValueError(f"engine.name must be 'local' or 'sglang', but got {self.name!r}")
+        for name in ("python", "flags"):
+            value = getattr(self, name)
+            if value and self.name != "sglang":
+                raise ValueError(
+                    f"engine.{name} is for the engine 'sglang', but got {str(value)!r} with {self.name!r}; "
+                    "add --engine sglang"
+                )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it decodes in this process."""
+        return self.name == "local"
+
+    @property
+    def flag_words(self) -> tuple[str, ...]:
+        """The flags, split as a shell would."""
+        return tuple(shlex.split(self.flags))
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments that `specrl.core.registry.make_engine` takes for this engine by its name."""
+        return {} if self.is_local else {"python": self.python, "flags": self.flag_words}
+
+    def open(
+        self,
+        target: TargetConfig,
+        draft: Draft | Path | None,
+        *,
+        plans: Sequence[Plan],
+        max_context: int,
+        model: Target | None = None,
+        use_rejection_sampling: bool = True,
+        trace: bool = False,
+        plain_in_lockstep: bool = False,
+    ) -> Engine:
+        """Make the engine; close it after use.
+
+        Args:
+            target: the target model.
+            draft: a draft or its directory; None: 'local' decodes plainly, 'sglang' gets a random draft.
+            plans: that it has to run.
+            max_context: most tokens of a request, for 'local'.
+            model: the loaded target, for 'local'; None: it is loaded here.
+            use_rejection_sampling: see `specrl.LocalEngine`.
+            trace: record traces, for 'sglang'; a local session is asked for them when it starts.
+            plain_in_lockstep: for 'sglang': the server without speculation runs one round at a time too, as
+                measurements of whole plain sessions need.
+
+        Raises:
+            ValueError: plans or a draft that the engine cannot run, or an environment without SGLang.
+        """
+        if self.is_local:
+            from specrl.decoding.engine import LocalEngine
+            from specrl.models.draft import load_draft
+
+            loaded = load_draft(draft) if isinstance(draft, Path) else draft
+            return LocalEngine(
+                target.load() if model is None else model,
+                loaded,
+                max_context=max_context,
+                use_rejection_sampling=use_rejection_sampling,
+            )
+        from specrl.core.registry import make_engine
+
+        arguments: dict[str, Any] = {"target": target.name, "draft": draft, "plans": tuple(plans), "trace": trace}
+        if plain_in_lockstep:
+            arguments["plain_flags"] = ("--disable-overlap-schedule",)
+        return make_engine(self.name, **arguments, **self.options())
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How long to measure.
+
+    Args:
+        precision: measure until each 95 % interval has a half-width of at most this.
+        seconds: or until this much time is spent per batch size.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    precision: float = 0.02
+    seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.precision < 1:
+            raise ValueError(f"measure.precision must be in (0, 1), but got {self.precision}")
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"measure.seconds must be a finite number above 0, but got {self.seconds}")
+
+
+def check_batch_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
+    """The batch sizes, if there are any and all are at least 1.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"batch_sizes must be numbers of at least 1, but got {list(batch_sizes)}; for example 1,4,16")
+    return tuple(batch_sizes)
+
+
+def check_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
+    """The temperatures, if there are any, all are finite and at least 0, and no two are equal.
+
+    Raises:
+        ValueError: they are not.
+    """
+    distinct = len(set(temperatures)) == len(temperatures) > 0
+    if not distinct or not all(0 <= temperature < math.inf for temperature in temperatures):
+        raise ValueError(
+            f"temperatures must be different numbers of at least 0, but got {list(temperatures)}; for example 0,0.7"
+        )
+    return tuple(temperatures)
