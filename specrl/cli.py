@@ -1,7 +1,7 @@
 """The command line: `specrl <command>`.
 
-A command is a function with typed keyword parameters; its signature and docstring make its options and its help,
-and its line in `COMMANDS` makes it known. Only the module of the command that runs is imported.
+A command is a function with typed keyword parameters; its signature and docstring make its options and its help
+(`specrl.io.options`), and its line in `COMMANDS` makes it known. Only the module of the command that runs is imported.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import specrl
-from specrl.io.options import build_parser, did_you_mean, read_options
+from specrl.io.options import Options, did_you_mean
 
 
 class Command(NamedTuple):
@@ -27,24 +27,31 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "quickstart": Command(
-        "specrl.commands.quickstart:quickstart", "from a random draft to a measured speedup, in minutes"
+    "quickstart": Command("specrl.commands.quickstart:quickstart", "train a draft and measure its speedup, in minutes"),
+    "train": Command("specrl.commands.train:train", "train a draft, and a plan per batch size, while serving"),
+    "train offline": Command("specrl.commands.train_offline:train_offline", "train a draft from recorded traces"),
+    "train server": Command(
+        "specrl.commands.train_server:train_server", "train a draft from the traffic of a running SGLang server"
     ),
-    "train": Command("specrl.commands.train:train", "learn a draft, and a plan per batch size, on live traffic"),
-    "record": Command("specrl.commands.record:record", "serve traffic, and keep what a draft can be learnt from"),
-    "export": Command("specrl.commands.export:export", "what a run learned, as a directory that serves"),
-    "import": Command("specrl.commands.import_draft:import_draft", "a published EAGLE3 draft, to start learning from"),
-    "doctor": Command("specrl.commands.doctor:doctor", "what this machine can do, and what would slow it down"),
-    "bench": Command("specrl.commands.bench:bench", "speculative against plain decoding, by plan and batch size"),
-    "compare": Command("specrl.commands.compare:compare", "two drafts or runs, measured in turns, or two benchmarks"),
-    "evaluate": Command("specrl.commands.evaluate:evaluate", "choosers of plans against each other, simulated or live"),
-    "validate": Command("specrl.commands.validate:validate", "does a record of an evaluation hold?"),
-    "presets": Command("specrl.commands.presets:presets", "drafts that others published, and where each figure stands"),
-    "profile": Command("specrl.commands.profile:profile", "record this machine's rounds, for simulation"),
-    "study": Command("specrl.commands.study:study", "hyperparameters searched with Optuna, by what trials measure"),
-    "report": Command("specrl.commands.report:report", "runs side by side on one HTML page, for any browser"),
-    "watch": Command("specrl.commands.watch:watch", "a run in the terminal, while it goes on"),
-    "rl": Command("specrl.commands.rl:rl", "a policy that chooses plans, by PPO and others, simulated or live"),
+    "train ray": Command("specrl.commands.train_ray:train_ray", "train a draft while serving on a Ray cluster"),
+    "record": Command("specrl.commands.record:record", "serve requests and record traces"),
+    "export": Command("specrl.commands.export:export", "write the result of a run as a directory that SGLang serves"),
+    "import": Command("specrl.commands.import_draft:import_draft", "convert a published EAGLE3 draft"),
+    "doctor": Command("specrl.commands.doctor:doctor", "check this machine, and what would slow it down"),
+    "bench": Command("specrl.commands.bench:bench", "measure speculative against plain decoding"),
+    "compare": Command("specrl.commands.compare:compare", "measure two drafts or runs, or compare two benchmarks"),
+    "evaluate": Command("specrl.commands.evaluate:evaluate", "compare choosers of plans, simulated or live"),
+    "presets": Command("specrl.commands.presets:presets", "list published drafts, with sources"),
+    "profile": Command("specrl.commands.profile:profile", "record this machine's rounds for simulation"),
+    "study": Command("specrl.commands.study:study", "search hyperparameters with Optuna"),
+    "report": Command("specrl.commands.report:report", "show runs on one HTML page"),
+    "rl": Command("specrl.commands.rl:rl", "train a policy that chooses plans, in simulation"),
+    "rl live": Command("specrl.commands.rl_live:rl_live", "train a policy that chooses plans, on live decoding"),
+}
+
+REMOVED_COMMANDS = {  # name: what to use instead
+    "validate": "run 'specrl evaluate' again and compare the intervals",
+    "watch": "use TensorBoard ('tensorboard --logdir RUN/tensorboard') or 'tail -f RUN/log.csv'",
 }
 
 _HELP = """\
@@ -55,8 +62,8 @@ usage: specrl <command> [--help] [options]
 commands:
 {commands}
 
-Every command explains itself with --help, reads --config file.yaml (options given beside it win), shows what it
-would run with --print_config, and writes its results, with its configuration, to --output_dir.
+Run any command with --help. Options can be read from --config FILE.yaml; options on the command line take precedence.
+--print_config prints the configuration and runs nothing. Results and their configuration go to --output_dir.
 
 example:
   specrl quickstart
@@ -70,22 +77,25 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
     """
     words = list(sys.argv[1:] if argv is None else argv)
     known = {name: command for name, command in commands.items() if _exists(command)}
-    first = words[0] if words else "--help"
-    prog = f"specrl {first}" if first in known else "specrl"
+    two, first = " ".join(words[:2]), words[0] if words else "--help"
+    name = two if two in known else first
+    prog = f"specrl {name}" if name in known else "specrl"
     try:
-        if first in known:
-            run(prog, known[first], words[1:])
+        if name in known:
+            run(prog, known[name], words[len(name.split()) :])
         elif first in ("-h", "--help"):
             print(_help(known), end="")
         elif first == "--version":
             print(f"specrl {specrl.__version__}")
+        elif first in REMOVED_COMMANDS:
+            raise ValueError(f"the command {first!r} was removed; {REMOVED_COMMANDS[first]}")
         else:
-            meant = did_you_mean(first, [*known, "--help", "--version"]) or "; see 'specrl --help'"
-            raise ValueError(f"a command must be one of {', '.join(known)}, but got {first!r}{meant}")
+            near = did_you_mean(first, [*known, "--help", "--version"]) or "; see 'specrl --help'"
+            raise ValueError(f"a command must be one of {', '.join(known)}, but got {first!r}{near}")
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         if os.environ.get("SPECRL_DEBUG") == "1":
@@ -98,8 +108,8 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
 def run(prog: str, command: Command, words: Sequence[str]) -> None:
     """Read the options of a command and call its function.
 
-    A function with a parameter `output_dir` gets runs/<command>-<time> where none is named, with the resolved
-    configuration in config.yaml.
+    A function with a parameter `output_dir` gets runs/<command>-<time> if none is given, and the configuration is
+    written there as config.yaml.
 
     Raises:
         ValueError: the options do not fit.
@@ -108,19 +118,25 @@ def run(prog: str, command: Command, words: Sequence[str]) -> None:
     from specrl.measure.malloc import keep_large_blocks
 
     keep_large_blocks()
-    module, _, name = command.target.partition(":")
-    function = getattr(importlib.import_module(module), name)
+    function = load(command)
     started = datetime.now().strftime("%Y%m%d-%H%M%S")
-    fresh = Path("runs", f"{prog.split()[-1]}-{started}-{os.getpid()}")
-    options, text = read_options(build_parser(prog, function), function, words, output_dir=fresh)
-    if "output_dir" in options:
-        OutputDir(options["output_dir"]).write_text("config.yaml", text)
+    fresh = Path("runs", f"{'-'.join(prog.split()[1:])}-{started}-{os.getpid()}")
+    arguments, text = Options(prog, function).parse(words, output_dir=fresh)
+    if "output_dir" in arguments:
+        OutputDir(arguments["output_dir"]).write_text("config.yaml", text)
     try:
-        function(**options)
+        function(**arguments)
     except ValueError:
-        if "output_dir" in options:
-            OutputDir(options["output_dir"]).discard_alone("config.yaml")
+        if "output_dir" in arguments:
+            OutputDir(arguments["output_dir"]).discard_alone("config.yaml")
         raise
+
+
+def load(command: Command) -> Callable[..., object]:
+    """Import the function of a command."""
+    module, _, name = command.target.partition(":")
+    function: Callable[..., object] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def _exists(command: Command) -> bool:

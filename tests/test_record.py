@@ -16,7 +16,8 @@ from specrl.io.output import OutputDir
 from specrl.models.draft import load_draft
 from specrl.training.trace_files import INDEX, ShardWriter, Traces, pack, unpack
 
-SHORT = "--max_new_tokens 16 --prompt_tokens 24 --batch_size 8"
+SIZES = "--workload.max_new_tokens 16 --workload.prompt_tokens 24"
+SHORT = f"{SIZES} --batch_size 8"
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +118,7 @@ def test_a_draft_learns_from_a_record_without_serving(
         raise AssertionError("an engine was started")
 
     monkeypatch.setattr("specrl.decoding.engine.LocalEngine.start", never)
-    learn = "train --traces traces --learner.passes 2 --learner.average 0.9 --learner.dtype float32"
+    learn = "train offline traces --learner.passes 2 --learner.average 0.9 --learner.dtype float32"
     assert main(f"{learn} --epochs 2 --output_dir run".split()) == 0
     assert main(f"{learn} --epochs 3 --resume --output_dir run".split()) == 0
     rows = list(csv.DictReader(Path("run/log.csv").read_text().splitlines()))
@@ -138,8 +139,8 @@ def test_a_draft_learns_from_a_record_without_serving(
         f"{learn} --epochs 3 --resume --output_dir run": "ask for more",
         f"{learn} --epochs 4 --seed 1 --resume --output_dir run": "must hold out the same sequences",
         f"{learn} --epochs 4 --learner.held_out 0.3 --resume --output_dir run": "must hold out the same sequences",
-        f"{learn} --shard": "name --ray and --traces",
-        "train --traces .": "has none; 'specrl record'",
+        f"{learn} --draft.vocab_size 9": "draft.vocab_size",
+        "train offline .": "has none; 'specrl record'",
         f"record {SHORT} --output_dir traces": "to a new directory",
         f"record {SHORT} --plan 3/1/4": "needs a draft",
         f"record {SHORT} --requests 0": "must be at least 1",
@@ -149,12 +150,13 @@ def test_a_draft_learns_from_a_record_without_serving(
 
 
 def test_rejected_drafts_are_recorded_where_asked_for() -> None:
-    assert main(f"train {SHORT} --requests 8 --traffic 4 --output_dir run".replace(" --batch_size 8", "").split()) == 0
+    served = "--serving.requests 8 --serving.batch_schedule 4"
+    assert main(f"train {SIZES} {served} --output_dir run".split()) == 0
     line = f"record {SHORT} --requests 8 --draft run/draft --plan 3/1/4 --rejected --output_dir traces"
     assert main(line.split()) == 0
     traces = Traces(Path("traces"))
     assert traces.about["plan"] == "3/1/4"
     rejected = [found.rejected for found in traces.read(range(len(traces)))]
     assert sum(len(each.positions) for each in rejected if each is not None) > 8
-    learn = "train --traces traces --learner.passes 2 --learner.rejected 0.5 --output_dir again"
+    learn = "train offline traces --learner.passes 2 --learner.rejected 0.5 --output_dir again"
     assert main(learn.split()) == 0

@@ -14,9 +14,10 @@ from test_loop import Ticking, new
 from tiny import Drawn, tiny_target
 
 from specrl.agents.draft.learner import LearnerConfig
-from specrl.commands.train import serve
 from specrl.io.output import OutputDir
+from specrl.training.config import CheckpointConfig
 from specrl.training.logger import Reporter
+from specrl.training.online import serve
 from specrl.training.run import Run
 
 EVERY = {"always": 30, "better": 125}  # requests between checkpoints
@@ -51,8 +52,7 @@ def run(path: Path, stretches: int, update: Any, *, resume: bool = False, rounds
         report,
         OutputDir(path),
         requests=stretches * EVERY[update],
-        checkpoint_every=EVERY[update],
-        replay=True,
+        checkpoint=CheckpointConfig(EVERY[update], keep_replay_buffer=True),
     )
     return started
 

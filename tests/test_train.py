@@ -21,8 +21,11 @@ from specrl.cli import main
 from specrl.models.draft import load_draft
 from specrl.models.target import load_target
 
-SHORT = "--max_new_tokens 16 --prompt_tokens 24 --traffic 4x8,1x4 --sync_every 4 --learner.passes 2"
-CHANGES = "--requests 12 --checkpoint_every 4"
+SHORT = (
+    "--workload.max_new_tokens 16 --workload.prompt_tokens 24 --serving.batch_schedule 4x8,1x4 "
+    "--serving.weight_sync_interval 4 --learner.passes 2"
+)
+CHANGES = "--serving.requests 12 --checkpoint 4"
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +78,9 @@ def test_a_run_learns_and_its_export_loads(capsys: pytest.CaptureFixture[str]) -
 
 def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "specrl", "train", *SHORT.split(), "--output_dir", "run"]
-    endless = subprocess.Popen([*command, "--requests", "100000", "--checkpoint_every", "4"], stdout=subprocess.DEVNULL)
+    endless = subprocess.Popen(
+        [*command, "--serving.requests", "100000", "--checkpoint.interval", "4"], stdout=subprocess.DEVNULL
+    )
     for _ in range(6000):
         if Path("run/checkpoint/state.json").exists() and served("run") >= 8:
             break
@@ -87,7 +92,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(capsys: pytest
     assert before >= 8
     version = json.loads(Path("run/checkpoint/state.json").read_text())["learner"]["updates"]
 
-    assert main(f"train --config run/config.yaml --requests {before + 8} --resume".split()) == 0
+    assert main(f"train --config run/config.yaml --serving.requests {before + 8} --resume".split()) == 0
     assert served("run") >= before + 8
     rows = log("run")
     assert int(rows[-1]["draft_version"]) > version and int(rows[-1]["requests"]) == served("run")
@@ -96,7 +101,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(capsys: pytest
     assert not list(Path("run").rglob(".*"))
 
     # Another draft than the checkpoint's, a checkpoint made without learning, and one that is damaged.
-    other = f"train {SHORT} --requests 99 --output_dir run --resume"
+    other = f"train {SHORT} --serving.requests 99 --output_dir run --resume"
     assert "the checkpoint's target must be resumed" in error(f"{other} --target embedded-strong", capsys)
     state = Path("run/checkpoint/state.json")
     state.write_text(state.read_text()[:100])
@@ -116,7 +121,17 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_whole() -> 
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     full = subprocess.run(
-        [sys.executable, "-m", "specrl", "train", *SHORT.split(), "--requests", "40", "--checkpoint_every", "4"]
+        [
+            sys.executable,
+            "-m",
+            "specrl",
+            "train",
+            *SHORT.split(),
+            "--serving.requests",
+            "40",
+            "--checkpoint.interval",
+            "4",
+        ]
         + ["--output_dir", "run", "--resume"],
         capture_output=True,
         text=True,
@@ -136,25 +151,32 @@ WRONG = {
     "--learner.average 1.0": "learner.average must be in [0, 1)",
     "--learner.dtype fp8": "--learner.dtype must be one of 'auto', 'float32', 'bfloat16'",
     "--lerner.passes 2": "did you mean '--learner.passes'?",
-    "--plans 3/1/7": "write '3/1/4'",
-    "--plans 3,3": "plans must differ",
-    "--plans 90": "at most 64 tokens",
-    "--chooser random": "chooser must be 'adaptive' or one plan",
-    "--traffic 0x4": "must be at least 1",
-    "--traffic fast": "traffic is written",
-    "--requests 0": "requests and checkpoint_every must be at least 1",
-    "--sync_every 0": "sync_every must be at least 1 request",
-    "--temperature -1": "temperature must be finite and at least 0",
+    "--serving.plans 3/1/7": "write '3/1/4'",
+    "--serving.plans 3,3": "plans must differ",
+    "--serving.plans 90": "at most 64 tokens",
+    "--serving.chooser random": "serving.chooser must be 'adaptive' or one plan",
+    "--serving.batch_schedule 0x4": "must be at least 1",
+    "--serving.batch_schedule fast": "is written",
+    "--serving.requests 0": "serving.requests must be at least 1",
+    "--serving.weight_sync_interval 0": "serving.weight_sync_interval must be at least 1",
+    "--checkpoint 0": "checkpoint.interval must be at least 1",
+    "--workload.temperature -1": "workload.temperature must be",
     "--workload /no/such": "does not exist",
-    "--prompt_tokens 0": "1 <= low <= high",
-    "--prompt_tokens 5000": "max_context must be in [2, 1024]",
-    "--max_new_tokens 0": "max_new_tokens must be at least 1",
+    "--workload.prompt_tokens 0": "workload.prompt_tokens must be at least 1",
+    "--workload.prompt_tokens 5000": "max_context must be in [2, 1024]",
+    "--workload.max_new_tokens 0": "workload.max_new_tokens must be at least 1",
     "--target /no/such": "must hold config.json",
     "--target embedded-huge": "an embedded target is one of",
+    "--target.dtype fp8": "--target.dtype must be one of",
     "--draft /no/such": "must hold config.json",
+    "--draft run --draft.vocab_size 9": "draft.vocab_size is for a new draft",
+    "--draft run --draft.intermediate_size 9": "draft.intermediate_size is for a new draft",
+    "--draft.intermediate_size 0": "draft.intermediate_size must be at least 1",
+    "--draft.vocab_size 513": "must have 1 to 512 tokens",
+    "--engine.flags x": "engine.flags is for the engine 'sglang'",
     "--output_dir /proc/run": "output_dir must be a writable directory",
-    "--seed x": "--seed must be int",
-    "--config no.yaml": "File does not exist",
+    "--seed x": "--seed must be an integer",
+    "--config no.yaml": "--config must be a readable YAML file",
 }
 
 
@@ -166,12 +188,9 @@ def test_wrong_input_ends_in_one_line_and_leaves_nothing(
     assert not [path for path in Path().rglob("*") if path.is_file()]
 
 
-def test_a_stream_of_parts_a_vocabulary_and_metrics(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("specrl.commands.train.VOCABULARY_REQUESTS", 8)
-    stream = "--workload stdlib@8,encodings@8 --draft_vocab_size 100 --draft_intermediate_size 96"
-    assert main(f"train {SHORT} --requests 16 --checkpoint_every 8 {stream} --output_dir run".split()) == 0
+def test_a_stream_of_parts_a_vocabulary_and_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = "--workload stdlib@8,encodings@8 --draft.vocab_size 100 --draft.intermediate_size 96"
+    assert main(f"train {SHORT} --serving.requests 16 --checkpoint.interval 8 {stream} --output_dir run".split()) == 0
     printed = capsys.readouterr().out
     assert "draft vocabulary: 100 of 512 tokens" in printed and "encodings@8" in printed
     rows = log("run")
@@ -187,21 +206,17 @@ def test_a_stream_of_parts_a_vocabulary_and_metrics(
     written = {event.step: event.value for event in events.Scalars("loss")}
     assert written == pytest.approx({int(row["requests"]): float(row["loss"]) for row in rows}, rel=1e-5)
 
-    again = "train --config run/config.yaml --resume --requests 24 --tensorboard false"
+    again = "train --config run/config.yaml --resume --serving.requests 24 --log.tensorboard false"
     assert main(again.split()) == 0
     resumed = load_draft("run/draft")
     assert resumed.target_ids is not None and torch.equal(resumed.target_ids, draft.target_ids)
-    assert "is fixed for a run, of 100 tokens, but got 90" in error(f"{again} --draft_vocab_size 90", capsys)
-    assert "name --draft or --draft_vocab_size" in error("train --draft run/draft --draft_vocab_size 9", capsys)
-    wide = "train --draft run/draft --draft_intermediate_size 9"
-    assert "name --draft or --draft_intermediate_size" in error(wide, capsys)
-    assert "draft_intermediate_size must be at least 1, but got 0" in error("train --draft_intermediate_size 0", capsys)
-    assert "must have 1 to 512 tokens" in error("train --draft_vocab_size 513", capsys)
+    assert "draft.vocab_size must be the checkpoint's" in error(f"{again} --draft.vocab_size 90", capsys)
 
 
 def test_only_better_drafts_serve_where_asked_for() -> None:
-    better = "--update better --learner.held_out 0.5 --chooser 2/1/3"
-    line = f"train {SHORT} --requests 40 --checkpoint_every 100 {better} --tensorboard false --output_dir run"
+    better = "--serving.deploy better --learner.held_out 0.5 --serving.chooser 2/1/3"
+    better += " --serving.requests 40 --checkpoint 100 --log.tensorboard false"
+    line = f"train {SHORT} {better} --output_dir run"
     assert main(line.split()) == 0
     decisions = list(csv.DictReader(Path("run/gate.csv").read_text().splitlines()))
     assert "fewer than the 8 needed" in decisions[0]["reason"]
@@ -215,7 +230,7 @@ def test_weights_and_biases_gets_the_rows_or_says_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "--wandb needs Weights & Biases" in error(f"train {SHORT} --wandb mine --output_dir run", capsys)
+    assert "--wandb needs Weights & Biases" in error(f"train {SHORT} --log.wandb mine --output_dir run", capsys)
     assert not Path("run").exists()
     told: list[Any] = []
     run = SimpleNamespace(log=lambda row, step: told.append((step, row)), finish=lambda: told.append("finished"))
@@ -225,7 +240,7 @@ def test_weights_and_biases_gets_the_rows_or_says_what_is_missing(
         return run
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    line = f"train {SHORT} --requests 4 --wandb mine --tensorboard false --output_dir run"
+    line = f"train {SHORT} --serving.requests 4 --log.wandb mine --log.tensorboard false --output_dir run"
     assert main(line.split()) == 0
     settings, (step, row), end = told
     assert settings["project"] == "mine" and end == "finished"

@@ -14,7 +14,7 @@ import torch
 from test_hot_swap import Fake
 
 from specrl.agents.draft.learner import LearnerConfig
-from specrl.commands.train import train
+from specrl.commands.train_server import train_server
 from specrl.io.output import OutputDir
 from specrl.models.draft import Draft, load_draft, new_draft
 from specrl.sglang.plugin.failsafe import Failsafe
@@ -123,8 +123,7 @@ def test_a_server_that_goes_leaves_a_checkpoint_and_one_error(
     assert state["requests"] == follower.requests > 0
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--server_traces, --draft must be named too"):
-        train(engine="sglang", server="http://127.0.0.1:1", output_dir=tmp_path)
-    with pytest.raises(ValueError, match="--server is for --engine sglang"):
-        train(server="http://127.0.0.1:1", output_dir=tmp_path)
+@pytest.mark.parametrize(("changes", "name"), [({"requests": 0}, "requests"), ({"checkpoint_interval": 0}, "interval")])
+def test_numbers_out_of_range_are_named(changes: dict[str, int], name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=name):
+        train_server(server="", traces=tmp_path, draft=tmp_path, output_dir=tmp_path, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,72 @@
+"""Options and commands that have new names, for the messages that name them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# Old name: new names, of which a command has at most one.
+MOVED_OPTIONS: dict[str, tuple[str, ...]] = {
+    # config.py
+    "device": ("target.device",),
+    "dtype": ("target.dtype",),
+    "draft_vocab_size": ("draft.vocab_size",),
+    "draft_intermediate_size": ("draft.intermediate_size",),
+    "prompt_tokens": ("workload.prompt_tokens",),
+    "max_new_tokens": ("workload.max_new_tokens",),
+    "temperature": ("workload.temperature", "temperatures"),
+    "sglang_python": ("engine.python",),
+    "sglang_flags": ("engine.flags",),
+    "precision": ("measure.precision",),
+    "seconds": ("measure.seconds",),
+    # specrl train
+    "plans": ("serving.plans",),
+    "chooser": ("serving.chooser",),
+    "traffic": ("serving.batch_schedule", "batch_schedule"),
+    "requests": ("serving.requests",),
+    "sync_every": ("serving.weight_sync_interval", "weight_sync_interval"),
+    "update": ("serving.deploy",),
+    "checkpoint_every": ("checkpoint.interval", "checkpoint_interval"),
+    "checkpoint_replay": ("checkpoint.keep_replay_buffer",),
+    "tensorboard": ("log.tensorboard",),
+    "wandb": ("log.wandb",),
+    "in_flight": ("max_pending_calls",),
+    "engine_device": ("engine_resource",),
+    "learner_device": ("learner_resource",),
+    # the learner
+    "learner.passes": ("learner.ttt_steps",),
+    "learner.pass_decay": ("learner.ttt_decay",),
+    "learner.average": ("learner.ema_decay",),
+    "learner.clip": ("learner.max_grad_norm",),
+    "learner.replay": ("learner.replay_capacity",),
+    "learner.half_life": ("learner.replay_half_life",),
+}
+
+# Command: old option: command that has it now.
+MOVED_TO_COMMANDS: dict[str, dict[str, str]] = {
+    "specrl train": {
+        "server": "specrl train server --server URL",
+        "server_traces": "specrl train server --traces SOCKET",
+        "traces": "specrl train offline --traces DIR",
+        "epochs": "specrl train offline --epochs N",
+        "ray": "specrl train ray --ray ADDRESS",
+        "engines": "specrl train ray --engines N",
+        "in_flight": "specrl train ray --max_pending_calls N",
+        "engine_device": "specrl train ray --engine_resource NAME",
+        "learner_device": "specrl train ray --learner_resource NAME",
+    }
+}
+
+
+def moved(command: str, name: str, known: Sequence[str]) -> str | None:
+    """What replaces an option that a command no longer has; None: it was never there, or nothing replaces it.
+
+    Args:
+        command: such as 'specrl train'.
+        name: of the option, without '--'.
+        known: options that the command has.
+    """
+    for new in MOVED_OPTIONS.get(name, ()):
+        if new in known:
+            return f"--{new}"
+    new_command = MOVED_TO_COMMANDS.get(command, {}).get(name)
+    return None if new_command is None else f"'{new_command}'"

@@ -1,0 +1,89 @@
+"""Settings of online training, beside those that all commands share (`specrl.config`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from specrl.core.batch_schedule import parse_traffic
+from specrl.core.plan import Plan, parse_plans
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """How requests are served while the draft learns.
+
+    Args:
+        plans: that the chooser may choose (num_steps/topk/num_draft_tokens; 0 drafts nothing), separated by commas.
+        chooser: 'adaptive', or one plan for every round, such as 3/1/4.
+        batch_schedule: batch sizes over time: batch size x rounds, repeated.
+        requests: number of requests to serve, including those before a resumption.
+        weight_sync_interval: finished requests between two updates of the serving draft.
+        deploy: 'always' serves the newest weights; 'better' only weights that pass a test on held-out sequences and a
+            trial on the traffic. A checkpoint ends a trial, so leave room for one between
+            checkpoints: 128 to 512 rounds.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    plans: str = "0,1/1/2,2/1/3,3/1/4,4/1/5,5/1/6"
+    chooser: str = "adaptive"
+    batch_schedule: str = "16x96,4x24,1x24"
+    requests: int = 2000
+    weight_sync_interval: int = 16
+    deploy: Literal["always", "better"] = "always"
+
+    def __post_init__(self) -> None:
+        parse_plans(self.plans)
+        parse_traffic(self.batch_schedule)
+        for name in ("requests", "weight_sync_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"serving.{name} must be at least 1, but got {getattr(self, name)}")
+        if self.deploy not in ("always", "better"):
+            raise ValueError(f"serving.deploy must be 'always' or 'better', but got {self.deploy!r}")
+        try:
+            self.all_plans()
+        except ValueError as error:
+            raise ValueError(
+                f"serving.chooser must be 'adaptive' or one plan, but got {self.chooser!r}: {error}"
+            ) from error
+
+    def all_plans(self) -> tuple[Plan, ...]:
+        """Plans that an engine must be able to run: those on offer, and a fixed one."""
+        fixed = () if self.chooser == "adaptive" else (Plan.parse(self.chooser),)
+        return tuple(dict.fromkeys((*parse_plans(self.plans), *fixed)))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints to resume from.
+
+    Args:
+        interval: requests between two checkpoints.
+        keep_replay_buffer: save the sequences that the draft learns from too, each at least 2 bytes x tokens x
+            vocabulary; without them a resumed run collects new ones.
+
+    Raises:
+        ValueError: an interval below 1.
+    """
+
+    interval: int = 256
+    keep_replay_buffer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ValueError(f"checkpoint.interval must be at least 1 request, but got {self.interval}")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Logs beside log.csv.
+
+    Args:
+        tensorboard: write tensorboard/.
+        wandb: project of Weights & Biases; WANDB_MODE=offline writes to this machine only.
+    """
+
+    tensorboard: bool = True
+    wandb: str | None = None
