@@ -134,7 +134,7 @@ def test_the_card_shows_the_runs_measurements_with_their_intervals(tmp_path: Pat
         plans__json='{"plans": {"1": "3/1/4"}, "requests": 77}',
         measured__csv=header + rows,
         environment__json='{"cpu": "A CPU of Tests", "gpus": []}',
-        config__yaml="target: some/model\ntemperature: 0.0\n",
+        config__yaml="target: {name: some/model}\nworkload: {temperature: 0.0}\n",
     )
     assert main(["export", "--run", str(run), "--output_dir", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out/bundle/README.md").read_text()
@@ -148,7 +148,9 @@ def test_the_chooser_goes_along_and_goes_on(tmp_path: Path) -> None:
     for batch, plan, seconds in [(4, plan, 1.0 + plan.num_steps) for plan in plans for _ in range(5)]:
         chooser.costs.learn(batch, plan, seconds)
     run = run_directory(
-        tmp_path / "run", plans__json='{"plans": {"4": "0"}}', config__yaml="plans: 0,1/1/2,3/1/4\ntemperature: 0.0\n"
+        tmp_path / "run",
+        plans__json='{"plans": {"4": "0"}}',
+        config__yaml="serving: {plans: '0,1/1/2,3/1/4'}\nworkload: {temperature: 0.0}\n",
     )
     (run / "checkpoint").mkdir()
     (run / "checkpoint/state.json").write_text(json.dumps({"chooser": chooser.state_dict()}))
@@ -160,6 +162,14 @@ def test_the_chooser_goes_along_and_goes_on(tmp_path: Path) -> None:
     (run / "plans.json").write_text('{"plans": {"4": "1/1/2"}}')
     assert main(words) == 0
     assert json.loads((tmp_path / "bundle/adaptive.json").read_text()) == {"4": {"candidate_steps": [0, 1]}}
+
+
+def test_a_run_of_an_older_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_directory(
+        tmp_path / "run", plans__json='{"plans": {"4": "0"}}', config__yaml="target: embedded\nplans: 0\n"
+    )
+    assert main(["export", str(run), "--output_dir", str(tmp_path)]) == 2
+    assert "older version" in capsys.readouterr().err
 
 
 def test_a_policy_that_is_none_is_refused(tmp_path: Path) -> None:

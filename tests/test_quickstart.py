@@ -45,9 +45,9 @@ def test_the_quickstart_ends_in_its_result(capsys: pytest.CaptureFixture[str], m
 
 
 WRONG = {
-    "quickstart --train_seconds -1": "durations must be above 0 s",
-    "quickstart --measure_seconds soon": "--measure_seconds must be float",
-    "quickstart --minutes 5": "an option must be one that the command has",
+    "quickstart --train_seconds -1": "train_seconds must be above 0",
+    "quickstart --measure_seconds soon": "--measure_seconds must be a number",
+    "quickstart --minutes 5": "--minutes must be an option of 'specrl quickstart'",
 }
 
 
