@@ -16,10 +16,11 @@ import specrl
 from specrl.agents.choosers.policy_network import NetworkChooser, PolicyNetwork, load_chooser
 from specrl.agents.choosers.table import PlanTable
 from specrl.agents.rl.distill import distill, tabulate
+from specrl.agents.rl.hyperparameters import HYPERPARAMETERS, AgentConfig, read_hyperparameters
 from specrl.agents.rl.sb3 import ALGORITHMS, Agent, make_agent
 from specrl.agents.rl.sb3_vector import SB3VectorEnv
 from specrl.agents.rl.training_log import Curve
-from specrl.commands.rl import HYPERPARAMETERS, as_vector, read_hyperparameters, rl
+from specrl.commands.rl import rl
 from specrl.core.interfaces import Request
 from specrl.core.observation import vector_bounds
 from specrl.core.plan import Plan, parse_plans
@@ -29,6 +30,7 @@ from specrl.evaluation.policy_report import best_plans, report
 from specrl.export.bundle import read_plans
 from specrl.simulation.profile import load_profile
 from specrl.testing.agent import CHECKS
+from specrl.training.rl import as_vector
 
 SMALL: dict[str, dict[str, Any]] = {
     "ppo": {"policy": "MlpPolicy", "n_steps": 8, "batch_size": 32, "n_epochs": 1},
@@ -210,8 +212,8 @@ def test_the_report_gives_the_best_table_a_share_of_one() -> None:
 
 
 def test_the_command_writes_what_serves(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"batch_sizes": (1, 32), "n_timesteps": 20_000, "output_dir": tmp_path}
-    rl(algo="maskable_ppo", **options)
+    options: dict[str, Any] = {"batch_sizes": (1, 32), "output_dir": tmp_path}
+    rl(agent=AgentConfig("maskable_ppo", n_timesteps=20_000), **options)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"policy.json", "policy.safetensors", "plans.json", "curve.csv", "results.json"}
     results, chooser = json.loads((tmp_path / "results.json").read_text()), load_chooser(tmp_path)
@@ -224,7 +226,7 @@ def test_the_command_writes_what_serves(tmp_path: Path) -> None:
     assert results["agreement"] == 1.0 and results["share_of_table"] == results["share_of_best"]
     header, *rows = (tmp_path / "curve.csv").read_text().splitlines()
     assert header == "timesteps,seconds,speedup" and 0.5 < float(rows[0].split(",")[2]) < 2.0
-    rl(policy=tmp_path, **options | {"n_timesteps": 1})
+    rl(agent=AgentConfig(policy=tmp_path, n_timesteps=1), **options)
 
 
 def test_it_goes_on_on_live_decoding_and_updates_are_no_thinking_time(tmp_path: Path) -> None:
@@ -316,16 +318,15 @@ def test_shipped_hyperparameters_make_an_agent(algorithm: str, task: str) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_timesteps": 0}, "n_timesteps must be at least 1"),
-        ({"seconds": 0.0}, "seconds must be above 0"),
+        ({"n_timesteps": 0}, "agent.n_timesteps must be at least 1"),
+        ({"seconds": 0.0}, "agent.seconds must be above 0"),
         ({"hyperparameters": Path("nowhere.yaml")}, "there is no 'nowhere.yaml'"),
         ({"policy": Path("nowhere")}, "must hold policy.safetensors and policy.json"),
-        ({"profile": "aurora"}, "a profile is a .json file or one of"),
     ],
 )
-def test_wrong_arguments_get_one_clear_line(changes: dict[str, Any], message: str) -> None:
+def test_wrong_settings_of_the_agent_get_one_clear_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        rl(**changes)
+        rl(agent=AgentConfig(**changes))
     assert "\n" not in str(error.value)
 
 

@@ -10,7 +10,8 @@ from tiny import Listed, prompts, tiny_draft, tiny_target
 
 from specrl.commands import evaluate as evaluating
 from specrl.commands import profile as profiling
-from specrl.commands import rl as learning
+from specrl.commands import rl_live as learning
+from specrl.config import EngineConfig
 from specrl.core.interfaces import Request
 from specrl.core.plan import parse_plans
 from specrl.decoding.engine import LocalEngine
@@ -80,8 +81,6 @@ def test_lanes_share_a_servers_sessions(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_engine_that_nothing_is_decoded_with_is_refused() -> None:
     with pytest.raises(ValueError, match="--engine is what '--profiles live' decodes with, but got 'sglang' for all"):
         evaluating.evaluate(engine="sglang")
-    with pytest.raises(ValueError, match="but got 'sglang' in simulation; add --live true"):
-        learning.rl(engine="sglang")
 
 
 def test_an_agent_is_tuned_on_servers_that_the_environment_launches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +92,6 @@ def test_an_agent_is_tuned_on_servers_that_the_environment_launches(monkeypatch:
 
     monkeypatch.setattr("specrl.envs.spec_decode.make_engine", make)
     with pytest.raises(ValueError, match="that will do"):
-        learning.rl(live=True, engine="sglang", draft=Path("d"), sglang_python=Path("p"), sglang_flags="--x 1")
-    assert asked[0]["name"] == "sglang" and asked[0]["python"] == Path("p") and asked[0]["flags"] == ["--x", "1"]
+        learning.rl_live(engine=EngineConfig("sglang", Path("p"), "--x 1"), draft=Path("d"))
+    assert asked[0]["name"] == "sglang" and asked[0]["python"] == Path("p") and asked[0]["flags"] == ("--x", "1")
     assert asked[0]["draft"] == Path("d") and all(plan.is_chain for plan in asked[0]["plans"])
