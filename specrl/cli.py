@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -77,12 +77,12 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
     """
     words = list(sys.argv[1:] if argv is None else argv)
     known = {name: command for name, command in commands.items() if _exists(command)}
-    two, first = " ".join(words[:2]), words[0] if words else "--help"
-    name = two if two in known else first
-    prog = f"specrl {name}" if name in known else "specrl"
+    name, rest = split_command(words, known)
+    first = words[0] if words else "--help"
+    prog = f"specrl {name}".rstrip()
     try:
-        if name in known:
-            run(prog, known[name], words[len(name.split()) :])
+        if name:
+            run(name, known[name], rest)
         elif first in ("-h", "--help"):
             print(_help(known), end="")
         elif first == "--version":
@@ -105,7 +105,21 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
     return 0
 
 
-def run(prog: str, command: Command, words: Sequence[str]) -> None:
+def split_command(words: Sequence[str], commands: Mapping[str, Command] = COMMANDS) -> tuple[str, list[str]]:
+    """The name of the command that a command line begins with, '' if there is none, and the words after it."""
+    for count in (2, 1):  # 'train offline' before 'train'
+        if (name := " ".join(words[:count])) in commands:
+            return name, list(words[count:])
+    return "", list(words)
+
+
+def options_of(name: str, command: Command | None = None) -> Options:
+    """The options of a command."""
+    module, _, function = (command or COMMANDS[name]).target.partition(":")
+    return Options(f"specrl {name}", getattr(importlib.import_module(module), function))
+
+
+def run(name: str, command: Command, words: Sequence[str]) -> None:
     """Read the options of a command and call its function.
 
     A function with a parameter `output_dir` gets runs/<command>-<time> if none is given, and the configuration is
@@ -118,25 +132,18 @@ def run(prog: str, command: Command, words: Sequence[str]) -> None:
     from specrl.measure.malloc import keep_large_blocks
 
     keep_large_blocks()
-    function = load(command)
     started = datetime.now().strftime("%Y%m%d-%H%M%S")
-    fresh = Path("runs", f"{'-'.join(prog.split()[1:])}-{started}-{os.getpid()}")
-    arguments, text = Options(prog, function).parse(words, output_dir=fresh)
+    fresh = Path("runs", f"{name.replace(' ', '-')}-{started}-{os.getpid()}")
+    options = options_of(name, command)
+    arguments, text = options.parse(words, output_dir=fresh)
     if "output_dir" in arguments:
         OutputDir(arguments["output_dir"]).write_text("config.yaml", text)
     try:
-        function(**arguments)
+        options.function(**arguments)
     except ValueError:
         if "output_dir" in arguments:
             OutputDir(arguments["output_dir"]).discard_alone("config.yaml")
         raise
-
-
-def load(command: Command) -> Callable[..., object]:
-    """Import the function of a command."""
-    module, _, name = command.target.partition(":")
-    function: Callable[..., object] = getattr(importlib.import_module(module), name)
-    return function
 
 
 def _exists(command: Command) -> bool:

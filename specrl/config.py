@@ -33,8 +33,8 @@ class TargetConfig:
     """The target model.
 
     Args:
-        name: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
-        dtype: of its weights; greedy output is exactly lossless in float32.
+        name: directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        dtype: of its weights. Greedy output is exactly lossless in float32.
         device: 'cpu' or a CUDA device; by default a GPU if there is one.
 
     Raises:
@@ -69,9 +69,10 @@ class DraftConfig:
 
     Args:
         path: EAGLE3 draft directory; by default a new draft from random initialisation.
-        vocab_size: tokens that a new draft can predict, the most frequent ones of the workload; by default all.
-        intermediate_size: width of a new draft's MLP; by default the target's, but at most 256 for a target with a
-            hidden size below 512.
+        vocab_size: size of a new draft's vocabulary; by default all tokens. It holds the most frequent tokens of the
+            workload.
+        intermediate_size: width of a new draft's MLP; by default the target's. It is at most 256 by default for a
+            target with a hidden size below 512.
 
     Raises:
         ValueError: a size below 1, or one beside a path.
@@ -124,9 +125,9 @@ class WorkloadConfig:
     """The requests.
 
     Args:
-        name: 'stdlib', a .txt, .jsonl or directory of prompts, or a stream of them such as
-            'stdlib@500,pydoc_data@500' (see docs/own/model.md).
-        prompt_tokens: tokens of a prompt; a conversation is never cut, but left out if it is longer.
+        name: 'stdlib', a file or directory of prompts, or a stream such as 'stdlib@500,own.jsonl'. All forms are in
+            docs/own/model.md.
+        prompt_tokens: tokens of a prompt. A conversation is never cut, but left out if it is longer.
         max_new_tokens: tokens generated per request.
         temperature: of sampling; 0 is greedy.
 
@@ -181,8 +182,8 @@ class EngineConfig:
     """The engine that decodes.
 
     Args:
-        name: 'local' decodes in this process; 'sglang' launches SGLang servers with and without speculation.
-        python: for 'sglang': Python of an environment with SGLang and this package; by default this one.
+        name: 'local' (this process) or 'sglang'. Two SGLang servers are launched, with and without speculation.
+        python: for 'sglang': Python that has SGLang and this package; by default this one.
         flags: for 'sglang': further flags for sglang.launch_server.
 
     Raises:

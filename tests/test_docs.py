@@ -6,7 +6,7 @@ import importlib
 import re
 import runpy
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,8 +17,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 from specrl.agents.choosers.registry import CHOOSERS
 from specrl.agents.draft.losses import SLOT_LOSSES
-from specrl.cli import COMMANDS
-from specrl.io.options import build_parser, read_options
+from specrl.cli import options_of, split_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,13 +43,6 @@ def mentions(page: Path) -> Iterator[str]:
     yield from CODE.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
 
 
-def function_of(command: str) -> Callable[..., object]:
-    assert command in COMMANDS, f"there is no 'specrl {command}'"
-    module, _, name = COMMANDS[command].target.partition(":")
-    found: Callable[..., object] = getattr(importlib.import_module(module), name)
-    return found
-
-
 # The README's second block shows lines of a session that tests/test_readme.py begins.
 @pytest.mark.parametrize("page", PAGES[1:], ids=NAMES[1:])
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,28 +54,26 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 @each_page
 def test_command_lines_parse(page: Path, tmp_path: Path) -> None:
-    for command, *words in commands(page):
-        function = function_of(command)
-        if "--config" in words:  # of a run that is not there
-            at = words.index("--config")
-            del words[at : at + 2]
-        if set(words) & {"--help", "--print_config"}:
-            continue
-        read_options(build_parser(f"specrl {command}", function), function, words, output_dir=tmp_path)
+    for words in commands(page):
+        name, rest = split_command(words)
+        if "--config" in rest:  # of a run that is not there
+            at = rest.index("--config")
+            del rest[at : at + 2]
+        if not set(rest) & {"--help", "--print_config"}:
+            options_of(name).parse(rest, output_dir=tmp_path)
 
 
 @each_page
 def test_configurations_are_accepted(page: Path, tmp_path: Path) -> None:
     """A block of YAML that begins with '# specrl <command>' is a configuration of it."""
     for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
-        if language == "yaml" and (command := re.match(r"# specrl (\w+)", block)):
+        if language == "yaml" and (command := re.match(r"# specrl (.*)", block)):
             (tmp_path / "given.yaml").write_text(block, encoding="utf-8")
-            if command[1] == "study":  # its file is no configuration of its options
+            name, _ = split_command(command[1].split())
+            if name == "study":  # its file is no configuration of its options
                 importlib.import_module("specrl.studies.config").read_study(tmp_path / "given.yaml")
                 continue
-            function = function_of(command[1])
-            words = ["--config", str(tmp_path / "given.yaml")]
-            read_options(build_parser(f"specrl {command[1]}", function), function, words, output_dir=tmp_path)
+            options_of(name).parse(["--config", str(tmp_path / "given.yaml")], output_dir=tmp_path)
 
 
 @each_page
@@ -92,9 +82,11 @@ def test_options_that_are_mentioned_exist(page: Path) -> None:
         words = code.split()
         if words[0] != "specrl" or len(words) == 1 or words[1].startswith(("-", "<", "…")):
             continue
-        known = build_parser("specrl", function_of(words[1]))._option_string_actions
-        unknown = [word for word in words[2:] if word.startswith("--") and word.partition("=")[0] not in known]
-        assert not unknown, f"'specrl {words[1]}' has no {unknown[0]}"
+        name, rest = split_command(words[1:])
+        options = options_of(name)
+        known = {*options.table, *options.groups, "help", "config", "print_config"}
+        used = [word.partition("=")[0].removeprefix("--") for word in rest if word.startswith("--")]
+        assert set(used) <= known, f"'specrl {name}' has no {set(used) - known}"
 
 
 def test_an_option_that_does_not_exist_would_be_found(tmp_path: Path) -> None:

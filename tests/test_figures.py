@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from specrl.cli import COMMANDS
-from specrl.io.options import build_parser, read_options
+from specrl.cli import options_of, split_command
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/figures.md").read_text(encoding="utf-8")
@@ -38,6 +37,5 @@ def test_every_command_is_there(command: str, tmp_path: Path) -> None:
         files = [word.removeprefix("ARGS=") for word in words[2:] if word.endswith(".py")]
         assert all((ROOT / name).is_file() for name in files)
     elif words[0] == "specrl":
-        module, _, name = COMMANDS[words[1]].target.partition(":")
-        function = getattr(__import__(module, fromlist=[name]), name)
-        read_options(build_parser("x", function), function, words[2:], output_dir=tmp_path)
+        name, rest = split_command(words[1:])
+        options_of(name).parse(rest, output_dir=tmp_path)

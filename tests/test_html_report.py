@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from specrl.cli import COMMANDS, main
+from specrl.cli import main, options_of, split_command
 from specrl.core.statistics import Interval
-from specrl.io.options import build_parser, read_options
 from specrl.io.output import OutputDir
 from specrl.reports.data import LEAST, ratio, read_run
 from specrl.reports.figures import THEMES
@@ -183,11 +182,8 @@ def test_what_is_missing_comes_with_a_command_that_parses(
     commands = re.findall(r"<code>(.*?)</code>", page.source)
     assert len(commands) >= 4
     for command in commands:
-        words = shlex.split(command)
-        module, _, name = COMMANDS[words[1]].target.partition(":")
-        function = getattr(__import__(module, fromlist=[name]), name)
-        options, _ = read_options(build_parser("x", function), function, words[2:], output_dir=Path("y"))
-        assert str(options["output_dir"]).startswith("runs/")
+        name, rest = split_command(shlex.split(command)[1:])
+        assert str(options_of(name).parse(rest).arguments["output_dir"]).startswith("runs/")
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def train(
         learner: how the draft learns.
         checkpoint: when to write checkpoints.
         log: where to log.
-        resume: continue from the checkpoint in output_dir; --config OUTPUT_DIR/config.yaml repeats the options.
+        resume: continue from the checkpoint in output_dir. --config OUTPUT_DIR/config.yaml repeats the options.
         seed: of everything random.
         output_dir: where results go; by default runs/train-<time>.
 

@@ -14,13 +14,14 @@ class ServingConfig:
     """How requests are served while the draft learns.
 
     Args:
-        plans: that the chooser may choose (num_steps/topk/num_draft_tokens; 0 drafts nothing), separated by commas.
+        plans: num_steps/topk/num_draft_tokens, with commas between. The chooser chooses one for each round; 0 drafts
+            nothing.
         chooser: 'adaptive', or one plan for every round, such as 3/1/4.
         batch_schedule: batch sizes over time: batch size x rounds, repeated.
-        requests: number of requests to serve, including those before a resumption.
+        requests: number of requests to serve. A resumed run counts those before it too.
         weight_sync_interval: finished requests between two updates of the serving draft.
-        deploy: 'always' serves the newest weights; 'better' only weights that pass a test on held-out sequences and a
-            trial on the traffic. A checkpoint ends a trial, so leave room for one between
+        deploy: 'always' serves the newest weights, 'better' only tested ones. They are tested on held-out sequences and
+            then in a trial on the traffic. A checkpoint ends a trial, so leave room for one between
             checkpoints: 128 to 512 rounds.
 
     Raises:
@@ -61,8 +62,8 @@ class CheckpointConfig:
 
     Args:
         interval: requests between two checkpoints.
-        keep_replay_buffer: save the sequences that the draft learns from too, each at least 2 bytes x tokens x
-            vocabulary; without them a resumed run collects new ones.
+        keep_replay_buffer: save the sequences that the draft learns from. Each takes at least 2 bytes x tokens x
+            vocabulary. Without them a resumed run collects new ones.
 
     Raises:
         ValueError: an interval below 1.
