@@ -17,7 +17,7 @@ MOVED_OPTIONS: dict[str, tuple[str, ...]] = {
     "sglang_python": ("engine.python",),
     "sglang_flags": ("engine.flags",),
     "precision": ("measure.precision",),
-    "seconds": ("measure.seconds",),
+    "seconds": ("measure.seconds", "agent.seconds"),
     # specrl train
     "plans": ("serving.plans",),
     "chooser": ("serving.chooser",),
@@ -29,9 +29,15 @@ MOVED_OPTIONS: dict[str, tuple[str, ...]] = {
     "checkpoint_replay": ("checkpoint.keep_replay_buffer",),
     "tensorboard": ("log.tensorboard",),
     "wandb": ("log.wandb",),
-    "in_flight": ("max_pending_calls",),
-    "engine_device": ("engine_resource",),
-    "learner_device": ("learner_resource",),
+    "in_flight": ("ray.max_pending_calls",),
+    "engine_device": ("ray.engine_resource",),
+    "learner_device": ("ray.learner_resource",),
+    "engines": ("ray.engines",),
+    # specrl rl
+    "algo": ("agent.algo",),
+    "n_timesteps": ("agent.n_timesteps",),
+    "hyperparameters": ("agent.hyperparameters",),
+    "policy": ("agent.policy",),
     # the learner
     "learner.passes": ("learner.ttt_steps",),
     "learner.pass_decay": ("learner.ttt_decay",),
@@ -44,29 +50,31 @@ MOVED_OPTIONS: dict[str, tuple[str, ...]] = {
 # Command: old option: command that has it now.
 MOVED_TO_COMMANDS: dict[str, dict[str, str]] = {
     "specrl train": {
-        "server": "specrl train server --server URL",
-        "server_traces": "specrl train server --traces SOCKET",
-        "traces": "specrl train offline --traces DIR",
-        "epochs": "specrl train offline --epochs N",
+        "server": "specrl train server URL SOCKET DRAFT",
+        "server_traces": "specrl train server URL SOCKET DRAFT",
+        "traces": "specrl train offline DIR",
+        "epochs": "specrl train offline DIR --epochs N",
         "ray": "specrl train ray --ray ADDRESS",
-        "engines": "specrl train ray --engines N",
-        "in_flight": "specrl train ray --max_pending_calls N",
-        "engine_device": "specrl train ray --engine_resource NAME",
-        "learner_device": "specrl train ray --learner_resource NAME",
-    }
+        "engines": "specrl train ray --ray.engines N",
+        "in_flight": "specrl train ray --ray.max_pending_calls N",
+        "engine_device": "specrl train ray --ray.engine_resource NAME",
+        "learner_device": "specrl train ray --ray.learner_resource NAME",
+    },
+    "specrl rl": {"live": "specrl rl live"},
 }
 
 
-def moved(command: str, name: str, known: Sequence[str]) -> str | None:
-    """What replaces an option that a command no longer has; None: it was never there, or nothing replaces it.
+def moved(command: str, name: str, known: Sequence[str], *, dashes: str = "--") -> str | None:
+    """What replaces an option that a command no longer has; None: nothing does.
 
     Args:
         command: such as 'specrl train'.
-        name: of the option, without '--'.
+        name: of the option.
         known: options that the command has.
+        dashes: before the name of an option in the answer.
     """
     for new in MOVED_OPTIONS.get(name, ()):
         if new in known:
-            return f"--{new}"
+            return f"{dashes}{new}"
     new_command = MOVED_TO_COMMANDS.get(command, {}).get(name)
     return None if new_command is None else f"'{new_command}'"

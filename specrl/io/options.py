@@ -28,7 +28,7 @@ from specrl.io.moved import moved
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-_ALWAYS = ("--help", "--config", "--print_config")  # options that every command has
+_ALWAYS = ("help", "config", "print_config")  # options that every command has
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
@@ -112,7 +112,9 @@ class Options:
             if option in ("-h", "--help", "--print_config"):
                 out.append(word)
                 continue
-            name = "config" if option == "--config" else self._known(option)
+            if not option.startswith("--"):
+                raise ValueError(f"options must be written as --name value, but got {option!r}; {self._see}")
+            name = "config" if option == "--config" else self._known(option[2:], dashes="--")
             kind = self.table[name].kind if name in self.table else str
             if not equals and kind is bool and (not rest or rest[0].startswith("--")):
                 value, equals = "true", "="
@@ -185,17 +187,14 @@ class Options:
             raise ValueError(f"options must be written as --name value, but got {words[len(named)]!r}; {self._see}")
         return [f"--{option.name}={word}" for option, word in zip(named, words, strict=False)]
 
-    def _known(self, option: str) -> str:
-        """The full name of an option that is written so, without '--'."""
-        name = option.removeprefix("--")
-        if option.startswith("--") and (name in self.table or name in self.groups):
+    def _known(self, name: str, *, dashes: str = "") -> str:
+        """The full name of an option; `dashes` is what stands before names where it is written."""
+        if name in self.table or name in self.groups:
             return self.groups.get(name, name)
-        if not option.startswith("-"):
-            raise ValueError(f"options must be written as --name value, but got {option!r}; {self._see}")
-        if new := moved(self.command, name, [*self.table, *self.groups]):
-            raise ValueError(f"{option} has moved, use {new}")
-        near = did_you_mean(option, [*_ALWAYS, *(f"--{known}" for known in (*self.table, *self.groups))])
-        raise ValueError(f"{option} must be an option of '{self.command}', but is none{near or '; ' + self._see}")
+        if new := moved(self.command, name, [*self.table, *self.groups], dashes=dashes):
+            raise ValueError(f"{dashes}{name} has moved, use {new}")
+        near = did_you_mean(f"{dashes}{name}", [f"{dashes}{known}" for known in (*_ALWAYS, *self.table, *self.groups)])
+        raise ValueError(f"{dashes}{name} must be an option of '{self.command}', but is none{near or '; ' + self._see}")
 
     def _nested(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """A mapping with dotted names, shorthands and nested groups, as nested groups only."""
@@ -213,7 +212,7 @@ class Options:
             if f"{prefix}{key}" in self.groups and isinstance(value, Mapping):
                 yield from self._flat(value, f"{key}.")
             elif f"{prefix}{key}" != "config":
-                yield self._known(f"--{prefix}{key}"), value
+                yield self._known(f"{prefix}{key}"), value
 
     def _explain(self, message: str) -> str:
         """A complaint of jsonargparse as one line: rule, value and remedy."""
