@@ -28,8 +28,7 @@ from specrl.agents.choosers.table import FixedPlan
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.agents.draft.losses import PlanCost
 from specrl.agents.draft.sequences import Assembler, Sequence
-from specrl.commands.quickstart import NEW, PROMPT, TARGET, _workload
-from specrl.commands.train import fresh_draft
+from specrl.config import DraftConfig
 from specrl.core.batch_schedule import Phase
 from specrl.core.plan import Plan
 from specrl.core.statistics import mean_interval, probability_of_improvement
@@ -40,8 +39,11 @@ from specrl.measure.paired import Setting, measure
 from specrl.models.draft import Draft, load_draft
 from specrl.models.target import Target, load_target
 from specrl.simulation.profile import load_profile
+from specrl.training import quickstart
 from specrl.training.loop import OnlineLoop
 
+TARGET, WORKLOAD = quickstart.TARGET.name, quickstart.WORKLOAD
+PROMPT, NEW = WORKLOAD.prompt_tokens, WORKLOAD.max_new_tokens
 PROFILE = "embedded-fp32"
 SERVED, TIMED, BATCHES = Plan(5), Plan(3), (1, 4, 16)
 REFERENCE = "forward_kl"
@@ -63,14 +65,14 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def recorded(target: Target, seed: int, requests: int) -> list[Sequence]:
     """Traffic served with a draft that has learnt a little."""
-    draft = fresh_draft(target, TARGET, 50 + seed)
+    draft = DraftConfig().load(target, seed=50 + seed)
     learner = OnlineLearner(draft, target.embedding, LearnerConfig(), seed=seed)
     engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
-    loop = OnlineLoop(engine, _workload("train"), FixedPlan(SERVED), learner, [Phase(16)], seed=seed)
+    loop = OnlineLoop(engine, quickstart.open_requests("train"), FixedPlan(SERVED), learner, [Phase(16)], seed=seed)
     while loop.requests < 300:
         loop.step()
     loop.close()
-    session = engine.start(_workload("train"), batch_size=16, seed=10_000 + seed, trace=True)
+    session = engine.start(quickstart.open_requests("train"), batch_size=16, seed=10_000 + seed, trace=True)
     assembler, kept = Assembler(rejected=True), list[Sequence]()
     while len(kept) < requests:
         session.round(SERVED)
@@ -94,7 +96,7 @@ def plan_costs(*, unit: bool) -> list[PlanCost]:
 
 def train(target: Target, seed: int, arm: str, traffic: list[Sequence], updates: int) -> tuple[Draft, list[float]]:
     """A draft learnt by one loss; and the mean odds of a first draft to stand, over each tenth of the updates."""
-    draft = fresh_draft(target, TARGET, seed)
+    draft = DraftConfig().load(target, seed=seed)
     learner = OnlineLearner(draft, target.embedding, LearnerConfig(**ARMS[arm]), seed=seed)
     if "seconds_saved" in learner.config.loss:
         learner.price(plan_costs(unit="unit" in arm))
@@ -135,7 +137,7 @@ def run(seed: int, updates: int, requests: int, seconds: float, kept: Path) -> d
         settings += [Setting(arm, engine, TIMED) for arm, engine in engines.items()]
         found = measure(
             settings,
-            _workload("held_out"),
+            quickstart.open_requests("held_out"),
             batch_size=batch,
             block_tokens=NEW,
             precision=0.01,

@@ -20,14 +20,15 @@ import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.callbacks import BaseCallback
 
+from specrl.agents.rl.hyperparameters import HYPERPARAMETERS, read_hyperparameters
 from specrl.agents.rl.sb3 import ALGORITHMS, make_agent
-from specrl.commands.rl import EPISODE, HYPERPARAMETERS, read_hyperparameters
 from specrl.core.clock import WallClock
 from specrl.envs import SIMULATED
 from specrl.envs.simulated_vector import SimulatedVectorEnv
 from specrl.evaluation.policy_report import report
 from specrl.io.output import environment
 from specrl.simulation.profile import load_profile
+from specrl.training.rl import EPISODE_ROUNDS
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
 AIM = 0.97
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=5.0, help="seconds of training between measurements")
     parser.add_argument("--hyperparameters", type=Path, help="YAML; by default the shipped ones")
     parser.add_argument("--observe", choices=["all", "batch_size"], help="by default what the hyperparameters say")
-    parser.add_argument("--max_rounds", type=int, default=EPISODE[SIMULATED], help="of an episode of training")
+    parser.add_argument("--max_rounds", type=int, default=EPISODE_ROUNDS[SIMULATED], help="of an episode of training")
     parser.add_argument("--together", action="store_true", help="let all episodes end in the same step")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

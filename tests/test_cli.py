@@ -244,7 +244,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         "requests decoded together",
         "--config",
         "--print_config",
-        "The model:",
+        "model (The model):",
         "--model.dtype {float32,bfloat16}",
         "of its weights (default: float32)",
         "example:\n  specrl toy",

@@ -21,7 +21,9 @@ MOVED_OPTIONS: dict[str, tuple[str, ...]] = {
     # specrl train
     "plans": ("serving.plans",),
     "chooser": ("serving.chooser",),
-    "traffic": ("serving.batch_schedule", "batch_schedule"),
+    "traffic": ("serving.batch_schedule", "schedule.batch_sizes"),
+    "rounds": ("schedule.rounds",),
+    "shifts": ("schedule.shifts",),
     "requests": ("serving.requests",),
     "sync_every": ("serving.weight_sync_interval", "weight_sync_interval"),
     "update": ("serving.deploy",),

@@ -40,7 +40,7 @@ class Option(NamedTuple):
         kind: its type.
         default: its value if it is not given; `inspect.Parameter.empty` if it must be given.
         help: one sentence.
-        group: summary of the dataclass; '' for an option without a group.
+        group: title of its group; '' for an option without a group.
     """
 
     name: str
@@ -247,7 +247,7 @@ def _options(function: Callable[..., object]) -> Iterator[Option]:
             yield Option(name, kind, default, helps.get(name, ""), "")
             continue
         summary, fields_help, _ = _docstring(kind)
-        title = summary.partition("\n")[0].rstrip(".")
+        title = f"{name} ({helps.get(name) or summary.partition(chr(10))[0].rstrip('.')})"
         for field, field_kind, own_default in _parameters(kind):
             value = getattr(default, field, own_default)  # the group's own default if the parameter has none
             yield Option(f"{name}.{field}", field_kind, value, fields_help.get(field, ""), title)
@@ -316,7 +316,7 @@ def _metavar(kind: Any) -> str:
     if typing.get_origin(parts[0]) is Literal:
         return "{" + ",".join(map(str, typing.get_args(parts[0]))) + "}"
     item = _list_of(parts[0])
-    return f"{item.__name__.upper()},..." if item in _NAMES else getattr(parts[0], "__name__", "value").upper()
+    return getattr(parts[0], "__name__", "value").upper() if item is None else f"{_metavar(item)},..."
 
 
 def _words(kind: Any) -> str:

@@ -21,6 +21,7 @@ from specrl.training.config import ServingConfig
 from specrl.training.logger import Reporter
 from specrl.training.loop import OnlineLoop
 from specrl.training.run import Run
+from specrl.workloads.text import Split
 
 BATCH_SIZES = (1, 4, 16)
 TARGET = TargetConfig("embedded", device="cpu")
@@ -28,6 +29,11 @@ WORKLOAD = WorkloadConfig("stdlib", prompt_tokens=64, max_new_tokens=128, temper
 SERVING = ServingConfig(batch_schedule="1x40,4x40,16x120")
 PRECISION = {1: 0.025, 4: 0.04, 16: 0.04}
 UNLEARNED = "no learning"
+
+
+def open_requests(split: Split) -> Workload:
+    """The requests; all have the same number of new tokens."""
+    return WORKLOAD.open(TARGET.name, split, ignore_eos=True)
 
 
 def run_quickstart(
@@ -41,7 +47,7 @@ def run_quickstart(
     clock = WallClock()
     began = clock.now()
     target = TARGET.load()
-    workload, held_out = (WORKLOAD.open(TARGET.name, split, ignore_eos=True) for split in ("train", "held_out"))
+    workload, held_out = open_requests("train"), open_requests("held_out")
     fastest = {batch: fastest_plain(TARGET.name, held_out, batch) for batch in BATCH_SIZES}
     for batch, setting in fastest.items():
         tps = batch / setting.seconds
