@@ -12,42 +12,29 @@ A parameter is an option. A parameter whose type is a dataclass is a group of op
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
-import inspect
 import json
 import re
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from specrl.io.moved import moved
+from specrl.io.signature import (
+    NAMES,
+    describe_type,
+    item_type,
+    metavar,
+    read_docstring,
+    read_parameters,
+    read_signature,
+    union_members,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 _ALWAYS = ("help", "config", "print_config")  # options that every command has
-_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
-
-
-class Option(NamedTuple):
-    """One option of a command.
-
-    Attributes:
-        name: as it is written after '--' and in YAML, 'target.dtype' for a field of a group.
-        kind: its type.
-        default: its value if it is not given; `inspect.Parameter.empty` if it must be given.
-        help: one sentence.
-        group: title of its group; '' for an option without a group.
-    """
-
-    name: str
-    kind: Any
-    default: Any
-    help: str
-    group: str
 
 
 class Parsed(NamedTuple):
@@ -71,7 +58,7 @@ class Options:
 
     def __init__(self, command: str, function: Callable[..., object]) -> None:
         self.command, self.function = command, function
-        self.table = {option.name: option for option in _options(function)}
+        self.table = {option.name: option for option in read_signature(function)}
         self.groups: dict[str, str] = {}
         for name in self.table:
             if "." in name:
@@ -132,8 +119,8 @@ class Options:
         """The parser of jsonargparse."""
         from jsonargparse import ArgumentParser
 
-        summary, _, examples = _docstring(self.function)
-        needed = [name for name, option in self.table.items() if option.default is inspect.Parameter.empty]
+        text, _, examples = read_docstring(self.function)
+        needed = [name for name, option in self.table.items() if option.required]
         epilog = ["example:", *(f"  {line}" for line in examples)] if examples else []
         if self.groups:
             group, first = next(iter(self.groups.items()))
@@ -141,7 +128,7 @@ class Options:
         parser = ArgumentParser(
             prog=self.command,
             usage=" ".join([self.command, *(name.upper() for name in needed), "[options]"]),
-            description=summary,
+            description=text,
             epilog="\n".join(epilog) or None,
             formatter_class=_Help,
             exit_on_error=False,
@@ -153,10 +140,9 @@ class Options:
         for option in self.table.values():
             if option.group not in sections:
                 sections[option.group] = parser.add_argument_group(option.group)
-            required = option.default is inspect.Parameter.empty
-            default: dict[str, Any] = {"required": True} if required else {"default": option.default}
+            default: dict[str, Any] = {"required": True} if option.required else {"default": option.default}
             sections[option.group].add_argument(
-                f"--{option.name}", type=option.kind, metavar=_metavar(option.kind), help=_help(option), **default
+                f"--{option.name}", type=option.kind, metavar=metavar(option.kind), help=option.help_text, **default
             )
         return parser
 
@@ -172,16 +158,16 @@ class Options:
         if "output_dir" in self.table and config["output_dir"] is None:
             config["output_dir"] = output_dir
         found = parser.instantiate(config).as_dict()
-        for name, kind, _ in _parameters(self.function):
+        for name, kind, _ in read_parameters(self.function):
             if name in self.groups:
                 found[name] = kind(**found[name])
         return Parsed(found, parser.dump(config, skip_unset=False))
 
     def _positional(self, words: Sequence[str]) -> list[str]:
         """Words before the first option: the first parameters, if they have no default or the first has None."""
-        needed = [option for option in self.table.values() if option.default is inspect.Parameter.empty]
+        needed = [option for option in self.table.values() if option.required]
         named = needed or [option for option in list(self.table.values())[:1] if option.default is None]
-        if words and named and _list_of(named[0].kind) is not None:  # 'report RUN RUN'
+        if words and named and item_type(named[0].kind) is not None:  # 'report RUN RUN'
             return [f"--{named[0].name}={json.dumps(list(words))}"]
         if len(words) > len(named):
             raise ValueError(f"options must be written as --name value, but got {words[len(named)]!r}; {self._see}")
@@ -220,7 +206,7 @@ class Options:
         given = re.search(r"[Gg](?:iven value|ot value): (.*)", message)
         if not keys or given is None:
             return f"{' '.join(message.split())}; {self._see}"
-        return f"--{keys[-1]} must be {_words(self.table[keys[-1]].kind)}, but got {given[1]}; {self._see}"
+        return f"--{keys[-1]} must be {describe_type(self.table[keys[-1]].kind)}, but got {given[1]}; {self._see}"
 
     @property
     def _see(self) -> str:
@@ -240,43 +226,6 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _options(function: Callable[..., object]) -> Iterator[Option]:
-    _, helps, _ = _docstring(function)
-    for name, kind, default in _parameters(function):
-        if not dataclasses.is_dataclass(kind):
-            yield Option(name, kind, default, helps.get(name, ""), "")
-            continue
-        summary, fields_help, _ = _docstring(kind)
-        title = f"{name} ({helps.get(name) or summary.partition(chr(10))[0].rstrip('.')})"
-        for field, field_kind, own_default in _parameters(kind):
-            value = getattr(default, field, own_default)  # the group's own default if the parameter has none
-            yield Option(f"{name}.{field}", field_kind, value, fields_help.get(field, ""), title)
-
-
-def _parameters(of: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Name, type and default of every parameter of a function, or of every field of a dataclass."""
-    kinds, empty = typing.get_type_hints(of), inspect.Parameter.empty
-    if not dataclasses.is_dataclass(of):
-        yield from ((name, kinds[name], given.default) for name, given in inspect.signature(of).parameters.items())
-        return
-    for field in dataclasses.fields(of):
-        default = empty if field.default is dataclasses.MISSING else field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        yield field.name, kinds[field.name], default
-
-
-def _docstring(of: Any) -> tuple[str, dict[str, str], list[str]]:
-    """The text before 'Args:', the first sentence on every argument, and the lines of 'Example:'."""
-    import docstring_parser
-
-    doc = docstring_parser.parse(of.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)
-    first_sentence = {param.arg_name: re.split(r"\.\s+(?=[A-Z])", param.description or "")[0] for param in doc.params}
-    helps = {name: text.rstrip(".") for name, text in first_sentence.items()}
-    examples = [line.strip() for part in doc.examples for line in (part.description or "").splitlines()]
-    return "\n\n".join(filter(None, (doc.short_description, doc.long_description))), helps, examples
-
-
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     from jsonargparse import get_loader
 
@@ -291,53 +240,10 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _union(kind: Any) -> tuple[Any, ...]:
-    """The members of a union; one member for any other type."""
-    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-
-
-def _list_of(kind: Any) -> Any:
-    """The type of the items of a list or tuple; None for any other type."""
-    found = [typing.get_args(part)[0] for part in _union(kind) if typing.get_origin(part) in (list, tuple)]
-    return found[0] if len(found) == 1 else None
-
-
 def _bracket(value: str, kind: Any) -> str:
     """A list with commas as JSON; another value as it is."""
-    item = _list_of(kind)
-    single = any(part in _NAMES for part in _union(kind))  # 'float | list[float]'
+    item = item_type(kind)
+    single = any(part in NAMES for part in union_members(kind))  # 'float | list[float]'
     if item is None or value.startswith("[") or value in ("", "null") or (single and "," not in value):
         return value
     return json.dumps(value.split(",")) if item in (str, Path) else f"[{value}]"
-
-
-def _metavar(kind: Any) -> str:
-    parts = [part for part in _union(kind) if part is not type(None)]
-    if typing.get_origin(parts[0]) is Literal:
-        return "{" + ",".join(map(str, typing.get_args(parts[0]))) + "}"
-    item = _list_of(parts[0])
-    return getattr(parts[0], "__name__", "value").upper() if item is None else f"{_metavar(item)},..."
-
-
-def _words(kind: Any) -> str:
-    """A type in words, for messages."""
-    out = []
-    for part in _union(kind):
-        if typing.get_origin(part) is Literal:
-            out.append(f"one of {', '.join(map(repr, typing.get_args(part)))}")
-        elif _list_of(part) is not None:
-            item = _NAMES.get(_list_of(part), "values").rpartition(" ")[2]
-            out.append(f"{item}s with commas between" if not item.endswith("s") else f"{item} with commas between")
-        else:
-            out.append("null" if part is type(None) else _NAMES.get(part, getattr(part, "__name__", str(part))))
-    return " or ".join(out)
-
-
-def _help(option: Option) -> str:
-    text, default = option.help.replace("\n", " "), option.default
-    if default is inspect.Parameter.empty:
-        text += " (required)"
-    elif default is not None and default != "":
-        listed = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
-        text += f" (default: {listed.lower() if isinstance(default, bool) else listed})"
-    return text.strip().replace("%", "%%")
