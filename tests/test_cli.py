@@ -177,6 +177,7 @@ def test_options_take_precedence_over_a_configuration_file(text: str, options: s
         ("toy --model=", ["model.name must not be empty"]),
         ("toy --config none.yaml", ["--config", "No such file", "none.yaml"]),
         ("toy --config wrong.yaml", ["second must be an option", "did you mean 'seconds'?"]),
+        ("toy --config damaged.yaml", ["--config must be YAML", "damaged.yaml"]),
         ("toy --config list.yaml", ["--config must hold options by name", "list"]),
         ("toy --config value.yaml", ["--model.dtype must be one of", "got fp8"]),
         ("toy again", ["runs"]),
@@ -187,6 +188,7 @@ def test_options_take_precedence_over_a_configuration_file(text: str, options: s
 )
 def test_wrong_input_ends_in_one_line(line: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path("wrong.yaml").write_text("second: 5\n")
+    Path("damaged.yaml").write_text("a: [\n")
     Path("list.yaml").write_text("[1]\n")
     Path("value.yaml").write_text("model: {dtype: fp8}\n")
     assert main(line.split(), TOY) == 2

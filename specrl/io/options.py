@@ -227,13 +227,14 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
+    import yaml  # type: ignore[import-untyped]
     from jsonargparse import get_loader
 
     try:
         found = get_loader("yaml")(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ValueError(f"--config must be a readable YAML file, but got {str(path)!r}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config must be YAML, but {str(path)!r} is not: {error}") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"--config must hold options by name, but {str(path)!r} holds {type(found).__name__}")
