@@ -48,11 +48,12 @@ from specrl.measure.paired import Setting, measure
 from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft
 from specrl.models.target import load_target
-from specrl.training import quickstart
 from specrl.training.loop import OnlineLoop
+from specrl.training.quickstart import TARGET as TARGET_CONFIG
+from specrl.training.quickstart import WORKLOAD
+from specrl.training.quickstart import open_requests as _workload
 
-TARGET, WORKLOAD = quickstart.TARGET.name, quickstart.WORKLOAD
-PROMPT, NEW = WORKLOAD.prompt_tokens, WORKLOAD.max_new_tokens
+TARGET, PROMPT, NEW = TARGET_CONFIG.name, WORKLOAD.prompt_tokens, WORKLOAD.max_new_tokens
 PLAN, PROBED, BATCH = Plan(5), Plan(3), 16
 MARKS = (1.5, 2.0, 2.5)
 WINDOW, EVERY, WORTH = 150, 100, 1.8  # rounds; requests between two probes; accept length from which a probe is made
@@ -115,7 +116,7 @@ def learner_of(arm: str, draft: Draft, embedding: Tensor, seed: int, tuned: Mapp
 
 def run(arm: str, seed: int, requests: int, tuned: Mapping[str, float], *, probe: bool = True) -> dict[str, Any]:
     """One run: when each mark was reached, and the course of it all."""
-    target, workload = load_target(TARGET), quickstart.open_requests("train")
+    target, workload = load_target(TARGET), _workload("train")
     draft = NewDraft().load(target, seed=seed)
     learner, every = learner_of(arm, draft, target.embedding, seed, tuned)
     engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
@@ -162,13 +163,7 @@ def speedup_now(target: Any, shape: DraftConfig, learner: Any) -> dict[str, floa
     fast, plain = LocalEngine(target, draft, max_context=PROMPT + NEW), LocalEngine(target, max_context=PROMPT + NEW)
     settings = [Setting("plain", plain, None), Setting("draft", fast, PROBED)]
     found = measure(
-        settings,
-        quickstart.open_requests("held_out"),
-        batch_size=1,
-        block_tokens=NEW,
-        precision=0.03,
-        seconds=10.0,
-        seed=7,
+        settings, _workload("held_out"), batch_size=1, block_tokens=NEW, precision=0.03, seconds=10.0, seed=7
     )[1].speedup
     fast.close()
     plain.close()

@@ -27,7 +27,7 @@ import numpy as np
 
 from specrl.agents.choosers.table import FixedPlan
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
-from specrl.config import DraftConfig
+from specrl.config import DraftConfig as NewDraft
 from specrl.core.batch_schedule import Phase
 from specrl.core.interfaces import Workload
 from specrl.core.plan import Plan
@@ -38,13 +38,13 @@ from specrl.measure.malloc import keep_large_blocks
 from specrl.measure.paired import Lane, Measured, Setting, measure
 from specrl.models.draft import Draft, load_draft
 from specrl.models.target import Target, load_target
-from specrl.training import quickstart
 from specrl.training.loop import OnlineLoop
+from specrl.training.quickstart import TARGET as TARGET_CONFIG
+from specrl.training.quickstart import WORKLOAD
 from specrl.workloads.stream import open_stream
 from specrl.workloads.text import Split
 
-TARGET, WORKLOAD = quickstart.TARGET.name, quickstart.WORKLOAD
-PROMPT, NEW = WORKLOAD.prompt_tokens, WORKLOAD.max_new_tokens
+TARGET, PROMPT, NEW = TARGET_CONFIG.name, WORKLOAD.prompt_tokens, WORKLOAD.max_new_tokens
 SHIFTS = ("stdlib,encodings", "stdlib,pydoc_data", "encodings,stdlib", "pydoc_data,stdlib", "encodings,pydoc_data")
 SERVED, TIMED, BATCH = Plan(5), (Plan(1), Plan(3), Plan(5)), 16
 PROBES = (0, 50, 100, 200, 400)  # requests after the shift
@@ -75,7 +75,7 @@ def trained(shift: str, seed: int, before: int, after: int, kept: Path) -> tuple
     if not told.exists():
         first, then = (name.strip() for name in shift.split(","))
         target = load_target(TARGET)
-        draft = DraftConfig().load(target, seed=seed)
+        draft = NewDraft().load(target, seed=seed)
         learner = OnlineLearner(draft, target.embedding, LearnerConfig(), seed=seed)
         engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
         loop = loop_on(engine, learner, workload(first, "train"), seed)

@@ -28,7 +28,7 @@ from specrl.agents.choosers.table import FixedPlan
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.agents.draft.losses import PlanCost
 from specrl.agents.draft.sequences import Assembler, Sequence
-from specrl.config import DraftConfig
+from specrl.config import DraftConfig as NewDraft
 from specrl.core.batch_schedule import Phase
 from specrl.core.plan import Plan
 from specrl.core.statistics import mean_interval, probability_of_improvement
@@ -39,11 +39,12 @@ from specrl.measure.paired import Setting, measure
 from specrl.models.draft import Draft, load_draft
 from specrl.models.target import Target, load_target
 from specrl.simulation.profile import load_profile
-from specrl.training import quickstart
 from specrl.training.loop import OnlineLoop
+from specrl.training.quickstart import TARGET as TARGET_CONFIG
+from specrl.training.quickstart import WORKLOAD
+from specrl.training.quickstart import open_requests as _workload
 
-TARGET, WORKLOAD = quickstart.TARGET.name, quickstart.WORKLOAD
-PROMPT, NEW = WORKLOAD.prompt_tokens, WORKLOAD.max_new_tokens
+TARGET, PROMPT, NEW = TARGET_CONFIG.name, WORKLOAD.prompt_tokens, WORKLOAD.max_new_tokens
 PROFILE = "embedded-fp32"
 SERVED, TIMED, BATCHES = Plan(5), Plan(3), (1, 4, 16)
 REFERENCE = "forward_kl"
@@ -65,14 +66,14 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def recorded(target: Target, seed: int, requests: int) -> list[Sequence]:
     """Traffic served with a draft that has learnt a little."""
-    draft = DraftConfig().load(target, seed=50 + seed)
+    draft = NewDraft().load(target, seed=50 + seed)
     learner = OnlineLearner(draft, target.embedding, LearnerConfig(), seed=seed)
     engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
-    loop = OnlineLoop(engine, quickstart.open_requests("train"), FixedPlan(SERVED), learner, [Phase(16)], seed=seed)
+    loop = OnlineLoop(engine, _workload("train"), FixedPlan(SERVED), learner, [Phase(16)], seed=seed)
     while loop.requests < 300:
         loop.step()
     loop.close()
-    session = engine.start(quickstart.open_requests("train"), batch_size=16, seed=10_000 + seed, trace=True)
+    session = engine.start(_workload("train"), batch_size=16, seed=10_000 + seed, trace=True)
     assembler, kept = Assembler(rejected=True), list[Sequence]()
     while len(kept) < requests:
         session.round(SERVED)
@@ -96,7 +97,7 @@ def plan_costs(*, unit: bool) -> list[PlanCost]:
 
 def train(target: Target, seed: int, arm: str, traffic: list[Sequence], updates: int) -> tuple[Draft, list[float]]:
     """A draft learnt by one loss; and the mean odds of a first draft to stand, over each tenth of the updates."""
-    draft = DraftConfig().load(target, seed=seed)
+    draft = NewDraft().load(target, seed=seed)
     learner = OnlineLearner(draft, target.embedding, LearnerConfig(**ARMS[arm]), seed=seed)
     if "seconds_saved" in learner.config.loss:
         learner.price(plan_costs(unit="unit" in arm))
@@ -137,7 +138,7 @@ def run(seed: int, updates: int, requests: int, seconds: float, kept: Path) -> d
         settings += [Setting(arm, engine, TIMED) for arm, engine in engines.items()]
         found = measure(
             settings,
-            quickstart.open_requests("held_out"),
+            _workload("held_out"),
             batch_size=batch,
             block_tokens=NEW,
             precision=0.01,
