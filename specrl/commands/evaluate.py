@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,10 +17,10 @@ from specrl.evaluation.backends import Live, Simulated, live_source
 from specrl.evaluation.records import Record, write_record
 from specrl.evaluation.regret import as_json, lines
 from specrl.evaluation.scores import Comparison, Score, compare, curves
+from specrl.evaluation.simulation import LOAD, parse_shifts
 from specrl.io.output import OutputDir, environment, hint, progress, show, table
-from specrl.simulation.profile import Shift, load_profile, shipped_profiles
+from specrl.simulation.profile import load_profile, shipped_profiles
 
-LOAD = "1x20,8x20,2x20,32x20,4x20,16x20"
 _LEADERBOARD = ("date_utc", "source", "chooser", "seeds", "rounds", "speedup", "low", "high", "share", "end", "record")
 
 
@@ -153,22 +152,6 @@ def evaluate(
                 if isinstance(source, Live) and source.blocks is not None:
                     directory.write_json("headroom.json", as_json(source.blocks))
     return out
-
-
-def parse_shifts(text: str) -> tuple[Shift, ...]:
-    """Read 'at=1200,cost=1.3,from_steps=3;at=1800,log_odds=-0.5'.
-
-    Raises:
-        ValueError: another form, or a number out of range.
-    """
-    out = []
-    for part in filter(None, (p.strip() for p in text.split(";"))):
-        found = dict(re.findall(r"([a-z_]+)=(-?[0-9.]+)", part))
-        if set(found) - {"at", "cost", "from_steps", "log_odds"} or "at" not in found or len(found) != part.count("="):
-            raise ValueError(f"a shift is written 'at=1200,cost=1.3,from_steps=3,log_odds=-0.5', but got {part!r}")
-        at, steps = int(found["at"]), int(found.get("from_steps", 1))
-        out.append(Shift(at, float(found.get("cost", 1.0)), steps, float(found.get("log_odds", 0.0))))
-    return tuple(out)
 
 
 def rows(compared: Sequence[Comparison]) -> list[dict[str, object]]:

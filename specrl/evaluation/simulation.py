@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from specrl.simulation.acceptance_model import accept_length
 from specrl.simulation.engine import Requests, SimulatedEngine, SimulatedSession
 from specrl.simulation.profile import Profile, Shift
 
+LOAD = "1x20,8x20,2x20,32x20,4x20,16x20"  # batch size x rounds
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -167,3 +169,19 @@ class Foreseeing(ClairvoyantLength):
     def attach(self, session: SimulatedSession) -> None:
         """The session to foresee."""
         self._session = session
+
+
+def parse_shifts(text: str) -> tuple[Shift, ...]:
+    """Read 'at=1200,cost=1.3,from_steps=3;at=1800,log_odds=-0.5'.
+
+    Raises:
+        ValueError: another form, or a number out of range.
+    """
+    out = []
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        found = dict(re.findall(r"([a-z_]+)=(-?[0-9.]+)", part))
+        if set(found) - {"at", "cost", "from_steps", "log_odds"} or "at" not in found or len(found) != part.count("="):
+            raise ValueError(f"a shift is written 'at=1200,cost=1.3,from_steps=3,log_odds=-0.5', but got {part!r}")
+        at, steps = int(found["at"]), int(found.get("from_steps", 1))
+        out.append(Shift(at, float(found.get("cost", 1.0)), steps, float(found.get("log_odds", 0.0))))
+    return tuple(out)

@@ -1,48 +1,42 @@
-"""A study's file: what is asked, of which trials, within which space."""
+"""A study's YAML file: what is asked, of which trials, and within which search space."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from specrl.core.plan import parse_plans
-from specrl.io.options import did_you_mean
-from specrl.studies.space import FUNCTIONS, Dimension, check_space, resolve
+from specrl.io.options import build_parser, did_you_mean, explain
+from specrl.io.output import to_json
 
 if TYPE_CHECKING:
-    import optuna
+    from jsonargparse import ArgumentParser
+    from optuna.distributions import BaseDistribution
+
+    from specrl.studies.live import LiveTrial
+    from specrl.studies.simulated import SimulatedTrial
 
 STUDIES = Path(__file__).parent
-OBJECTIVES: dict[str, dict[str, Literal["maximize", "minimize"]]] = {
-    "train": {
-        "speedup": "maximize",
-        "accept_length": "maximize",
-        "requests_to_accept_length": "minimize",
-        "seconds_to_speedup": "minimize",
-        "learner_seconds": "minimize",
-        "peak_memory_mib": "minimize",
-        "pause_ms": "minimize",
-    },
-    "simulated": {"share": "maximize", "end": "maximize", "speedup": "maximize", "regret": "minimize"},
-}
-BY_BLOCK = ("speedup", "accept_length", "share", "end", "regret")  # objectives that are known block by block
-LEVELS = {"accept_length": "requests_to_accept_length", "speedup": "seconds_to_speedup"}  # level: who waits for it
+BY_BLOCK = ("speedup", "accept_length", "share", "end", "regret")  # objectives that are measured block by block
+LEVELS = {"accept_length": "requests_to_accept_length", "speedup": "seconds_to_speedup"}  # level: objective
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a trial may use.
+    """Requests, rounds and blocks of one trial.
 
     Args:
-        requests: that a live trial serves and learns from.
-        batch_sizes: at which it is then measured against plain decoding, on held-out prompts.
-        blocks: paired blocks measured at each of them.
-        plan: that is measured; None: the one chosen for each batch size while it served.
-        rounds: of a simulated play.
-        seeds: plays of a simulated trial on each profile, the same luck in every trial.
+        requests: live: requests to serve and learn from.
+        batch_sizes: live: at which the result is measured against plain decoding, on held-out prompts.
+        blocks: live: paired blocks measured at each batch size.
+        plan: live: the plan to measure; by default the one chosen for each batch size while serving.
+        rounds: simulated: rounds of each simulation.
+        seeds: simulated: simulations on each profile, with the same random numbers in every trial.
     """
 
     requests: int = 400
@@ -53,7 +47,6 @@ class Budget:
     seeds: int = 6
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "batch_sizes", tuple(self.batch_sizes))
         if min(self.requests, self.rounds, *self.batch_sizes) < 1 or min(self.blocks, self.seeds) < 2:
             raise ValueError(
                 "budget must have requests, rounds and batch_sizes of at least 1, blocks and seeds of at least 2, but "
@@ -65,63 +58,150 @@ class Budget:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study's file says.
+    """A study, as its file describes it.
 
     Args:
-        name: of the study.
-        about: the question, in a line.
         trial: 'train' (online training and a paired measurement) or 'simulated' (a chooser on profiles).
         objectives: by name; several make a Pareto front.
-        search: searched parameters by name.
+        search: searched parameters by name, each as `read_distribution` reads it.
+        name: of the study.
+        about: the question, in a line.
         fixed: parameters that are the same in every trial.
-        levels: what `requests_to_accept_length` and `seconds_to_speedup` wait for.
+        levels: that `requests_to_accept_length` and `seconds_to_speedup` wait for.
         budget: of a trial.
         constraints: greatest `peak_memory_mib` and `pause_ms`.
-        pruner: Optuna's WilcoxonPruner's arguments; None: no trial is cut short.
+        pruner: arguments of Optuna's WilcoxonPruner; null: no pruning.
         sampler: 'tpe', 'random' or 'grid'.
         seed: of the sampler.
-        trials: finished ones (completed or pruned) that the study ends with.
+        trials: completed or pruned ones that the study ends with.
+
+    Raises:
+        ValueError: a setting that fits neither the study nor the command that its trials run.
     """
 
-    name: str
-    about: str
     trial: Literal["train", "simulated"]
     objectives: tuple[str, ...]
-    search: Mapping[str, Dimension]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    levels: Mapping[str, float] = field(default_factory=dict)
-    budget: Budget = field(default_factory=Budget)
-    constraints: Mapping[str, float] = field(default_factory=dict)
-    pruner: Mapping[str, Any] | None = None
+    search: dict[str, Any]
+    name: str = ""
+    about: str = ""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    levels: dict[str, float] = field(default_factory=dict)
+    budget: Budget = Budget()
+    constraints: dict[str, float] = field(default_factory=dict)
+    pruner: dict[str, Any] | None = None
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     seed: int = 0
     trials: int = 30
 
+    def __post_init__(self) -> None:
+        _check_objectives(self)
+        if self.pruner is not None and (len(self.objectives) > 1 or self.objectives[0] not in BY_BLOCK):
+            raise ValueError(
+                f"pruner needs one objective, of {', '.join(BY_BLOCK)}, but got {', '.join(self.objectives)}; write "
+                "'pruner: null'"
+            )
+        if self.trials < 1 or not self.search:
+            raise ValueError(f"trials must be at least 1 and search must name a parameter, but got {self.trials} and "
+                             f"{self.search}")  # fmt: skip
+        if self.sampler == "grid" and self.trials > (size := prod(map(len, self.grid().values()))):
+            raise ValueError(f"trials must be at most the {size} points of the grid, but got {self.trials}")
+        _check_parameters(self)
+
+    @property
+    def kind(self) -> type[LiveTrial] | type[SimulatedTrial]:
+        """The class of its trials; its fields are the parameters that a study may search or fix."""
+        from specrl.studies.live import LiveTrial
+        from specrl.studies.simulated import SimulatedTrial
+
+        return LiveTrial if self.trial == "train" else SimulatedTrial
+
     @property
     def timed(self) -> bool:
         """Whether its trials read the clock, so that nothing else may run on their device."""
-        return self.trial == "train"
+        return self.kind.TIMED
 
     @property
     def directions(self) -> list[Literal["maximize", "minimize"]]:
         """Of the objectives."""
-        return [OBJECTIVES[self.trial][name] for name in self.objectives]
+        return [self.kind.OBJECTIVES[name] for name in self.objectives]
 
-    def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
-        """The search space as Optuna has it."""
-        return {name: dimension.distribution() for name, dimension in self.search.items()}
+    @cached_property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The search space."""
+        return {name: read_distribution(name, given) for name, given in self.search.items()}
 
-    def options(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-        """The function's arguments in a trial of these parameters, and the same as YAML for --config.
+    def grid(self) -> dict[str, list[Any]]:
+        """Every value of every searched parameter.
+
+        Raises:
+            ValueError: a parameter has too many.
+        """
+        points = {name: list_values(found) for name, found in self.distributions.items()}
+        if endless := [name for name, values in points.items() if not values]:
+            raise ValueError(f"sampler grid needs categorical, plans or int, but {', '.join(endless)} is another kind")
+        return points
+
+    def make_trial(self, params: Mapping[str, Any]) -> tuple[LiveTrial | SimulatedTrial, str]:
+        """The trial with these parameters, and all its settings as YAML for --config.
 
         Raises:
             ValueError: they do not fit.
         """
-        return resolve(self.trial, {**self.fixed, **params})
+        return _make(self.kind, self._parser, {**self.fixed, **params})
+
+    @cached_property
+    def _parser(self) -> ArgumentParser:
+        return build_parser(f"specrl {self.trial}", self.kind)
+
+    def to_json(self) -> dict[str, Any]:
+        """All that decides what its trials measure."""
+        return cast(dict[str, Any], json.loads(to_json({f: v for f, v in asdict(self).items() if f not in _FREE})))
+
+
+_FREE = ("about", "trials")  # may change while a study goes on
+
+
+def read_distribution(name: str, given: Any) -> BaseDistribution:
+    """Read '{float: [0.001, 0.01], log: true}', '{int: [1, 6]}', '{categorical: [a, b]}' or '{plans: 1/1/2,3/1/4}'.
+
+    Raises:
+        ValueError: another form, or bounds that Optuna refuses.
+    """
+    from optuna.distributions import json_to_distribution
+
+    try:
+        match given:
+            case {"plans": str(plans)} if len(given) == 1:
+                form = {"type": "categorical", "choices": [str(plan) for plan in parse_plans(plans)]}
+            case {"categorical": [*choices]} if choices and len(given) == 1:
+                form = {"type": "categorical", "choices": choices}
+            case {"int": [int(low), int(high)], **rest} if set(rest) <= {"log", "step"}:
+                form = {"type": "int", "low": low, "high": high, **rest}
+            case {"float": [low, high], **rest} if set(rest) <= {"log", "step"}:
+                form = {"type": "float", "low": float(low), "high": float(high), **rest}
+            case _:
+                raise ValueError(
+                    "must be float or int with [low, high] and perhaps log or step, categorical with a list, or plans, "
+                    f"but got {given!r}; for example {{float: [0.001, 0.01], log: true}}"
+                )
+        return json_to_distribution(json.dumps(form))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"search.{name}: {error}") from error
+
+
+def list_values(found: BaseDistribution) -> list[Any]:
+    """Every value of a distribution; [] if there are too many."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    if isinstance(found, CategoricalDistribution):
+        return list(found.choices)
+    if isinstance(found, IntDistribution) and not found.log:
+        return list(range(found.low, found.high + 1, found.step))
+    return []
 
 
 def find_study(name: str | Path) -> Path:
-    """The file of a ready study, or a path as it is.
+    """The file of a ready-made study, or the path of a file.
 
     Raises:
         ValueError: neither.
@@ -136,92 +216,97 @@ def find_study(name: str | Path) -> Path:
 
 
 def read_study(name: str | Path) -> Study:
-    """Read and check a study's file, or a ready study by name.
+    """Read a study's file, or a ready-made study by name.
 
     Raises:
-        ValueError: it is no such file, or something in it fits neither the study nor the command it runs.
+        ValueError: no such file, or something in it does not fit.
     """
     import yaml  # type: ignore[import-untyped]
 
     path = find_study(name)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} must be YAML, but {' '.join(str(error).split())}") from error
-    try:
-        return make_study(found, path.stem)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        return make_study(yaml.safe_load(path.read_text(encoding="utf-8")), path.stem)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def make_study(found: object, name: str) -> Study:
-    """A study from what its file holds (`read_study`)."""
+def make_study(given: Any, name: str) -> Study:
+    """A study from the contents of its file; `name` if the file gives none.
+
+    Raises:
+        ValueError: something in it does not fit.
+    """
     known = [f.name for f in fields(Study)]
-    if not isinstance(found, dict) or not {"trial", "objectives", "search"} <= set(found):
-        raise ValueError(f"a study must say trial, objectives and search, but got {found!r}")
-    for key in found:
-        if key not in known:
-            raise ValueError(f"a study must hold {', '.join(known)} only, but got {key!r}{did_you_mean(key, known)}")
-    for key in ("search", "fixed", "levels", "budget", "constraints"):
-        if not isinstance(found.get(key, {}), dict):
-            raise ValueError(f"{key} must be a mapping, but got {found[key]!r}")
-    search = {key: Dimension.read(key, value) for key, value in found["search"].items()}
-    budget = _budget(found.get("budget", {}))
-    objectives = found["objectives"]
-    objectives = (objectives,) if isinstance(objectives, str) else tuple(objectives or ())
-    study = Study(**{"name": name, "about": "", **found, "search": search, "budget": budget, "objectives": objectives})
-    _check(study)
+    if not isinstance(given, dict):
+        raise ValueError(f"a study must be a mapping, but got {given!r}")
+    if strange := [key for key in given if key not in known]:
+        meant = did_you_mean(str(strange[0]), known)
+        raise ValueError(f"a study must hold {', '.join(known)} only, but got {strange[0]!r}{meant}")
+    study, _ = _make(Study, build_parser("specrl study", Study), {"name": name, **given})
     return study
 
 
-def _check(study: Study) -> None:
-    if study.trial not in FUNCTIONS:
-        raise ValueError(f"trial must be one of {', '.join(FUNCTIONS)}, but got {study.trial!r}")
-    known = OBJECTIVES[study.trial]
+def _make(kind: Any, parser: ArgumentParser, values: Mapping[str, Any]) -> tuple[Any, str]:
+    """An instance of a dataclass from values by dotted names, and the same as YAML."""
+    from jsonargparse import ArgumentError
+
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        at = nested
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[last] = value
+    try:
+        config = parser.parse_object(nested)
+    except ArgumentError as error:
+        raise ValueError(explain(str(error), parser).replace("--", "")) from error
+    config.pop("config", None)
+    return kind(**parser.instantiate(config).as_dict()), parser.dump(config, skip_unset=False)
+
+
+def _check_objectives(study: Study) -> None:
+    known = study.kind.OBJECTIVES
     for name in study.objectives or ("",):
         if name not in known:
             meant = did_you_mean(name, list(known))
             raise ValueError(f"objectives of {study.trial!r} must be of {', '.join(known)}, but got {name!r}{meant}")
     for level, name in LEVELS.items():
         if (name in study.objectives) != (level in study.levels):
-            raise ValueError(f"objective {name} and levels.{level} go together, but got {dict(study.levels)!r}")
-    for level, least in dict[str, Any](study.levels).items():
-        if level not in LEVELS or not isinstance(least, (int, float)) or not least > 0:
-            raise ValueError(f"levels must be {' or '.join(LEVELS)}, above 0, but got {level}: {least!r}")
-    for name, most in study.constraints.items():
-        if name not in ("peak_memory_mib", "pause_ms") or study.trial != "train" or not most > 0:
-            raise ValueError(
-                f"constraints must be peak_memory_mib or pause_ms of live trials, above 0, but got {name}: {most}"
-            )
-    if study.pruner is not None and (len(study.objectives) > 1 or study.objectives[0] not in BY_BLOCK):
-        raise ValueError(
-            f"a pruner needs one objective, of {', '.join(BY_BLOCK)}, but got {', '.join(study.objectives)}; "
-            "write 'pruner: null'"
-        )
-    if study.trials < 1 or study.sampler not in ("tpe", "random", "grid"):
-        raise ValueError(
-            f"sampler must be tpe, random or grid and trials at least 1, but got {study.sampler!r} and {study.trials}"
-        )
-    if not study.search:
-        raise ValueError("search must name at least one parameter, but got none")
-    if study.sampler == "grid":
-        grid = {name: dimension.points() for name, dimension in study.search.items()}
-        if endless := [name for name, points in grid.items() if points is None]:
-            raise ValueError(f"a grid needs categorical, plans or int, but got another kind for {', '.join(endless)}")
-        size = prod(len(points or ()) for points in grid.values())
-        if study.trials > size:
-            raise ValueError(f"trials must be at most the {size} points of the grid, but got {study.trials}")
-    if {"accept_length"} & set(study.levels) and not str(study.fixed.get("chooser", ""))[:1].isdigit():
+            raise ValueError(f"objective {name} and levels.{level} go together, but got {study.levels}")
+    if set(study.levels) - set(LEVELS) or any(level <= 0 for level in study.levels.values()):
+        raise ValueError(f"levels must be {' or '.join(LEVELS)}, above 0, but got {study.levels}")
+    if "accept_length" in study.levels and not str(study.fixed.get("chooser", ""))[:1].isdigit():
         raise ValueError("levels.accept_length needs one plan, fixed.chooser, but got none; for example chooser: 4/1/5")
-    check_space(study.trial, study.fixed, study.search)
+    limits = {"peak_memory_mib", "pause_ms"} & set(known)
+    if set(study.constraints) - limits or any(most <= 0 for most in study.constraints.values()):
+        raise ValueError(
+            f"constraints must be peak_memory_mib or pause_ms of live trials, above 0, but got {study.constraints}"
+        )
 
 
-def _budget(given: Mapping[str, Any]) -> Budget:
-    known = [f.name for f in fields(Budget)]
-    for key in given:
-        if key not in known:
-            raise ValueError(f"budget must hold {', '.join(known)} only, but got {key!r}{did_you_mean(key, known)}")
-    try:
-        return Budget(**given)
-    except TypeError as error:
-        raise ValueError(f"budget must hold numbers, but got {dict(given)!r}") from error
+def _check_parameters(study: Study) -> None:
+    """Check every name, and the choices or bounds of every searched parameter, against the fields of the trial."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    names = list(study._parser.get_defaults().keys())
+    for where, given in (("fixed", study.fixed), ("search", study.distributions)):
+        for name in given:
+            if name not in names:
+                meant = did_you_mean(name, names) or f"; see 'specrl {study.trial} --help'"
+                raise ValueError(f"{where} must name parameters of {study.trial!r}, but got {name!r}{meant}")
+    if both := sorted(set(study.fixed) & set(study.distributions)):
+        raise ValueError(f"a parameter is searched or fixed, but {both[0]!r} is both; take it out of one")
+    study.make_trial({})
+    for name, found in study.distributions.items():
+        if isinstance(found, CategoricalDistribution):
+            values = found.choices
+        else:
+            assert hasattr(found, "low") and hasattr(found, "high")
+            between = [0.63 * found.low + 0.37 * found.high] if isinstance(found, FloatDistribution) else []
+            values = (found.low, *between, found.high)
+        for value in values:
+            try:
+                study.make_trial({name: value})
+            except ValueError as error:
+                raise ValueError(f"search.{name}: {error}") from error

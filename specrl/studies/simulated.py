@@ -1,34 +1,37 @@
-"""A study's simulated trial: a chooser of plans on profiles. No clock is read, so many may run at once."""
+"""A study's simulated trial: a chooser of plans on profiles. It reads no clock, so many may run at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.agents.choosers.costs import Costs
-from specrl.agents.choosers.registry import make_chooser
+from specrl.agents.choosers.registry import Known, make_chooser
 from specrl.agents.choosers.survival import Survival
-from specrl.commands.evaluate import LOAD, parse_shifts
-from specrl.core.batch_schedule import Phase, parse_traffic
+from specrl.core.batch_schedule import parse_traffic
+from specrl.core.interfaces import PlanChooser
 from specrl.evaluation.backends import Simulated
-from specrl.evaluation.scores import Score
-from specrl.simulation.profile import Profile, Shift, load_profile, shipped_profiles
-from specrl.studies.objective import Measured, OnBlock
+from specrl.evaluation.simulation import LOAD, parse_shifts
+from specrl.io.output import OutputDir
+from specrl.simulation.profile import load_profile, shipped_profiles
+from specrl.studies.config import Study
+from specrl.studies.trial import Measured, OnBlock
 
 
 @dataclass(frozen=True)
 class AdaptiveSettings:
-    """Settings of our chooser.
+    """Settings of the chooser 'adaptive'.
 
     Args:
-        revisit: rounds, at any batch size, after which a plan that was not seen is tried again.
-        survival_memory: rounds after which evidence of acceptance has faded to 1/e.
-        version_memory: the share of that evidence kept when the draft's weights change.
-        cost_memory: rounds of a plan at a batch size after which its cost has faded to 1/e.
-        cost_drift: log standard deviation that a cost may have moved by in a thousand rounds unseen.
+        revisit: rounds, at any batch size, after which a plan that was not chosen is tried again.
+        survival_memory: rounds after which the weight of an observed acceptance has fallen to 1/e.
+        version_memory: factor on that weight when the draft's weights change.
+        cost_memory: rounds of a plan at a batch size after which the weight of an observed cost has fallen to 1/e.
+        cost_drift: log standard deviation of the change of a cost in a thousand rounds without an observation.
     """
 
     revisit: int = 600
@@ -43,72 +46,65 @@ class AdaptiveSettings:
         if not self.cost_drift > 0:
             raise ValueError(f"adaptive.cost_drift must be above 0, but got {self.cost_drift}")
 
-    def apply(self, chooser: AdaptiveChooser) -> AdaptiveChooser:
-        """A fresh chooser with these settings."""
+    def make(self, known: Known, seed: int) -> AdaptiveChooser:
+        """A new chooser with these settings."""
+        chooser = AdaptiveChooser(known.plans, seed=seed, revisit=self.revisit)
         chooser.survival = Survival(self.survival_memory, self.version_memory)
         chooser.costs = Costs(chooser.plans, self.cost_memory, self.cost_drift)
         return chooser
 
 
 @dataclass(frozen=True)
-class Simulation:
-    """A chooser, and what it plays."""
-
-    profiles: Sequence[Profile]
-    phases: Sequence[Phase]
-    shifts: Sequence[Shift]
-    chooser: str
-    adaptive: AdaptiveSettings
-
-    def measure(
-        self, *, rounds: int, seeds: int, objective: str = "share", on_block: OnBlock | None = None
-    ) -> Measured:
-        """Play every profile `seeds` times; a block is a play.
-
-        Returns:
-            'share' of the best table's speed, 'end' (the same over the last quarter), 'speedup', 'regret' in rounds.
-        """
-        sources = [Simulated(profile, self.phases, rounds, self.shifts) for profile in self.profiles]
-        blocks: dict[str, list[float]] = {"share": [], "end": [], "speedup": [], "regret": []}
-        for seed in range(seeds):
-            for source in sources:
-                chooser = make_chooser(self.chooser, source.world.known, seed)
-                if isinstance(chooser, AdaptiveChooser):
-                    self.adaptive.apply(chooser)
-                for name, value in _values(source.score(chooser, seed)).items():
-                    blocks[name].append(value)
-                if on_block is not None:
-                    on_block(len(blocks[objective]) - 1, blocks[objective][-1])
-        out = Measured()
-        for name, samples in blocks.items():
-            out.add(name, samples)
-        return out
-
-
-def simulated(
-    *,
-    profiles: tuple[str, ...] = (),
-    chooser: str = "adaptive",
-    traffic: str = LOAD,
-    shifts: str = "",
-    adaptive: AdaptiveSettings = AdaptiveSettings(),
-) -> Simulation:
+class SimulatedTrial:
     """A chooser on profiles.
 
     Args:
         profiles: names or .json files; by default all that are shipped.
-        chooser: by name, as `specrl evaluate` has them.
+        chooser: by name, as in `specrl evaluate`.
         traffic: batch size x rounds, repeated.
-        shifts: of costs and acceptance, as `specrl evaluate` reads them.
+        shifts: of costs and acceptance, as in `specrl evaluate`.
         adaptive: settings of the chooser 'adaptive'.
-
-    Raises:
-        ValueError: an argument out of range.
     """
-    found = [load_profile(name) for name in profiles or shipped_profiles()]
-    return Simulation(found, parse_traffic(traffic), parse_shifts(shifts), chooser, adaptive)
 
+    OBJECTIVES: ClassVar[Mapping[str, Literal["maximize", "minimize"]]] = {
+        "share": "maximize",
+        "end": "maximize",
+        "speedup": "maximize",
+        "regret": "minimize",
+    }
+    TIMED: ClassVar[bool] = False
 
-def _values(score: Score) -> dict[str, float]:
-    speedup = float(np.log(score.speedups).mean())
-    return {"share": score.share, "end": score.end, "speedup": speedup, "regret": float(score.regret[-1])}
+    profiles: tuple[str, ...] = ()
+    chooser: str = "adaptive"
+    traffic: str = LOAD
+    shifts: str = ""
+    adaptive: AdaptiveSettings = AdaptiveSettings()
+
+    def measure(self, study: Study, out: OutputDir, on_block: OnBlock | None = None) -> Measured:
+        """Simulate every profile `budget.seeds` times; a block is one simulation.
+
+        Returns:
+            'share' of the speed of the best plan per batch size, 'end' (the same over the last quarter), 'speedup' and
+            'regret' in rounds.
+        """
+        phases, shifts, budget = parse_traffic(self.traffic), parse_shifts(self.shifts), study.budget
+        profiles = [load_profile(name) for name in self.profiles or shipped_profiles()]
+        sources = [Simulated(profile, phases, budget.rounds, shifts) for profile in profiles]
+        blocks: dict[str, list[float]] = {name: [] for name in self.OBJECTIVES}
+        reported = blocks[study.objectives[0]]
+        for seed in range(budget.seeds):
+            for source in sources:
+                score = source.score(self._chooser(source.world.known, seed), seed)
+                blocks["share"].append(score.share)
+                blocks["end"].append(score.end)
+                blocks["speedup"].append(float(np.log(score.speedups).mean()))
+                blocks["regret"].append(float(score.regret[-1]))
+                if on_block is not None:
+                    on_block(len(reported) - 1, reported[-1])
+        found = Measured()
+        for name, samples in blocks.items():
+            found.add(name, samples)
+        return found
+
+    def _chooser(self, known: Known, seed: int) -> PlanChooser:
+        return self.adaptive.make(known, seed) if self.chooser == "adaptive" else make_chooser(self.chooser, known, seed)

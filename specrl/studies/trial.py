@@ -1,0 +1,113 @@
+"""One trial of a study: what it measures, and `run_trial`, which runs one in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specrl.core.statistics import Interval, mean_interval
+from specrl.envs.device_lock import Exclusive
+from specrl.io.output import OutputDir, environment
+from specrl.studies.config import Study, read_study
+
+OnBlock = Callable[[int, float], None]
+
+
+class NotReached(Exception):
+    """The trial did not reach a level that an objective of the study waits for."""
+
+
+@dataclass(slots=True)
+class Measured:
+    """The measurements of a trial.
+
+    Every trial of a study measures the same blocks: live, the same prompts in turns with plain decoding; in simulation,
+    the same random numbers. Trials are therefore compared block by block.
+
+    Attributes:
+        values: by name, in the units of `docs/studies.md`.
+        intervals: 95 %, of the values that are measured in blocks.
+        blocks: [n] each, of the same values; logarithms of speedups, other values as they are.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    blocks: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, samples: list[float]) -> None:
+        """Add a value that is measured in blocks: the mean of `samples`, or the geometric mean of speedups."""
+        mean = mean_interval(samples, rng=np.random.default_rng(0))
+        if name == "speedup":
+            with np.errstate(over="ignore"):
+                mean = Interval(*np.exp([mean.value, mean.low, mean.high]).tolist())
+        self.values[name], self.intervals[name], self.blocks[name] = mean.value, mean, samples
+
+
+RunTrial = Callable[[Study, Mapping[str, Any], Path, OnBlock | None], Measured]
+
+
+def run_trial(
+    study: Study | str | Path, params: Mapping[str, Any], directory: Path, on_block: OnBlock | None = None
+) -> Measured:
+    """Run one trial in this process, for programs that search or schedule trials themselves.
+
+    Args:
+        study: the study, its YAML file, or the name of a ready-made study.
+        params: a value for every searched parameter.
+        directory: where trial.json, config.yaml and, of a live trial, the results of `specrl train` are written.
+        on_block: called with the number and the value of every block of the first objective. An exception that it
+            raises ends the trial.
+
+    Raises:
+        ValueError: parameters that do not fit the study, or another program uses the device of a timed trial.
+        NotReached: the trial did not reach the level that an objective waits for.
+    """
+    study = study if isinstance(study, Study) else read_study(study)
+    with device_lock(study):
+        return measure_trial(study, params, directory, on_block)
+
+
+def measure_trial(
+    study: Study, params: Mapping[str, Any], directory: Path, on_block: OnBlock | None = None
+) -> Measured:
+    """`run_trial` in a process that holds the device of timed trials already."""
+    trial, text = study.make_trial(params)
+    out = OutputDir(directory)
+    out.write_text("config.yaml", text)
+    found = trial.measure(study, out, on_block)
+    record = {"study": study.name, "params": dict(params), "values": found.values, "intervals": found.intervals}
+    out.write_json("trial.json", {**record, "blocks": found.blocks, "environment": _machine()})
+    return found
+
+
+@contextmanager
+def device_lock(study: Study) -> Iterator[None]:
+    """Hold the device of timed trials.
+
+    Raises:
+        ValueError: another program times something on it.
+    """
+    device = Exclusive("cpu")  # the device that live trials decode on
+    try:
+        if study.timed:
+            device.take()
+    except ValueError as error:
+        raise ValueError(
+            f"a timed trial needs its device alone, but {device.device!r} is in use by another study or environment; "
+            "wait until that one ends, or study simulated trials"
+        ) from error
+    try:
+        yield
+    finally:
+        device.give_back()
+
+
+@cache
+def _machine() -> dict[str, object]:
+    return environment()
