@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -101,10 +101,12 @@ class Study:
                 "'pruner: null'"
             )
         if self.trials < 1 or not self.search:
-            raise ValueError(f"trials must be at least 1 and search must name a parameter, but got {self.trials} and "
-                             f"{self.search}")  # fmt: skip
-        if self.sampler == "grid" and self.trials > (size := prod(map(len, self.grid().values()))):
-            raise ValueError(f"trials must be at most the {size} points of the grid, but got {self.trials}")
+            raise ValueError(f"a study needs trials and search, but got {self.trials} and {self.search}")
+        if self.sampler == "grid":
+            if endless := [name for name, values in self.grid().items() if not values]:
+                raise ValueError(f"sampler 'grid' needs categorical, plans or int, but {endless[0]} is another kind")
+            if self.trials > (size := prod(map(len, self.grid().values()))):
+                raise ValueError(f"trials must be at most the {size} points of the grid, but got {self.trials}")
         _check_parameters(self)
 
     @property
@@ -116,9 +118,9 @@ class Study:
         return LiveTrial if self.trial == "train" else SimulatedTrial
 
     @property
-    def timed(self) -> bool:
-        """Whether its trials read the clock, so that nothing else may run on their device."""
-        return self.kind.TIMED
+    def device(self) -> str | None:
+        """The device that its trials are timed on; None: they read no clock, and many may run at once."""
+        return self.make_trial({})[0].device
 
     @property
     def directions(self) -> list[Literal["maximize", "minimize"]]:
@@ -131,15 +133,8 @@ class Study:
         return {name: read_distribution(name, given) for name, given in self.search.items()}
 
     def grid(self) -> dict[str, list[Any]]:
-        """Every value of every searched parameter.
-
-        Raises:
-            ValueError: a parameter has too many.
-        """
-        points = {name: list_values(found) for name, found in self.distributions.items()}
-        if endless := [name for name, values in points.items() if not values]:
-            raise ValueError(f"sampler grid needs categorical, plans or int, but {', '.join(endless)} is another kind")
-        return points
+        """Every value of each searched parameter; [] of one that has too many."""
+        return {name: list_values(found) for name, found in self.distributions.items()}
 
     def make_trial(self, params: Mapping[str, Any]) -> tuple[LiveTrial | SimulatedTrial, str]:
         """The trial with these parameters, and all its settings as YAML for --config.
@@ -147,11 +142,7 @@ class Study:
         Raises:
             ValueError: they do not fit.
         """
-        return _make(self.kind, self._parser, {**self.fixed, **params})
-
-    @cached_property
-    def _parser(self) -> ArgumentParser:
-        return build_parser(f"specrl {self.trial}", self.kind)
+        return _make(self.kind, f"specrl {self.trial}", {**self.fixed, **params})
 
     def to_json(self) -> dict[str, Any]:
         """All that decides what its trials measure."""
@@ -236,20 +227,23 @@ def make_study(given: Any, name: str) -> Study:
     Raises:
         ValueError: something in it does not fit.
     """
-    known = [f.name for f in fields(Study)]
     if not isinstance(given, dict):
         raise ValueError(f"a study must be a mapping, but got {given!r}")
-    if strange := [key for key in given if key not in known]:
-        meant = did_you_mean(str(strange[0]), known)
-        raise ValueError(f"a study must hold {', '.join(known)} only, but got {strange[0]!r}{meant}")
-    study, _ = _make(Study, build_parser("specrl study", Study), {"name": name, **given})
+    study: Study
+    study, _ = _make(Study, "specrl study", {"name": name, **given})
     return study
 
 
-def _make(kind: Any, parser: ArgumentParser, values: Mapping[str, Any]) -> tuple[Any, str]:
-    """An instance of a dataclass from values by dotted names, and the same as YAML."""
+@cache
+def _parser(kind: Any, prog: str) -> ArgumentParser:
+    return build_parser(prog, kind)
+
+
+def _make(kind: Any, prog: str, values: Mapping[str, Any]) -> tuple[Any, str]:
+    """An instance of a dataclass from values by dotted names, and the same as YAML; `prog` helps with errors."""
     from jsonargparse import ArgumentError
 
+    parser = _parser(kind, prog)
     nested: dict[str, Any] = {}
     for name, value in values.items():
         *parents, last = name.split(".")
@@ -286,25 +280,18 @@ def _check_objectives(study: Study) -> None:
 
 
 def _check_parameters(study: Study) -> None:
-    """Check every name, and the choices or bounds of every searched parameter, against the fields of the trial."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    """Check the names and values of fixed parameters, and the choices or bounds of searched ones."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    names = list(study._parser.get_defaults().keys())
-    for where, given in (("fixed", study.fixed), ("search", study.distributions)):
-        for name in given:
-            if name not in names:
-                meant = did_you_mean(name, names) or f"; see 'specrl {study.trial} --help'"
-                raise ValueError(f"{where} must name parameters of {study.trial!r}, but got {name!r}{meant}")
-    if both := sorted(set(study.fixed) & set(study.distributions)):
+    if both := sorted(set(study.fixed) & set(study.search)):
         raise ValueError(f"a parameter is searched or fixed, but {both[0]!r} is both; take it out of one")
     study.make_trial({})
     for name, found in study.distributions.items():
+        values: tuple[Any, ...] = ()
         if isinstance(found, CategoricalDistribution):
             values = found.choices
-        else:
-            assert hasattr(found, "low") and hasattr(found, "high")
-            between = [0.63 * found.low + 0.37 * found.high] if isinstance(found, FloatDistribution) else []
-            values = (found.low, *between, found.high)
+        elif isinstance(found, (FloatDistribution, IntDistribution)):
+            values = (found.low, found.high)
         for value in values:
             try:
                 study.make_trial({name: value})

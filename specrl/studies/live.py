@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 
 from specrl.agents.draft.config import LearnerConfig
-from specrl.commands.train import VOCABULARY_REQUESTS, fresh_draft, serve
+from specrl.commands.train import VOCABULARY_REQUESTS, serve
+from specrl.config import DraftConfig, TargetConfig, WorkloadConfig
 from specrl.core.interfaces import Workload
 from specrl.core.plan import Plan
 from specrl.core.round import Round
@@ -22,26 +24,20 @@ from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir
 from specrl.measure.local_arms import PlainSetting, fastest_plain
 from specrl.measure.paired import PLAIN, Lane, Setting, start, take_turns
-from specrl.models.draft import Draft, load_draft
-from specrl.models.target import Target, load_target
-from specrl.studies.config import LEVELS, Budget, Study
+from specrl.models.draft import Draft
+from specrl.models.target import Target, default_device, load_target
+from specrl.studies.config import LEVELS, Study
 from specrl.studies.trial import Measured, NotReached, OnBlock
 from specrl.training.logger import Reporter
 from specrl.training.run import Run
 from specrl.training.vocabulary import served_vocabulary
-from specrl.workloads.stream import open_stream
-from specrl.workloads.text import Split
 
 MIN_ROUNDS = 20  # at every batch size before a level counts as reached
 
 
 @dataclass(frozen=True)
 class LiveTrial:
-    """Parameters of a live trial: options of `specrl train`.
-
-    Args:
-        learner: how the draft learns.
-    """
+    """Parameters of a live trial: those options of `specrl train` that a study may search or fix."""
 
     OBJECTIVES: ClassVar[Mapping[str, Literal["maximize", "minimize"]]] = {
         "speedup": "maximize",
@@ -52,24 +48,23 @@ class LiveTrial:
         "peak_memory_mib": "minimize",
         "pause_ms": "minimize",
     }
-    TIMED: ClassVar[bool] = True
 
-    target: str = "embedded"
-    draft: Path | None = None
-    draft_vocab_size: int | None = None
-    draft_intermediate_size: int | None = None
+    target: TargetConfig = TargetConfig()
+    draft: DraftConfig = DraftConfig()
+    workload: WorkloadConfig = WorkloadConfig()
     plans: str = "0,1/1/2,2/1/3,3/1/4,4/1/5,5/1/6"
     chooser: str = "adaptive"
     traffic: str = "16x96,4x24,1x24"
-    workload: str = "stdlib"
-    prompt_tokens: int = 64
-    max_new_tokens: int = 128
-    temperature: float = 0.7
     sync_every: int = 16
     update: Literal["always", "better"] = "always"
     learn: bool = True
-    learner: LearnerConfig = LearnerConfig()  # noqa: RUF009  (frozen)
+    learner: LearnerConfig = LearnerConfig()
     seed: int = 0
+
+    @property
+    def device(self) -> str | None:
+        """The device that its rounds are timed on, as torch names it."""
+        return default_device(self.target.device)
 
     def measure(self, study: Study, out: OutputDir, on_block: OnBlock | None = None) -> Measured:
         """Serve and learn, then measure the learned draft and plans against plain decoding.
@@ -82,43 +77,142 @@ class LiveTrial:
         Raises:
             NotReached: the run did not reach a level that an objective waits for.
         """
-        model, prompts = load_target(self.target), self._prompts("train")
+        model, prompts = self.target.load(), self.workload.open(self.target.name, "train")
         draft = self._draft(model, prompts)
-        with_memory = "peak_memory_mib" in (*study.objectives, *study.constraints)
-        if with_memory:
+        limits_memory = "peak_memory_mib" in (*study.objectives, *study.constraints)
+        if limits_memory:
             reset_peak_memory()
         run = Run.start(
             model,
             draft,
             prompts,
-            target=self.target,
+            target=self.target.name,
             plans=self.plans,
             chooser=self.chooser,
             traffic=self.traffic,
             learner=self.learner if self.learn else None,
             sync_every=self.sync_every,
-            max_context=self.prompt_tokens + self.max_new_tokens,
+            max_context=self.workload.max_context,
             seed=self.seed,
             update=self.update,
         )
-        watch = _Watch(run, study.levels)
-        requests = study.budget.requests
+        watch, requests = _Watch(run, study.levels), study.budget.requests
         serve(run, Reporter(run, out, print_line=lambda line: None), out, requests=requests, checkpoint_every=requests)
         watch.end_pause()
         run.write_results(out)
         found = Measured({"learner_seconds": run.loop.learn_s, "pause_ms": 1e3 * watch.pause_s, **watch.reached})
-        if with_memory:
+        if limits_memory:
             found.values["peak_memory_mib"] = peak_memory_mib()
         for name in study.objectives:
             if name in LEVELS.values() and name not in watch.reached:
                 raise NotReached(f"{name}: not within {requests} requests")
-        logs, lengths = list[float](), list[float]()
-        for batch in study.budget.batch_sizes:
-            for log, length in self._blocks(run, model, batch, study.budget):
-                logs.append(log)
-                lengths.append(length)
-                if on_block is not None and study.objectives[0] in ("speedup", "accept_length"):
-                    on_block(len(logs) - 1, log if study.objectives[0] == "speedup" else length)
-        found.add("speedup", logs)
-        found.add("accept_length", lengths)
+        blocks: dict[str, list[float]] = {"speedup": [], "accept_length": []}
+        reported = blocks.get(study.objectives[0])
+        for speedup, accept_length in self._blocks(study, run, model):
+            blocks["speedup"].append(float(np.log(speedup)))
+            blocks["accept_length"].append(accept_length)
+            if on_block is not None and reported is not None:
+                on_block(len(reported) - 1, reported[-1])
+        for name, samples in blocks.items():
+            found.add(name, samples)
         return found
+
+    def _draft(self, model: Target, prompts: Workload) -> Draft:
+        size, vocabulary = self.draft.vocab_size, None
+        if size is not None:
+            context = self.workload.max_context
+            counted, _ = served_vocabulary(
+                model, prompts, size, max_context=context, seed=self.seed, requests=VOCABULARY_REQUESTS
+            )
+            vocabulary = counted.ids
+        return self.draft.load(model, seed=self.seed, vocabulary=vocabulary)
+
+    def _blocks(self, study: Study, run: Run, model: Target) -> Iterator[tuple[float, float]]:
+        """Speedup and accept length of each block: plain decoding and the result in turns on the same prompts."""
+        budget, workload, table = study.budget, self.workload, run.table()
+        prompts = workload.open(self.target.name, "held_out")
+        learned = LocalEngine(model, run.learned, max_context=workload.max_context)
+        for batch in budget.batch_sizes:
+            nearest = min(table, key=lambda size: (abs(np.log(size / batch)), size))
+            plan = table[nearest] if budget.plan is None else Plan.parse(budget.plan)
+            fastest = _fastest(self.target, workload, batch)
+            baseline = load_target(self.target.name, device=model.device, dtype=fastest.dtype)
+            plain = LocalEngine(baseline, max_context=workload.max_context)
+            settings = [
+                Setting(PLAIN, plain, None, fastest.threads),
+                Setting("learned", learned, plan, fastest.threads),
+            ]
+            lanes = start(settings, prompts, batch_size=batch, seed=0)
+            try:
+                for _ in range(budget.blocks):
+                    yield _block(lanes, batch * workload.max_new_tokens)
+            finally:
+                for lane in lanes:
+                    lane.session.close()
+                plain.close()
+        learned.close()
+
+
+class _Watch:
+    """Reads the longest pause and the levels reached from the rounds of a training run."""
+
+    def __init__(self, run: Run, levels: Mapping[str, float]) -> None:
+        self.loop, self.levels = run.loop, levels
+        self.reached: dict[str, float] = {}
+        self.pause_s = self._learned_s = 0.0
+        self.loop.on_round = self._add
+
+    def end_pause(self) -> None:
+        """Count the seconds of learning since the last round as one pause."""
+        self.pause_s = max(self.pause_s, self.loop.learn_s - self._learned_s)
+        self._learned_s = self.loop.learn_s
+
+    def _add(self, done: Round, plain_s: float) -> None:
+        self.end_pause()
+        loop, tallies = self.loop, self.loop.tallies.values()
+        for name, level in self.levels.items():
+            key = LEVELS[name]
+            if key not in self.reached and min(tally.rounds for tally in tallies) >= MIN_ROUNDS:
+                if float(np.exp(np.mean(np.log([getattr(tally, name) for tally in tallies])))) >= level:
+                    self.reached[key] = loop.requests if name == "accept_length" else loop.serve_s + loop.learn_s
+
+
+def _block(lanes: list[Lane], tokens: float) -> tuple[float, float]:
+    """Speedup and accept length of one block of `tokens` tokens in each lane."""
+    seen = len(lanes[1].rounds)
+    take_turns(list(lanes), tokens)
+    (n0, s0), (n1, s1) = lanes[0].blocks[-1], lanes[1].blocks[-1]
+    return (s0 / n0) / (s1 / n1), float(np.mean([done.accept_length for done in lanes[1].rounds[seen:]]))
+
+
+@cache
+def _fastest(target: TargetConfig, workload: WorkloadConfig, batch: int) -> PlainSetting:
+    """The fastest setting of plain decoding, found once per process: every trial is measured against the same one."""
+    prompts = WorkloadConfig(workload.name, workload.prompt_tokens, 128, workload.temperature)
+    device = default_device(target.device)
+    return fastest_plain(target.name, prompts.open(target.name, "held_out"), batch, device=device)
+
+
+def reset_peak_memory() -> None:
+    """Reset the peak memory of the process and of its GPU.
+
+    Raises:
+        ValueError: the system cannot reset it.
+    """
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # return memory that earlier trials freed
+        trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+    except OSError as error:
+        raise ValueError(f"peak_memory_mib needs /proc/self/clear_refs, but got {error}; use Linux") from None
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_mib() -> float:
+    """Peak resident memory of the process and peak allocated memory of its GPU since the reset, MiB."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    return int(found[1]) / 1024 + gpu

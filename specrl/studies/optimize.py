@@ -1,36 +1,32 @@
-"""Where a study's trials are kept, and what becomes of those whose process was killed.
+"""Searches with Optuna: opens a study in its storage and runs its trials.
 
-A trial names its process: on this machine a process that is gone is seen at once. Trials of other machines, in a
-storage that several share, are given up once their heartbeat has stopped for two minutes.
+Several processes may run one study. Every trial records a heartbeat in the storage. Once the heartbeat of a trial has
+stopped for a minute, because its process was killed, Optuna fails the trial and queues it again.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import platform
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from specrl.io.output import to_json
 from specrl.studies.config import Study
+from specrl.studies.trial import NotReached, RunTrial, measure_trial
 
 if TYPE_CHECKING:
     import optuna
 
-HEARTBEAT_S, GRACE_S = 30, 120  # between two signs of life; without any
-_YOUNG_S = 10.0  # within which a trial that began names its process
-_RETRIES = "retry_of"
+GRACE_S = 60  # without a heartbeat, after which a trial is failed and queued again
+MAX_FAILURES = 3  # in a row, after which a study ends
+MAX_RETRIES = 2  # of a trial whose process was killed
 
 
 def need_optuna() -> None:
-    """Import Optuna and quieten it.
+    """Import Optuna without its log messages.
 
     Raises:
         ValueError: it is not installed.
@@ -38,15 +34,15 @@ def need_optuna() -> None:
     try:
         import optuna
 
-        importlib.import_module("scipy.stats")  # the pruner's test
+        importlib.import_module("scipy.stats")  # for WilcoxonPruner
     except ImportError as error:
         raise ValueError(f"'specrl study' needs Optuna, but got {error}; 'pip install specrl[study]'") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without Optuna's notes on parts of it that are experimental."""
+def _quiet() -> Iterator[None]:
+    """Without Optuna's warnings about its experimental parts."""
     import optuna
 
     with warnings.catch_warnings():
@@ -54,50 +50,54 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def open_study(spec: Study, url: str, *, worker: int = 0) -> optuna.Study:
-    """The study of this name in a storage, made if need be.
+def open_study(spec: Study, url: str, *, worker: int = 0, grace_s: int = GRACE_S) -> optuna.Study:
+    """Open the study of this name in a storage, or create it.
 
     Args:
-        spec: what it asks.
+        spec: the study.
         url: of the storage, as SQLAlchemy writes it.
-        worker: number of the process, so that two do not draw alike.
+        worker: number of the process, which sets the random numbers of processes apart.
+        grace_s: seconds without a heartbeat after which a trial is failed and queued again.
 
     Raises:
-        ValueError: a study of this name asks something else, or the storage does not open.
+        ValueError: the storage holds another study of this name, or does not open.
     """
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
-    local = url.startswith("sqlite")
     try:
-        with quiet():
+        with _quiet():
             storage = optuna.storages.RDBStorage(
                 url,
-                engine_kwargs={"connect_args": {"timeout": 60}} if local else None,
-                heartbeat_interval=None if local else HEARTBEAT_S,
-                grace_period=None if local else GRACE_S,
-                heartbeat_stale_trial_callback=retry_once,
+                engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
+                heartbeat_interval=max(1, grace_s // 4),
+                grace_period=grace_s,
+                heartbeat_stale_trial_callback=_retry,
             )
         study = optuna.create_study(
-            storage=storage,
-            study_name=spec.name,
-            directions=spec.directions,
-            load_if_exists=True,
-            pruner=_pruner(spec),
+            storage=storage, study_name=spec.name, directions=spec.directions, load_if_exists=True, pruner=_pruner(spec)
         )
     except (ImportError, SQLAlchemyError) as error:
         raise ValueError(f"storage must be a database that opens, but {url!r} does not: {error}") from error
-    asks = {key: value for key, value in asdict(spec).items() if key not in ("about", "trials")}
-    found = study.user_attrs.get("asks")
-    if found is None:
-        study.set_user_attr("asks", json.loads(to_json(asks)))
-    elif found != json.loads(to_json(asks)):
-        changed = ", ".join(key for key in asks if found.get(key) != json.loads(to_json(asks))[key])
+    now = spec.to_json()
+    before = study.user_attrs.get("spec")
+    if before is None:
+        study.set_user_attr("spec", now)
+    elif changed := [key for key in now if before.get(key) != now[key]]:
         raise ValueError(
-            f"a study goes on as it began, but {changed} of {spec.name!r} changed; take another name or output_dir"
+            f"a study must keep its settings, but {', '.join(changed)} of {spec.name!r} changed; take another name or "
+            "output_dir"
         )
     study.sampler = _sampler(spec, worker + 997 * len(study.get_trials(deepcopy=False)))
     return study
+
+
+def _retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """Queue a trial again."""
+    import optuna
+
+    with _quiet():
+        optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES)(study, trial)
 
 
 def _pruner(spec: Study) -> optuna.pruners.BasePruner:
@@ -106,94 +106,151 @@ def _pruner(spec: Study) -> optuna.pruners.BasePruner:
     if spec.pruner is None:
         return optuna.pruners.NopPruner()
     try:
-        with quiet():
+        with _quiet():
             return optuna.pruners.WilcoxonPruner(**spec.pruner)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"pruner must hold p_threshold and n_startup_steps, but got {spec.pruner!r}: {error}"
-        ) from error
+        raise ValueError(f"pruner must hold p_threshold and n_startup_steps, but got {spec.pruner}: {error}") from error
 
 
-def _sampler(spec: Study, drawn: int) -> optuna.samplers.BaseSampler:
-    """`drawn` sets what a resumed study or another process draws apart from what was drawn."""
+def _sampler(spec: Study, offset: int) -> optuna.samplers.BaseSampler:
+    """The sampler; `offset` gives a resumed study and other processes random numbers of their own."""
     import optuna
 
-    if spec.sampler == "grid":  # numbers its points by the seed, so that is the same in all processes
-        points = {name: list(dimension.points() or ()) for name, dimension in spec.search.items()}
-        return optuna.samplers.GridSampler(points, seed=spec.seed)
+    if spec.sampler == "grid":  # numbers its points by the seed, so all processes need the same
+        return optuna.samplers.GridSampler(spec.grid(), seed=spec.seed)
     if spec.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=spec.seed + drawn)
-    return optuna.samplers.TPESampler(seed=spec.seed + drawn)
+        return optuna.samplers.RandomSampler(seed=spec.seed + offset)
+    return optuna.samplers.TPESampler(seed=spec.seed + offset)
 
 
-def counts(study: optuna.Study) -> tuple[int, int]:
-    """Trials finished (completed or pruned), and running."""
+def count_trials(study: optuna.Study) -> tuple[int, int]:
+    """Trials that are completed or pruned, and trials that run."""
     from optuna.trial import TrialState
 
     states = [trial.state for trial in study.get_trials(deepcopy=False)]
     return states.count(TrialState.COMPLETE) + states.count(TrialState.PRUNED), states.count(TrialState.RUNNING)
 
 
-def surplus(study: optuna.Study, number: int, total: int) -> bool:
-    """Whether enough trials were claimed before the one of this number: two processes may ask for the last at once."""
-    from optuna.trial import TrialState
+def optimize(
+    spec: Study,
+    url: str,
+    directory: Path,
+    total: int,
+    *,
+    run: RunTrial = measure_trial,
+    jobs: int = 1,
+    worker: int = 0,
+    grace_s: int = GRACE_S,
+    say: Callable[[int, str], object] = lambda done, line: None,
+    wanted: Callable[[], bool] = lambda: True,
+) -> None:
+    """Run trials until `total` are completed or pruned, those of other processes included.
 
-    claimed = (t for t in study.get_trials(deepcopy=False) if t.number < number and t.state != TrialState.FAIL)
-    return sum(1 for _ in claimed) >= total
+    Two processes that begin their last trials at the same moment may run one more.
 
+    Args:
+        spec: the study.
+        url: of its storage.
+        directory: of its results.
+        total: trials.
+        run: runs one trial; this process holds the device of timed trials already.
+        jobs: threads that call `run` at once.
+        worker: number of this process.
+        grace_s: as for `open_study`.
+        say: called after each trial with the number of finished trials and a line about it.
+        wanted: asked before new trials begin.
 
-def retry_once(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-    """Queue a trial's parameters again, unless that was done before."""
-    if trial.params and _RETRIES not in trial.user_attrs:
-        study.enqueue_trial(dict(trial.params), user_attrs={_RETRIES: trial.number})
-
-
-def adopt_killed(study: optuna.Study) -> list[int]:
-    """Give up trials whose process is gone and queue their parameters once more; their numbers."""
+    Raises:
+        ValueError: a trial's parameters do not fit, or three trials in a row failed.
+    """
     import optuna
-    from optuna.trial import TrialState
 
-    with quiet():
-        optuna.storages.fail_stale_trials(study)
-    found = []
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        by = trial.user_attrs.get("worker")
-        young = trial.datetime_start is not None and (datetime.now() - trial.datetime_start).total_seconds() < _YOUNG_S
-        if (by is None and young) or (by is not None and alive(by)):
-            continue
+    study, failures = open_study(spec, url, worker=worker, grace_s=grace_s), list[str]()  # in a row
+    errors = (RuntimeError, MemoryError)
+
+    def objective(trial: optuna.Trial) -> list[float]:
+        params = {name: suggest(trial, name, found) for name, found in spec.distributions.items()}
+        place = directory / "trials" / f"{trial.number:04d}"
+        trial.set_user_attr("directory", str(place))
+
+        def on_block(number: int, value: float) -> None:
+            trial.report(value, number)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
         try:
-            study.tell(trial.number, state=TrialState.FAIL)
-        except (ValueError, RuntimeError):  # another process was faster
-            continue
-        retry_once(study, trial)
-        found.append(trial.number)
-    return found
+            found = run(spec, params, place, on_block if len(spec.objectives) == 1 else None)
+        except NotReached as error:
+            trial.set_user_attr("pruned", str(error))
+            raise optuna.TrialPruned from error
+        except errors as error:
+            trial.set_user_attr("error", repr(error))
+            raise
+        except KeyboardInterrupt:
+            _retry(study, study.get_trials()[trial.number])
+            raise
+        trial.set_user_attr("values", found.values)
+        trial.set_user_attr("intervals", {name: [i.value, i.low, i.high] for name, i in found.intervals.items()})
+        for name, most in spec.constraints.items():
+            trial.set_constraint(name, found.values[name] - most)
+        return [found.values[name] for name in spec.objectives]
+
+    def after(_: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        if trial.state == optuna.trial.TrialState.FAIL:
+            failures.append(trial.user_attrs["error"])
+        else:
+            failures.clear()
+        done, running = count_trials(study)
+        say(done, f"{done}/{total} {describe(spec, trial)}")
+        if len(failures) >= MAX_FAILURES or done + running >= total or not wanted():
+            study.stop()
+
+    while wanted():
+        _wait_for_others(study, total, grace_s)
+        done, running = count_trials(study)
+        if done >= total:
+            return
+        study.optimize(objective, max(1, total - done - running), n_jobs=jobs, catch=errors, callbacks=[after])
+        if len(failures) >= MAX_FAILURES:
+            raise ValueError(f"trials must run, but the last {len(failures)} failed, the last one by {failures[-1]}")
 
 
-def this_process() -> dict[str, Any]:
-    """What tells this process from every other one, JSON-able."""
-    return {"host": platform.node(), "pid": os.getpid(), "started": _started(os.getpid())}
+def _wait_for_others(study: optuna.Study, total: int, grace_s: int) -> None:
+    """Fail trials without heartbeats. If others may be the last ones, wait for them, but not longer than for those."""
+    import optuna
+
+    for _ in range(5 * (grace_s + 5)):
+        with _quiet():
+            optuna.storages.fail_stale_trials(study)
+        done, running = count_trials(study)
+        if done >= total or done + running < total:
+            return
+        Event().wait(0.2)
 
 
-def alive(worker: Mapping[str, Any]) -> bool:
-    """Whether a process runs; True where it is another machine's, which only its heartbeat can tell."""
-    if worker["host"] != platform.node():
-        return True
-    if worker["started"] is not None:
-        return _started(worker["pid"]) == worker["started"]
-    try:
-        os.kill(worker["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def describe(spec: Study, trial: optuna.trial.FrozenTrial) -> str:
+    """The result of a trial in a line."""
+    params = ", ".join(f"{name} {_short(value)}" for name, value in trial.params.items())
+    if trial.values is None or trial.state.name != "COMPLETE":
+        return f"trial {trial.number} {trial.state.name.lower()}: {params}"
+    intervals, values = trial.user_attrs.get("intervals", {}), []
+    for name, value in zip(spec.objectives, trial.values, strict=True):
+        ends = intervals.get(name, ())[1:]
+        values.append(f"{name} {_short(value)}" + (f" [{', '.join(map(_short, ends))}]" if ends else ""))
+    return f"trial {trial.number}: {', '.join(values)}; {params}"
 
 
-def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks; None: it is gone, or the system does not say."""
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else rest[18]
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def suggest(trial: optuna.Trial, name: str, found: optuna.distributions.BaseDistribution) -> Any:
+    """The trial's value of a parameter."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(found, FloatDistribution):
+        return trial.suggest_float(name, found.low, found.high, step=found.step, log=found.log)
+    if isinstance(found, IntDistribution):
+        return trial.suggest_int(name, found.low, found.high, step=found.step, log=found.log)
+    assert isinstance(found, CategoricalDistribution)
+    return trial.suggest_categorical(name, found.choices)

@@ -72,7 +72,7 @@ class SimulatedTrial:
         "speedup": "maximize",
         "regret": "minimize",
     }
-    TIMED: ClassVar[bool] = False
+    device: ClassVar[str | None] = None  # no clock is read
 
     profiles: tuple[str, ...] = ()
     chooser: str = "adaptive"
@@ -107,4 +107,6 @@ class SimulatedTrial:
         return found
 
     def _chooser(self, known: Known, seed: int) -> PlanChooser:
-        return self.adaptive.make(known, seed) if self.chooser == "adaptive" else make_chooser(self.chooser, known, seed)
+        return (
+            self.adaptive.make(known, seed) if self.chooser == "adaptive" else make_chooser(self.chooser, known, seed)
+        )

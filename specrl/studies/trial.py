@@ -93,19 +93,21 @@ def device_lock(study: Study) -> Iterator[None]:
     Raises:
         ValueError: another program times something on it.
     """
-    device = Exclusive("cpu")  # the device that live trials decode on
+    if study.device is None:
+        yield
+        return
+    lock = Exclusive(study.device)
     try:
-        if study.timed:
-            device.take()
+        lock.take()
     except ValueError as error:
         raise ValueError(
-            f"a timed trial needs its device alone, but {device.device!r} is in use by another study or environment; "
+            f"a timed trial needs its device alone, but {study.device!r} is in use by another study or environment; "
             "wait until that one ends, or study simulated trials"
         ) from error
     try:
         yield
     finally:
-        device.give_back()
+        lock.give_back()
 
 
 @cache
