@@ -39,8 +39,8 @@ LIVE: dict[str, Any] = {
         "workload.max_new_tokens": 8,
         "workload.prompt_tokens": 16,
         "draft.vocab_size": 64,
-        "traffic": "4x8",
-        "sync_every": 4,
+        "serving.batch_schedule": "4x8",
+        "serving.weight_sync_interval": 4,
         "learner.passes": 1,
     },
     "search": {"learner.learning_rate": {"float": [0.001, 0.01], "log": True}},
@@ -54,7 +54,6 @@ def _small_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory of its own, and the fastest setting of plain decoding without a search."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("specrl.studies.live.fastest_plain", lambda *_, **__: PlainSetting("float32", 1, 1e-3))
-    monkeypatch.setattr("specrl.studies.live.VOCABULARY_REQUESTS", 4)
 
 
 def write(found: dict[str, Any], **changes: Any) -> str:
@@ -95,11 +94,11 @@ def instant(study: Study, params: Mapping[str, Any], directory: Path, on_block: 
         ({"serach": 1}, "serach.* did you mean .*search"),
         ({"search": {}}, "search"),
         ({"search": {"learner.learning_rat": {"float": [0.1, 1]}}}, "learning_rat"),
-        ({"search": {"requests": {"int": [1, 2]}}}, "requests"),
+        ({"search": {"output_dir": {"int": [1, 2]}}}, "output_dir"),
         ({"search": {"learner.passes": {"float": [1, 4]}}}, "search.learner.passes: .*must be"),
         ({"search": {"learner.passes": {"int": [0, 4]}}}, "learner.passes must be at least 1"),
         ({"search": {"learner.loss": {"categorical": ["forward_kl", "kl"]}}}, "search.learner.loss"),
-        ({"search": {"chooser": {"plans": "1/1/2,3/1/7"}}}, "search.chooser: .*'3/1/4'"),
+        ({"search": {"serving.chooser": {"plans": "1/1/2,3/1/7"}}}, "search.serving.chooser: .*'3/1/4'"),
         ({"search": {"seed": {"int": [8, 4]}}}, "search.seed: .*low <= high"),
         ({"search": {"seed": {"int": [0, 4], "log": True}}}, "search.seed: .*log"),
         ({"search": {"seed": {"int": [0.5, 4]}}}, "search.seed: must be"),
@@ -109,7 +108,7 @@ def instant(study: Study, params: Mapping[str, Any], directory: Path, on_block: 
         ({"objectives": ["requests_to_accept_length"]}, "levels.accept_length go together"),
         (
             {"objectives": ["requests_to_accept_length"], "levels": {"accept_length": 2}},
-            "needs one plan",
+            "needs a fixed plan",
         ),
         ({"constraints": {"memory": 3}}, "constraints must be"),
         ({"objectives": ["speedup", "pause_ms"], "pruner": {}}, "pruner needs one objective"),
@@ -262,7 +261,7 @@ def test_a_live_study_trains_measures_exports_and_locks_its_device(capsys: pytes
     assert main([*command.split(), "--output_dir", "exported"]) == 0
     assert Path("exported/bundle/manifest.json").is_file()
     run = "out/trials/0000"
-    assert main(f"train --config {run}/config.yaml --resume --requests 12 --output_dir {run}".split()) == 0
+    assert main(f"train --config {run}/config.yaml --resume --serving.requests 12 --output_dir {run}".split()) == 0
 
     assert "jobs must be 1" in error("study --spec learner --jobs 2", capsys)
     holder = Exclusive("cpu")
@@ -274,7 +273,7 @@ def test_a_live_study_trains_measures_exports_and_locks_its_device(capsys: pytes
 
 
 def test_a_level_counts_requests_or_prunes_the_trial() -> None:
-    wait = {**LIVE, "objectives": ["requests_to_accept_length"], "fixed": {**LIVE["fixed"], "chooser": "2/1/3"}}
+    wait = {**LIVE, "objectives": ["requests_to_accept_length"], "fixed": {**LIVE["fixed"], "serving.chooser": "2/1/3"}}
     wait["budget"] = {"requests": 12, "batch_sizes": [2], "blocks": 2}
     params = {"learner.learning_rate": 0.005}
     easy = run_trial(make_study({**wait, "levels": {"accept_length": 0.5}}, "easy"), params, Path("trial"))

@@ -38,8 +38,8 @@ def study(
     trials are timed, so one runs at a time on a device; simulated ones may run in several processes, by --jobs or by
     the same command started again.
 
-    Results are trials/NNNN/ (of a live trial, the results of `specrl train`), trials.csv, values.csv, importance.csv,
-    study.json, and plots of the history, slices, importance, blocks and, of several objectives, the Pareto front.
+    Results are trials/NNNN/ (of a live trial, the results of `specrl train`), trials.csv, values.csv, study.json,
+    and plots of the history, slices, importance, blocks and, of several objectives, the Pareto front.
 
     Args:
         spec: a ready-made study's name or a YAML file; by default the one in output_dir, else 'learner'.

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from specrl.core.plan import parse_plans
-from specrl.io.options import build_parser, did_you_mean, explain
+from specrl.io.options import Options, did_you_mean
 from specrl.io.output import to_json
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
     from optuna.distributions import BaseDistribution
 
     from specrl.studies.live import LiveTrial
@@ -142,7 +141,9 @@ class Study:
         Raises:
             ValueError: they do not fit.
         """
-        return _make(self.kind, f"specrl {self.trial}", {**self.fixed, **params})
+        requests = {"serving.requests": self.budget.requests} if self.trial == "train" else {}
+        found = _options(f"specrl {self.trial}", self.kind).resolve({**requests, **self.fixed, **params})
+        return self.kind(**found.arguments), found.yaml
 
     def to_json(self) -> dict[str, Any]:
         """All that decides what its trials measure."""
@@ -160,6 +161,7 @@ def read_distribution(name: str, given: Any) -> BaseDistribution:
     """
     from optuna.distributions import json_to_distribution
 
+    form: dict[str, Any]
     try:
         match given:
             case {"plans": str(plans)} if len(given) == 1:
@@ -229,34 +231,12 @@ def make_study(given: Any, name: str) -> Study:
     """
     if not isinstance(given, dict):
         raise ValueError(f"a study must be a mapping, but got {given!r}")
-    study: Study
-    study, _ = _make(Study, "specrl study", {"name": name, **given})
-    return study
+    return Study(**_options("specrl study", Study).resolve({"name": name, **given}).arguments)
 
 
 @cache
-def _parser(kind: Any, prog: str) -> ArgumentParser:
-    return build_parser(prog, kind)
-
-
-def _make(kind: Any, prog: str, values: Mapping[str, Any]) -> tuple[Any, str]:
-    """An instance of a dataclass from values by dotted names, and the same as YAML; `prog` helps with errors."""
-    from jsonargparse import ArgumentError
-
-    parser = _parser(kind, prog)
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        *parents, last = name.split(".")
-        at = nested
-        for parent in parents:
-            at = at.setdefault(parent, {})
-        at[last] = value
-    try:
-        config = parser.parse_object(nested)
-    except ArgumentError as error:
-        raise ValueError(explain(str(error), parser).replace("--", "")) from error
-    config.pop("config", None)
-    return kind(**parser.instantiate(config).as_dict()), parser.dump(config, skip_unset=False)
+def _options(command: str, kind: Any) -> Options:
+    return Options(command, kind)
 
 
 def _check_objectives(study: Study) -> None:
@@ -270,8 +250,8 @@ def _check_objectives(study: Study) -> None:
             raise ValueError(f"objective {name} and levels.{level} go together, but got {study.levels}")
     if set(study.levels) - set(LEVELS) or any(level <= 0 for level in study.levels.values()):
         raise ValueError(f"levels must be {' or '.join(LEVELS)}, above 0, but got {study.levels}")
-    if "accept_length" in study.levels and not str(study.fixed.get("chooser", ""))[:1].isdigit():
-        raise ValueError("levels.accept_length needs one plan, fixed.chooser, but got none; for example chooser: 4/1/5")
+    if "accept_length" in study.levels and not str(study.fixed.get("serving.chooser", ""))[:1].isdigit():
+        raise ValueError("levels.accept_length needs a fixed plan, but got none; for example serving.chooser: 4/1/5")
     limits = {"peak_memory_mib", "pause_ms"} & set(known)
     if set(study.constraints) - limits or any(most <= 0 for most in study.constraints.values()):
         raise ValueError(
@@ -281,18 +261,14 @@ def _check_objectives(study: Study) -> None:
 
 def _check_parameters(study: Study) -> None:
     """Check the names and values of fixed parameters, and the choices or bounds of searched ones."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.distributions import distribution_to_json
 
     if both := sorted(set(study.fixed) & set(study.search)):
         raise ValueError(f"a parameter is searched or fixed, but {both[0]!r} is both; take it out of one")
     study.make_trial({})
     for name, found in study.distributions.items():
-        values: tuple[Any, ...] = ()
-        if isinstance(found, CategoricalDistribution):
-            values = found.choices
-        elif isinstance(found, (FloatDistribution, IntDistribution)):
-            values = (found.low, found.high)
-        for value in values:
+        limits = json.loads(distribution_to_json(found))["attributes"]
+        for value in limits["choices"] if "choices" in limits else (limits["low"], limits["high"]):
             try:
                 study.make_trial({name: value})
             except ValueError as error:

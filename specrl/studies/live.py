@@ -15,22 +15,21 @@ import numpy as np
 import torch
 
 from specrl.agents.draft.config import LearnerConfig
-from specrl.commands.train import VOCABULARY_REQUESTS, serve
 from specrl.config import DraftConfig, TargetConfig, WorkloadConfig
-from specrl.core.interfaces import Workload
 from specrl.core.plan import Plan
 from specrl.core.round import Round
 from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir
 from specrl.measure.local_arms import PlainSetting, fastest_plain
 from specrl.measure.paired import PLAIN, Lane, Setting, start, take_turns
-from specrl.models.draft import Draft
 from specrl.models.target import Target, default_device, load_target
 from specrl.studies.config import LEVELS, Study
 from specrl.studies.trial import Measured, NotReached, OnBlock
+from specrl.training.config import CheckpointConfig, ServingConfig
 from specrl.training.logger import Reporter
+from specrl.training.online import serve
 from specrl.training.run import Run
-from specrl.training.vocabulary import served_vocabulary
+from specrl.training.vocabulary import make_draft
 
 MIN_ROUNDS = 20  # at every batch size before a level counts as reached
 
@@ -52,11 +51,7 @@ class LiveTrial:
     target: TargetConfig = TargetConfig()
     draft: DraftConfig = DraftConfig()
     workload: WorkloadConfig = WorkloadConfig()
-    plans: str = "0,1/1/2,2/1/3,3/1/4,4/1/5,5/1/6"
-    chooser: str = "adaptive"
-    traffic: str = "16x96,4x24,1x24"
-    sync_every: int = 16
-    update: Literal["always", "better"] = "always"
+    serving: ServingConfig = ServingConfig()
     learn: bool = True
     learner: LearnerConfig = LearnerConfig()
     seed: int = 0
@@ -78,7 +73,8 @@ class LiveTrial:
             NotReached: the run did not reach a level that an objective waits for.
         """
         model, prompts = self.target.load(), self.workload.open(self.target.name, "train")
-        draft = self._draft(model, prompts)
+        serving, context = self.serving, self.workload.max_context
+        draft = make_draft(self.draft, model, prompts, max_context=context, seed=self.seed)
         limits_memory = "peak_memory_mib" in (*study.objectives, *study.constraints)
         if limits_memory:
             reset_peak_memory()
@@ -87,17 +83,17 @@ class LiveTrial:
             draft,
             prompts,
             target=self.target.name,
-            plans=self.plans,
-            chooser=self.chooser,
-            traffic=self.traffic,
+            plans=serving.plans,
+            chooser=serving.chooser,
+            traffic=serving.batch_schedule,
             learner=self.learner if self.learn else None,
-            sync_every=self.sync_every,
-            max_context=self.workload.max_context,
+            sync_every=serving.weight_sync_interval,
+            max_context=context,
             seed=self.seed,
-            update=self.update,
+            update=serving.deploy,
         )
-        watch, requests = _Watch(run, study.levels), study.budget.requests
-        serve(run, Reporter(run, out, print_line=lambda line: None), out, requests=requests, checkpoint_every=requests)
+        watch, log = _Watch(run, study.levels), Reporter(run, out, print_line=lambda line: None)
+        serve(run, log, out, requests=serving.requests, checkpoint=CheckpointConfig(serving.requests))
         watch.end_pause()
         run.write_results(out)
         found = Measured({"learner_seconds": run.loop.learn_s, "pause_ms": 1e3 * watch.pause_s, **watch.reached})
@@ -105,7 +101,7 @@ class LiveTrial:
             found.values["peak_memory_mib"] = peak_memory_mib()
         for name in study.objectives:
             if name in LEVELS.values() and name not in watch.reached:
-                raise NotReached(f"{name}: not within {requests} requests")
+                raise NotReached(f"{name}: not within {serving.requests} requests")
         blocks: dict[str, list[float]] = {"speedup": [], "accept_length": []}
         reported = blocks.get(study.objectives[0])
         for speedup, accept_length in self._blocks(study, run, model):
@@ -116,16 +112,6 @@ class LiveTrial:
         for name, samples in blocks.items():
             found.add(name, samples)
         return found
-
-    def _draft(self, model: Target, prompts: Workload) -> Draft:
-        size, vocabulary = self.draft.vocab_size, None
-        if size is not None:
-            context = self.workload.max_context
-            counted, _ = served_vocabulary(
-                model, prompts, size, max_context=context, seed=self.seed, requests=VOCABULARY_REQUESTS
-            )
-            vocabulary = counted.ids
-        return self.draft.load(model, seed=self.seed, vocabulary=vocabulary)
 
     def _blocks(self, study: Study, run: Run, model: Target) -> Iterator[tuple[float, float]]:
         """Speedup and accept length of each block: plain decoding and the result in turns on the same prompts."""

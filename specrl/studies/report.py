@@ -25,27 +25,20 @@ SHOWN = 5  # best trials in the table
 
 
 def write_report(study: optuna.Study, spec: Study, out: OutputDir) -> dict[str, Any]:
-    """Write trials.csv, values.csv, importance.csv, study.json and the plots, and return the contents of study.json."""
+    """Write trials.csv, values.csv, study.json and the plots, and return the contents of study.json."""
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     states = [trial.state.name.lower() for trial in trials]
-    importance = {name: _importance(study, target) for name, target in _targets(spec).items()}
     found = {
         "study": spec.name,
         "objectives": dict(zip(spec.objectives, spec.directions, strict=True)),
         "trials": {state: states.count(state) for state in dict.fromkeys(states)},
         "best": [_row(spec, trial) for trial in _best(study, spec, complete)],
-        "importance": importance,
+        "importance": {name: _importance(study, target) for name, target in _targets(spec).items()},
         "environment": environment(),
     }
-    shares = [
-        {"objective": objective, "parameter": name, "importance": share}
-        for objective, by_name in importance.items()
-        for name, share in by_name.items()
-    ]
     out.write_csv("trials.csv", [_row(spec, trial) for trial in trials])
     out.write_csv("values.csv", mean_by_value(spec, complete))
-    out.write_csv("importance.csv", shares)
     out.write_json("study.json", found)
     if len(complete) > 1:
         _plot(study, spec, out.path)
@@ -74,7 +67,7 @@ def summarize(found: Mapping[str, Any], spec: Study, url: str, directory: Path) 
         out.append(f"  specrl bench --draft {place}/draft --seed 1")
     else:
         out.append("the best settings: " + ", ".join(f"{name} {best[0][name]}" for name in spec.search))
-    out.append(f"written: {directory} (plots, trials.csv, values.csv, importance.csv, study.json)")
+    out.append(f"written: {directory} (plots, trials.csv, values.csv, study.json)")
     out.append(f"to see more: pip install optuna-dashboard; optuna-dashboard {url}")
     return out
 
