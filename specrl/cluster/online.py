@@ -1,4 +1,4 @@
-"""Online training over a Ray cluster: engines that serve, and a learner on a device of its own."""
+"""Online training on a Ray cluster: engines that serve, and a learner in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,139 +7,149 @@ from dataclasses import asdict
 from typing import Any
 from uuid import uuid4
 
-from specrl.cluster.connect import need_resource, one_of
-from specrl.cluster.learner import LIVES, LearnerActor
-from specrl.cluster.serving import EngineActor, Served, Serving, newest
+from specrl.cluster.config import RayConfig
+from specrl.cluster.connect import connected, need_resource, take_one
+from specrl.cluster.engine import EngineActor, EngineReport, EngineSettings
+from specrl.cluster.learner import CHECKPOINT, RESTARTS, LearnerActor, newest_weights
 from specrl.core.clock import WallClock
 from specrl.io.output import OutputDir, environment, show
 from specrl.models.draft import Draft
 
 
-class Fleet:
+def train_on_ray(config: RayConfig, settings: EngineSettings, first: Draft, out: OutputDir, *, resume: bool) -> None:
+    """Serve `settings.serving.requests` requests on a cluster while the draft learns, and write the results.
+
+    Raises:
+        ValueError: no such cluster, too few resources, nothing to resume, or a learner's checkpoint without `resume`.
+    """
+    exists = (out.path / CHECKPOINT).exists()
+    if exists != resume:
+        state = "holds a learner's checkpoint" if exists else "holds none"
+        remedy = "add --resume, or take another output_dir" if exists else "leave --resume out"
+        raise ValueError(f"--resume needs a learner's checkpoint, but {str(out.path)!r} {state}; {remedy}")
+    with connected(config.address):
+        trainer = RayOnlineTrainer(config, settings, first, out)
+        trainer.serve(settings.serving.requests)
+        found = trainer.finish()
+    show(f"draft {found['draft_version']} learned from {found['taken']} requests by engine", f"written: {out.path}")
+
+
+class RayOnlineTrainer:
     """Engines and their learner on the cluster that this process is connected to.
 
     Args:
-        doing: what every engine does.
+        config: number of engines, and the resources of engines and learner.
+        settings: of every engine.
         first: the draft to start from.
-        out: where the learner keeps its checkpoint and results go.
-        engines: how many.
-        engine_device: a Ray resource that each engine owns one of: 'CPU', 'GPU' or a custom one.
-        learner_device: the learner's.
+        out: where the learner keeps its checkpoint and results are written.
+
+    Attributes:
+        learner: handle of the `LearnerActor`.
+        rows: of log.csv.
 
     Raises:
-        ValueError: fewer than one engine, or more than the cluster can place.
+        ValueError: more than the cluster can place.
     """
 
-    def __init__(
-        self,
-        doing: Serving,
-        first: Draft,
-        out: OutputDir,
-        *,
-        engines: int,
-        engine_device: str = "CPU",
-        learner_device: str = "CPU",
-    ) -> None:
-        if engines < 1:
-            raise ValueError(f"engines must be at least 1, but got {engines}")
-        same = engine_device == learner_device
-        need_resource(engine_device, engines + same, "engines and their learner" if same else "engines")
-        need_resource(learner_device, 1, "a learner")
-        need_resource("CPU", engines + 1, "engines and their learner")
-        import ray
+    def __init__(self, config: RayConfig, settings: EngineSettings, first: Draft, out: OutputDir) -> None:
+        same = config.engine_resource == config.learner_resource
+        need_resource(config.engine_resource, config.engines + same, "engines and their learner" if same else "engines")
+        need_resource(config.learner_resource, 1, "learners")
+        need_resource("CPU", config.engines + 1, "engines and their learner")
+        from ray import remote
 
-        self.doing, self.out, self.first = doing, out, first
-        start = out.path.resolve() / "first"
-        first.save(start)
+        self.settings, self.out, self.first = settings, out, first
         self.rows: list[dict[str, object]] = []
-        self._seen: dict[int, Served] = {}
-        spread: dict[str, Any] = {"max_restarts": LIVES, "scheduling_strategy": "SPREAD"}
-        name = f"specrl-learner-{uuid4()}"
+        self._reports: dict[int, EngineReport] = {}
+        directory, name = out.path.resolve(), f"specrl-learner-{uuid4()}"
+        first.save(directory / "first")
+        common: dict[str, Any] = {"max_restarts": RESTARTS, "scheduling_strategy": "SPREAD"}
         self.learner = (
-            ray.remote(LearnerActor)
-            .options(name=name, **one_of(learner_device), **spread)
+            remote(LearnerActor)
+            .options(name=name, **take_one(config.learner_resource), **common)
             .remote(
-                doing.target,
-                str(start),
-                doing.learner,
-                str(out.path.resolve()),
-                publish_every=doing.sync_every,
-                seed=doing.seed,
+                settings.target.name,
+                str(directory / "first"),
+                settings.learner,
+                str(directory),
+                publish_every=settings.serving.weight_sync_interval,
+                seed=settings.seed,
             )
         )
-        retried = {**spread, "max_task_retries": LIVES}  # an engine that was killed begins its share anew
-        make = ray.remote(EngineActor).options(**one_of(engine_device), **retried)
-        self.engines = [make.remote(number, doing, first.config, name) for number in range(engines)]
+        # a killed engine restarts and serves its share of requests again
+        make = remote(EngineActor).options(**take_one(config.engine_resource), **common, max_task_retries=RESTARTS)
+        self._engines = [make.remote(number, settings, first.config, name) for number in range(config.engines)]
         self._clock = WallClock()
         self._began = self._clock.now()
 
     def serve(self, requests: int, *, say: Callable[[str], object] = show) -> None:
-        """Serve so many requests, as fast as each engine can; a row of log.csv for every share that one has served."""
-        import ray
+        """Serve requests, as fast as each engine can. log.csv gets a row whenever an engine has served its share."""
+        from ray import get, wait
 
-        share = max(1, min(4 * self.doing.sync_every, requests // len(self.engines)))
-        left, busy = requests, dict[Any, Any]()
-        idle = list(self.engines)
+        share = max(1, min(4 * self.settings.serving.weight_sync_interval, requests // len(self._engines)))
+        left, idle, busy = requests, list(self._engines), dict[Any, Any]()
         while left > 0 or busy:
             while idle and left > 0:
                 engine, now = idle.pop(), min(share, left)
                 left -= now
                 busy[engine.serve.remote(now)] = engine
-            (done, *_), _ = ray.wait(list(busy), num_returns=1)
+            (done, *_), _ = wait(list(busy), num_returns=1)
             idle.append(busy.pop(done))
-            say(self._took(Served(*ray.get(done))))
+            say(self._add(EngineReport(*get(done))))
 
     def finish(self) -> dict[str, object]:
-        """End, and write draft/, plans.json, engines.json and environment.json; what engines.json holds is returned."""
-        import ray
+        """End, write draft/, plans.json, engines.json, learner.json and environment.json; return engines.json."""
+        from ray import get
 
-        for told in ray.get([engine.finish.remote() for engine in self.engines]):
-            self._took(Served(*told))
-        ray.get(self.learner.publish.options(max_task_retries=LIVES).remote())
-        last, weights = newest(self.learner)
-        taken = ray.get(self.learner.taken.options(max_task_retries=LIVES).remote())
+        for report in get([engine.finish.remote() for engine in self._engines]):
+            self._add(EngineReport(*report))
+        get(self.learner.publish.options(max_task_retries=RESTARTS).remote())
+        last, weights = newest_weights(self.learner)
         Draft(self.first.config, weights).save(self.out.path / "draft")
+        reports = [report for _, report in sorted(self._reports.items())]
         found: dict[str, object] = {
-            "engines": [served._asdict() for _, served in sorted(self._seen.items())],
-            "taken": taken,
+            "engines": [
+                {**report._asdict(), "batches": {batch: b._asdict() for batch, b in report.batches.items()}}
+                for report in reports
+            ],
+            "taken": get(self.learner.taken.options(max_task_retries=RESTARTS).remote()),
             "draft_version": last.version,
             "learner": last.metrics,
         }
-        self.out.write_json("engines.json", found)
         plans = {str(batch): plan for batch, plan in self.plans().items()}
-        self.out.write_json("plans.json", {"plans": plans, "requests": sum(s.requests for s in self._seen.values())})
-        self.out.write_json("learner.json", asdict(self.doing.learner))
+        self.out.write_json("engines.json", found)
+        self.out.write_json("plans.json", {"plans": plans, "requests": sum(report.requests for report in reports)})
+        self.out.write_json("learner.json", asdict(self.settings.learner))
         self.out.write_json("environment.json", environment())
         return found
 
     def plans(self) -> dict[int, str]:
-        """For every batch size the plan of the engine that ran most rounds at it."""
+        """For each batch size, the plan of the engine that ran most rounds at it."""
         best: dict[int, tuple[int, str]] = {}
-        for served in self._seen.values():
-            for batch, (*_, rounds) in served.sums.items():
-                best[batch] = max(best.get(batch, (0, "")), (rounds, served.plans[batch]))
+        for report in self._reports.values():
+            for batch, b in report.batches.items():
+                best[batch] = max(best.get(batch, (0, "")), (b.rounds, b.plan))
         return {batch: plan for batch, (_, plan) in sorted(best.items())}
 
-    def _took(self, served: Served) -> str:
-        """Keep what an engine told, as a row and a line."""
-        self._seen[served.engine] = served
+    def _add(self, report: EngineReport) -> str:
+        """Write a row of log.csv, and return it as a line of text."""
+        self._reports[report.engine] = report
         row: dict[str, object] = {
             "seconds": round(self._clock.now() - self._began, 1),
-            "requests": sum(s.requests for s in self._seen.values()),
-            "engine": served.engine,
-            "node": served.node[:8],
-            "engine_requests": served.requests,
-            "draft_version": served.draft_version,
-            **served.counts,
+            "requests": sum(known.requests for known in self._reports.values()),
+            "engine": report.engine,
+            "node": report.node[:8],
+            "engine_requests": report.requests,
+            "draft_version": report.draft_version,
+            **report.counts,
         }
-        parts = []
-        for batch, (plain, spent, tokens, rounds, _) in served.sums.items():
-            row |= {f"plan_{batch}": served.plans[batch], f"speedup_{batch}": plain / spent}
-            row |= {f"accept_length_{batch}": tokens / rounds}
-            parts.append(f"batch {batch}: {served.plans[batch]} {plain / spent:.2f}x, {tokens / rounds:.2f} tokens")
+        parts = [
+            f"{row['seconds']:5} s  {row['requests']:5} requests  engine {report.engine}, draft {row['draft_version']}"
+        ]
+        parts[0] += "".join(f"  {report.counts[key]:.0f} {key}" for key in ("dropped", "lost") if report.counts[key])
+        for batch, b in report.batches.items():
+            row |= {f"plan_{batch}": b.plan, f"speedup_{batch}": b.speedup, f"accept_length_{batch}": b.accept_length}
+            parts.append(f"batch {batch}: {b.plan} {b.speedup:.2f}x, {b.accept_length:.2f} tokens")
         self.rows.append(row)
         self.out.write_csv("log.csv", self.rows)
-        lost = {name: int(served.counts[name]) for name in ("dropped", "lost") if served.counts[name]}
-        said = "".join(f"  {count} {name}" for name, count in lost.items())
-        head = f"{row['seconds']:5} s  {row['requests']:5} requests  engine {served.engine}"
-        return f"{head}, draft {served.draft_version}{said}  |  " + "  |  ".join(parts)
+        return "  |  ".join(parts)

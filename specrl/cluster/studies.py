@@ -18,8 +18,8 @@ RETRIES = 2  # of a trial whose worker was killed
 def trial_runner(address: str, study: Study, *, run: RunTrial = run_trial) -> Iterator[tuple[RunTrial, int]]:
     """A function that runs one trial on the cluster and waits for it, and how many trials fit on the cluster at once.
 
-    A timed trial uses one `specrl_device` of its node, other trials one CPU. A trial whose worker was killed runs again.
-    Blocks are not reported while a trial runs, so none is pruned.
+    A timed trial uses one `specrl_device` of its node, other trials one CPU. A trial whose worker was killed runs
+    again. Blocks are not reported while a trial runs, so none is pruned.
 
     Args:
         address: of the cluster (see `connected`).

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from specrl.agents.draft.config import LearnerConfig
-from specrl.cluster.command import train_over_ray
 from specrl.cluster.config import RayConfig
-from specrl.cluster.serving import Serving
+from specrl.cluster.engine import EngineSettings
+from specrl.cluster.online import train_on_ray
 from specrl.config import DraftConfig, TargetConfig, WorkloadConfig
 from specrl.io.output import OutputDir
 from specrl.training.config import ServingConfig
@@ -55,26 +55,13 @@ def train_ray(
     directory = OutputDir(output_dir or Path("runs/train-ray"))
     model, requests = target.load(device="cpu"), workload.open(target.name, "train", ignore_eos=False)
     first = make_draft(draft, model, requests, max_context=workload.max_context, seed=seed)
-    doing = Serving(
-        target.name,
+    settings = EngineSettings(
+        target,
         partial(workload.open, target.name, "train", ignore_eos=False),
-        serving.plans,
-        serving.chooser,
-        serving.batch_schedule,
-        workload.max_context,
-        serving.weight_sync_interval,
-        ray.max_pending_calls,
+        serving,
         learner,
-        seed,
+        max_context=workload.max_context,
+        max_pending_calls=ray.max_pending_calls,
+        seed=seed,
     )
-    train_over_ray(
-        ray.address,
-        doing,
-        first,
-        directory,
-        requests=serving.requests,
-        engines=ray.engines,
-        engine_device=ray.engine_resource,
-        learner_device=ray.learner_resource,
-        resume=resume,
-    )
+    train_on_ray(ray, settings, first, directory, resume=resume)
