@@ -10,10 +10,12 @@ from safetensors.torch import save_file
 from tiny import CONFIG, TAPS, Drawn, target_tensors
 
 from specrl.agents.draft.learner import LearnerConfig
-from specrl.cluster.serving import Serving
+from specrl.cluster.engine import EngineSettings
+from specrl.config import TargetConfig
 from specrl.models.draft import Draft, new_draft
 from specrl.models.embedded.training import config_json
 from specrl.models.target import load_target
+from specrl.training.config import ServingConfig
 
 LEARNER = LearnerConfig(dtype="float32", batch_size=8, passes=2, updates_per_request=0.5, learning_rate=1e-2)
 
@@ -34,17 +36,7 @@ def partly_private() -> Drawn:
     return Drawn(never=2)
 
 
-def small(target: str, **changes: Any) -> Serving:
-    common: dict[str, Any] = {
-        "target": target,
-        "workload": partly_private,
-        "plans": "0,3/1/4",
-        "chooser": "3/1/4",
-        "traffic": "8",
-        "max_context": 32,
-        "sync_every": 8,
-        "in_flight": 2,
-        "learner": LEARNER,
-        "seed": 0,
-    }
-    return Serving(**{**common, **changes})
+def small(target: str, **changes: Any) -> EngineSettings:
+    serving = ServingConfig(plans="0,3/1/4", chooser="3/1/4", batch_schedule="8", weight_sync_interval=8)
+    common: dict[str, Any] = {"workload": partly_private, "serving": serving, "learner": LEARNER, "max_context": 32}
+    return EngineSettings(TargetConfig(target), **{**common, **changes})

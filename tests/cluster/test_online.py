@@ -12,11 +12,10 @@ from small import LEARNER, small, small_draft, write_target
 
 from specrl.agents.draft.learner import OnlineLearner
 from specrl.agents.draft.sequences import Assembler, Sequence
-from specrl.cluster.connect import _check_listens
-from specrl.cluster.learner import CHECKPOINT, LearnerActor
-from specrl.cluster.online import Fleet
-from specrl.cluster.outlet import Outlet
-from specrl.cluster.weights import SentTraces, from_bytes
+from specrl.cluster.config import RayConfig
+from specrl.cluster.learner import CHECKPOINT, LearnerActor, SentTraces, newest_weights
+from specrl.cluster.online import RayOnlineTrainer
+from specrl.cluster.remote_learner import RemoteLearner
 from specrl.core.round import Trace
 from specrl.io.output import OutputDir
 from specrl.models.draft import load_draft
@@ -54,7 +53,7 @@ class Gate:
     async def learn(self, engine: int, sent: SentTraces) -> tuple[int, list[Any], dict[str, float]]:
         import asyncio
 
-        self.held.append(len(SentTraces(*sent).sequences()))
+        self.held.append(len(SentTraces(*sent).unpack()))
         while not self.open:
             await asyncio.sleep(0.01)
         return 0, [], {}
@@ -64,68 +63,68 @@ class Gate:
         return self.held
 
 
-def test_what_a_slow_learner_does_not_take_is_dropped_and_counted_and_nobody_waits() -> None:
+def test_requests_that_a_slow_learner_does_not_take_are_dropped_and_counted() -> None:
     gate = Gate.remote()
-    outlet = Outlet(gate, 0, (0, {}), Assembler(), in_flight=2)
+    remote = RemoteLearner(gate, 0, (0, {}), Assembler())
     for request in range(7):
-        counts = outlet.learn([prefill(request)])  # would never come back if it waited: the gate is shut
-    assert (counts["in_flight"], counts["dropped"], counts["sent"]) == (2.0, 5.0, 0.0)
+        counts = remote.learn([prefill(request)])  # would never come back if it waited: the gate is shut
+    assert (counts["pending"], counts["dropped"], counts["sent"]) == (2.0, 5.0, 0.0)
     ray.get(gate.let.remote())
-    outlet.look(180.0)
+    remote.poll(180.0)
     assert ray.get(gate.let.remote()) == [1, 1]
-    assert outlet.counts() == {"sent": 2.0, "dropped": 5.0, "lost": 0.0, "in_flight": 0.0}
-    outlet.learn([prefill(7)])
-    outlet.look(180.0)
-    assert outlet.counts()["sent"] == 3.0
+    assert remote.counts() == {"sent": 2.0, "dropped": 5.0, "lost": 0.0, "pending": 0.0}
+    remote.learn([prefill(7)])
+    remote.poll(180.0)
+    assert remote.counts()["sent"] == 3.0
 
 
-def test_what_was_on_its_way_to_a_killed_learner_is_lost_and_counted() -> None:
+def test_requests_on_their_way_to_a_killed_learner_are_lost_and_counted() -> None:
     gate = Gate.remote()
-    outlet = Outlet(gate, 0, (5, {"a": torch.ones(1)}), Assembler(), in_flight=2)
-    outlet.learn([prefill(0), prefill(1)])
+    remote = RemoteLearner(gate, 0, (5, {"a": torch.ones(1)}), Assembler())
+    remote.learn([prefill(0), prefill(1)])
     ray.kill(gate)
-    outlet.look(180.0)
-    assert outlet.counts() == {"sent": 0.0, "dropped": 0.0, "lost": 2.0, "in_flight": 0.0}
-    assert outlet.weights()[0] == 5
+    remote.poll(180.0)
+    assert remote.counts() == {"sent": 0.0, "dropped": 0.0, "lost": 2.0, "pending": 0.0}
+    assert remote.weights()[0] == 5
 
 
-def test_sequences_travel_as_bytes_and_stay_what_they_were() -> None:
+def test_sequences_are_sent_as_bytes_without_a_change() -> None:
     (sequence,) = Assembler().add([prefill(0)])
-    sent = SentTraces.of([sequence])
-    assert isinstance(sent.body, bytes) and isinstance(sent.notes, str)
-    (back,) = ray.get(ray.put(sent)).sequences()
+    sent = SentTraces.pack([sequence])
+    assert isinstance(sent.tensors, bytes) and isinstance(sent.notes, str)
+    (back,) = ray.get(ray.put(sent)).unpack()
     for name in ("tokens", "features", "logits"):
         assert torch.equal(getattr(back, name), getattr(sequence, name))
     assert back.temperature == 1.0 and back.prompt_tokens == 3
 
 
-def test_engines_on_both_nodes_feed_a_learner_that_is_killed_and_comes_back(tmp_path: Path) -> None:
+def test_engines_on_both_nodes_feed_a_learner_that_is_killed_and_restarts(tmp_path: Path) -> None:
     target, out = write_target(tmp_path / "target"), OutputDir(tmp_path / "run")
     draft = small_draft(target)
-    fleet = Fleet(small(target), draft, out, engines=2)
+    trainer = RayOnlineTrainer(RayConfig(engines=2), small(target), draft, out)
     lines: list[str] = []
-    fleet.serve(160, say=lines.append)
+    trainer.serve(160, say=lines.append)
 
     def learns_again() -> bool:
         """Whether the learner came back, and what it has learnt since serves."""
         try:
-            restored = ray.get(fleet.learner.newest.remote()).metrics["restored"]
+            restored = ray.get(trainer.learner.newest.remote()).metrics["restored"]
         except ray.exceptions.RayActorError:
             return False
-        return bool(restored == 1.0 and max(int(str(row["draft_version"])) for row in fleet.rows) > before)
+        return bool(restored == 1.0 and max(int(str(row["draft_version"])) for row in trainer.rows) > before)
 
     before, kept = -1, 0
-    while (said := ray.get(fleet.learner.newest.remote()).version) != before:  # it may still learn what it was sent
+    while (said := ray.get(trainer.learner.newest.remote()).version) != before:  # it may still learn what it was sent
         before, kept = said, load_checkpoint(out.path / CHECKPOINT).state["learner"]["updates"]
     assert kept == before > 0
-    ray.kill(fleet.learner, no_restart=False)
+    ray.kill(trainer.learner, no_restart=False)
     requests = 160
     while requests < 160 + 320 or not learns_again():  # begun while there is no learner
-        fleet.serve(320, say=lines.append)
+        trainer.serve(320, say=lines.append)
         requests += 320
         assert requests < 50_000
-    fleet.serve(160, say=lines.append)
-    found = fleet.finish()
+    trainer.serve(160, say=lines.append)
+    found = trainer.finish()
     served: list[dict[str, Any]] = found["engines"]  # type: ignore[assignment]
     assert len({s["node"] for s in served}) == 2, "one engine on each node"
     assert sum(s["requests"] for s in served) >= requests + 160
@@ -138,13 +137,13 @@ def test_engines_on_both_nodes_feed_a_learner_that_is_killed_and_comes_back(tmp_
     # finished after its engine's last call
     known = sum(c["sent"] + c["dropped"] + c["lost"] for c in counts)
     assert -2 * 8 <= sum(s["requests"] for s in served) / 2 - known <= 2 * (8 + 8)
-    assert all(c["in_flight"] == 0 for c in counts)
+    assert all(c["pending"] == 0 for c in counts)
     learnt = load_draft(out.path / "draft")
     assert any(not torch.equal(learnt.tensors[n], t) for n, t in draft.tensors.items() if t.is_floating_point())
     assert (out.path / "plans.json").is_file() and len(lines) == len((out.path / "log.csv").read_text().split()) - 3
 
 
-def test_a_learner_goes_on_where_its_checkpoint_is(tmp_path: Path) -> None:
+def test_a_learner_continues_from_its_checkpoint(tmp_path: Path) -> None:
     target = write_target(tmp_path / "target")
     first = small_draft(target)
     first.save(tmp_path / "first")
@@ -165,23 +164,16 @@ def test_a_learner_goes_on_where_its_checkpoint_is(tmp_path: Path) -> None:
         for _ in range(16)
     ]
     one = make()
-    said = ray.get(one.learn.remote(0, SentTraces.of(sequences)))
+    said = ray.get(one.learn.remote(0, SentTraces.pack(sequences)))
     ray.kill(one)
     two = make()
     again = ray.get(two.newest.remote())
     assert (again.version, again.metrics["restored"]) == (said.version, 1.0) and said.version == 8
     assert ray.get(two.taken.remote()) == {0: 16}
     own = OnlineLearner(first, load_target(target).embedding, LEARNER, seed=0)
-    own.take_sequences(SentTraces.of(sequences).sequences())
+    own.take_sequences(SentTraces.pack(sequences).unpack())
     own.learn([])
-    sent = from_bytes(ray.get(again.weights[0]))
+    _, sent = newest_weights(two)
     for name, tensor in own.weights()[1].items():
         assert torch.allclose(sent[name], tensor, atol=1e-6)
     ray.kill(two)
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:9", "127.0.0.1:none"])
-def test_an_address_where_nobody_listens_is_refused_at_once(address: str) -> None:
-    with pytest.raises(ValueError, match="--ray must be the address of a cluster that runs") as error:
-        _check_listens(address)
-    assert "\n" not in str(error.value)
