@@ -142,8 +142,9 @@ class Study:
             ValueError: they do not fit.
         """
         requests = {"serving.requests": self.budget.requests} if self.trial == "train" else {}
-        found = _options(f"specrl {self.trial}", self.kind).resolve({**requests, **self.fixed, **params})
-        return self.kind(**found.arguments), found.yaml
+        kind: Any = self.kind
+        found = _options(f"specrl {self.trial}", kind).resolve({**requests, **self.fixed, **params})
+        return kind(**found.arguments), found.yaml
 
     def to_json(self) -> dict[str, Any]:
         """All that decides what its trials measure."""
@@ -168,10 +169,10 @@ def read_distribution(name: str, given: Any) -> BaseDistribution:
                 form = {"type": "categorical", "choices": [str(plan) for plan in parse_plans(plans)]}
             case {"categorical": [*choices]} if choices and len(given) == 1:
                 form = {"type": "categorical", "choices": choices}
-            case {"int": [int(low), int(high)], **rest} if set(rest) <= {"log", "step"}:
-                form = {"type": "int", "low": low, "high": high, **rest}
-            case {"float": [low, high], **rest} if set(rest) <= {"log", "step"}:
-                form = {"type": "float", "low": float(low), "high": float(high), **rest}
+            case {"int": [int(low), int(high)]} if set(given) <= {"int", "log", "step"}:
+                form = {**given, "type": "int", "low": low, "high": high}
+            case {"float": [low, high]} if set(given) <= {"float", "log", "step"}:
+                form = {**given, "type": "float", "low": float(low), "high": float(high)}
             case _:
                 raise ValueError(
                     "must be float or int with [low, high] and perhaps log or step, categorical with a list, or plans, "
