@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from specrl.io.output import OutputDir, progress, show
+from specrl.io.output import OutputDir, show
 from specrl.studies.config import Study, find_study, read_study
 from specrl.studies.optimize import count_trials, need_optuna, open_study, optimize
 from specrl.studies.report import summarize, write_report
@@ -81,24 +81,18 @@ def study(
         out.write_text(SAVED, yaml.safe_dump({"name": asked.name, **given}, sort_keys=False))
     done, _ = count_trials(kept)
     show(f"study {asked.name!r}: {done} of {total} trials finished" + (f"; {asked.about}" if asked.about else ""))
-    with progress(asked.name, total) as advance:
+    try:
+        if ray is None:
+            with device_lock(asked), _helpers(asked, url, out.path, total, jobs):
+                optimize(asked, url, out.path, total)
+        else:
+            from specrl.cluster.studies import trial_runner
 
-        def say(done: int, line: str) -> None:
-            show(line)
-            advance(done)
-
-        try:
-            if ray is None:
-                with device_lock(asked), _helpers(asked, url, out.path, total, jobs):
-                    optimize(asked, url, out.path, total, say=say)
-            else:
-                from specrl.cluster.studies import trial_runner
-
-                with trial_runner(ray, asked) as (run, slots):
-                    optimize(asked, url, out.path, total, run=run, jobs=slots, say=say)
-        except KeyboardInterrupt:
-            show(f"to continue: specrl study --output_dir {out.path}")
-            raise
+            with trial_runner(ray, asked) as (run, slots):
+                optimize(asked, url, out.path, total, run=run, jobs=slots)
+    except KeyboardInterrupt:
+        show(f"to continue: specrl study --output_dir {out.path}")
+        raise
     found = write_report(kept, asked, out)
     show(*summarize(found, asked, url, out.path))
     return found

@@ -21,7 +21,7 @@ from specrl.core.round import Round
 from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir
 from specrl.measure.local_arms import PlainSetting, fastest_plain
-from specrl.measure.paired import PLAIN, Lane, Setting, start, take_turns
+from specrl.measure.paired import PLAIN, Setting, start, take_turns
 from specrl.models.target import Target, default_device, load_target
 from specrl.studies.config import LEVELS, Study
 from specrl.studies.trial import Measured, NotReached, OnBlock
@@ -131,7 +131,13 @@ class LiveTrial:
             lanes = start(settings, prompts, batch_size=batch, seed=0)
             try:
                 for _ in range(budget.blocks):
-                    yield _block(lanes, batch * workload.max_new_tokens)
+                    seen = len(lanes[1].rounds)
+                    take_turns(list(lanes), batch * workload.max_new_tokens)
+                    baseline_s, learned_s = (
+                        seconds / tokens for tokens, seconds in (lane.blocks[-1] for lane in lanes)
+                    )
+                    lengths = [done.accept_length for done in lanes[1].rounds[seen:]]
+                    yield baseline_s / learned_s, float(np.mean(lengths))
             finally:
                 for lane in lanes:
                     lane.session.close()
@@ -161,14 +167,6 @@ class _Watch:
             if key not in self.reached and min(tally.rounds for tally in tallies) >= MIN_ROUNDS:
                 if float(np.exp(np.mean(np.log([getattr(tally, name) for tally in tallies])))) >= level:
                     self.reached[key] = loop.requests if name == "accept_length" else loop.serve_s + loop.learn_s
-
-
-def _block(lanes: list[Lane], tokens: float) -> tuple[float, float]:
-    """Speedup and accept length of one block of `tokens` tokens in each lane."""
-    seen = len(lanes[1].rounds)
-    take_turns(list(lanes), tokens)
-    (n0, s0), (n1, s1) = lanes[0].blocks[-1], lanes[1].blocks[-1]
-    return (s0 / n0) / (s1 / n1), float(np.mean([done.accept_length for done in lanes[1].rounds[seen:]]))
 
 
 @cache

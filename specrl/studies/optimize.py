@@ -26,18 +26,16 @@ MAX_RETRIES = 2  # of a trial whose process was killed
 
 
 def need_optuna() -> None:
-    """Import Optuna without its log messages.
+    """Import Optuna and what its pruner needs.
 
     Raises:
         ValueError: it is not installed.
     """
     try:
-        import optuna
-
+        importlib.import_module("optuna")
         importlib.import_module("scipy.stats")  # for WilcoxonPruner
     except ImportError as error:
         raise ValueError(f"'specrl study' needs Optuna, but got {error}; 'pip install specrl[study]'") from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 @contextmanager
@@ -141,7 +139,6 @@ def optimize(
     jobs: int = 1,
     worker: int = 0,
     grace_s: int = GRACE_S,
-    say: Callable[[int, str], object] = lambda done, line: None,
     wanted: Callable[[], bool] = lambda: True,
 ) -> None:
     """Run trials until `total` are completed or pruned, those of other processes included.
@@ -157,7 +154,6 @@ def optimize(
         jobs: threads that call `run` at once.
         worker: number of this process.
         grace_s: as for `open_study`.
-        say: called after each trial with the number of finished trials and a line about it.
         wanted: asked before new trials begin.
 
     Raises:
@@ -165,8 +161,7 @@ def optimize(
     """
     import optuna
 
-    study, failures = open_study(spec, url, worker=worker, grace_s=grace_s), list[str]()  # in a row
-    errors = (RuntimeError, MemoryError)
+    study = open_study(spec, url, worker=worker, grace_s=grace_s)
 
     def objective(trial: optuna.Trial) -> list[float]:
         params = {name: suggest(trial, name, found) for name, found in spec.distributions.items()}
@@ -181,11 +176,7 @@ def optimize(
         try:
             found = run(spec, params, place, on_block if len(spec.objectives) == 1 else None)
         except NotReached as error:
-            trial.set_user_attr("pruned", str(error))
-            raise optuna.TrialPruned from error
-        except errors as error:
-            trial.set_user_attr("error", repr(error))
-            raise
+            raise optuna.TrialPruned(str(error)) from error
         except KeyboardInterrupt:
             _retry(study, study.get_trials()[trial.number])
             raise
@@ -195,24 +186,20 @@ def optimize(
             trial.set_constraint(name, found.values[name] - most)
         return [found.values[name] for name in spec.objectives]
 
-    def after(_: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        if trial.state == optuna.trial.TrialState.FAIL:
-            failures.append(trial.user_attrs["error"])
-        else:
-            failures.clear()
-        done, running = count_trials(study)
-        say(done, f"{done}/{total} {describe(spec, trial)}")
-        if len(failures) >= MAX_FAILURES or done + running >= total or not wanted():
+    def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        last = [trial.state.name for trial in study.get_trials(deepcopy=False)[-MAX_FAILURES:]]
+        if last == ["FAIL"] * MAX_FAILURES:
+            raise ValueError(f"trials must run, but the last {MAX_FAILURES} failed; see Optuna's log for their errors")
+        if sum(count_trials(study)) >= total or not wanted():
             study.stop()
 
+    catch = (RuntimeError, MemoryError)
     while wanted():
         _wait_for_others(study, total, grace_s)
         done, running = count_trials(study)
         if done >= total:
             return
-        study.optimize(objective, max(1, total - done - running), n_jobs=jobs, catch=errors, callbacks=[after])
-        if len(failures) >= MAX_FAILURES:
-            raise ValueError(f"trials must run, but the last {len(failures)} failed, the last one by {failures[-1]}")
+        study.optimize(objective, max(1, total - done - running), n_jobs=jobs, catch=catch, callbacks=[after])
 
 
 def _wait_for_others(study: optuna.Study, total: int, grace_s: int) -> None:
@@ -226,22 +213,6 @@ def _wait_for_others(study: optuna.Study, total: int, grace_s: int) -> None:
         if done >= total or done + running < total:
             return
         Event().wait(0.2)
-
-
-def describe(spec: Study, trial: optuna.trial.FrozenTrial) -> str:
-    """The result of a trial in a line."""
-    params = ", ".join(f"{name} {_short(value)}" for name, value in trial.params.items())
-    if trial.values is None or trial.state.name != "COMPLETE":
-        return f"trial {trial.number} {trial.state.name.lower()}: {params}"
-    intervals, values = trial.user_attrs.get("intervals", {}), []
-    for name, value in zip(spec.objectives, trial.values, strict=True):
-        ends = intervals.get(name, ())[1:]
-        values.append(f"{name} {_short(value)}" + (f" [{', '.join(map(_short, ends))}]" if ends else ""))
-    return f"trial {trial.number}: {', '.join(values)}; {params}"
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def suggest(trial: optuna.Trial, name: str, found: optuna.distributions.BaseDistribution) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def measure_trial(
     out.write_text("config.yaml", text)
     found = trial.measure(study, out, on_block)
     record = {"study": study.name, "params": dict(params), "values": found.values, "intervals": found.intervals}
-    out.write_json("trial.json", {**record, "blocks": found.blocks, "environment": _machine()})
+    out.write_json("trial.json", {**record, "blocks": found.blocks, "environment": environment()})
     return found
 
 
@@ -108,8 +107,3 @@ def device_lock(study: Study) -> Iterator[None]:
         yield
     finally:
         lock.give_back()
-
-
-@cache
-def _machine() -> dict[str, object]:
-    return environment()
