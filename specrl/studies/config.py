@@ -141,10 +141,11 @@ class Study:
         Raises:
             ValueError: they do not fit.
         """
-        requests = {"serving.requests": self.budget.requests} if self.trial == "train" else {}
-        kind: Any = self.kind
-        found = _options(f"specrl {self.trial}", kind).resolve({**requests, **self.fixed, **params})
-        return kind(**found.arguments), found.yaml
+        live = self.trial == "train"
+        requests = {"serving.requests": self.budget.requests} if live else {}
+        options = _options("specrl train" if live else "specrl study", self.kind)
+        found = options.resolve({**requests, **self.fixed, **params})
+        return self.kind(**found.arguments), found.yaml
 
     def to_json(self) -> dict[str, Any]:
         """All that decides what its trials measure."""
