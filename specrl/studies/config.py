@@ -143,9 +143,9 @@ class Study:
         """
         live = self.trial == "train"
         requests = {"serving.requests": self.budget.requests} if live else {}
-        options = _options("specrl train" if live else "specrl study", self.kind)
-        found = options.resolve({**requests, **self.fixed, **params})
-        return self.kind(**found.arguments), found.yaml
+        kind: Any = self.kind
+        found = _options("specrl train" if live else "specrl study", kind).resolve({**requests, **self.fixed, **params})
+        return kind(**found.arguments), found.yaml
 
     def to_json(self) -> dict[str, Any]:
         """All that decides what its trials measure."""
