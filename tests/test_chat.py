@@ -13,7 +13,6 @@ import transformers
 from tokenizers import processors
 
 from specrl.core.interfaces import Request
-from specrl.models.chat import ChatTemplate
 from specrl.models.embedded import embedded_directory
 from specrl.models.tokenizer import Tokenizer, load_tokenizer
 from specrl.workloads.text import load_workload
@@ -100,16 +99,17 @@ def requests(path: Path, tokenizer: Tokenizer, count: int = 1, **options: Any) -
 def test_prompts_are_those_of_transformers(template: str, beside: bool, adds: bool, tmp_path: Path) -> None:
     checkpoint(tmp_path, template, adds=adds, beside=beside)
     theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
-    assert tokenizer.chat is not None
     many: list[list[dict[str, Any]]] = [ASKS, [SYSTEM, *ASKS], GOES_ON, [SYSTEM, *GOES_ON], TOOL]
     for asks, tools in product(many, (None, TOOLS)):
         text = theirs.apply_chat_template(asks, tools=tools, tokenize=False, add_generation_prompt=True)
         ids = theirs.apply_chat_template(asks, tools=tools, add_generation_prompt=True, return_dict=False)
-        assert tokenizer.chat.render(asks, tools) == text
+        assert tokenizer.render_chat(asks, tools) == text
         record = {"messages": [*asks, ANSWER], **({} if tools is None else {"tools": tools})}
         (request,) = requests(write(tmp_path / "x.jsonl", record), tokenizer)
         assert list(request.prompt) == ids
-        assert ids.count(tokenizer.bos) == (template == INTRICATE), "once where the template says so, else never"
+        assert ids.count(tokenizer.bos_token_id) == (template == INTRICATE), (
+            "once where the template says so, else never"
+        )
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,7 @@ def test_layouts_of_one_conversation_are_one_prompt(record: Any, template: str |
     if template is None:
         assert list(request.prompt) == tokenizer.encode("\n\n".join(m["content"] for m in messages))
     else:
-        assert tokenizer.chat is not None
-        assert list(request.prompt) == tokenizer.encode_chat(tokenizer.chat.render(messages))
+        assert list(request.prompt) == tokenizer.encode_chat(tokenizer.render_chat(messages))
 
 
 def test_of_parts_and_turns_the_text_and_the_first_are_asked(tmp_path: Path) -> None:
@@ -160,7 +159,7 @@ def test_of_parts_and_turns_the_text_and_the_first_are_asked(tmp_path: Path) -> 
     drawn = requests(path, tokenizer, 40)
     with_bos = {tokenizer.decode(r.prompt) for r in drawn}
     assert len(with_bos) == 1 and "one\ntwo" in with_bos.pop()
-    assert {r.prompt[0] == tokenizer.bos for r in drawn} == {True, False}, (
+    assert {r.prompt[0] == tokenizer.bos_token_id for r in drawn} == {True, False}, (
         "a prompt begins as any text, a chat as it says"
     )
 
@@ -170,7 +169,7 @@ def test_bos_is_not_doubled_before_a_prompt_that_begins_with_it(tmp_path: Path) 
         tokenizer = load_tokenizer(checkpoint(tmp_path, None, adds=adds))
         path = write(tmp_path / "x.jsonl", {"prompt": "<|bos|>hello"}, {"prompt": "hello"})
         (prompt,) = {r.prompt for r in requests(path, tokenizer, 20)}
-        assert prompt.count(tokenizer.bos) == 1 and prompt[0] == tokenizer.bos
+        assert prompt.count(tokenizer.bos_token_id) == 1 and prompt[0] == tokenizer.bos_token_id
 
 
 def test_a_conversation_is_never_cut_and_too_long_ones_are_left_out(tmp_path: Path) -> None:
@@ -184,28 +183,47 @@ def test_a_conversation_is_never_cut_and_too_long_ones_are_left_out(tmp_path: Pa
         requests(tmp_path / "x.jsonl", tokenizer, prompt_tokens=8)
 
 
-def test_what_the_template_refuses_is_told_with_its_line(tmp_path: Path) -> None:
+def test_a_conversation_that_the_template_refuses_is_named_by_line(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(checkpoint(tmp_path, INTRICATE))
     path = write(tmp_path / "x.jsonl", {"prompt": "fine"}, {"messages": [{**SYSTEM, "role": "developer"}, *ASKS]})
-    with pytest.raises(
-        ValueError, match=r"x.jsonl:2: the target's chat template refuses it \(no turns of dev.*leave it out$"
-    ):
+    with pytest.raises(ValueError, match=r"x.jsonl:2: the target's chat template refuses it \(no turns of dev"):
         requests(path, tokenizer, 50)
-    for broken in ("{% for %}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"):
-        with pytest.raises(ValueError, match="the target's chat template refuses it"):
-            ChatTemplate(broken).render(ASKS)
 
 
-def test_a_template_among_several_and_none(tmp_path: Path) -> None:
-    several = [{"name": "rag", "template": "no"}, {"name": "default", "template": "{{ eos_token }}yes"}]
-    found = load_tokenizer(checkpoint(tmp_path, None, chat_template=several)).chat
-    assert found is not None and found.render(ASKS) == "<|end|>yes"
-    assert load_tokenizer(checkpoint(tmp_path, None, chat_template=None)).chat is None
+@pytest.mark.parametrize(
+    "template",
+    ["{% for %}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{{ 1 / 0 }}"],
+)
+def test_templates_that_fail_or_leave_the_sandbox_are_refused(template: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the target's chat template refuses it"):
+        load_tokenizer(checkpoint(tmp_path, template)).render_chat(ASKS)
+
+
+def test_one_of_several_templates_and_none(tmp_path: Path) -> None:
+    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ eos_token }}yes"}]
+    tokenizer = load_tokenizer(checkpoint(tmp_path, None, chat_template=several))
+    assert tokenizer.render_chat(ASKS) == "<|end|>yes" and tokenizer.render_chat(ASKS, TOOLS) == "tools"
+    additional = checkpoint(tmp_path, "plain") / "additional_chat_templates"
+    additional.mkdir()
+    (additional / "tool_use.jinja").write_text("more tools")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.render_chat(ASKS) == "plain" and tokenizer.render_chat(ASKS, TOOLS) == "more tools"
+    (tmp_path / "none").mkdir()
+    assert not load_tokenizer(checkpoint(tmp_path / "none", None)).has_chat_template
 
 
 def test_prompts_are_the_same_every_day(tmp_path: Path) -> None:
-    dated = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}no date{% endif %}"
-    assert ChatTemplate(dated).render(ASKS) == "no date"
+    date = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}no date{% endif %}"
+    dated = (
+        "{% macro m() %}"
+        + date
+        + "{% endmacro %}"
+        + date
+        + "{% for x in messages %}, {{ m() }}, "
+        + date
+        + "{% endfor %}"
+    )
+    assert load_tokenizer(checkpoint(tmp_path, dated)).render_chat(ASKS) == "no date, no date, no date"
 
 
 def test_a_large_file_stays_on_disk(tmp_path: Path) -> None:

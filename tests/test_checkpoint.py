@@ -25,7 +25,7 @@ from specrl.models.checkpoint import (
     save_tensors,
     write_atomic,
 )
-from specrl.models.config import read_target_config
+from specrl.models.hf_config import read_target_config
 
 INDEX = "model.safetensors.index.json"
 

@@ -6,19 +6,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.utils._paths import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects
 from models_help import hf_model, token_ids
 
 import specrl
 from specrl.core.plan import Plan
 from specrl.export.serving_flags import Serving
-from specrl.models import hub
 from specrl.models.embedded import target_directory
 from specrl.models.hub import HubId, hub_directory, hub_id, served_as
 
@@ -42,13 +40,11 @@ def keep(home: Path, name: str, commit: str, ref: str, seed: int = 0) -> Path:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty HF_HOME of a machine without network."""
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty HF_HOME of a machine without network. Every test uses other ids: a process finds an id once."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    hub._snapshot.cache_clear()
-    yield tmp_path
-    hub._snapshot.cache_clear()
+    return tmp_path
 
 
 def test_an_id_is_read_from_the_cache_at_its_revision(home: Path) -> None:
@@ -79,7 +75,7 @@ def test_hf_home_and_offline_mode_of_the_environment_count(tmp_path: Path) -> No
     [("some/gone", "hf download some/gone"), ("some/gone@v2", "hf download some/gone --revision v2")],
 )
 def test_without_cache_and_network_one_line_says_what_to_do(home: Path, target: str, command: str) -> None:
-    with pytest.raises(ValueError, match=r"^a target must be a checkpoint directory or a Hugging Face model") as caught:
+    with pytest.raises(ValueError, match=r"^a target must be a checkpoint directory or an avail") as caught:
         specrl.load_target(target)
     assert str(caught.value).endswith(f"; give a directory, or run: {command}")
     assert f"but {target!r} is no directory" in str(caught.value) and "\n" not in str(caught.value)
@@ -88,32 +84,33 @@ def test_without_cache_and_network_one_line_says_what_to_do(home: Path, target: 
 def test_a_snapshot_without_weights_is_told(home: Path) -> None:
     for shard in keep(home, "some/half", COMMIT, "main").glob("*.safetensors"):
         shard.unlink()
-    with pytest.raises(ValueError, match=r"lack model\*\.safetensors; .* hf download some/half$"):
+    with pytest.raises(ValueError, match=r"lacks model\*\.safetensors; .* hf download some/half$"):
         hub_directory("some/half")
 
 
 def test_only_what_is_read_is_downloaded_and_never_a_pickle(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, object]] = []
-    wanted = keep(home, "some/tiny", COMMIT, "main")
+    wanted = keep(home, "some/large", COMMIT, "main")
 
     def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append((name, revision))
         stored = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja"]
-        stored += ["tokenizer.json", "tokenizer_config.json", "config.json", "vocab.json", "merges.txt"]
+        stored += [
+            "additional_chat_templates/rag.jinja",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "config.json",
+            "vocab.json",
+            "merges.txt",
+        ]
         others = ["pytorch_model.bin", "original/consolidated.00.pth", "optimizer.pt", "model.bin", "run.py", "x.pkl"]
         kept = list(filter_repo_objects(stored + others, allow_patterns=allow_patterns))
         assert kept == stored
         return str(wanted)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hub_directory("some/tiny@v1") == hub_directory("some/tiny@v1") == wanted
-    assert asked == [("some/tiny", "v1")], "once a process, so that all its parts mean one commit"
-
-
-def test_without_the_library_the_remedy_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="huggingface_hub is not installed; pip install huggingface_hub$"):
-        hub_directory("some/tiny")
+    assert hub_directory("some/large@v1") == hub_directory("some/large@v1") == wanted
+    assert asked == [("some/large", "v1")], "once a process, so that all its parts mean one commit"
 
 
 def test_what_is_an_id_and_what_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import specrl
 from specrl.models.checkpoint import Checkpoint, check_tensors, expected_target_tensors
-from specrl.models.config import read_target_config
+from specrl.models.hf_config import read_target_config
 
 MIB = 1 << 20
 SLACK = 96 * MIB  # twice the largest matrices as they are fused (38 MB), and what the allocator keeps
@@ -25,13 +25,14 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from specrl.models.checkpoint import check_tensors, expected_target_tensors, read_tensors
-from specrl.models.config import read_target_config
+from specrl.models.hf_config import read_target_config
 from specrl.models.target import Target, load_target
 
 def peak():  # not ru_maxrss, which a process takes over from the one that started it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 way, directory = sys.argv[1], Path(sys.argv[2])
+read_target_config(directory)  # imports transformers
 before = peak()
 if way == "streamed":
     load_target(directory)

@@ -14,8 +14,9 @@ from models_help import hf_model
 
 import specrl
 from specrl.models import memory, target
-from specrl.models.config import TargetConfig, read_target_config
+from specrl.models.config import TargetConfig
 from specrl.models.embedded import embedded_directory
+from specrl.models.hf_config import read_target_config
 from specrl.models.memory import Room, cache_bytes, check_room, check_weights, free_bytes, weight_bytes
 
 QWEN3_8B: dict[str, Any] = {

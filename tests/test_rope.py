@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from specrl.models.config import read_target_config
+from specrl.models.hf_config import read_target_config
 from specrl.models.rope import RopeConfig, rope_frequencies, rope_table
 
 KINDS: dict[str, dict[str, Any]] = {

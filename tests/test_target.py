@@ -22,7 +22,7 @@ from torch import Tensor
 
 import specrl
 from specrl.models.checkpoint import read_tensors
-from specrl.models.config import read_target_config
+from specrl.models.hf_config import read_target_config
 from specrl.models.rope import RopeConfig
 from specrl.models.target import PREFILL_CHUNK, Target
 

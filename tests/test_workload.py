@@ -140,7 +140,11 @@ def test_any_text_can_be_split(tmp_path: Path, tokenizer: Tokenizer, count: int)
         ("list.jsonl", b"[1]\n", "list.jsonl:1 has no object"),
         ("broken.jsonl", b'{"prompt": \n', "must be JSON, but .*broken.jsonl:1 is not"),
         ("number.jsonl", b'{"prompt": 3}\n', "'prompt' must hold text, but .*:1 has 3"),
-        ("turns.jsonl", b'{"messages": ["x"]}\n', r"'messages' must hold turns, .*:1 has \[\"x\"\]; mend or remove it"),
+        (
+            "turns.jsonl",
+            b'{"messages": ["x"]}\n',
+            r"'messages' must hold turns, .*:1 has \[\"x\"\]; correct or remove the line",
+        ),
         ("latin.jsonl", b'{"prompt": "x"}\n{"prompt": "\xe9"}', "must be UTF-8, but .*latin.jsonl:2 is not at byte 28"),
         (
             "role.jsonl",
@@ -203,7 +207,7 @@ def save_tokenizer(directory: Path, config: dict[str, object], *, adds: bool = F
     [
         ({}, False, [1, 2], [1, 2]),
         ({"bos_token": "<s>"}, False, [0, 1, 2], [1, 2]),
-        ({"bos_token": {"content": "<s>"}, "add_bos_token": True}, False, [0, 1, 2], [0, 1, 2]),
+        ({"bos_token": {"__type": "AddedToken", "content": "<s>"}, "add_bos_token": True}, False, [0, 1, 2], [0, 1, 2]),
         ({"bos_token": "<s>", "add_bos_token": False}, False, [1, 2], [1, 2]),
         ({"bos_token": "<s>"}, True, [0, 1, 2], [0, 1, 2]),
     ],
@@ -218,10 +222,23 @@ def test_bos_is_put_where_the_checkpoint_puts_it(
 
 
 def test_unusable_tokenizers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must hold tokenizer\.json"):
+    with pytest.raises(ValueError, match="must be a directory"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"must hold a tokenizer .* add tokenizer\.json"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="'<bos>', which tokenizer.json lacks"):
-        load_tokenizer(save_tokenizer(tmp_path, {"bos_token": "<bos>"}))
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="must be readable"):
+    for content in ("{}", "no"):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match="must hold a tokenizer that transformers can read") as caught:
+            load_tokenizer(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("bos", "bos_id", "tokens"), [("<s>", 0, 5), ("<new>", 5, 6)])  # transformers adds <new>
+def test_the_tokenizer_must_fit_the_model(tmp_path: Path, bos: str, bos_id: int, tokens: int) -> None:
+    save_tokenizer(tmp_path, {"bos_token": bos})
+    for vocab_size in (tokens, tokens + 4):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": vocab_size}))
+        assert load_tokenizer(tmp_path).encode("a b") == [bos_id, 1, 2]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": tokens - 1}))
+    with pytest.raises(ValueError, match=f"a tokenizer of {tokens} tokens and vocab_size {tokens - 1} .* use the tok"):
         load_tokenizer(tmp_path)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from specrl.models.checkpoint import read_tensors
-from specrl.models.config import default_taps, read_draft_config
+from specrl.models.config import default_taps
 from specrl.models.draft import Draft
+from specrl.models.hf_config import read_draft_config
 
 _ARCHITECTURE = "LlamaForCausalLMEagle3"
 _KNOWN_AS = frozenset({_ARCHITECTURE, "Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle", "LlamaModel"})

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from specrl.models.checkpoint import check_tensors, expected_draft_tensors, read_tensors, save_tensors, write_atomic
-from specrl.models.config import DraftConfig, default_taps, read_draft_config, write_draft_config
+from specrl.models.config import DraftConfig, default_taps
+from specrl.models.hf_config import read_draft_config, write_draft_config
 from specrl.models.kv_cache import KVCache, place
 from specrl.models.layer import Layer, Norm, interleave
 from specrl.models.linear import Linear

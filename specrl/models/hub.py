@@ -1,6 +1,6 @@
-"""Targets by Hugging Face id, 'owner/name' or 'owner/name@revision': read from the hub's cache, fetched if need be.
+"""Targets by Hugging Face id, 'owner/name' or 'owner/name@revision', from the local cache or downloaded.
 
-An id stays an id wherever a target is recorded; this module says which directory on this machine it means.
+Runs record the id itself. This module finds its directory on this machine.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-_FILES = (  # all that is read here or by SGLang; never pickles
+_FILES = (  # what this package or SGLang reads; no pickles
     "config.json",
     "generation_config.json",
     "model*.safetensors",
@@ -22,6 +22,7 @@ _FILES = (  # all that is read here or by SGLang; never pickles
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 
@@ -34,50 +35,46 @@ class HubId(NamedTuple):
 
 
 def hub_id(target: str | Path) -> HubId | None:
-    """The id that `target` is; None where it is something else: a directory that exists, or no 'owner/name'."""
+    """`target` as a Hugging Face id; None if it is an existing directory or not of the form 'owner/name'."""
     found = _ID.fullmatch(str(target))
     return None if found is None or Path(target).exists() else HubId(found[1], found[2])
 
 
 def hub_directory(target: str | Path) -> Path:
-    """Where a checkpoint's files are: a directory as it stands, the files of a Hugging Face id in the hub's cache.
+    """The directory of a checkpoint: `target` itself, or the snapshot of a Hugging Face id in the local cache.
 
-    What the cache lacks is downloaded, unless HF_HUB_OFFLINE is set or there is no network. Within one process an id
-    means the same commit always.
+    Missing files are downloaded, unless HF_HUB_OFFLINE is set or there is no network. Within one process an id always
+    means the same commit.
 
     Raises:
-        ValueError: an id whose files are neither in the cache nor to be had.
+        ValueError: an id that is neither in the cache nor can be downloaded.
     """
-    named = hub_id(target)
-    return Path(target) if named is None else _snapshot(named)
+    model = hub_id(target)
+    return Path(target) if model is None else _snapshot(model)
 
 
 def served_as(target: str | Path) -> dict[str, object]:
-    """The flags by which SGLang finds a target (without their dashes): its id and revision, or a directory."""
-    named = hub_id(target)
-    if named is None:
+    """SGLang's flags for a target (without dashes): an id and its revision, or a directory."""
+    model = hub_id(target)
+    if model is None:
         return {"model-path": str(target)}
-    flags: dict[str, object] = {"model-path": named.name}
-    return flags if named.revision is None else {**flags, "revision": named.revision}
+    flags: dict[str, object] = {"model-path": model.name}
+    return flags if model.revision is None else {**flags, "revision": model.revision}
 
 
 @functools.cache
 def _snapshot(model: HubId) -> Path:
+    from huggingface_hub import snapshot_download
+
     shown = model.name if model.revision is None else f"{model.name}@{model.revision}"
-    at = "" if model.revision is None else f" --revision {model.revision}"
-    rule = (
-        f"a target must be a checkpoint directory or a Hugging Face model in reach, but {shown!r} is no directory and "
-    )
-    remedy = f"; give a directory, or run: hf download {model.name}{at}"
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ValueError(f"{rule}huggingface_hub is not installed; pip install huggingface_hub") from error
+    option = "" if model.revision is None else f" --revision {model.revision}"
+    rule = f"a target must be a checkpoint directory or an available Hugging Face model, but {shown!r} is no directory"
+    remedy = f"give a directory, or run: hf download {model.name}{option}"
     try:
         found = Path(snapshot_download(model.name, revision=model.revision, allow_patterns=list(_FILES)))
-    except Exception as error:  # of the hub, of what it speaks HTTP with, of the disk
-        why = next(iter(str(error).splitlines()), "").strip() or type(error).__name__
-        raise ValueError(f"{rule}the hub's cache and network gave none ({why}){remedy}") from error
+    except Exception as error:  # errors of the hub, of its HTTP client and of the disk
+        reason = next(iter(str(error).splitlines()), "").strip() or type(error).__name__
+        raise ValueError(f"{rule} and is neither cached nor downloadable ({reason}); {remedy}") from error
     if not any(found.glob("model*.safetensors")):
-        raise ValueError(f"{rule}its files here, {str(found)!r}, lack model*.safetensors{remedy}")
+        raise ValueError(f"{rule} and its snapshot {str(found)!r} lacks model*.safetensors; {remedy}")
     return found

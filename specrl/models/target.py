@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from specrl.models.checkpoint import Checkpoint, check_layout, expected_target_tensors
-from specrl.models.config import TargetConfig, read_target_config
+from specrl.models.config import TargetConfig
 from specrl.models.embedded import target_directory
+from specrl.models.hf_config import read_target_config
 from specrl.models.kv_cache import KVCache, place
 from specrl.models.layer import Layer, Norm, interleave
 from specrl.models.linear import Linear

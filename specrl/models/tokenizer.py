@@ -1,81 +1,103 @@
-"""A checkpoint's tokenizer: text to token ids and back."""
+"""A checkpoint's tokenizer and chat template, as `transformers` reads them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import tokenizers
-
-from specrl.models.chat import ChatTemplate, read_chat_template
+Message = dict[str, Any]  # 'role', 'content' (text) and other keys that a chat template may read
+# transformers tells templates today's date. Without it they use a date of their own, and prompts are reproducible.
+_NO_DATE = "{% set strftime_now = undefined %}\n"
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back, with the checkpoint's habit of beginning.
+    """Text to token ids and back.
 
     Args:
-        encoder: of the `tokenizers` library.
-        bos: the token that begins a document; None: the checkpoint names none.
-        bos_always: it begins every prompt, not only a prompt at the start of a document.
-        chat: the chat template; None: the checkpoint has none.
+        hf: the tokenizer of `transformers`.
+        bos_token_id: token at the start of a document; None: the checkpoint has none.
+        bos_always: whether the checkpoint puts it before every prompt, not only at the start of a document.
     """
 
-    encoder: tokenizers.Tokenizer
-    bos: int | None = None
+    hf: Any
+    bos_token_id: int | None = None
     bos_always: bool = False
-    chat: ChatTemplate | None = None
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint has a chat template."""
+        return bool(self.hf.chat_template)
 
     def encode(self, text: str, *, document_start: bool = True) -> list[int]:
-        """Token ids of `text`, with the bos token before it, once, where the checkpoint puts one."""
-        ids: list[int] = self.encoder.encode(text).ids
-        if self.bos is None or ids[:2] == [self.bos, self.bos]:  # added by the encoder to a text that has it already
-            return ids if self.bos is None else ids[1:]
-        wanted = document_start or self.bos_always
-        return [self.bos, *ids] if wanted and ids[:1] != [self.bos] else ids
+        """Token ids of `text`, after one bos token if the checkpoint uses it (see the class)."""
+        ids, bos = self._ids(text, add_special_tokens=True), self.bos_token_id
+        if bos is None:
+            return ids
+        if ids[:2] == [bos, bos]:  # one from the text, one from the tokenizer
+            return ids[1:]
+        return [bos, *ids] if (document_start or self.bos_always) and ids[:1] != [bos] else ids
 
     def encode_chat(self, text: str) -> list[int]:
-        """Token ids of what `chat` rendered, which holds every special token that it wants."""
-        ids: list[int] = self.encoder.encode(text, add_special_tokens=False).ids
-        return ids
+        """Token ids of a text from `render_chat`, which holds all its special tokens already."""
+        return self._ids(text, add_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Message], tools: Any = None) -> str:
+        """The chat template's text of a conversation, with the beginning of the assistant's answer.
+
+        Raises:
+            ValueError: the template is invalid or raises an error for these messages.
+        """
+        try:
+            template = _NO_DATE + self.hf.get_chat_template(tools=tools)
+            return str(
+                self.hf.apply_chat_template(
+                    list(messages), tools=tools, chat_template=template, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except Exception as error:  # a template can fail in any way
+            raise ValueError(f"the target's chat template refuses it ({' '.join(str(error).split())})") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return str(self.encoder.decode(list(ids)))
+        """The text of token ids, without special tokens."""
+        return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self.hf.encode(
+            text, add_special_tokens=add_special_tokens, truncation=False, padding=False, verbose=False
+        )
+        return ids
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Read tokenizer.json, and tokenizer_config.json where there is one, of a checkpoint directory.
+    """Read the tokenizer of a checkpoint directory, with its chat template if it has one.
 
     Raises:
-        ValueError: there is no tokenizer.json, it cannot be read, or the bos token is not in its vocabulary.
+        ValueError: there is none that can be read, or it has tokens that the model of config.json does not have.
     """
-    path = Path(directory, "tokenizer.json")
-    if not path.is_file():
-        raise ValueError(
-            f"a checkpoint must hold tokenizer.json, but {directory} has none; save it with the fast tokenizer"
-        )
+    from transformers import AutoTokenizer, PreTrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    where = str(directory)
+    if not Path(directory).is_dir():
+        raise ValueError(f"a checkpoint must be a directory, but {where!r} is not one")
     try:
-        encoder = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+        hf = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+        config, _ = PreTrainedConfig.get_config_dict(where, local_files_only=True)
+    except Exception as error:  # what it raises depends on the files
         raise ValueError(
-            f"tokenizer.json must be readable by tokenizers {tokenizers.__version__}, but {path}: {error}"
+            f"a checkpoint must hold a tokenizer that transformers can read, but {where!r} does not "
+            f"({' '.join(str(error).split())}); add tokenizer.json, or install sentencepiece to read tokenizer.model"
         ) from error
-    encoder.no_truncation()
-    encoder.no_padding()
-    beside = path.with_name("tokenizer_config.json")
-    config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    chat = read_chat_template(path.parent, config)
-    name = config.get("bos_token")
-    name = name.get("content") if isinstance(name, dict) else name
-    if name is None or config.get("add_bos_token") is False:
-        return Tokenizer(encoder, chat=chat)
-    bos = encoder.token_to_id(name)
-    if bos is None:
+    adds = get_tokenizer_config(where, local_files_only=True).get("add_bos_token")  # transformers ignores it
+    bos = None if adds is False else hf.bos_token_id
+    tokens, known = max(hf.vocab_size, -1 if bos is None else bos + 1), config.get("vocab_size")
+    if isinstance(known, int) and tokens > known:
         raise ValueError(
-            f"the bos token must be in the vocabulary, but {beside} names {name!r}, which {path.name} lacks"
+            f"the tokenizer and the model must fit, but {where!r} has a tokenizer of {tokens} tokens and vocab_size "
+            f"{known} in config.json; use the tokenizer that was saved with the model"
         )
-    adds_by_itself = encoder.num_special_tokens_to_add(False) > 0
-    return Tokenizer(encoder, bos, bos_always=adds_by_itself or bool(config.get("add_bos_token")), chat=chat)
+    adds_itself = hf.encode("", add_special_tokens=True)[:1] == [bos]
+    return Tokenizer(hf, bos, bos_always=adds_itself or bool(adds))

@@ -1,4 +1,4 @@
-"""The texts that prompts are cut from: whole in memory, or the lines of a .jsonl file, each read when it is drawn."""
+"""The texts that prompts are cut from: in memory, or the lines of a .jsonl file, which are read when they are drawn."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specrl.models.chat import ChatTemplate, asked
+from specrl.models.tokenizer import Tokenizer
+from specrl.workloads.conversation import read_conversation
 
 KEYS = ("prompt", "text", "messages", "conversations", "turns")
 
 
 @dataclass(frozen=True)
 class Text:
-    """One source text: a document to cut windows from, or a whole prompt; and whether a draft may learn from it."""
+    """A source text.
+
+    Args:
+        content: the text.
+        whole: whether it is a prompt, used from its start, and not a document to cut windows from.
+        learn: whether a draft may learn from its requests.
+    """
 
     content: str
     whole: bool = False
@@ -23,24 +30,24 @@ class Text:
 
     @property
     def size(self) -> int:
-        """Characters."""
+        """Number of characters."""
         return len(self.content)
 
     @property
-    def templated(self) -> bool:
-        """Whether a chat template made it: then it says itself how it begins, and is never cut."""
+    def is_chat(self) -> bool:
+        """Whether a chat template wrote the text, with all its special tokens. Such a text is never cut."""
         return False
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a .jsonl file, which stays in the file until it is asked for.
+    """One line of a .jsonl file, which is read from the file each time its content is needed.
 
     Args:
-        path, offset, number: where it is; the offset in bytes, the number from 1 on.
-        size: characters, those of a chat template not counted.
-        whole, learn: as of `Text`.
-        template: of conversations; None: the line is none, or the target has no template.
+        path, offset, number: the position: file, byte offset, line number from 1.
+        size: number of characters, without those of the chat template.
+        whole, learn: as in `Text`.
+        chat: the tokenizer whose chat template renders the conversation; None: there is no conversation or template.
     """
 
     path: Path
@@ -49,52 +56,58 @@ class Line:
     size: int
     whole: bool
     learn: bool
-    template: ChatTemplate | None = None
+    chat: Tokenizer | None = None
 
     @property
-    def templated(self) -> bool:
-        """Whether a chat template makes it: then it says itself how it begins, and is never cut."""
-        return self.template is not None
+    def is_chat(self) -> bool:
+        """As in `Text`."""
+        return self.chat is not None
 
     @property
     def content(self) -> str:
-        """Read from the file, and put through the template.
+        """The text: the prompt, the document, or the rendered conversation.
 
         Raises:
-            ValueError: the file has changed, or the template refuses the conversation.
+            ValueError: the file has changed, or the chat template does not accept the conversation.
         """
         with self.path.open("rb") as file:
             file.seek(self.offset)
             record = _record(file.readline(), self.path, self.number, self.offset)
-        if self.template is None:
+        if self.chat is None:
             return _plain(record, self.path, self.number)
+        where = f"{self.path}:{self.number}"
         try:
-            return self.template.render(asked(record, f"{self.path}:{self.number}"), record.get("tools"))
+            return self.chat.render_chat(read_conversation(record, where), record.get("tools"))
         except ValueError as error:
             raise ValueError(
-                f"a conversation must fit the target's template, but {self.path}:{self.number}: {error}; mend the "
-                "line or leave it out"
+                f"a conversation must fit the target's chat template, but {where}: {error}; correct or remove the line"
             ) from error
 
 
-def read_lines(path: Path, template: ChatTemplate | None) -> Iterator[Line]:
-    """The lines of a .jsonl file that hold or ask something, every one checked, none kept.
+def read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Line]:
+    """Check every line of a .jsonl file and give those that hold a prompt, without keeping their text.
 
     Raises:
-        ValueError: a line that is not UTF-8 or JSON, or holds no prompt, by its number.
+        ValueError: a line is not UTF-8 or JSON, or has no known layout; it is named by number.
     """
-    offset = 0
+    offset, chat = 0, tokenizer if tokenizer.has_chat_template else None
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            here, offset = offset, offset + len(line)
+            start, offset = offset, offset + len(line)
             if not line.strip():
                 continue
-            record = _record(line, path, number, here)
-            content = _plain(record, path, number)
+            record = _record(line, path, number, start)
+            content, key = _plain(record, path, number), _key(record)
             if content.strip():
-                chat = template if _key(record) not in ("prompt", "text") else None
-                learn = record.get("learn", True)
-                yield Line(path, here, number, len(content), _key(record) != "text", learn, chat)
+                yield Line(
+                    path,
+                    start,
+                    number,
+                    size=len(content),
+                    whole=key != "text",
+                    learn=record.get("learn", True),
+                    chat=None if key in ("prompt", "text") else chat,
+                )
 
 
 def _key(record: dict[str, Any]) -> str | None:
@@ -110,7 +123,7 @@ def _record(line: bytes, path: Path, number: int, offset: int) -> dict[str, Any]
         ) from error
     except ValueError as error:
         raise ValueError(
-            f"every line of a .jsonl workload must be JSON, but {path}:{number} is not: {error}; mend or remove it"
+            f"every line of a .jsonl workload must be JSON, but {path}:{number} is not: {error}; correct it"
         ) from error
     if not isinstance(record, dict) or _key(record) is None:
         has = f"only {', '.join(map(repr, record))}" if isinstance(record, dict) else "no object"
@@ -120,18 +133,18 @@ def _record(line: bytes, path: Path, number: int, offset: int) -> dict[str, Any]
         )
     if not isinstance(record.get("learn", True), bool):
         raise ValueError(
-            f"'learn' must be true or false, but {path}:{number} has {json.dumps(record['learn'])[:60]}; mend it"
+            f"'learn' must be true or false, but {path}:{number} has {json.dumps(record['learn'])[:60]}; correct it"
         )
     return record
 
 
 def _plain(record: dict[str, Any], path: Path, number: int) -> str:
-    """The text of a line without a template: of a conversation the contents, blank lines between."""
+    """The text of a line without a chat template. Of a conversation: the contents, separated by blank lines."""
     key = _key(record)
     if key in ("prompt", "text"):
         if not isinstance(record[key], str):
             raise ValueError(
-                f"{key!r} must hold text, but {path}:{number} has {json.dumps(record[key])[:60]}; mend or remove it"
+                f"{key!r} must hold text, but {path}:{number} has {json.dumps(record[key])[:60]}; correct it"
             )
         return str(record[key])
-    return "\n\n".join(message["content"] for message in asked(record, f"{path}:{number}"))
+    return "\n\n".join(message["content"] for message in read_conversation(record, f"{path}:{number}"))

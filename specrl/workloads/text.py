@@ -62,12 +62,12 @@ class TextWorkload:
             raise ValueError("temperature must be a number or a list of at least one, but got none; 0 is greedy")
         for temperature in self.temperatures:
             Request((0,), self.max_new_tokens, temperature)
-        chats = [text for text in self.texts if text.templated]
+        chats = [text for text in self.texts if text.is_chat]
         shortest = len(self.tokenizer.encode_chat(min(chats, key=lambda chat: chat.size).content)) if chats else 0
         if 1 <= shortest <= high:
             return
         longest = 0
-        for text in sorted((text for text in self.texts if not text.templated), key=lambda text: -text.size):
+        for text in sorted((text for text in self.texts if not text.is_chat), key=lambda text: -text.size):
             found = len(self._encode(text.content, 0, high))
             longest = max(longest, found)
             if found >= (1 if text.whole else high):
@@ -95,7 +95,7 @@ class TextWorkload:
             count = int(rng.integers(low, high + 1))
             content = text.content
             start = 0 if text.whole else _line_start(content, int(rng.integers(len(content))))
-            if text.templated:
+            if text.is_chat:
                 prompt = self.tokenizer.encode_chat(content)
             else:
                 prompt = self._encode(content, start, count)
@@ -219,7 +219,7 @@ def _texts(path: Path, tokenizer: Tokenizer) -> list[Text | Line]:
     texts: list[Text | Line] = []
     for file in files:
         if file.suffix == ".jsonl":
-            texts += read_lines(file, tokenizer.chat)
+            texts += read_lines(file, tokenizer)
         elif (content := _read(file)).strip():
             texts.append(Text(content))
     if not texts:

@@ -27,8 +27,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from specrl.models.checkpoint import check_tensors, expected_draft_tensors
-from specrl.models.config import DraftConfig, read_draft_config
+from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft
+from specrl.models.hf_config import read_draft_config
 from specrl.sglang.client import watchdog_process as guard
 from specrl.sglang.client.errors import SwapError
 from specrl.sglang.client.swap_connection import Line, headers

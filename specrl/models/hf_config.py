@@ -1,0 +1,234 @@
+"""config.json as `transformers` reads it, converted to the shapes that this package computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from specrl.models.config import DraftConfig, TargetConfig
+from specrl.models.rope import RopeConfig
+
+_TARGETS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_DRAFTS = {"llama": "LlamaForCausalLMEagle3"}
+_TAPS = "eagle_aux_hidden_state_layer_ids"
+
+# The values that specrl.models computes. A missing key or null is supported too, and every entry of a list is checked.
+# transformers has filled in its default values and renamed old keys before. Other keys change nothing in its models.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "is_causal": (True,),
+    "layer_types": ("full_attention",),
+    "quantization_config": (),
+    "sliding_window": (),
+}
+# Variants of EAGLE3, set at the top level or in `eagle_config`.
+_SUPPORTED_DRAFTS: dict[str, tuple[Any, ...]] = {
+    "num_hidden_layers": (1,),
+    "parallel_draft_step": (1,),
+    "attention_bias": (False,),
+    "bias": (False,),
+    "fc_norm": (False,),
+    "mlp_bias": (False,),
+    "norm_before_fc": (False,),
+    "norm_before_residual": (False,),
+    "num_fc_norms": (0,),
+    "tie_word_embeddings": (False,),
+    "use_mtp_layernorm": (False,),
+    "use_aux_hidden_state": (True,),
+    "use_input_layernorm_in_first_layer": (True,),
+    "use_last_layernorm": (True,),
+}
+# The rope types that specrl.models.rope computes, and their parameters.
+_ROPE_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "attention_factor"),
+        *("beta_fast", "beta_slow", "truncate"),
+    ),
+}
+_SUPPORTED_ROPE: dict[str, tuple[Any, ...]] = {
+    "rope_type": tuple(_ROPE_PARAMETERS),
+    "partial_rotary_factor": (1.0,),
+}
+
+
+def read_target_config(directory: str | Path) -> TargetConfig:
+    """Read a target's config.json, and the end-of-sequence tokens of its generation_config.json if there is one.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the model is one that this package does not compute.
+    """
+    file = Path(directory, "config.json")
+    config = _load(file, _TARGETS)
+    family, bias = config.model_type, getattr(config, "attention_bias", False)
+    eos = _eos_token_ids(file, config)
+    try:
+        return TargetConfig(
+            family=family,
+            **_shape(config),
+            num_layers=config.num_hidden_layers,
+            tie_word_embeddings=config.tie_word_embeddings,
+            attention_bias=bias or family == "qwen2",
+            attention_output_bias=bias and family != "qwen2",
+            mlp_bias=family == "llama" and config.mlp_bias,
+            qk_norm=family == "qwen3",
+            bos_token_id=config.bos_token_id,
+            eos_token_ids=eos,
+        )
+    except (TypeError, ValueError) as error:
+        raise _invalid(file, error) from error
+
+
+def read_draft_config(directory: str | Path) -> DraftConfig:
+    """Read an EAGLE3 draft's config.json as SGLang does.
+
+    Raises:
+        ValueError: the file is missing or damaged, or the draft is one that this package does not compute.
+    """
+    file = Path(directory, "config.json")
+    config = _load(file, _DRAFTS)
+    _check(file, config.to_dict(), _SUPPORTED_DRAFTS)
+    eagle = getattr(config, "eagle_config", None) or {}
+    if not isinstance(eagle, dict):
+        raise _unsupported(file, "eagle_config", "an object", eagle)
+    unknown = {key: () for key in eagle if key != _TAPS}
+    _check(file, eagle, unknown | _SUPPORTED_DRAFTS, "eagle_config.")
+    if getattr(config, "draft_vocab_size", None) is None:
+        raise _unsupported(file, "draft_vocab_size", "set, because SGLang reads it", None, "write vocab_size's value")
+    layers = eagle.get(_TAPS)
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        remedy = "write the layers whose output the draft reads; SGLang's default is [1, n//2 - 1, n - 4] of n layers"
+        raise _unsupported(file, f"eagle_config.{_TAPS}", "a list of three layers", layers, remedy)
+    hidden_size = getattr(config, "target_hidden_size", None)
+    try:
+        return DraftConfig(
+            **_shape(config),
+            draft_vocab_size=config.draft_vocab_size,
+            target_hidden_size=config.hidden_size if hidden_size is None else hidden_size,
+            taps=tuple(layer + 1 for layer in layers),
+        )
+    except (TypeError, ValueError) as error:
+        raise _invalid(file, error) from error
+
+
+def write_draft_config(config: DraftConfig, directory: Path, dtype: str = "float32") -> None:
+    """Write config.json as SGLang reads it, with explicit taps; `dtype` is that of the weights beside it."""
+    rope = config.rope
+    out: dict[str, Any] = {
+        "architectures": [_DRAFTS["llama"]],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size,
+        "hidden_size": config.hidden_size,
+        "target_hidden_size": config.target_hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": rope.theta,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "eagle_config": {"use_aux_hidden_state": True, _TAPS: [tap - 1 for tap in config.taps]},
+    }
+    if rope.kind != "default":
+        values = {name: getattr(rope, name) for name in _ROPE_PARAMETERS[rope.kind]}
+        given = {name: value for name, value in values.items() if value is not None}
+        out["rope_scaling"] = {"rope_type": rope.kind, **given}
+    Path(directory, "config.json").write_text(json.dumps(out, indent=2) + "\n", encoding="utf-8")
+
+
+def _load(file: Path, architectures: Mapping[str, str]) -> Any:
+    """The file as a `PreTrainedConfig` of one of the architectures, which are given by model_type."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    if not file.is_file():
+        raise ValueError(f"a checkpoint must hold config.json, but {str(file.parent)!r} does not; give its directory")
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(str(file.parent), local_files_only=True)
+        model = (content.get("architectures"), content.get("model_type"))
+    except Exception as error:  # what it raises depends on the file: OSError, ValueError, TypeError and others
+        raise _invalid(file, error) from error
+    supported = [([name], kind) for kind, name in architectures.items()]
+    if model not in supported:
+        raise _unsupported(file, "architectures and model_type", " or ".join(map(str, supported)), model)
+    try:
+        config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise _invalid(file, error) from error
+    _check(file, config.to_dict(), _SUPPORTED)
+    rope = config.rope_parameters
+    known = ("rope_theta", "type", *_SUPPORTED_ROPE, *_ROPE_PARAMETERS.get(str(rope["rope_type"]), ()))
+    _check(file, rope, _SUPPORTED_ROPE | {name: () for name in rope if name not in known}, "rope_parameters.")
+    return config
+
+
+def _shape(config: Any) -> dict[str, Any]:
+    """What targets and drafts have in common."""
+    heads = config.num_attention_heads
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_heads": heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope": _rope(config.rope_parameters),
+        "max_position_embeddings": config.max_position_embeddings,
+    }
+
+
+def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
+    optional = ("attention_factor", "beta_fast", "beta_slow")  # transformers computes these if they are null
+    names = [name for name in _ROPE_PARAMETERS[parameters["rope_type"]] if name in parameters]
+    values = {name: parameters[name] for name in names if parameters[name] is not None or name not in optional}
+    return RopeConfig(parameters["rope_theta"], parameters["rope_type"], **values)
+
+
+def _eos_token_ids(file: Path, config: Any) -> tuple[int, ...]:
+    from transformers import GenerationConfig
+
+    ids = config.eos_token_id
+    generation = file.with_name("generation_config.json")
+    if generation.is_file():
+        try:
+            said = GenerationConfig.from_pretrained(str(file.parent), local_files_only=True).eos_token_id
+        except Exception as error:
+            raise _invalid(generation, error) from error
+        ids = ids if said is None else said
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _check(file: Path, values: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:
+    for key, allowed in supported.items():
+        value = values.get(key)
+        entries = value if isinstance(value, list) else [value] if value not in (None, {}) else []
+        if not all(entry in allowed for entry in entries):
+            raise _unsupported(file, prefix + key, " or ".join(map(json.dumps, allowed)) or "absent", value)
+
+
+def _unsupported(
+    file: Path,
+    key: str,
+    supported: str,
+    value: object,
+    remedy: str = "use another checkpoint, or correct the key if it is wrong",
+) -> ValueError:
+    """The error for a configuration that can be read but not computed."""
+    return ValueError(f"{file}: {key} must be {supported}, but got {value!r}, which is not supported; {remedy}")
+
+
+def _invalid(file: Path, error: Exception) -> ValueError:
+    """The error for a configuration that cannot be read, on one line."""
+    reason = " ".join(str(error).split())
+    return ValueError(
+        f"{file} must be a valid configuration, but it is not ({reason}); correct it or download it again"
+    )
