@@ -92,7 +92,7 @@ def test_only_what_is_read_is_downloaded_and_never_a_pickle(home: Path, monkeypa
     asked: list[tuple[str, object]] = []
     wanted = keep(home, "some/large", COMMIT, "main")
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(name: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.append((name, revision))
         stored = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja"]
         stored += [

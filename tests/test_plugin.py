@@ -238,7 +238,7 @@ def test_the_plugin_runs_with_what_sglang_has(tmp_path: Path) -> None:
     """NumPy, torch and safetensors: anything else that we depend on is not even installed here."""
     code = """
 import sys
-for name in ("gymnasium", "rich", "matplotlib", "jsonargparse", "tokenizers", "stable_baselines3", "yaml"):
+for name in ("gymnasium", "rich", "matplotlib", "jsonargparse", "transformers", "stable_baselines3", "yaml"):
     sys.modules[name] = None
 import importlib.util
 found = importlib.util.find_spec

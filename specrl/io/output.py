@@ -174,7 +174,7 @@ def environment() -> dict[str, object]:
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-    for package in ("numpy", "tokenizers", "sglang"):
+    for package in ("numpy", "transformers", "tokenizers", "sglang"):
         record[package] = installed(package)
     return record
 

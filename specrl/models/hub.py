@@ -64,14 +64,21 @@ def served_as(target: str | Path) -> dict[str, object]:
 
 @functools.cache
 def _snapshot(model: HubId) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     shown = model.name if model.revision is None else f"{model.name}@{model.revision}"
     option = "" if model.revision is None else f" --revision {model.revision}"
     rule = f"a target must be a checkpoint directory or an available Hugging Face model, but {shown!r} is no directory"
     remedy = f"give a directory, or run: hf download {model.name}{option}"
     try:
-        found = Path(snapshot_download(model.name, revision=model.revision, allow_patterns=list(_FILES)))
+        found = Path(
+            snapshot_download(
+                model.name,
+                revision=model.revision,
+                allow_patterns=list(_FILES),
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
+        )
     except Exception as error:  # errors of the hub, of its HTTP client and of the disk
         reason = next(iter(str(error).splitlines()), "").strip() or type(error).__name__
         raise ValueError(f"{rule} and is neither cached nor downloadable ({reason}); {remedy}") from error

@@ -1,0 +1,32 @@
+"""What needs a fraction of a second or runs inside SGLang does not import large libraries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SIMULATED = """
+import gymnasium, specrl
+env = gymnasium.make("SpecRL/Simulated-v0")
+env.reset(seed=0)
+env.step(env.action_space.sample())
+"""
+PLUGIN = "import specrl.sglang.plugin.entry, specrl.sglang.plugin.lookahead, specrl.sglang.plugin.traces"
+HUGGING_FACE = ("transformers", "tokenizers", "huggingface_hub")
+
+
+@pytest.mark.parametrize(
+    ("code", "modules"),
+    [
+        ("import specrl", ("torch", *HUGGING_FACE)),
+        (SIMULATED, ("torch", *HUGGING_FACE)),
+        ("import specrl.models.target, specrl.workloads.stream, specrl.sglang.client.hot_swap", HUGGING_FACE),
+        (PLUGIN, HUGGING_FACE),
+    ],
+    ids=["package", "simulated environment", "models", "plugin"],
+)
+def test_large_libraries_are_imported_only_when_they_are_needed(code: str, modules: tuple[str, ...]) -> None:
+    code += f"\nimport sys\nassert not {set(modules)} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
