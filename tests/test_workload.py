@@ -224,7 +224,7 @@ def test_bos_is_put_where_the_checkpoint_puts_it(
 def test_unusable_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a directory"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"must hold a tokenizer .* add tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"must hold a tokenizer .* download it again or add tokenizer\.json"):
         load_tokenizer(tmp_path)
     for content in ("{}", "no"):
         (tmp_path / "tokenizer.json").write_text(content)

@@ -89,7 +89,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     except Exception as error:  # what it raises depends on the files
         raise ValueError(
             f"a checkpoint must hold a tokenizer that transformers can read, but {where!r} does not "
-            f"({' '.join(str(error).split())}); add tokenizer.json, or install sentencepiece to read tokenizer.model"
+            f"({' '.join(str(error).split())}); download it again or add tokenizer.json; tokenizer.model needs sentencepiece"
         ) from error
     adds = get_tokenizer_config(where, local_files_only=True).get("add_bos_token")  # transformers ignores it
     bos = None if adds is False else hf.bos_token_id
