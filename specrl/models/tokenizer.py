@@ -87,9 +87,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         hf = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
         config, _ = PreTrainedConfig.get_config_dict(where, local_files_only=True)
     except Exception as error:  # what it raises depends on the files
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"a checkpoint must hold a tokenizer that transformers can read, but {where!r} does not "
-            f"({' '.join(str(error).split())}); download it again or add tokenizer.json; tokenizer.model needs sentencepiece"
+            f"a checkpoint must hold a tokenizer that transformers can read, but {where!r} does not ({reason}); "
+            "download it again or add tokenizer.json; tokenizer.model needs the package sentencepiece"
         ) from error
     adds = get_tokenizer_config(where, local_files_only=True).get("add_bos_token")  # transformers ignores it
     bos = None if adds is False else hf.bos_token_id
