@@ -76,21 +76,21 @@ def accept_length(answers: list[dict[str, Any]]) -> float:
 
 
 class Learner:
-    """`specrl train --engine sglang` in a process of its own."""
+    """`specrl train server` in a process of its own."""
 
     def __init__(self, server: Server, folder: Path, directory: Path, *more: str, requests: int = 100_000) -> None:
         options = {
             "--server": server.url,
-            "--server_traces": str(folder / "t"),
+            "--traces": str(folder / "t"),
             "--draft": str(folder / "bundle/draft"),
             "--output_dir": str(directory),
             "--requests": str(requests),
-            "--sync_every": "8",
-            "--checkpoint_every": "8",
+            "--weight_sync_interval": "8",
+            "--checkpoint_interval": "8",
             "--learner.batch_size": "8",
         }
         said = [word for option in options.items() for word in option]
-        command = [sys.executable, "-m", "specrl", "train", "--engine", "sglang", *said, *more]
+        command = [sys.executable, "-m", "specrl", "train", "server", *said, *more]
         self.directory = directory
         self.log = directory.with_suffix(".log")
         with self.log.open("a") as out:
@@ -204,7 +204,9 @@ def test_a_killed_server_is_one_clear_error_and_the_run_goes_on_with_another(
     assert clients.stop(), "its clients notice"
     assert status == 2
     (line,) = [line for line in learner.log.read_text().splitlines() if "error" in line]
-    assert re.search(r"specrl train: error: .*(is gone; start it again and go on with --resume|is the server up)", line)
+    assert re.search(
+        r"specrl train server: error: .*(is gone; start it again and go on with --resume|is the server up)", line
+    )
     kept = learner.requests
     assert kept >= 16
     again = start(folder / "bundle", SPECRL_TRACES=f"unix:{folder}/t")  # the old socket is still there
@@ -220,9 +222,10 @@ def test_a_killed_server_is_one_clear_error_and_the_run_goes_on_with_another(
 def test_a_server_launched_for_it_is_learned_on_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
     directory, log = tmp_path / "run", tmp_path / "log"
     options = [
-        f"--sglang_flags={' '.join(ON_A_CPU)}", "--plans=0,3", "--chooser=3/1/4", "--traffic=4x64", "--sync_every=8",
-        "--prompt_tokens=32", "--max_new_tokens=16", "--checkpoint_every=16", "--learner.batch_size=8",
-        "--draft_intermediate_size=128", "--tensorboard=false", f"--output_dir={directory}",
+        f"--engine.flags={' '.join(ON_A_CPU)}", "--serving.plans=0,3", "--serving.chooser=3/1/4",
+        "--serving.batch_schedule=4x64", "--serving.weight_sync_interval=8", "--workload.prompt_tokens=32",
+        "--workload.max_new_tokens=16", "--checkpoint=16", "--learner.batch_size=8", "--draft.intermediate_size=128",
+        "--log.tensorboard=false", f"--output_dir={directory}",
     ]  # fmt: skip
 
     def run(*more: str) -> list[dict[str, str]]:
@@ -238,11 +241,11 @@ def test_a_server_launched_for_it_is_learned_on_and_a_resumed_run_goes_on(tmp_pa
         with (directory / "log.csv").open(newline="") as file:
             return list(csv.DictReader(file))
 
-    first = run("--requests=24")
+    first = run("--serving.requests=24")
     versions = [int(line["draft_version"]) for line in first]
     assert versions == sorted(versions) and versions[-1] >= 2, "what was learnt serves"
     weights = load_draft(directory / "draft").tensors["fc.weight"].clone()
-    second = run("--requests=48", "--resume=true")
+    second = run("--serving.requests=48", "--resume=true")
     assert [line["requests"] for line in second[: len(first)]] == [line["requests"] for line in first], "it goes on"
     assert int(second[-1]["requests"]) >= 48 and int(second[-1]["draft_version"]) > versions[-1]
     assert not np.array_equal(load_draft(directory / "draft").tensors["fc.weight"].numpy(), weights.numpy())
