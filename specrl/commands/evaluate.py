@@ -199,7 +199,7 @@ def _write(
     bounds: Mapping[str, Mapping[str, float]],
     leaderboard: Path,
 ) -> None:
-    from specrl.reports.plots import plot_regret
+    from specrl.reports.figures import plot_regret
 
     where = environment()
     directory.write_csv("evaluate.csv", out)

@@ -1,1 +1,1 @@
-"""Figures, and the HTML page that `specrl report` writes."""
+"""The HTML page that `specrl report` writes, and the figures of other commands."""

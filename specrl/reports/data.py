@@ -1,176 +1,235 @@
-"""What run directories hold, checked and brought into one form for a page that shows several of them."""
+"""Reads the files of run directories into one form for the report."""
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml  # type: ignore[import-untyped]
 
 from specrl.core.statistics import Interval, ratio_of_sums
-from specrl.reports.files import Row, read_config, read_csv, read_json
 from specrl.simulation.profile import load_profile
 
-PARTS = ("draft", "verify", "other")
-LEAST = 6  # stretches for an interval, as in a measurement
-_WRITERS = {  # a file that makes a directory a run: the command that writes it
+Row = Mapping[str, Any]  # of a CSV file: numbers as floats, text, None for an empty field
+PARTS = ("draft", "verify", "other")  # of a round's time
+MIN_STRETCHES = 6  # fewer give no confidence interval
+_COMMANDS = {  # a file that identifies a run: the command that writes it
     "log.csv": "train",
     "measured.csv": "quickstart",
     "bench.csv": "bench",
     "evaluate.csv": "evaluate",
     "profile.json": "profile",
 }
+_MEASURED = ("batch_size", "plan", "speedup", "low", "high", "accept_length", "round_ms", "draft_ms")
+_REQUIRED_COLUMNS = {
+    "log.csv": ("seconds",),
+    "gate.csv": ("requests", "version", "look", "passed", "harmful", "reason"),
+    "drift.csv": ("requests", "before", "after"),
+    "windows.csv": ("requests", "batch_size", "plan", "rounds", "verified", "plain_s", "draft_s", "verify_s"),
+    "measured.csv": _MEASURED,
+    "bench.csv": _MEASURED,
+    "blocks.csv": ("batch_size", "lane", "block", "tokens"),
+    "evaluate.csv": ("source", "chooser", "seeds", "speedup", "speedup_low", "speedup_high", "share", "regret"),
+    "regret.csv": ("source", "chooser", "round", "regret", "least", "greatest"),
+}
+_TEXT_COLUMNS = ("plan", "lane", "look", "reason", "source", "chooser", "part", "passed", "harmful")
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """What is known of one plan at one batch size; an interval of nan ends was not recorded."""
+class PlanResult:
+    """Results of one plan at one batch size. An interval has nan bounds where none was recorded.
 
-    origin: str  # 'measured', 'simulated', 'live' or 'fitted'
+    Attributes:
+        origin: 'measured', 'simulated', 'live' (while serving) or 'profile'.
+        plan: a plan, with a name behind it in parentheses or none; or plain decoding ('plain...').
+        speedup: over plain decoding.
+        accept_length: tokens per request and round.
+        request_tps: tokens/s of a request: median, 5th and 95th percentile.
+        parts_ms: milliseconds of a round by part, with keys from `PARTS`.
+        acceptance: by position, the share of requests and rounds that accepted the draft token at this position.
+        spread: log standard deviation of the seconds of a round.
+    """
+
+    origin: str
     batch_size: int
     plan: str
     temperature: float | None = None
-    speedup: Interval | None = None  # over plain decoding
-    accept_length: Interval | None = None  # tokens per request and round
-    tps: tuple[float, float, float] | None = None  # tokens/s of a request: median, 5th and 95th percentile
+    speedup: Interval | None = None
+    accept_length: Interval | None = None
+    request_tps: tuple[float, float, float] | None = None
     round_ms: Interval | None = None
-    parts_ms: Mapping[str, Interval] = field(default_factory=dict)  # of PARTS, where they are known
-    standing: tuple[Interval, ...] = ()  # share of drafts that stood, by position
-    scatter: float | None = None  # log standard deviation of a round's seconds
+    parts_ms: Mapping[str, Interval | None] | None = None
+    acceptance: tuple[Interval, ...] = ()
+    spread: float | None = None
 
     @property
-    def drafts(self) -> bool:
-        """Whether the plan is one (neither plain decoding nor plain against itself)."""
+    def speculative(self) -> bool:
+        """False for plain decoding, and for plain decoding compared with itself."""
         return not self.plan.startswith("plain")
 
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """A run directory."""
+    """The contents of a run directory."""
 
     name: str
     path: Path
-    kinds: tuple[str, ...]
-    config: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    log: Sequence[Row] = ()  # of a run that serves: a row for every line, with 'requests'
-    gate: Sequence[Row] = ()
-    drift: Sequence[Row] = ()
-    plans: Mapping[int, str] = field(default_factory=dict)  # chosen, by batch size
-    cells: Sequence[Cell] = ()
-    board: Sequence[Row] = ()
-    regret: Sequence[Row] = ()
-
-    def of(self, *origins: str) -> list[Cell]:
-        """Cells of these origins."""
-        return [cell for cell in self.cells if cell.origin in origins]
+    commands: tuple[str, ...]  # that wrote it
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    log: Sequence[Row]
+    gate: Sequence[Row]
+    drift: Sequence[Row]
+    plans: Mapping[int, str]  # chosen, by batch size
+    results: Sequence[PlanResult]
+    leaderboard: Sequence[Row]
+    regret: Sequence[Row]
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunData]:
-    """Run directories, named by what tells them apart.
+    """Read run directories. Each is named by its last parts that make its name unique.
 
     Raises:
-        ValueError: none are given, one is given twice, or one is no run.
+        ValueError: no directory is given, one is given twice, one is not a run, or one of its files is damaged.
     """
     resolved = [Path(path).resolve() for path in paths]
     if not resolved or len(set(resolved)) < len(resolved):
-        raise ValueError(f"a report needs runs, each named once, but got {[str(path) for path in paths]}")
+        raise ValueError(f"runs must be one or more different directories, but got {[str(path) for path in paths]}")
     depth = 1
-    names = [path.name for path in resolved]
-    while len(set(names)) < len(names):
+    while len(names := {"/".join(path.parts[-depth:]): path for path in resolved}) < len(resolved):
         depth += 1
-        names = ["/".join(path.parts[-depth:]) for path in resolved]
-    return [read_run(path, name) for path, name in zip(resolved, names, strict=True)]
-
-
-def read_run(path: Path, name: str | None = None) -> RunData:
-    """One run directory.
-
-    Raises:
-        ValueError: it is not one that specrl wrote, or a file in it is damaged.
-    """
-    if not path.is_dir():
-        raise ValueError(f"a run must be a directory, but {str(path)!r} is none; name the --output_dir of a command")
-    found = {file: kind for file, kind in _WRITERS.items() if (path / file).exists()}
-    if not found:
-        raise ValueError(
-            f"a run must hold one of {', '.join(_WRITERS)}, but {str(path)!r} holds none; "
-            "name the --output_dir of specrl train, quickstart, bench, evaluate or profile"
-        )
-    kinds = [kind for kind in found.values() if not (kind == "train" and "measured.csv" in found)]
-    log = [row for row in read_csv(path / "log.csv") if row.get("requests") is not None]
-    last = log[-1]["requests"] if log else 0.0
-    plans = read_json(path / "plans.json").get("plans") or {b: log[-1][f"plan_{b}"] for b in batch_sizes(log)}
-    if not isinstance(plans, dict) or not all(str(batch).isdigit() for batch in plans):
-        raise ValueError(f"plans must be a plan per batch size, but {path / 'plans.json'} has {plans!r}")
-    benched = read_json(path / "bench.json").get("measured")
-    origin = "simulated" if isinstance(benched, dict) and benched.get("profile") else "measured"
-    lanes = read_csv(path / "measured.csv") + read_csv(path / "bench.csv")
-    cells = [
-        *_measured(lanes, read_csv(path / "blocks.csv"), origin),
-        *_live([row for row in read_csv(path / "windows.csv") if row["requests"] > last / 2]),
-        *(_fitted(path / "profile.json") if "profile.json" in found else ()),
-    ]
-    return RunData(
-        name=name or path.name,
-        path=path,
-        kinds=tuple(kinds),
-        config=read_config(path / "config.yaml"),
-        environment=_environment(path),
-        log=log,
-        gate=read_csv(path / "gate.csv"),
-        drift=read_csv(path / "drift.csv"),
-        plans={int(batch): str(plan) for batch, plan in plans.items()},
-        cells=cells,
-        board=read_csv(path / "evaluate.csv"),
-        regret=read_csv(path / "regret.csv"),
-    )
+    return [_read_run(path, name) for name, path in names.items()]
 
 
 def batch_sizes(log: Sequence[Row]) -> list[int]:
-    """Those that a log came to, ascending."""
-    found = {key.rpartition("_")[2] for row in log[-1:] for key in row if key.startswith("plan_") and row[key]}
+    """The batch sizes in a log, ascending."""
+    last = log[-1] if log else {}
+    found = (key.removeprefix("plan_") for key in last if key.startswith("plan_") and last[key])
     return sorted(int(text) for text in found if text.isdigit())
 
 
-def alone(value: float) -> Interval:
-    """A number whose interval nobody recorded."""
+def interval(row: Row, key: str) -> Interval | None:
+    """The value in the column `key` with the bounds in the columns key_low and key_high."""
+    value, low, high = (row.get(key + end) for end in ("", "_low", "_high"))
+    if value is None:
+        return None
+    return _point(value) if low is None or high is None else Interval(value, low, high)
+
+
+def _read_run(path: Path, name: str) -> RunData:
+    if not path.is_dir():
+        raise ValueError(f"a run must be a directory, but {str(path)!r} is not; give the --output_dir of a command")
+    found = {file: command for file, command in _COMMANDS.items() if (path / file).exists()}
+    if not found:
+        raise ValueError(
+            f"a run must contain one of {', '.join(_COMMANDS)}, but {str(path)!r} does not; "
+            f"give the --output_dir of specrl {', '.join(_COMMANDS.values())}"
+        )
+    if "measured.csv" in found:
+        found.pop("log.csv", None)  # quickstart writes both
+    log = [row for row in _read_csv(path / "log.csv") if row.get("requests") is not None]
+    half = log[-1]["requests"] / 2 if log else 0.0
+    plans = _read_mapping(path / "plans.json").get("plans") or {b: log[-1][f"plan_{b}"] for b in batch_sizes(log)}
+    if not isinstance(plans, dict) or not all(str(batch).isdigit() for batch in plans):
+        raise ValueError(f"{path / 'plans.json'} must map batch sizes to plans, but has {plans!r}")
+    bench = _read_mapping(path / "bench.json").get("measured")
+    results = _measured(
+        [*_read_csv(path / "measured.csv"), *_read_csv(path / "bench.csv")],
+        _read_csv(path / "blocks.csv"),
+        "simulated" if isinstance(bench, dict) and bench.get("profile") else "measured",
+    )
+    results += _live([row for row in _read_csv(path / "windows.csv") if row["requests"] > half])
+    if "profile.json" in found:
+        results += _of_profile(path / "profile.json")
+    return RunData(
+        name=name,
+        path=path,
+        commands=tuple(found.values()),
+        config=_read_mapping(path / "config.yaml"),
+        environment=_environment(path),
+        log=log,
+        gate=_read_csv(path / "gate.csv"),
+        drift=_read_csv(path / "drift.csv"),
+        plans={int(batch): str(plan) for batch, plan in plans.items()},
+        results=results,
+        leaderboard=_read_csv(path / "evaluate.csv"),
+        regret=_read_csv(path / "regret.csv"),
+    )
+
+
+def _read_csv(path: Path) -> list[Row]:
+    """The rows of a CSV file; none if it does not exist."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            lines = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} must be CSV in UTF-8, but is not: {error}") from error
+    if missing := [name for name in _REQUIRED_COLUMNS[path.name] if name not in (reader.fieldnames or ())]:
+        raise ValueError(f"{path} must have the columns that specrl writes, but has no {', '.join(missing)}")
+    return [{key: _parse(path, key, text) for key, text in line.items() if key} for line in lines]
+
+
+def _parse(path: Path, key: str, text: str | None) -> float | str | None:
+    if not text:
+        return None
+    if key in _TEXT_COLUMNS or key.startswith("plan_"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{path} must have numbers in column {key!r}, but has {text!r}") from None
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON or YAML file; an empty one if the file does not exist."""
+    if not path.exists():
+        return {}
+    kind = "JSON" if path.suffix == ".json" else "YAML"
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} must be {kind}, but is not: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a {kind} mapping, but is {type(value).__name__}")
+    return value
+
+
+def _environment(path: Path) -> Mapping[str, Any]:
+    """The machine and software of a run; commands write them to different files."""
+    records: list[dict[str, Any] | None] = [_read_mapping(path / "environment.json")]
+    records += [_read_mapping(path / f"{name}.json").get("environment") for name in ("bench", "evaluate", "summary")]
+    records += [(_read_mapping(path / "profile.json").get("provenance") or {}).get("environment")]
+    return next((record for record in records if record), {})
+
+
+def _point(value: float) -> Interval:
+    """A value without an interval."""
     return Interval(value, math.nan, math.nan)
 
 
-def interval(row: Mapping[str, object], key: str) -> Interval | None:
-    """The number of a column and its interval, of the columns key_low and key_high."""
-    value, low, high = (row.get(key + end) for end in ("", "_low", "_high"))
-    if not isinstance(value, float):
-        return None
-    return Interval(value, low, high) if isinstance(low, float) and isinstance(high, float) else alone(value)
-
-
-def ratio(top: Sequence[float], bottom: Sequence[float]) -> Interval | None:
-    """Σ top ÷ Σ bottom with its 95 % interval over stretches of rounds; of few stretches without, of none None."""
-    pairs = [(a, b) for a, b in zip(top, bottom, strict=True) if b > 0]
+def _ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Interval | None:
+    """Σ numerator ÷ Σ denominator over stretches of rounds, with a 95 % interval if there are enough of them."""
+    pairs = [(a, b) for a, b in zip(numerator, denominator, strict=True) if b > 0]
     if not pairs:
         return None
     x, y = np.array(pairs).T
-    if len(pairs) < LEAST:
-        return alone(float(x.sum() / y.sum()))
+    if len(pairs) < MIN_STRETCHES:
+        return _point(float(x.sum() / y.sum()))
     return ratio_of_sums(x, y, resamples=2000, rng=np.random.default_rng(0))
 
 
-def _environment(path: Path) -> dict[str, Any]:
-    """The first record of where this was measured that a run has."""
-    files = [read_json(path / name) for name in ("bench.json", "evaluate.json", "summary.json")]
-    if isinstance(provenance := read_json(path / "profile.json").get("provenance"), dict):
-        files.append(provenance)
-    records = [read_json(path / "environment.json"), *(file.get("environment") for file in files)]
-    return next((record for record in records if isinstance(record, dict) and record), {})
-
-
-def _sums(rows: Iterable[Row]) -> dict[str, Any]:
-    """The parts of a `Cell` that stretches of rounds (`specrl.core.round_stats`) say."""
+def _summary(rows: Iterable[Row]) -> dict[str, Any]:
+    """The fields of `PlanResult` that follow from stretches of rounds (see `specrl.core.round_stats`)."""
     stretches = [row for row in rows if row.get("rounds")]
     if not stretches:
         return {}
@@ -179,78 +238,62 @@ def _sums(rows: Iterable[Row]) -> dict[str, Any]:
         return [row.get(name) or 0.0 for row in stretches]
 
     rounds, verified = column("rounds"), column("verified")
-    seconds = {part: column(f"{part}_s") for part in PARTS}
-    whole = [sum(parts) for parts in zip(*seconds.values(), strict=True)]
-    stood: list[list[float]] = []
-    while any(row.get(f"stood_{len(stood) + 1}") is not None for row in stretches):
-        stood.append(column(f"stood_{len(stood) + 1}"))
-    yielded = [n + sum(counts) for n, *counts in zip(verified, *stood, strict=True)]
+    part_ms = {part: [1e3 * seconds for seconds in column(f"{part}_s")] for part in PARTS}
+    accepted: list[list[float]] = []
+    while any(row.get(f"stood_{len(accepted) + 1}") is not None for row in stretches):
+        accepted.append(column(f"stood_{len(accepted) + 1}"))
     return {
-        "accept_length": ratio(yielded, verified),
-        "round_ms": ratio([1e3 * s for s in whole], rounds),
-        "parts_ms": {part: ratio([1e3 * s for s in seconds[part]], rounds) for part in PARTS},
-        "standing": tuple(filter(None, (ratio(counts, verified) for counts in stood))),
+        "accept_length": _ratio([sum(counts) for counts in zip(verified, *accepted, strict=True)], verified),
+        "round_ms": _ratio([sum(parts) for parts in zip(*part_ms.values(), strict=True)], rounds),
+        "parts_ms": {part: _ratio(ms, rounds) for part, ms in part_ms.items()},
+        "acceptance": tuple(filter(None, (_ratio(counts, verified) for counts in accepted))),
     }
 
 
-def _measured(rows: Sequence[Row], blocks: Sequence[Row], origin: str) -> list[Cell]:
-    """Lanes of a measurement; the intervals of all but the speedup come from its blocks."""
-    out = []
+def _measured(rows: Sequence[Row], blocks: Sequence[Row], origin: str) -> list[PlanResult]:
+    """Results of `specrl bench` and `quickstart`. Intervals other than the speedup's come from the blocks."""
+    results = []
     for row in rows:
-        at = row["batch_size"], row.get("temperature")
-        plan = row["plan"] or ""
-        lanes = {plan, plan.partition("(")[2].rstrip(")")}  # '0 (no learning)' is of the lane 'no learning'
-        mine = [b for b in blocks if (b["batch_size"], b.get("temperature")) == at and b["lane"] in lanes]
-        parts = {part: alone(row[f"{part}_ms"]) for part in PARTS if row.get(f"{part}_ms") is not None}
-        speedup = row["speedup"]
-        known = {
-            "accept_length": alone(row["accept_length"]),
-            "round_ms": alone(row["round_ms"]),
-            "parts_ms": parts,
-            **_sums(mine),
+        at, plan = (row["batch_size"], row.get("temperature")), row["plan"]
+        arms = {plan, plan.partition("(")[2].rstrip(")")}  # '0 (no learning)' is called 'no learning' in blocks.csv
+        own = [b for b in blocks if (b["batch_size"], b.get("temperature")) == at and b["lane"] in arms]
+        fields = {
+            "accept_length": _point(row["accept_length"]),
+            "round_ms": _point(row["round_ms"]),
+            "parts_ms": {part: _point(row[f"{part}_ms"]) for part in PARTS if row.get(f"{part}_ms") is not None},
+            **_summary(own),
         }
-        out.append(
-            Cell(
-                origin,
-                int(at[0]),
-                plan,
-                at[1],
-                speedup=None if speedup is None else Interval(speedup, row["low"], row["high"]),
-                tps=(row["p50_tps"], row["p05_tps"], row["p95_tps"]) if row.get("p50_tps") is not None else None,
-                **known,
-            )
-        )
-    return out
+        if row["speedup"] is not None:
+            fields["speedup"] = Interval(row["speedup"], row["low"], row["high"])
+        if row.get("p50_tps") is not None:
+            fields["request_tps"] = row["p50_tps"], row["p05_tps"], row["p95_tps"]
+        results.append(PlanResult(origin, int(row["batch_size"]), plan, row.get("temperature"), **fields))
+    return results
 
 
-def _live(rows: Sequence[Row]) -> list[Cell]:
-    """Live rounds by batch size and plan; the interval is over the stretches between two lines of the log."""
-    out = []
-    for at in sorted({(row["batch_size"], row["plan"]) for row in rows}):
-        mine = [row for row in rows if (row["batch_size"], row["plan"]) == at]
-        spent = [sum(row[f"{part}_s"] for part in PARTS) for row in mine]
-        speedup = ratio([row["plain_s"] for row in mine], spent)
-        out.append(Cell("live", int(at[0]), at[1], speedup=speedup, **_sums(mine)))
-    return out
+def _live(rows: Sequence[Row]) -> list[PlanResult]:
+    """Results while serving, with intervals over stretches of rounds."""
+    results = []
+    for batch, plan in sorted({(row["batch_size"], row["plan"]) for row in rows}):
+        own = [row for row in rows if (row["batch_size"], row["plan"]) == (batch, plan)]
+        spent = [sum(row[f"{part}_s"] for part in PARTS) for row in own]
+        speedup = _ratio([row["plain_s"] for row in own], spent)
+        results.append(PlanResult("live", int(batch), plan, speedup=speedup, **_summary(own)))
+    return results
 
 
-def _fitted(path: Path) -> list[Cell]:
-    """What a profile says; it is a fit, and records no intervals."""
+def _of_profile(path: Path) -> list[PlanResult]:
+    """The costs in a profile, which records no intervals."""
     profile = load_profile(str(path))
-    out = []
+    results = []
     for cost in profile.costs:
-        whole = 1e3 * cost.seconds
-        parts = {"draft": cost.draft_share * whole, "verify": (1.0 - cost.draft_share) * whole}
-        out.append(
-            Cell(
-                "fitted",
-                cost.batch_size,
-                "plain" if cost.plan is None else str(cost.plan),
-                speedup=None if cost.plan is None else alone(profile.speedup(cost.batch_size, cost.plan)),
-                accept_length=None if cost.plan is None else alone(profile.accept_length(cost.plan)),
-                round_ms=alone(whole),
-                parts_ms={part: alone(ms) for part, ms in parts.items()} if cost.draft_share else {},
-                scatter=math.hypot(cost.jitter, cost.spread),
-            )
-        )
-    return out
+        ms, share = 1e3 * cost.seconds, cost.draft_share
+        fields: dict[str, Any] = {"round_ms": _point(ms), "spread": math.hypot(cost.jitter, cost.spread)}
+        if share:
+            fields["parts_ms"] = {"draft": _point(share * ms), "verify": _point((1.0 - share) * ms)}
+        if cost.plan is not None:
+            fields["speedup"] = _point(profile.speedup(cost.batch_size, cost.plan))
+            fields["accept_length"] = _point(profile.accept_length(cost.plan))
+        plan = "plain" if cost.plan is None else str(cost.plan)
+        results.append(PlanResult("profile", cost.batch_size, plan, **fields))
+    return results

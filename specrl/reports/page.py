@@ -1,106 +1,62 @@
-"""A page of sections with pictures and tables, as one HTML file that loads nothing from anywhere."""
+"""The HTML page of `specrl report`: one file that needs no network, with its figures as SVG files beside it."""
 
 from __future__ import annotations
 
-import base64
-import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
 
-import specrl
-from specrl.core.statistics import Interval
+from specrl.core.version import __version__
 from specrl.io.output import OutputDir
-from specrl.reports.figures import DPI, Theme, variants
+from specrl.reports.data import RunData
+from specrl.reports.figures import COLOURS, inline_svg
+from specrl.reports.sections import OF_ALL, OF_RUN, Drawing, Table
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Text in rows, the first cell of each its heading."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A figure in two variants, base64 PNG; width and height are those of the page, in CSS pixels."""
-
-    alt: str
-    caption: str
-    light: str
-    dark: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What a section has of one run."""
-
-    name: str
-    pictures: Sequence[Picture] = ()
-    tables: Sequence[Table] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A heading, and what each run has under it; `missing` says which have nothing, `command` what would make it."""
+class Figure(NamedTuple):
+    """An `<svg>` element, and its caption with the id of its HTML element."""
 
     id: str
-    title: str
-    about: str
-    entries: Sequence[Entry] = ()
-    tables: Sequence[Table] = ()
-    missing: str = ""
-    command: str = ""
-    folded: Sequence[Table] = ()  # after the entries, to be opened
+    svg: str
+    caption: str
 
 
-@dataclass(slots=True)
-class Album:
-    """Draws pictures and keeps their PNG files in a directory, as `<n>-<name>-light.png` and `-dark.png`."""
+class Entry(NamedTuple):
+    """What a section shows of one run."""
 
-    directory: OutputDir
-    _count: int = field(default=0)
-
-    def picture(self, name: str, draw: Callable[[Theme], Figure], *, alt: str, caption: str) -> Picture:
-        """Draw both variants and write them."""
-        self._count += 1
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
-        png = variants(draw)
-        for theme, data in png.items():
-            (self.directory.path / f"{self._count:02d}-{slug}-{theme}.png").write_bytes(data)
-        width, height = (int.from_bytes(png["light"][at : at + 4], "big") * 96 // DPI for at in (16, 20))  # IHDR
-        light, dark = (base64.b64encode(png[theme]).decode() for theme in ("light", "dark"))
-        return Picture(alt, caption, light, dark, width, height)
+    name: str
+    figures: list[Figure]
+    tables: list[Table]
 
 
-def render(title: str, sections: Sequence[Section]) -> str:
-    """The page; whatever comes from files is escaped."""
+def write_page(runs: Sequence[RunData], directory: OutputDir) -> Path:
+    """Write report.html, and each figure as <number>-<section>-<run>.svg in the light theme."""
+    count, content = 0, dict[str, list[Entry]]()
+    for section, of_run in OF_RUN.items():
+        content[section] = [Entry(run.name, [], []) for run in runs]
+        for run, entry in zip(runs, content[section], strict=True):
+            for item in of_run(run, runs):
+                if isinstance(item, Drawing):
+                    count += 1
+                    name = re.sub(r"[^a-z0-9]+", "-", f"{section} {run.name}".lower()).strip("-")[:60]
+                    directory.write_text(f"{count:02d}-{name}.svg", item.svg)
+                    id_ = f"figure-{count}"
+                    entry.figures.append(Figure(id_, inline_svg(item.svg, id_), item.caption))
+                else:
+                    entry.tables.append(item)
+    drafts = [run.path / "draft" for run in runs if (run.path / "draft").is_dir()]
     loader = FileSystemLoader(Path(__file__).parent)
-    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    return made.get_template("page.html").render(title=title, sections=sections, version=specrl.__version__)
-
-
-def said(value: Interval | None, unit: str = "", digits: int = 3) -> str:
-    """A number with its interval and unit; a dash where there is none."""
-    if value is None:
-        return "–"
-    if not math.isfinite(value.value):
-        return "–"
-    number = f"{value.value:,.{digits}f}{unit}"
-    if not (math.isfinite(value.low) and math.isfinite(value.high)):
-        return f"{number} (no interval)"
-    return f"{number} [{value.low:,.{digits}f}, {value.high:,.{digits}f}]"
-
-
-def columns(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table without the columns that would hold dashes only."""
-    kept = [n for n in range(len(head)) if n == 0 or any(row[n] not in ("–", "") for row in rows)]
-    return Table(caption, [head[n] for n in kept], [[row[n] for n in kept] for row in rows])
+    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("page.html")
+    html = template.render(
+        title=f"{runs[0].name}: a specrl run" if len(runs) == 1 else f"{len(runs)} specrl runs side by side",
+        content=content,
+        comparisons={section: list(of_all(runs)) for section, of_all in OF_ALL.items()},
+        draft=f" --draft {shlex.quote(str(drafts[0]))}" if drafts else "",
+        colours=COLOURS,
+        version=__version__,
+    )
+    return directory.write_text("report.html", html)

@@ -16,7 +16,7 @@ from specrl.measure.paired import PLAIN, Measured, rows
 from specrl.measure.tables import block_rows, shown
 from specrl.models.draft import Draft
 from specrl.models.target import Target
-from specrl.reports.plots import plot_learning, plot_speedups
+from specrl.reports.figures import plot_learning, plot_speedups
 from specrl.training.config import ServingConfig
 from specrl.training.logger import Reporter
 from specrl.training.loop import OnlineLoop
@@ -204,8 +204,8 @@ def _write(
     flat = [m for measured in results.values() for m in measured]
     directory.write_json("measured.json", [{k: v for k, v in asdict(m).items() if k != "sums"} for m in flat])
     directory.write_csv("blocks.csv", block_rows({None: flat}))
-    plot_learning(run.log, BATCH_SIZES, directory.path / "learning.png")
-    plot_speedups(flat, directory.path / "speedup.png")
+    plot_learning(run.log, directory.path / "learning.png")
+    plot_speedups(everything, directory.path / "speedup.png")
     shown_rows = [
         {
             "batch": row["batch_size"],
