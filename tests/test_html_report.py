@@ -133,6 +133,7 @@ def test_the_page_is_one_accessible_file_and_escapes_text(runs: dict[str, Path],
     assert set(references) <= set(ids)
     assert len(re.findall(r'<svg role="img" aria-labelledby', html)) == html.count("<figcaption") == html.count("<svg")
     assert html.count("<table>") == html.count("<caption>") and "<th>" not in html
+    assert 'fill="#' not in html and 'stroke="#' not in html
     assert all(re.match(r"none|var\(--|url\(#", colour) for colour in re.findall(r"(?:fill|stroke): ([^;\"]*)", html))
 
 

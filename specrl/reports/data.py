@@ -31,7 +31,7 @@ _REQUIRED_COLUMNS = {
     "log.csv": ("seconds",),
     "gate.csv": ("requests", "version", "look", "passed", "harmful", "reason"),
     "drift.csv": ("requests", "before", "after"),
-    "windows.csv": ("requests", "batch_size", "plan", "rounds", "verified", "plain_s", "draft_s", "verify_s"),
+    "windows.csv": ("requests", "batch_size", "plan", "rounds", "plain_s", "draft_s", "verify_s"),
     "measured.csv": _MEASURED,
     "bench.csv": _MEASURED,
     "blocks.csv": ("batch_size", "lane", "block", "tokens"),
@@ -234,19 +234,19 @@ def _summary(rows: Iterable[Row]) -> dict[str, Any]:
     if not stretches:
         return {}
 
-    def column(name: str) -> list[float]:
-        return [row.get(name) or 0.0 for row in stretches]
+    def column(*names: str) -> list[float]:  # by its first name that a row has
+        return [next((row[name] for name in names if row.get(name) is not None), 0.0) for row in stretches]
 
-    rounds, verified = column("rounds"), column("verified")
+    rounds, requests = column("rounds"), column("verified", "requests")  # requests: summed over rounds
     part_ms = {part: [1e3 * seconds for seconds in column(f"{part}_s")] for part in PARTS}
-    accepted: list[list[float]] = []
-    while any(row.get(f"stood_{len(accepted) + 1}") is not None for row in stretches):
-        accepted.append(column(f"stood_{len(accepted) + 1}"))
+    keys = {key for row in stretches for key, value in row.items() if value is not None}
+    positions = sum(key.startswith(("accepted_", "stood_")) for key in keys)
+    accepted = [column(f"accepted_{k}", f"stood_{k}") for k in range(1, positions + 1)]
     return {
-        "accept_length": _ratio([sum(counts) for counts in zip(verified, *accepted, strict=True)], verified),
+        "accept_length": _ratio([sum(counts) for counts in zip(requests, *accepted, strict=True)], requests),
         "round_ms": _ratio([sum(parts) for parts in zip(*part_ms.values(), strict=True)], rounds),
         "parts_ms": {part: _ratio(ms, rounds) for part, ms in part_ms.items()},
-        "acceptance": tuple(filter(None, (_ratio(counts, verified) for counts in accepted))),
+        "acceptance": tuple(filter(None, (_ratio(counts, requests) for counts in accepted))),
     }
 
 

@@ -153,10 +153,10 @@ def _has_speedup(result: PlanResult) -> bool:
 
 def _chosen(run: RunData, results: Sequence[PlanResult], runs: Sequence[RunData]) -> tuple[Mapping[int, str], str]:
     """The plans to mark by batch size, and why: of this run, of the run that trained its draft, or the fastest."""
+    if run.plans:
+        return run.plans, "chosen by the run"
     draft = run.config.get("draft")
     for other in runs:
-        if other.plans and other is run:
-            return run.plans, "chosen by the run"
         if other.plans and isinstance(draft, str) and Path(draft).resolve() == other.path / "draft":
             return other.plans, f"chosen by {other.name}, which trained this draft"
     ascending = sorted(results, key=lambda result: result.speedup.value if result.speedup else 0.0)
