@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from specrl.core.clock import Clock
 from specrl.core.observation import Observation
@@ -52,7 +52,10 @@ class Workload(Protocol):
 
 @runtime_checkable
 class Session(Protocol):
-    """Closed-loop decoding at fixed concurrency: a finished request is replaced by the next prompt."""
+    """Closed-loop decoding at fixed concurrency: a finished request is replaced by the next prompt.
+
+    Inherit from this class to get the defaults of methods that have one.
+    """
 
     @property
     def batch_size(self) -> int:
@@ -79,6 +82,20 @@ class Session(Protocol):
         size and context they have. None where the engine measures its baseline elsewhere.
         """
         ...
+
+    def plain_steps(self, count: int) -> list[PlainSample]:
+        """Time `count` plain decoding steps. Default: one `measure_plain` after the other.
+
+        Raises:
+            ValueError: the engine does not measure plain decoding.
+        """
+        samples = [sample for _ in range(count) if (sample := self.measure_plain()) is not None]
+        if len(samples) < count:
+            raise ValueError(
+                "the engine must measure plain decoding between rounds, but it does not; use 'local', or 'sglang' with "
+                "baseline='alternate'"
+            )
+        return samples
 
     def drain(self) -> list[Trace]:
         """Take the traces of the rounds since the last call (outside any timed window)."""
@@ -121,7 +138,10 @@ class ProposalSession(Session, Protocol):
 
 @runtime_checkable
 class Engine(Protocol):
-    """A decoder of one target, with or without a draft."""
+    """A decoder of one target, with or without a draft.
+
+    Inherit from this class to get the defaults of methods that have one.
+    """
 
     @property
     def clock(self) -> Clock:
@@ -132,6 +152,20 @@ class Engine(Protocol):
     def draft_version(self) -> int:
         """Version of the draft weights that serve now."""
         ...
+
+    @property
+    def result_delay(self) -> int:
+        """Rounds by which results arrive late, on an engine that overlaps rounds. Default: 0."""
+        return 0
+
+    @property
+    def single_session(self) -> bool:
+        """Whether starting a session ends the one before, one plain session beside it aside. Default: False."""
+        return False
+
+    def facts(self) -> dict[str, Any]:
+        """What results should record about the engine, as JSON-able values. Default: nothing."""
+        return {}
 
     def supports(self, plan: Plan) -> bool:
         """Whether a session of this engine can run `plan`."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from specrl.core.clock import Clock, WallClock
-from specrl.core.interfaces import Workload
+from specrl.core.interfaces import Engine, Workload
 from specrl.core.plan import Plan
 from specrl.decoding.cuda_graphs import Graphs
 from specrl.decoding.propose import MOST_NODES
@@ -21,7 +22,7 @@ from specrl.models.target import Target
 _DEFAULT_CONTEXT = 2048
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """A target in this process, with or without a draft (see `specrl.core.interfaces.Engine`).
 
     Args:
@@ -79,6 +80,15 @@ class LocalEngine:
     def draft_version(self) -> int:
         """Version of the draft weights that serve; 0 before any was loaded."""
         return 0 if self._serving is None else self._serving.version
+
+    def facts(self) -> dict[str, Any]:
+        """Device, dtype and how drafts are accepted."""
+        return {
+            "engine": "local",
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "device": self.target.device,
+            "use_rejection_sampling": self._rejection,
+        }
 
     def supports(self, plan: Plan) -> bool:
         """Whether a session can run `plan`: with a draft, up to 64 tokens, no wider than its vocabulary; else 0."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specrl.core.clock import Clock
-from specrl.core.interfaces import Request
+from specrl.core.interfaces import ProposalSession, Request
 from specrl.core.plan import Plan
 from specrl.core.round import Completion, Ints, PlainSample, Round, Trace
 from specrl.decoding.batch import Batch
@@ -32,7 +32,7 @@ from specrl.models.target import Target
 _PLAIN_STEPS = 3  # that a sample of plain decoding takes
 
 
-class LocalSession:
+class LocalSession(ProposalSession):
     """Closed-loop decoding of one target at fixed concurrency (see `specrl.core.interfaces.Session`).
 
     Args:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specrl.core.clock import VirtualClock
-from specrl.core.interfaces import Request, Workload
+from specrl.core.interfaces import Engine, Request, Session, Workload
 from specrl.core.plan import Plan
 from specrl.core.round import Completion, PlainSample, Round, Trace
 from specrl.simulation.acceptance_model import survival
@@ -63,7 +63,7 @@ class SimulatedRound(Round):
         )
 
 
-class SimulatedEngine:
+class SimulatedEngine(Engine):
     """Rounds drawn from a profile (see `specrl.core.interfaces.Engine`); deterministic by the seed of a session.
 
     Whether a draft stands depends on the seed, the request and the position of its token only, and the noise of a
@@ -177,7 +177,7 @@ class _Live:
     left: int
 
 
-class SimulatedSession:
+class SimulatedSession(Session):
     """Closed-loop decoding at fixed concurrency, simulated (see `specrl.core.interfaces.Session`)."""
 
     def __init__(

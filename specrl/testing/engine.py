@@ -57,11 +57,11 @@ class _Greedy:
 def check_is_an_engine(case: Case) -> None:
     """It and its sessions have the parts of the protocols."""
     engine = case.make()
-    assert isinstance(engine, Engine), "it must have clock, draft_version, supports, start, load_draft and close"
+    assert isinstance(engine, Engine), "an engine must have every member of the protocol; inherit for the defaults"
     assert engine.supports(Plan(0)), "every engine supports plan 0"
     assert any(engine.supports(plan) for plan in PLANS[1:]), f"it must support one of {', '.join(map(str, PLANS[1:]))}"
     session = case.start(engine)
-    assert isinstance(session, Session), "a session must have every method of the protocol"
+    assert isinstance(session, Session), "a session must have every member of the protocol; inherit for the defaults"
     assert session.batch_size == len(session.context_lengths) == BATCH, "the batch size must be as asked for"
     engine.close()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from specrl.core.clock import Clock, WallClock
-from specrl.core.interfaces import Session, Workload
+from specrl.core.interfaces import Engine, Session, Workload
 from specrl.core.plan import Plan
 from specrl.sglang.client.launch import Server
 from specrl.sglang.client.plain_server import PlainServer
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("specrl.sglang.client")
 
 
-class SGLangEngine:
+class SGLangEngine(Engine):
     """An SGLang server as an engine (see `specrl.core.interfaces.Engine`); `specrl.sglang.client.factory` makes one.
 
     It has one session at a time: starting another ends the one before, but for one with `plain=True`, which is on the
@@ -74,6 +74,22 @@ class SGLangEngine:
     def draft_version(self) -> int:
         """Version of the draft weights that serve; 0 before any was loaded."""
         return self._version
+
+    @property
+    def single_session(self) -> bool:
+        """True: a server serves one set of requests."""
+        return True
+
+    def facts(self) -> dict[str, Any]:
+        """Version, device and dtype of the server, and how its rounds are run."""
+        info = self.server.info
+        return {
+            "engine": "sglang",
+            "sglang": self.server.version,
+            "device": str(info.get("device")),
+            "dtype": str(info.get("dtype")),
+            "pace": "lock-step: one round at a time, on both servers, in turns",
+        }
 
     def supports(self, plan: Plan) -> bool:
         """Whether the server was launched for `plan`."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from specrl.core.clock import WallClock
-from specrl.core.interfaces import Workload
+from specrl.core.interfaces import Session, Workload
 from specrl.core.plan import Plan
 from specrl.core.round import Completion, PlainSample, Round, Trace
 from specrl.sglang.client.errors import ServerFailed
@@ -27,7 +27,7 @@ NO_BASELINE = (
 )
 
 
-class CoarseSession:
+class CoarseSession(Session):
     """B requests on a server that runs by itself.
 
     What stands for a round is a stretch that ends when requests do. Its rows are all rounds of these requests, by their

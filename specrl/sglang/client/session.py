@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from specrl.core.interfaces import Workload
+from specrl.core.interfaces import Session, Workload
 from specrl.core.plan import Plan
 from specrl.core.round import Completion, PlainSample, Round, Trace
 from specrl.sglang.client.errors import ServerFailed
@@ -20,7 +20,7 @@ from specrl.sglang.client.requests import Flight, Flights
 from specrl.sglang.client.tracing import Tracing
 
 
-class LockstepSession:
+class LockstepSession(Session):
     """B requests on a server, which runs one round whenever it is asked to, and stands still in between.
 
     A finished request is replaced after its round; the prefill comes before the next one, and its `prefill_s` says how
