@@ -27,7 +27,7 @@ from specrl.agents.choosers.table import ClairvoyantLength, FixedPlan
 from specrl.core.clock import WallClock
 from specrl.core.interfaces import PlanChooser
 from specrl.core.statistics import mean_interval, probability_of_improvement, stratified_iqm
-from specrl.io.output import environment
+from specrl.measure.machine import environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from chooser_worlds import FLAT, SHIFTS, STEADY, TABLES, Script, Shift, Table

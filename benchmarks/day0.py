@@ -42,8 +42,7 @@ from specrl.core.plan import Plan
 from specrl.core.round import Trace
 from specrl.core.statistics import probability_of_improvement
 from specrl.decoding.engine import LocalEngine
-from specrl.io.output import environment
-from specrl.measure.malloc import keep_large_blocks
+from specrl.measure.machine import environment, keep_large_blocks
 from specrl.measure.paired import Setting, measure
 from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft

@@ -21,7 +21,7 @@ from specrl.core.clock import WallClock
 from specrl.core.interfaces import Request
 from specrl.core.plan import Plan
 from specrl.core.statistics import abba, paired_speedup
-from specrl.measure.malloc import keep_large_blocks
+from specrl.measure.machine import keep_large_blocks
 from specrl.models.embedded import embedded_directory
 
 PROMPT, NEW = 64, 64

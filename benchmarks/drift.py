@@ -33,8 +33,7 @@ from specrl.core.interfaces import Workload
 from specrl.core.plan import Plan
 from specrl.core.statistics import Interval, mean_interval, paired_speedup
 from specrl.decoding.engine import LocalEngine
-from specrl.io.output import environment
-from specrl.measure.malloc import keep_large_blocks
+from specrl.measure.machine import environment, keep_large_blocks
 from specrl.measure.paired import Lane, Measured, Setting, measure
 from specrl.models.draft import Draft, load_draft
 from specrl.models.target import Target, load_target

@@ -16,7 +16,7 @@ import numpy as np
 
 import specrl  # noqa: F401  (registers the environment)
 from specrl.core.interfaces import Session
-from specrl.measure.malloc import keep_large_blocks
+from specrl.measure.machine import keep_large_blocks
 
 
 class Stopwatch:

@@ -35,8 +35,8 @@ from gpu_stages.report import goals, page
 from gpu_stages.sizes import SHARES, SIZES
 
 from specrl.core.clock import Clock, WallClock
-from specrl.io.output import OutputDir, environment, show, table
-from specrl.measure.malloc import keep_large_blocks
+from specrl.io.output import OutputDir, show, table
+from specrl.measure.machine import environment, keep_large_blocks
 from specrl.models.target import load_target
 
 _HOST = 0.2  # of the time of 'measure', for what comes after the table

@@ -33,7 +33,7 @@ from specrl.agents.draft.learner import LearnerConfig, OnlineLearner, product_dt
 from specrl.agents.draft.sequences import Sequence, collate
 from specrl.core.clock import WallClock
 from specrl.core.statistics import abba, paired_speedup
-from specrl.measure.malloc import keep_large_blocks
+from specrl.measure.machine import keep_large_blocks
 from specrl.models.checkpoint import expected_draft_tensors
 from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft

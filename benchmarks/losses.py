@@ -33,8 +33,7 @@ from specrl.core.batch_schedule import Phase
 from specrl.core.plan import Plan
 from specrl.core.statistics import mean_interval, probability_of_improvement
 from specrl.decoding.engine import LocalEngine
-from specrl.io.output import environment
-from specrl.measure.malloc import keep_large_blocks
+from specrl.measure.machine import environment, keep_large_blocks
 from specrl.measure.paired import Setting, measure
 from specrl.models.draft import Draft, load_draft
 from specrl.models.target import Target, load_target

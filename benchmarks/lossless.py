@@ -24,7 +24,7 @@ import specrl
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.core.interfaces import Request
 from specrl.core.plan import Plan, parse_plans
-from specrl.measure.malloc import keep_large_blocks
+from specrl.measure.machine import keep_large_blocks
 from specrl.models.draft import Draft
 from specrl.models.embedded import embedded_directory
 from specrl.models.target import Target

@@ -26,7 +26,7 @@ from specrl.core.clock import WallClock
 from specrl.envs import SIMULATED
 from specrl.envs.simulated_vector import SimulatedVectorEnv
 from specrl.evaluation.policy_report import report
-from specrl.io.output import environment
+from specrl.measure.machine import environment
 from specrl.simulation.profile import load_profile
 from specrl.training.rl import EPISODE_ROUNDS
 

@@ -27,8 +27,8 @@ from specrl.core.plan import Plan
 from specrl.core.round import Round
 from specrl.core.statistics import Interval, paired_speedup
 from specrl.decoding.engine import LocalEngine
-from specrl.io.output import OutputDir, environment
-from specrl.measure.malloc import keep_large_blocks
+from specrl.io.output import OutputDir
+from specrl.measure.machine import environment, keep_large_blocks
 from specrl.models.draft import load_draft
 from specrl.models.target import load_target
 from specrl.simulation.engine import Requests, SimulatedEngine

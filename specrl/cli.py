@@ -129,7 +129,7 @@ def run(name: str, command: Command, words: Sequence[str]) -> None:
         ValueError: the options do not fit.
     """
     from specrl.io.output import OutputDir
-    from specrl.measure.malloc import keep_large_blocks
+    from specrl.measure.machine import keep_large_blocks
 
     keep_large_blocks()
     started = datetime.now().strftime("%Y%m%d-%H%M%S")

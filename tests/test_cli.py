@@ -12,7 +12,8 @@ import yaml  # type: ignore[import-untyped]
 import specrl
 from specrl.cli import Command, main
 from specrl.core.plan import Plan
-from specrl.io.output import OutputDir, environment, show, table, to_json
+from specrl.io.output import OutputDir, show, table, to_json
+from specrl.measure.machine import environment
 
 CALLS: list[dict[str, object]] = []
 

@@ -9,7 +9,7 @@ import torch
 from specrl.commands.doctor import Setting, about_fastest, doctor, long_form, side_by_side, thread_counts
 from specrl.core.clock import VirtualClock
 from specrl.measure import machine as checks
-from specrl.measure.malloc import keep_large_blocks, set_by_environment
+from specrl.measure.machine import keep_large_blocks, set_by_environment
 
 
 class Ticking:

@@ -21,7 +21,7 @@ from specrl.core.round import Round, Trace
 from specrl.decoding import pending_features as waiting_module
 from specrl.decoding.engine import LocalEngine
 from specrl.decoding.session import LocalSession
-from specrl.measure.malloc import keep_large_blocks
+from specrl.measure.machine import keep_large_blocks
 from specrl.models.draft import Draft
 from specrl.models.embedded import embedded_directory
 from specrl.models.target import Target

@@ -12,7 +12,8 @@ from specrl.cluster.connect import connected, need_resource, take_one
 from specrl.cluster.engine import EngineActor, EngineReport, EngineSettings
 from specrl.cluster.learner import CHECKPOINT, RESTARTS, LearnerActor, newest_weights
 from specrl.core.clock import WallClock
-from specrl.io.output import OutputDir, environment, show
+from specrl.io.output import OutputDir, show
+from specrl.measure.machine import environment
 from specrl.models.draft import Draft
 
 

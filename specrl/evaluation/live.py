@@ -1,35 +1,52 @@
-"""Choosers on a live engine: plain decoding, every chooser and every single plan take turns under one moving load."""
+"""Live evaluation of choosers: plain decoding, every chooser and every single plan in turns under one load."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 
-import numpy as np
-from numpy.typing import NDArray
-
-from specrl.core.batch_schedule import Phase
-from specrl.core.interfaces import Engine, PlanChooser, Request, Session, Workload
-from specrl.core.observation import Observer
+from specrl.agents.choosers.table import FixedPlan
+from specrl.core.batch_schedule import Phase, batch_sizes
+from specrl.core.interfaces import Engine, PlanChooser, Session, Workload
+from specrl.core.plain_cost import PlainEstimate
 from specrl.core.plan import Plan
-from specrl.evaluation.simulation import Play
+from specrl.core.rollout import Rollout, Step
+from specrl.core.round import Round
+from specrl.evaluation.trajectory import PLAIN, Trajectory
+from specrl.measure.paired import SessionPool
 
-PLAIN = "plain"
-_NEWEST = 0.1  # weight of the newest plain round in the t0 that observations show
-_CHECKED = 4  # prompts of the greedy check
-
-
-@dataclass(slots=True)
-class Lane:
-    """One chooser's own session; without a chooser, plain decoding."""
-
-    chooser: PlanChooser | None
-    session: Session
-    observer: Observer
-    play: Play
+_NEWEST = 0.1  # weight of the newest plain round in t0
 
 
-def play_live(
+class PlainRounds:
+    """The cost of plain decoding from rounds of a plain session (`specrl.core.rollout.Baseline`)."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def add(self, done: Round) -> None:
+        """Take a round of plain decoding into the moving average of its batch size."""
+        before = self._seconds.get(done.batch_size, done.seconds)
+        self._seconds[done.batch_size] = before + _NEWEST * (done.seconds - before)
+
+    def update(self, session: Session, context: float) -> None:
+        """Nothing is measured between the rounds of choosers."""
+
+    def estimate(self, batch_size: int, context: float) -> PlainEstimate:
+        """Seconds of a plain step at this batch size, at any context."""
+        return PlainEstimate(self._seconds[batch_size], 0.0, 1)
+
+
+@dataclass
+class _Arm:
+    """The rollout of one chooser, and its rounds so far."""
+
+    rollout: Iterator[Step]
+    steps: list[Step] = field(default_factory=list)
+
+
+def run_live(
     engine: Engine,
     workload: Workload,
     choosers: Mapping[str, PlanChooser],
@@ -39,128 +56,48 @@ def play_live(
     *,
     seed: int = 0,
     on_cycle: Callable[[int], None] | None = None,
-) -> dict[str, Play]:
-    """Every chooser's play, and 'plain' for plain decoding, on the same prompts.
+) -> dict[str, Trajectory]:
+    """The trajectory of every chooser, and of plain decoding under the name 'plain', on the same prompts.
 
-    A cycle is once through the phases. In each phase the lanes decode it one after the other, there and back in turns,
-    so that a drift of the machine meets all alike; the first round of a turn finds the caches as another lane left
+    A cycle is one repetition of the phases. In each phase the choosers decode one after the other, there and back, so
+    that a drift of the machine affects all equally. The first round of a turn finds the caches as another session left
     them and is not counted.
 
     Args:
-        engine: that decodes.
+        engine: decodes; one with `single_session` continues the same requests for all choosers.
         workload: prompts.
-        choosers: by name of their lane.
-        plans: on offer.
+        choosers: by name.
+        plans: that are offered.
         phases: of the load.
-        cycles: to play.
+        cycles: number of cycles.
         seed: of prompts and sampling.
         on_cycle: called after each cycle with its number.
     """
-    most = max(phase.batch_size for phase in phases)
-    first, index = phases[0].batch_size, {plan: i for i, plan in enumerate(plans)}
-    t0: dict[int, float] = {}
-    lanes = {
-        name: Lane(
-            chooser,
-            engine.start(workload, batch_size=first, max_batch_size=most, seed=seed, plain=chooser is None),
-            Observer(plans),
-            Play(),
-        )
-        for name, chooser in {PLAIN: None, **choosers}.items()
-    }
-    order = list(lanes.values())
+    sizes = [phase.batch_size for phase in phases]
+    pool = SessionPool(workload, batch_size=sizes[0], max_batch_size=max(sizes), seed=seed)
+    baseline = PlainRounds()
+    plain_session = pool.open(engine, plain=True)
+    for size in sorted(set(sizes)):  # choosers see t0 from their first round on
+        plain_session.resize(size)
+        baseline.add(plain_session.round(Plan(0)))
+
+    def arm(chooser: PlanChooser, offered: Sequence[Plan], session: Session) -> _Arm:
+        rounds = batch_sizes([Phase(phase.batch_size, phase.rounds + 1) for phase in phases])
+        rollout = Rollout(session, offered, baseline, batch_sizes=rounds, result_delay=engine.result_delay)
+        return _Arm(rollout.play(chooser, engine.clock))
+
+    arms = {PLAIN: arm(FixedPlan(Plan(0)), (Plan(0),), plain_session)}
+    arms |= {name: arm(chooser, plans, pool.open(engine, plain=False)) for name, chooser in choosers.items()}
+    order = list(arms.items())
     for cycle in range(cycles):
         for number, phase in enumerate(phases):
-            for lane in order if (cycle + number) % 2 == 0 else reversed(order):
-                lane.session.resize(phase.batch_size)
-                for turn in range(phase.rounds + 1):
-                    _round(lane, index, t0, counted=turn > 0)
+            for name, turn in order if (cycle + number) % 2 == 0 else reversed(order):
+                for step in islice(turn.rollout, phase.rounds + 1):
+                    turn.steps.append(step)
+                    if name == PLAIN:
+                        baseline.add(step.round)
         if on_cycle is not None:
             on_cycle(cycle + 1)
-    for lane in order:
-        lane.session.close()
-    return {name: lane.play for name, lane in lanes.items()}
-
-
-def _round(lane: Lane, index: Mapping[Plan, int], t0: dict[int, float], *, counted: bool) -> None:
-    batch, lengths = lane.session.batch_size, lane.session.context_lengths
-    if lane.chooser is None:
-        done = lane.session.round(Plan(0))
-        t0[batch] = t0.get(batch, done.seconds) + _NEWEST * (done.seconds - t0.get(batch, done.seconds))
-        lane.play.add(done, -1, counted)
-        return
-    plan = lane.chooser.choose(lane.observer.observe(batch, sum(lengths) / len(lengths)))
-    done = lane.session.round(plan)
-    lane.chooser.learn(done)
-    lane.observer.record(done, t0.get(batch, done.seconds))
-    lane.play.add(done, index[plan], counted)
-
-
-def block_speedups(plain: Play, play: Play, rounds: int) -> NDArray[np.float64]:
-    """[blocks] speedup Σ N·t0(B)/B ÷ Σ Δt of each block of `rounds` rounds, t0 from plain decoding's same block."""
-    out = []
-    for begin in range(0, len(play.seconds), rounds):
-        t0 = plain_seconds(plain, begin, rounds)
-        earned = spent = 0.0
-        for r in range(begin, begin + rounds):
-            if play.counted[r]:
-                earned += play.tokens[r] * t0[play.batches[r]] / play.batches[r]
-                spent += play.seconds[r]
-        out.append(earned / spent)
-    return np.array(out)
-
-
-def plain_seconds(plain: Play, begin: int, rounds: int) -> dict[int, float]:
-    """Mean seconds of a plain round by batch size in a block; a round's tokens are at most one per request."""
-    spent: dict[int, list[float]] = {}
-    for r in range(begin, begin + rounds):
-        if plain.counted[r]:
-            spent.setdefault(plain.batches[r], []).append(plain.seconds[r])
-    return {batch: float(np.mean(seconds)) for batch, seconds in spent.items()}
-
-
-def measured_values(plays: Mapping[str, Play], plans: Sequence[Plan], sizes: Sequence[int]) -> NDArray[np.float64]:
-    """[2, sizes, plans] seconds per round as `World` has them, from the lanes named by the plans and from plain's.
-
-    First plain decoding's for a round's mean tokens per request, N · t0(B) / B, then the round's own.
-    """
-    out = np.empty((2, len(sizes), len(plans)))
-    everything = len(plays[PLAIN].seconds)
-    t0 = plain_seconds(plays[PLAIN], 0, everything)
-    for j, plan in enumerate(plans):
-        play = plays[str(plan)]
-        for i, batch in enumerate(sizes):
-            at = [r for r in range(everything) if play.counted[r] and play.batches[r] == batch]
-            out[0, i, j] = np.mean([play.tokens[r] for r in at]) * t0[batch] / batch
-            out[1, i, j] = np.mean([play.seconds[r] for r in at])
-    return out
-
-
-class Greedy:
-    """The first prompts of a workload, to be continued greedily."""
-
-    def __init__(self, workload: Workload, seed: int) -> None:
-        stream = workload.requests(seed)
-        taken = [next(stream) for _ in range(_CHECKED)]
-        self.listed = [Request(r.prompt, r.max_new_tokens, 0.0, ignore_eos=True) for r in taken]
-
-    def requests(self, seed: int) -> object:
-        """The same prompts, over and over."""
-        while True:
-            yield from self.listed
-
-
-def greedy_tokens(engine: Engine, workload: Workload, choices: Sequence[Plan], seed: int) -> list[tuple[int, ...]]:
-    """Greedy continuations of the workload's first prompts, decoded by the plans `choices` in turn; () is plainly."""
-    source = Greedy(workload, seed)
-    session = engine.start(source, batch_size=_CHECKED, seed=seed, plain=not choices)  # type: ignore[arg-type]
-    found: dict[int, tuple[int, ...]] = {}
-    turn = 0
-    wanted: list[int] | None = None
-    while wanted is None or not found.keys() >= set(wanted):
-        done = session.round(choices[turn % len(choices)] if choices else Plan(0))
-        wanted = done.request_ids.tolist() if wanted is None else wanted
-        turn += 1
-        found.update({c.request_id: c.tokens for c in done.finished})
-    session.close()
-    return [found[i] for i in wanted]
+    pool.close()
+    counted = [turn > 0 for _ in range(cycles) for phase in phases for turn in range(phase.rounds + 1)]
+    return {name: Trajectory.of(turn.steps, plans, counted) for name, turn in arms.items()}

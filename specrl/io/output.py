@@ -8,14 +8,10 @@ import io
 import json
 import math
 import os
-import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +21,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from specrl.core.plan import Plan
-from specrl.core.version import __version__
 
 Row = Mapping[str, object]
 
@@ -153,75 +148,3 @@ def progress(what: str, total: float) -> Iterator[Callable[..., None]]:
         yield lambda done, note="": bar.update(
             task, completed=min(done, total), description=f"{what} {note}".rstrip(), refresh=True
         )
-
-
-def environment() -> dict[str, object]:
-    """What must be known of the machine and the software to judge a measured number."""
-    import torch
-
-    record: dict[str, object] = {
-        "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu("model name") or platform.processor() or platform.machine(),
-        "cpu_mhz": _cpu("cpu MHz"),
-        "clock_source": _line("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
-        "cores": usable_cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "specrl": __version__,
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-    for package in ("numpy", "transformers", "tokenizers", "sglang"):
-        record[package] = installed(package)
-    return record
-
-
-def installed(package: str) -> str | None:
-    """The version of an installed distribution; None where there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def usable_cores() -> int:
-    """Cores this process may run on, whatever the machine has; a container's quota counts."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores, max(1, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no quota
-        return cores
-
-
-def _cpu(what: str) -> str | None:
-    """What the system says of the first core; None: nothing."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(what)), None)
-
-
-def _line(path: str) -> str | None:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit this runs from, '+' after it if files were changed; None for an installed package."""
-    root = Path(__file__).parent.parent.parent
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -1,8 +1,8 @@
-"""Paired, interleaved measurement: every plan against plain decoding, in one process, in turns.
+"""Paired, interleaved measurement: several ways to decode the same prompts ("arms"), in turns in one process.
 
-Each lane decodes the same prompts in a session of its own. A block is one generation of requests (batch size x
-max_new_tokens tokens), decoded in slices: plain, A, B, ..., then back B, A, plain, and so on, so that a drift of the
-machine meets all alike. Each plan's block is paired with the block of plain decoding that it took turns with.
+A block is one generation of requests (batch size x max_new_tokens tokens). It is decoded in slices that alternate
+between the arms, there and back: plain, A, B, ..., B, A, plain. A drift of the machine then affects all arms equally.
+Each block of an arm is paired with the block of the first arm that it alternated with.
 """
 
 from __future__ import annotations
@@ -11,90 +11,166 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
+from specrl.config import MeasureConfig
 from specrl.core.clock import Clock
 from specrl.core.interfaces import Engine, Session, Workload
 from specrl.core.plan import Plan
 from specrl.core.round import Round
-from specrl.core.round_stats import RoundSums
+from specrl.core.round_stats import RoundStats
 from specrl.core.statistics import Interval, paired_speedup
+from specrl.io.output import progress
 from specrl.measure.machine import torch_threads
 
-PLAIN = "plain"
-_WARM_UP = 8  # rounds
-_SLICES = 4  # of a block; even, so that every block goes as often forth as back
-_LEAST, _FEWEST = 6, 12  # blocks that are always measured, and before an interval may end the measurement
+PLAIN = "plain"  # the arm that decodes without a draft
+AA_CONTROL = "A/A"  # the arm that decodes without a draft once more
+_WARM_UP_ROUNDS = 8
+_SLICES = 4  # of a block; even, so that every block is decoded as often forth as back
+_MIN_BLOCKS, _MIN_BLOCKS_TO_STOP = 6, 12  # that are always measured, and before an interval may end a measurement
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What a lane decodes with.
+class ArmConfig:
+    """One way to decode.
 
     Args:
-        name: of the lane.
+        name: of the arm.
         engine: its engine.
-        plan: every round's plan; None: plain decoding.
-        threads: torch threads while the lane runs; None: as they are.
-        share: tokens of its blocks over those of a usual block. Accept lengths differ between requests far more than
-            plain decoding does, so that a speculative lane's tokens narrow an interval more.
+        plan: of every round; None: plain decoding.
+        threads: torch threads while the arm runs; None: unchanged.
+        block_size: tokens of its blocks relative to those of other arms. Accept lengths vary between requests much
+            more than plain decoding does, so more tokens of a speculative arm narrow its interval more.
     """
 
     name: str
     engine: Engine
     plan: Plan | None
     threads: int | None = None
-    share: float = 1.0
+    block_size: float = 1.0
+
+
+class SessionPool:
+    """Opens the sessions of a measurement.
+
+    Arms of an engine with `single_session` share one session, or one plain session: each arm continues the requests
+    where the arm before left them. Such arms are paired by time, not by prompt.
+
+    Args:
+        workload: prompts, the same for every session.
+        batch_size: live requests.
+        seed: of prompts and sampling.
+        max_batch_size: the largest batch size that a session may be resized to; None: `batch_size`.
+    """
+
+    def __init__(self, workload: Workload, *, batch_size: int, seed: int, max_batch_size: int | None = None) -> None:
+        self._workload, self._batch_size, self._seed, self._most = workload, batch_size, seed, max_batch_size
+        self._sessions: list[Session] = []
+        self._shared: dict[tuple[int, bool], Session] = {}
+
+    def open(self, engine: Engine, *, plain: bool) -> Session:
+        """A session of an engine: a new one, or the one that its arms share."""
+        key = id(engine), plain
+        if engine.single_session and key in self._shared:
+            return self._shared[key]
+        session = engine.start(
+            self._workload,
+            batch_size=self._batch_size,
+            max_batch_size=self._most,
+            seed=self._seed,
+            plain=plain,
+        )
+        self._sessions.append(session)
+        self._shared[key] = session
+        return session
+
+    def close(self) -> None:
+        """Close all sessions."""
+        for session in self._sessions:
+            session.close()
 
 
 @dataclass(slots=True)
-class Lane:
-    """A setting's session and what was measured of it so far."""
+class Arm:
+    """An arm's session, and its measurements so far.
 
-    setting: Setting
+    Attributes:
+        config: what it decodes with.
+        session: its session.
+        blocks: the n-th is paired with the n-th of the first arm.
+        round_s: seconds of every counted round.
+        request_tps: tokens per second of every finished request.
+    """
+
+    config: ArmConfig
     session: Session
-    rounds: list[Round] = field(default_factory=list)
-    blocks: list[list[float]] = field(default_factory=list)  # tokens, seconds; its n-th is paired with plain's n-th
-    sums: list[RoundSums] = field(default_factory=list)  # of the same blocks
+    blocks: list[RoundStats] = field(default_factory=list)
+    round_s: list[float] = field(default_factory=list)
     request_tps: list[float] = field(default_factory=list)
-    _lived: dict[int, list[float]] = field(default_factory=dict)  # request -> tokens, seconds
+    _live: dict[int, tuple[int, float]] = field(default_factory=dict)  # request -> tokens, seconds
+
+    def warm_up(self) -> None:
+        """Decode rounds that are not counted."""
+        with torch_threads(self.config.threads):
+            for _ in range(_WARM_UP_ROUNDS):
+                self.session.round(self.config.plan or Plan(0))
 
     def run(self, tokens: float) -> None:
         """Decode until the last block has at least `tokens` tokens, after one round that is not counted."""
-        block, plan = self.blocks[-1], self.setting.plan or Plan(0)
-        with torch_threads(self.setting.threads):
-            self._follow(self.session.round(plan))  # finds the caches as the lane before left them: not counted
-            while block[0] < tokens:
+        block, plan = self.blocks[-1], self.config.plan or Plan(0)
+        with torch_threads(self.config.threads):
+            self._follow(self.session.round(plan))  # its caches are as the arm before left them
+            while block.tokens < tokens:
                 done = self.session.round(plan)
-                block[0] += float(done.tokens.sum())
-                block[1] += done.seconds
-                self.rounds.append(done)
-                self.sums[-1].add(done)
+                block.add(done)
+                self.round_s.append(done.seconds)
                 self._follow(done)
 
+    @property
+    def seconds_per_token(self) -> NDArray[np.float64]:
+        """[blocks] float64."""
+        return seconds_per_token(self.blocks)
+
     def _follow(self, done: Round) -> None:
+        """Add the round to the tokens and seconds of its requests."""
         ended = {completion.request_id for completion in done.finished}
-        for request, tokens in zip(done.request_ids.tolist(), done.tokens.tolist(), strict=True):
-            lived = self._lived.setdefault(request, [0.0, 0.0])
-            lived[0] += tokens
-            lived[1] += done.seconds
+        for request, new in zip(done.request_ids.tolist(), done.tokens.tolist(), strict=True):
+            tokens, seconds = self._live.pop(request, (0, 0.0))
+            tokens, seconds = tokens + new, seconds + done.seconds
             if request in ended:
-                total, seconds = self._lived.pop(request)
-                self.request_tps.append(total / seconds)
+                self.request_tps.append(tokens / seconds)
+            else:
+                self._live[request] = tokens, seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One lane's result at one batch size; `speedup` is None for plain decoding itself."""
+class ArmResult:
+    """The result of one arm at one batch size.
+
+    Attributes:
+        name: of the arm.
+        batch_size: live requests.
+        plan: as text; 'plain' for plain decoding.
+        count: finished requests.
+        mean_tps, p50_tps, p05_tps, p95_tps: tokens per second of a request, over requests.
+        total_tps: tokens per second of all requests together.
+        speedup: over the first arm; None for the first arm.
+        accept_length: mean tokens per request and verification.
+        draft_ms, verify_ms, other_ms, round_ms: means over rounds.
+        prefill_s: seconds of prefills, which are in no other number.
+        round_p20_s: the 20th percentile of a round's seconds.
+        blocks: paired with the first arm's first ones.
+    """
 
     name: str
     batch_size: int
     plan: str
-    count: int  # requests finished
-    mean_tps: float  # tokens per second and request, over requests
+    count: int
+    mean_tps: float
     p50_tps: float
     p05_tps: float
     p95_tps: float
-    total_tps: float  # tokens per second of all requests together
+    total_tps: float
     speedup: Interval | None
     accept_length: float
     draft_ms: float
@@ -102,142 +178,109 @@ class Measured:
     other_ms: float
     round_ms: float
     prefill_s: float
-    round_p20_s: float  # the 20th percentile of a round's seconds
-    blocks: tuple[tuple[float, float], ...] = field(repr=False)  # tokens, seconds; paired with plain's first ones
-    sums: tuple[RoundSums, ...] = field(repr=False)  # of the same blocks
+    round_p20_s: float
+    blocks: tuple[RoundStats, ...] = field(repr=False)
 
 
 def measure(
-    settings: Sequence[Setting],
+    configs: Sequence[ArmConfig],
     workload: Workload,
     *,
     batch_size: int,
     block_tokens: int,
-    precision: float,
-    seconds: float,
+    until: MeasureConfig,
     seed: int = 0,
-    each: bool = False,
+    stop_each: bool = False,
     budget_clock: Clock | None = None,
     on_block: Callable[[float, float], None] | None = None,
-    lanes_out: list[Lane] | None = None,
-) -> list[Measured]:
-    """Measure lanes against the first, which is plain decoding, until every interval is narrow enough.
+) -> list[ArmResult]:
+    """Measure arms against the first one until every interval is narrow enough.
 
     Args:
-        settings: plain first.
-        workload: prompts, the same for every lane.
+        configs: of the arms; usually plain decoding first.
+        workload: prompts, the same for every arm.
         batch_size: live requests.
         block_tokens: tokens of a block per request.
-        precision: stop when every speedup's 95 % interval has a half-width of at most this.
-        seconds: or when this much time (all lanes together) is spent, after six blocks at least.
+        until: the half-width of every 95 % interval, or the seconds of all arms together; at least six blocks are
+            measured.
         seed: of prompts, sampling and the bootstrap.
-        each: let a lane stop on its own once its interval is narrow enough.
-        budget_clock: that `seconds` are counted on; None: the first engine's.
+        stop_each: let each arm stop as soon as its own interval is narrow enough.
+        budget_clock: measures `until.seconds`; None: the first engine's clock.
         on_block: called after each pass with the seconds spent and the widest half-width.
-        lanes_out: the lanes are added to it, for what their blocks and rounds say beyond the results.
     """
-    clock = budget_clock or settings[0].engine.clock
-    lanes = start(settings, workload, batch_size=batch_size, seed=seed)
-    began, order, widest = clock.now(), list(lanes), float("inf")
-    while len(lanes[0].blocks) < _LEAST or (widest > precision and clock.now() - began < seconds):
-        take_turns(order, batch_size * block_tokens)
-        if len(lanes[0].blocks) >= _FEWEST:
-            widths = {id(lane): speedup(lanes[0], lane, seed).half_width for lane in order if lane is not lanes[0]}
-            widest = max(widths.values(), default=0.0)
-            if each:
-                order = [lane for lane in order if widths.get(id(lane), np.inf) > precision]
-        if on_block is not None:
-            on_block(clock.now() - began, widest)
-    results = [_result(lanes[0], lane, batch_size, seed) for lane in lanes]
-    if lanes_out is not None:
-        lanes_out += lanes
-    for lane in lanes:
-        lane.session.close()
-    return results
+    clock = budget_clock or configs[0].engine.clock
+    pool = SessionPool(workload, batch_size=batch_size, seed=seed)
+    arms = start_arms(configs, pool)
+    began, order, widest = clock.now(), list(arms), float("inf")
+    with progress(f"batch {batch_size}", until.seconds) as advance:
+        while len(arms[0].blocks) < _MIN_BLOCKS or (widest > until.precision and clock.now() - began < until.seconds):
+            take_turns(order, batch_size * block_tokens)
+            if len(arms[0].blocks) >= _MIN_BLOCKS_TO_STOP:
+                widths = {id(arm): speedup(arms[0], arm, seed).half_width for arm in order if arm is not arms[0]}
+                widest = max(widths.values(), default=0.0)
+                if stop_each:
+                    order = [arm for arm in order if widths.get(id(arm), np.inf) > until.precision]
+            spent = clock.now() - began
+            advance(spent, "" if widest == float("inf") else f"±{widest:.3f}, wanted ±{until.precision:g}")
+            if on_block is not None:
+                on_block(spent, widest)
+    pool.close()
+    return [_result(arms[0], arm, batch_size, seed) for arm in arms]
 
 
-def start(settings: Sequence[Setting], workload: Workload, *, batch_size: int, seed: int) -> list[Lane]:
-    """Lanes over the same prompts, warmed up."""
-    lanes = [
-        Lane(s, s.engine.start(workload, batch_size=batch_size, seed=seed, plain=s.plan is None)) for s in settings
-    ]
-    for lane in lanes:
-        with torch_threads(lane.setting.threads):
-            for _ in range(_WARM_UP):
-                lane.session.round(lane.setting.plan or Plan(0))
-    return lanes
+def start_arms(configs: Sequence[ArmConfig], pool: SessionPool) -> list[Arm]:
+    """Open the session of every arm, and warm it up."""
+    arms = [Arm(config, pool.open(config.engine, plain=config.plan is None)) for config in configs]
+    for arm in arms:
+        arm.warm_up()
+    return arms
 
 
-def take_turns(lanes: list[Lane], tokens: float) -> None:
-    """One block of each lane, of `tokens` tokens times its share, slice by slice, there and back."""
-    for lane in lanes:
-        lane.blocks.append([0.0, 0.0])
-        lane.sums.append(RoundSums())
+def take_turns(arms: list[Arm], tokens: float) -> None:
+    """Decode one block of each arm, of `tokens` times its `block_size` tokens, slice by slice, there and back."""
+    for arm in arms:
+        arm.blocks.append(RoundStats())
     for part in range(1, _SLICES + 1):
-        for lane in lanes:
-            lane.run(tokens * lane.setting.share * part / _SLICES)
-        lanes.reverse()
+        for arm in arms:
+            arm.run(tokens * arm.config.block_size * part / _SLICES)
+        arms.reverse()
 
 
-def speedup(plain: Lane, lane: Lane, seed: int = 0) -> Interval:
-    """Speedup of a lane over plain by paired blocks, with its 95 % interval."""
-    per_token = [np.array([s / n for n, s in x.blocks[: len(lane.blocks)]]) for x in (plain, lane)]
-    return paired_speedup(per_token[0], per_token[1], rng=np.random.default_rng(seed))
+def seconds_per_token(blocks: Sequence[RoundStats]) -> NDArray[np.float64]:
+    """[blocks] float64, of all requests of a block together."""
+    return np.array([block.seconds / block.tokens for block in blocks])
 
 
-def _result(plain: Lane, lane: Lane, batch_size: int, seed: int) -> Measured:
-    rounds, setting = lane.rounds, lane.setting
-    tps = np.array(lane.request_tps) if lane.request_tps else np.array([np.nan])
-    tokens, seconds = np.array(lane.blocks).sum(0)
-    p05, p50, p95 = np.percentile(tps, [5, 50, 95])
-    split = np.mean([(r.draft_s, r.verify_s, r.other_s, r.seconds) for r in rounds], 0) * 1e3
-    return Measured(
-        name=setting.name,
+def speedup(reference: Arm, arm: Arm, seed: int = 0) -> Interval:
+    """Speedup of an arm over another by paired blocks, with its 95 % interval."""
+    pairs = len(arm.blocks)
+    return paired_speedup(reference.seconds_per_token[:pairs], arm.seconds_per_token, rng=np.random.default_rng(seed))
+
+
+def _result(reference: Arm, arm: Arm, batch_size: int, seed: int) -> ArmResult:
+    config, total = arm.config, RoundStats()
+    for block in arm.blocks:
+        total.merge(block)
+    tps = np.array(arm.request_tps or [np.nan])
+    p05, p50, p95 = np.percentile(tps, [5, 50, 95]).tolist()
+    ms = 1e3 / total.rounds
+    return ArmResult(
+        name=config.name,
         batch_size=batch_size,
-        plan=PLAIN if setting.plan is None else str(setting.plan),
-        count=len(lane.request_tps),
+        plan=PLAIN if config.plan is None else str(config.plan),
+        count=len(arm.request_tps),
         mean_tps=float(tps.mean()),
-        p50_tps=float(p50),
-        p05_tps=float(p05),
-        p95_tps=float(p95),
-        total_tps=float(tokens / seconds),
-        speedup=None if lane is plain else speedup(plain, lane, seed),
-        accept_length=float(np.mean([r.accept_length for r in rounds])),
-        draft_ms=split[0],
-        verify_ms=split[1],
-        other_ms=split[2],
-        round_ms=split[3],
-        prefill_s=float(sum(r.prefill_s for r in rounds)),
-        round_p20_s=float(np.percentile([r.seconds for r in rounds], 20)),
-        blocks=tuple((n, s) for n, s in lane.blocks),
-        sums=tuple(lane.sums),
+        p50_tps=p50,
+        p05_tps=p05,
+        p95_tps=p95,
+        total_tps=total.tokens / total.seconds,
+        speedup=None if arm is reference else speedup(reference, arm, seed),
+        accept_length=total.accept_length,
+        draft_ms=total.draft_s * ms,
+        verify_ms=total.verify_s * ms,
+        other_ms=total.other_s * ms,
+        round_ms=total.seconds * ms,
+        prefill_s=total.prefill_s,
+        round_p20_s=float(np.percentile(arm.round_s, 20)),
+        blocks=tuple(arm.blocks),
     )
-
-
-def rows(results: Sequence[Measured]) -> list[dict[str, object]]:
-    """Results as rows of a table, the published tables' columns first."""
-    out: list[dict[str, object]] = []
-    for r in results:
-        s = r.speedup
-        out.append(
-            {
-                "batch_size": r.batch_size,
-                "plan": r.plan if r.name in (PLAIN, r.plan) else f"{r.plan} ({r.name})",
-                "mean_tps": r.mean_tps,
-                "p50_tps": r.p50_tps,
-                "p05_tps": r.p05_tps,
-                "p95_tps": r.p95_tps,
-                "total_tps": r.total_tps,
-                "count": r.count,
-                "speedup": None if s is None else round(s.value, 4),
-                "low": None if s is None else round(s.low, 4),
-                "high": None if s is None else round(s.high, 4),
-                "accept_length": round(r.accept_length, 3),
-                "round_ms": r.round_ms,
-                "draft_ms": r.draft_ms,
-                "verify_ms": r.verify_ms,
-                "other_ms": r.other_ms,
-                "prefill_s": r.prefill_s,
-            }
-        )
-    return out

@@ -1,15 +1,15 @@
-"""What a benchmark leaves behind: tables for people, CSV and JSON, and the lines of SGLang's own benchmark."""
+"""Tables of measurements: rows for people, CSV, JSON and Markdown, and the columns of SGLang's own benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from specrl.core.plan import Plan
-from specrl.io.output import OutputDir, environment, to_json
-from specrl.measure.local_arms import NULL
-from specrl.measure.paired import PLAIN, Measured, rows
+from specrl.io.output import OutputDir, to_json
+from specrl.measure.bench import Cells
+from specrl.measure.machine import environment
+from specrl.measure.paired import AA_CONTROL, PLAIN, ArmResult
 
-Cells = Mapping[float | None, Sequence[Measured]]  # temperature (None: a profile's) -> lanes
 COLUMNS = {
     "batch_size": "batch",
     "plan": "plan",
@@ -25,7 +25,36 @@ COLUMNS = {
     "verify_ms": "verify",
     "other_ms": "other",
 }
-_PUBLISHED = tuple(COLUMNS)[: tuple(COLUMNS).index("accept_length") + 1]
+_PUBLISHED = tuple(COLUMNS)[: tuple(COLUMNS).index("accept_length") + 1]  # columns of published tables
+
+
+def result_rows(results: Sequence[ArmResult]) -> list[dict[str, object]]:
+    """A row for each arm, the columns of published tables first."""
+    out: list[dict[str, object]] = []
+    for r in results:
+        s = r.speedup
+        out.append(
+            {
+                "batch_size": r.batch_size,
+                "plan": r.plan if r.name in (PLAIN, r.plan) else f"{r.plan} ({r.name})",
+                "mean_tps": r.mean_tps,
+                "p50_tps": r.p50_tps,
+                "p05_tps": r.p05_tps,
+                "p95_tps": r.p95_tps,
+                "total_tps": r.total_tps,
+                "count": r.count,
+                "speedup": None if s is None else round(s.value, 4),
+                "low": None if s is None else round(s.low, 4),
+                "high": None if s is None else round(s.high, 4),
+                "accept_length": round(r.accept_length, 3),
+                "round_ms": r.round_ms,
+                "draft_ms": r.draft_ms,
+                "verify_ms": r.verify_ms,
+                "other_ms": r.other_ms,
+                "prefill_s": r.prefill_s,
+            }
+        )
+    return out
 
 
 def shown(row: Mapping[str, object]) -> str:
@@ -34,30 +63,30 @@ def shown(row: Mapping[str, object]) -> str:
 
 
 def cell_rows(cells: Cells) -> list[dict[str, object]]:
-    """A row for every temperature, batch size and lane, in the published tables' columns and a few more."""
-    return [{"temperature": t, **row} for t, results in cells.items() for row in rows(results)]
+    """A row for each temperature, batch size and arm."""
+    return [{"temperature": t, **row} for t, results in cells.items() for row in result_rows(results)]
 
 
 def block_rows(cells: Cells) -> list[dict[str, object]]:
-    """A row for every block; the n-th of a lane is paired with the n-th of plain decoding at its batch size."""
+    """A row for each block; the n-th of an arm is paired with the n-th of plain decoding at its batch size."""
     return [
-        {"temperature": t, "batch_size": m.batch_size, "lane": m.name, "block": n, "seconds": seconds, **sums.row()}
+        {"temperature": t, "batch_size": m.batch_size, "lane": m.name, "block": n, "seconds": b.seconds, **b.row()}
         for t, results in cells.items()
         for m in results
-        for n, ((_, seconds), sums) in enumerate(zip(m.blocks, m.sums, strict=True))
+        for n, b in enumerate(m.blocks)
     ]
 
 
-def sglang_rows(results: Sequence[Measured], completion_tokens: int) -> list[dict[str, object]]:
-    """Results under the names that SGLang's scripts/playground/bench_speculative.py writes, one JSON object a line.
+def sglang_rows(results: Sequence[ArmResult], completion_tokens: int) -> list[dict[str, object]]:
+    """Results with the columns of SGLang's scripts/playground/bench_speculative.py, one JSON object a line.
 
-    step_time is the 20th percentile of a round's seconds and speed = acc_length / step_time, as there. steps, topk and
-    num_draft_tokens of 0 are plain decoding; plan 0 of a speculating engine and the A/A lane have no place in it. Our
-    acc_length is of rounds; SGLang's also counts the token of prefill, +1 / rounds of a request.
+    As there, step_time is the 20th percentile of a round's seconds and speed = acc_length / step_time. Plain decoding
+    has 0 steps, topk and num_draft_tokens; plan 0 of an engine with a draft and the A/A control are left out. Our
+    acc_length is the mean over rounds; SGLang's also counts the token of the prefill, +1 / rounds of a request.
     """
     out: list[dict[str, object]] = []
     for m in results:
-        if m.name == NULL or m.plan == str(Plan(0)):
+        if m.name == AA_CONTROL or m.plan == str(Plan(0)):
             continue
         plan = None if m.name == PLAIN else Plan.parse(m.plan)
         out.append(
@@ -75,20 +104,20 @@ def sglang_rows(results: Sequence[Measured], completion_tokens: int) -> list[dic
     return out
 
 
-def markdown(lines: Sequence[Mapping[str, object]], title: str, where: str) -> str:
-    """The published columns as a Markdown table, and a line that says where they come from."""
-    several = len({line["temperature"] for line in lines}) > 1
+def markdown(rows: Sequence[Mapping[str, object]], title: str, where: str) -> str:
+    """The published columns as a Markdown table, and a line that names the source."""
+    several = len({row["temperature"] for row in rows}) > 1
     keys = [*(["temperature"] if several else []), *_PUBLISHED]
-    text = [
+    lines = [
         f"### {title}",
         "",
         "| " + " | ".join(COLUMNS.get(key, key) for key in keys) + " |",
         "|---" * len(keys) + "|",
     ]
-    for line in lines:
-        cells = {**line, "shown": shown(line) or "–"}
-        text.append("| " + " | ".join(_text(key, cells[key]) for key in keys) + " |")
-    return "\n".join([*text, "", where]) + "\n"
+    for row in rows:
+        cells = {**row, "shown": shown(row) or "–"}
+        lines.append("| " + " | ".join(_text(key, cells[key]) for key in keys) + " |")
+    return "\n".join([*lines, "", where]) + "\n"
 
 
 def _text(key: str, value: object) -> str:
@@ -97,20 +126,30 @@ def _text(key: str, value: object) -> str:
     return str(value)
 
 
-def write(directory: OutputDir, cells: Cells, *, title: str, measured: Mapping[str, object], new_tokens: int) -> None:
-    """bench.json, bench.csv, bench.md, blocks.csv, and bench_speculative.jsonl (a file for each temperature)."""
-    lines, where = cell_rows(cells), environment()
-    directory.write_csv("bench.csv", lines)
+def write_bench(
+    directory: OutputDir, cells: Cells, *, title: str, measured: Mapping[str, object], new_tokens: int
+) -> None:
+    """Write bench.json, bench.csv, bench.md, blocks.csv and bench_speculative.jsonl (one for each temperature).
+
+    Args:
+        directory: of the results.
+        cells: the results.
+        title: of the Markdown table.
+        measured: settings, for bench.json; 'profile' and 'source' of a simulation.
+        new_tokens: tokens of a request.
+    """
+    rows, where = cell_rows(cells), environment()
+    directory.write_csv("bench.csv", rows)
     directory.write_csv("blocks.csv", block_rows(cells))
     if "profile" in measured:
-        said = f"Simulated on profile {measured['profile']}, no measurement: {measured['source']}"
+        source = f"Simulated on profile {measured['profile']}, no measurement: {measured['source']}"
     else:
         gpus = f", GPUs {where['gpus']}" if where["gpus"] else ""
-        said = f"{where['cpu']}, {where['cores']} cores{gpus}; torch {where['torch']}; {where['date_utc']}; "
-        said += f"commit {where['commit'] or 'unknown'}"
-    directory.write_text("bench.md", markdown(lines, title, said))
+        source = f"{where['cpu']}, {where['cores']} cores{gpus}; torch {where['torch']}; {where['date_utc']}; "
+        source += f"commit {where['commit'] or 'unknown'}"
+    directory.write_text("bench.md", markdown(rows, title, source))
     for temperature, results in cells.items():
         name = "bench_speculative" + (f"-{temperature:g}" if len(cells) > 1 else "")
         text = "".join(to_json(row) + "\n" for row in sglang_rows(results, new_tokens))
         directory.write_text(f"{name}.jsonl", text)
-    directory.write_json("bench.json", {"environment": where, "measured": measured, "rows": lines})
+    directory.write_json("bench.json", {"environment": where, "measured": measured, "rows": rows})

@@ -12,7 +12,8 @@ from torch import Tensor
 from specrl.agents.draft.gate import Gate
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.core.clock import WallClock
-from specrl.io.output import OutputDir, environment, show
+from specrl.io.output import OutputDir, show
+from specrl.measure.machine import environment
 from specrl.models.draft import Draft
 from specrl.models.target import Target
 from specrl.training.epochs import read_state, read_tensors, save_epoch

@@ -9,7 +9,8 @@ from specrl.config import DraftConfig, TargetConfig, WorkloadConfig
 from specrl.core.clock import WallClock
 from specrl.core.interfaces import Workload
 from specrl.core.plan import Plan
-from specrl.io.output import OutputDir, environment, hint, show, table
+from specrl.io.output import OutputDir, hint, show, table
+from specrl.measure.machine import environment
 from specrl.measure.local_arms import PlainSetting, fastest_plain, measure_plans
 from specrl.measure.machine import torch_threads
 from specrl.measure.paired import PLAIN, Measured, rows

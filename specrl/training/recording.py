@@ -9,7 +9,8 @@ from specrl.agents.draft.sequences import Assembler
 from specrl.config import TargetConfig, WorkloadConfig
 from specrl.core.plan import Plan
 from specrl.decoding.engine import LocalEngine
-from specrl.io.output import OutputDir, environment, progress
+from specrl.io.output import OutputDir, progress
+from specrl.measure.machine import environment
 from specrl.models.config import default_taps
 from specrl.models.draft import load_draft
 from specrl.training.loop import Stream

@@ -24,7 +24,8 @@ from specrl.envs.simulated_vector import SimulatedVectorEnv
 from specrl.envs.spec_decode import SpecDecodeEnv
 from specrl.evaluation.policy_report import Report, report
 from specrl.export.bundle import PLANS, read_plans
-from specrl.io.output import OutputDir, environment, show, table
+from specrl.io.output import OutputDir, show, table
+from specrl.measure.machine import environment
 from specrl.simulation.profile import load_profile
 
 EPISODE_ROUNDS = {SIMULATED: 256, SPEC_DECODE: 128}  # each episode has one batch size

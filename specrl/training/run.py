@@ -18,7 +18,8 @@ from specrl.core.interfaces import Engine, Workload
 from specrl.core.plain_cost import PlainCost
 from specrl.core.plan import Plan, parse_plans
 from specrl.decoding.engine import LocalEngine
-from specrl.io.output import OutputDir, environment
+from specrl.io.output import OutputDir
+from specrl.measure.machine import environment
 from specrl.models.draft import Draft
 from specrl.models.target import Target
 from specrl.training.checkpoint import load_checkpoint, save_checkpoint

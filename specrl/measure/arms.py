@@ -1,0 +1,110 @@
+"""The arms of a measurement: plain decoding, plain decoding again (A/A), and plans of one engine or of several drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from specrl.config import DraftConfig, EngineConfig, TargetConfig, WorkloadConfig
+from specrl.core.interfaces import Engine, Workload
+from specrl.core.plan import Plan
+from specrl.decoding.engine import LocalEngine
+from specrl.io.output import show
+from specrl.measure.paired import AA_CONTROL, PLAIN, ArmConfig
+from specrl.measure.plain import PlainSetting, fastest_plain
+from specrl.models.draft import Draft
+from specrl.models.target import Target
+
+MakeArms = Callable[[Workload, int], list[ArmConfig]]  # prompts and batch size -> arms, plain decoding first
+
+
+def engine_arms(engine: Engine, plans: Sequence[Plan], *, control: bool) -> list[ArmConfig]:
+    """Plain decoding and plans of one engine.
+
+    Args:
+        engine: of all arms.
+        plans: an arm each.
+        control: add the A/A arm.
+    """
+    plain = [PLAIN, *([AA_CONTROL] if control else [])]
+    return [ArmConfig(name, engine, None) for name in plain] + [ArmConfig(str(p), engine, p) for p in plans]
+
+
+def local_arms(
+    target: TargetConfig,
+    model: Target,
+    drafted: Mapping[str, tuple[Draft, Plan]],
+    fastest: PlainSetting,
+    *,
+    max_context: int,
+    use_rejection_sampling: bool = True,
+    control: bool = False,
+    block_sizes: Mapping[str, float] | None = None,
+) -> list[ArmConfig]:
+    """Plain decoding in its fastest setting, and drafts with their plans, on local engines.
+
+    Args:
+        target: the target; loaded again if plain decoding is faster in another dtype.
+        model: the loaded target.
+        drafted: draft and plan of each arm by its name.
+        fastest: the setting of plain decoding; its threads are used by all arms.
+        max_context: most tokens of a request.
+        use_rejection_sampling: see `specrl.LocalEngine`.
+        control: add the A/A arm.
+        block_sizes: of arms by name, see `ArmConfig`; 1 for others.
+    """
+    if fastest.dtype != str(model.dtype).removeprefix("torch."):
+        baseline = replace(target, dtype=fastest.dtype).load(device=model.device)
+    else:
+        baseline = model
+    plain = LocalEngine(baseline, max_context=max_context)
+    arms = [ArmConfig(name, plain, None, fastest.threads) for name in [PLAIN, *([AA_CONTROL] if control else [])]]
+    engines = {
+        id(draft): LocalEngine(model, draft, max_context=max_context, use_rejection_sampling=use_rejection_sampling)
+        for draft, _ in drafted.values()
+    }
+    for name, (draft, plan) in drafted.items():
+        arms.append(ArmConfig(name, engines[id(draft)], plan, fastest.threads, (block_sizes or {}).get(name, 1.0)))
+    return arms
+
+
+@contextmanager
+def open_arms(
+    engine: EngineConfig,
+    target: TargetConfig,
+    draft: DraftConfig,
+    workload: WorkloadConfig,
+    plans: Sequence[Plan],
+    *,
+    use_rejection_sampling: bool = True,
+) -> Iterator[MakeArms]:
+    """Open an engine for measurements: plain decoding, the A/A control and all plans.
+
+    The local engine finds the fastest setting of plain decoding for each batch size first.
+    """
+    if not engine.is_local:
+        show("launching SGLang with speculation, and without")
+        served = engine.open(target, draft.path, plans=plans, max_context=workload.max_context, plain_in_lockstep=True)
+        try:
+            yield lambda prompts, batch: engine_arms(served, plans, control=True)
+        finally:
+            served.close()
+        return
+    model = target.load()
+    drafted = draft.load(model)
+
+    def make(prompts: Workload, batch: int) -> list[ArmConfig]:
+        fastest = fastest_plain(replace(target, device=model.device), prompts, batch)
+        show(f"batch {batch}: fastest plain decoding in {fastest.dtype} with {fastest.threads} threads")
+        return local_arms(
+            target,
+            model,
+            {str(plan): (drafted, plan) for plan in plans},
+            fastest,
+            max_context=workload.max_context,
+            use_rejection_sampling=use_rejection_sampling,
+            control=True,
+        )
+
+    yield make
