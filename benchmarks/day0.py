@@ -37,13 +37,14 @@ from specrl.agents.choosers.table import FixedPlan
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.agents.draft.sequences import Assembler, Sequence
 from specrl.config import DraftConfig as NewDraft
+from specrl.config import MeasureConfig
 from specrl.core.batch_schedule import Phase
 from specrl.core.plan import Plan
 from specrl.core.round import Trace
 from specrl.core.statistics import probability_of_improvement
 from specrl.decoding.engine import LocalEngine
 from specrl.measure.machine import environment, keep_large_blocks
-from specrl.measure.paired import Setting, measure
+from specrl.measure.paired import ArmConfig, measure
 from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft
 from specrl.models.target import load_target
@@ -160,10 +161,9 @@ def speedup_now(target: Any, shape: DraftConfig, learner: Any) -> dict[str, floa
     """Speedup of the draft that serves, at batch 1 on held-out prompts."""
     draft = Draft(shape, dict(learner.weights()[1]))
     fast, plain = LocalEngine(target, draft, max_context=PROMPT + NEW), LocalEngine(target, max_context=PROMPT + NEW)
-    settings = [Setting("plain", plain, None), Setting("draft", fast, PROBED)]
-    found = measure(
-        settings, _workload("held_out"), batch_size=1, block_tokens=NEW, precision=0.03, seconds=10.0, seed=7
-    )[1].speedup
+    arms = [ArmConfig("plain", plain, None), ArmConfig("draft", fast, PROBED)]
+    until = MeasureConfig(precision=0.03, seconds=10.0)
+    found = measure(arms, _workload("held_out"), batch_size=1, block_tokens=NEW, until=until, seed=7)[1].speedup
     fast.close()
     plain.close()
     return {"speedup": found.value, "low": found.low, "high": found.high}

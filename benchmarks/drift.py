@@ -28,13 +28,14 @@ import numpy as np
 from specrl.agents.choosers.table import FixedPlan
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.config import DraftConfig as NewDraft
+from specrl.config import MeasureConfig
 from specrl.core.batch_schedule import Phase
 from specrl.core.interfaces import Workload
 from specrl.core.plan import Plan
 from specrl.core.statistics import Interval, mean_interval, paired_speedup
 from specrl.decoding.engine import LocalEngine
 from specrl.measure.machine import environment, keep_large_blocks
-from specrl.measure.paired import Lane, Measured, Setting, measure
+from specrl.measure.paired import ArmConfig, ArmResult, measure, seconds_per_token
 from specrl.models.draft import Draft, load_draft
 from specrl.models.target import Target, load_target
 from specrl.training.loop import OnlineLoop
@@ -116,21 +117,18 @@ def name_of(shift: str, seed: int) -> str:
 def compare(target: Target, frozen: Draft, now: Draft, traffic: str, seconds: float) -> dict[str, Any]:
     """Both drafts and plain decoding at batch 1, in turns."""
     plain = LocalEngine(target, max_context=PROMPT + NEW)
-    settings, kept = [Setting("plain", plain, None)], list[Lane]()
+    arms = [ArmConfig("plain", plain, None)]
     for name, draft in (("frozen", frozen), ("adapting", now)):
         engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
-        settings += [Setting(f"{name} {plan}", engine, plan) for plan in TIMED]
-    results = measure(
-        settings, workload(traffic, "held_out"), batch_size=1, block_tokens=NEW, precision=0.005, seconds=seconds,
-        seed=11, lanes_out=kept,
-    )  # fmt: skip
-
-    def best(kind: str) -> tuple[Lane, Measured]:
-        mine = [(lane, m) for lane, m in zip(kept, results, strict=True) if m.name.startswith(kind)]
-        return max(mine, key=lambda pair: pair[1].total_tps)
-
-    (slow, of_frozen), (fast, of_adapting) = best("frozen"), best("adapting")
-    times = [np.array([s / n for n, s in lane.blocks]) for lane in (slow, fast)]
+        arms += [ArmConfig(f"{name} {plan}", engine, plan) for plan in TIMED]
+    until = MeasureConfig(precision=0.005, seconds=seconds)
+    prompts = workload(traffic, "held_out")
+    results = measure(arms, prompts, batch_size=1, block_tokens=NEW, until=until, seed=11)
+    of_frozen, of_adapting = (
+        max((m for m in results if m.name.startswith(name)), key=lambda m: m.total_tps)
+        for name in ("frozen", "adapting")
+    )
+    times = [seconds_per_token(m.blocks) for m in (of_frozen, of_adapting)]
     ratio: Interval = paired_speedup(times[0], times[1], rng=np.random.default_rng(0))
     return {
         "ratio": [ratio.value, ratio.low, ratio.high],
@@ -140,7 +138,7 @@ def compare(target: Target, frozen: Draft, now: Draft, traffic: str, seconds: fl
     }
 
 
-def _told(m: Measured) -> dict[str, Any]:
+def _told(m: ArmResult) -> dict[str, Any]:
     speedup = None if m.speedup is None else [m.speedup.value, m.speedup.low, m.speedup.high]
     return {"name": m.name, "tps": m.total_tps, "speedup": speedup, "accept_length": m.accept_length}
 

@@ -29,12 +29,13 @@ from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.agents.draft.losses import PlanCost
 from specrl.agents.draft.sequences import Assembler, Sequence
 from specrl.config import DraftConfig as NewDraft
+from specrl.config import MeasureConfig
 from specrl.core.batch_schedule import Phase
 from specrl.core.plan import Plan
 from specrl.core.statistics import mean_interval, probability_of_improvement
 from specrl.decoding.engine import LocalEngine
 from specrl.measure.machine import environment, keep_large_blocks
-from specrl.measure.paired import Setting, measure
+from specrl.measure.paired import ArmConfig, measure
 from specrl.models.draft import Draft, load_draft
 from specrl.models.target import Target, load_target
 from specrl.simulation.profile import load_profile
@@ -133,17 +134,10 @@ def run(seed: int, updates: int, requests: int, seconds: float, kept: Path) -> d
     engines = {arm: LocalEngine(target, draft, max_context=PROMPT + NEW) for arm, draft in drafts.items()}
     rows = []
     for batch in BATCHES:
-        settings = [Setting("plain", plain, None)]
-        settings += [Setting(arm, engine, TIMED) for arm, engine in engines.items()]
-        found = measure(
-            settings,
-            _workload("held_out"),
-            batch_size=batch,
-            block_tokens=NEW,
-            precision=0.01,
-            seconds=seconds,
-            seed=seed,
-        )
+        arms = [ArmConfig("plain", plain, None)]
+        arms += [ArmConfig(arm, engine, TIMED) for arm, engine in engines.items()]
+        until = MeasureConfig(precision=0.01, seconds=seconds)
+        found = measure(arms, _workload("held_out"), batch_size=batch, block_tokens=NEW, until=until, seed=seed)
         for each in found[1:]:
             assert each.speedup is not None
             interval = [each.speedup.value, each.speedup.low, each.speedup.high]

@@ -21,19 +21,17 @@ from pathlib import Path
 
 import numpy as np
 
-from specrl.commands.profile import record
-from specrl.commands.quickstart import NEW, PROMPT, TARGET, TEMPERATURE
+from specrl.config import TargetConfig, WorkloadConfig
 from specrl.core.plan import Plan
 from specrl.core.round import Round
 from specrl.core.statistics import Interval, paired_speedup
 from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir
 from specrl.measure.machine import environment, keep_large_blocks
+from specrl.measure.recording import record_blocks
 from specrl.models.draft import load_draft
-from specrl.models.target import load_target
 from specrl.simulation.engine import Requests, SimulatedEngine
 from specrl.simulation.fit import Block, fit_recording
-from specrl.workloads.stream import held_out
 
 FITTED, HELD_OUT, BATCHES = (Plan(0), Plan(1), Plan(3), Plan(5)), (Plan(2), Plan(4)), (1, 4, 16)
 PLANS = sorted((*FITTED, *HELD_OUT))
@@ -49,16 +47,19 @@ def main() -> None:
     args = parser.parse_args()
     output = OutputDir(args.output) if args.output else None  # before anything is measured that could be lost
     keep_large_blocks()
-    live = LocalEngine(load_target(TARGET), load_draft(args.draft), max_context=PROMPT + NEW)
-    prompts = held_out("stdlib", TARGET, PROMPT, NEW, TEMPERATURE)
-    blocks = record(live, prompts, BATCHES, PLANS, seconds=args.seconds, seed=args.seed)
+    target, workload = TargetConfig(), WorkloadConfig()
+    live = LocalEngine(target.load(), load_draft(args.draft), max_context=workload.max_context)
+    prompts = workload.open(target.name, "held_out")
+    blocks = record_blocks(live, prompts, BATCHES, PLANS, seconds=args.seconds, seed=args.seed)
     live.close()
     kept = [block for block in blocks if block.kind[1] not in HELD_OUT]
     source = {"kind": "recording", "source": "benchmarks/replay.py", "environment": environment()}
-    profile = fit_recording("replay", source, kept, prompt_tokens=PROMPT, max_new_tokens=NEW)
+    profile = fit_recording(
+        "replay", source, kept, prompt_tokens=workload.prompt_tokens, max_new_tokens=workload.max_new_tokens
+    )
     simulated = SimulatedEngine(profile, extrapolate=True)
-    requests = Requests((PROMPT, PROMPT), (NEW, NEW))
-    replayed = record(simulated, requests, BATCHES, PLANS, seconds=LONGER * args.seconds, seed=args.seed)
+    requests = Requests((workload.prompt_tokens,) * 2, (workload.max_new_tokens,) * 2)
+    replayed = record_blocks(simulated, requests, BATCHES, PLANS, seconds=LONGER * args.seconds, seed=args.seed)
     rows = [compare(blocks, replayed, batch, plan) for batch in BATCHES for plan in PLANS]
     print(f"{'batch':>5} {'plan':7}{'fitted':>7}{'live [95 %]':>23}{'joint':>17}{'replay':>8}{'difference':>12}")
     for row in rows:

@@ -12,6 +12,7 @@ from specrl.commands.evaluate import evaluate
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan
 from specrl.core.round import Round
+from specrl.evaluation.simulation import Schedule
 from specrl.testing.agent import CHECKS
 
 
@@ -40,8 +41,13 @@ def main() -> None:
     for check in CHECKS:
         check(LongestThatStands)
     CHOOSERS["own"] = lambda known, seed: LongestThatStands(known.plans)
-    profiles = ("aurora-qwen3-coder-next-fp8",)
-    evaluate(profiles=profiles, choosers=("adaptive", "own"), reference="own", seeds=2, rounds=480)
+    evaluate(
+        profiles=("aurora-qwen3-coder-next-fp8",),
+        choosers=("adaptive", "own"),
+        reference="own",
+        seeds=2,
+        schedule=Schedule(rounds=480),
+    )
 
 
 if __name__ == "__main__":

@@ -11,11 +11,14 @@ import torch
 
 from gpu_stages.learn import prompts
 from gpu_stages.sizes import PLANS, PRECISION, TEMPERATURE, Sizes
+from specrl.config import MeasureConfig, TargetConfig
 from specrl.core.clock import Clock
 from specrl.core.plan import Plan, parse_plans
 from specrl.decoding.engine import LocalEngine
 from specrl.io.output import show
-from specrl.measure.local_arms import fastest_plain, measure_plans
+from specrl.measure.arms import local_arms
+from specrl.measure.paired import measure as measure_arms
+from specrl.measure.plain import fastest_plain
 from specrl.measure.tables import block_rows, cell_rows
 from specrl.models.draft import Draft
 from specrl.models.target import Target
@@ -33,21 +36,24 @@ def measure(model: Target, draft: Draft, target: Path, sizes: Sizes, clock: Cloc
             skipped.append(batch)
             continue
         began = clock.now()
-        fastest = fastest_plain(str(target), workload, batch, device=model.device, rounds=sizes.plain_rounds)
-        plain[str(batch)] = {"dtype": fastest.dtype, "threads": fastest.threads, "seconds": fastest.seconds}
+        config = TargetConfig(str(target), device=model.device)
+        fastest = fastest_plain(config, workload, batch, rounds=sizes.plain_rounds)
+        plain[str(batch)] = {"dtype": fastest.dtype, "threads": fastest.threads, "seconds": fastest.step_s}
         show(f"batch {batch}: fastest plain decoding in {fastest.dtype}")
-        measured = measure_plans(
+        arms = local_arms(
+            config,
             model,
             {str(plan): (draft, plan) for plan in parse_plans(PLANS)},
-            workload,
             fastest,
-            target=str(target),
-            batch_size=batch,
             max_context=sizes.prompt_tokens + sizes.new_tokens,
+            control=batch == sizes.batch_sizes[0],
+        )
+        measured = measure_arms(
+            arms,
+            workload,
+            batch_size=batch,
             block_tokens=sizes.new_tokens,
-            precision=PRECISION,
-            seconds=max(0.5, seconds - (clock.now() - began)),
-            null=batch == sizes.batch_sizes[0],
+            until=MeasureConfig(PRECISION, max(0.5, seconds - (clock.now() - began))),
         )
         rows += cell_rows({TEMPERATURE: measured})
         blocks += block_rows({TEMPERATURE: measured})

@@ -1,4 +1,4 @@
-"""The arms of a measurement: plain decoding, plain decoding again (A/A), and plans of one engine or of several drafts."""
+"""The arms of a measurement: plain decoding, plain decoding again (A/A), and plans of one engine or of drafts."""
 
 from __future__ import annotations
 

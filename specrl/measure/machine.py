@@ -1,4 +1,4 @@
-"""The machine that measures: what results record about it, its threads and memory, and the checks of `specrl doctor`."""
+"""The machine that measures: its record in results, its threads and memory, and the checks of `specrl doctor`."""
 
 from __future__ import annotations
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from specrl.agents.draft.config import LearnerConfig
-from specrl.config import DraftConfig, TargetConfig, WorkloadConfig
+from specrl.config import DraftConfig, MeasureConfig, TargetConfig, WorkloadConfig
 from specrl.core.clock import WallClock
 from specrl.core.interfaces import Workload
 from specrl.core.plan import Plan
 from specrl.io.output import OutputDir, hint, show, table
-from specrl.measure.machine import environment
-from specrl.measure.local_arms import PlainSetting, fastest_plain, measure_plans
-from specrl.measure.machine import torch_threads
-from specrl.measure.paired import PLAIN, Measured, rows
-from specrl.measure.tables import block_rows, shown
+from specrl.measure.arms import local_arms
+from specrl.measure.machine import environment, torch_threads
+from specrl.measure.paired import PLAIN, ArmResult, measure
+from specrl.measure.plain import PlainSetting, fastest_plain
+from specrl.measure.tables import block_rows, result_rows, shown
 from specrl.models.draft import Draft
 from specrl.models.target import Target
 from specrl.reports.figures import plot_learning, plot_speedups
@@ -49,12 +49,11 @@ def run_quickstart(
     began = clock.now()
     target = TARGET.load()
     workload, held_out = open_requests("train"), open_requests("held_out")
-    fastest = {batch: fastest_plain(TARGET.name, held_out, batch) for batch in BATCH_SIZES}
+    fastest = {batch: fastest_plain(TARGET, held_out, batch) for batch in BATCH_SIZES}
     for batch, setting in fastest.items():
-        tps = batch / setting.seconds
         show(
             f"plain decoding at batch size {batch} is fastest in {setting.dtype} with {setting.threads} threads "
-            f"({tps:,.0f} tok/s)"
+            f"({setting.tokens_per_s:,.0f} tok/s)"
         )
     draft = DraftConfig().load(target, seed=seed)
     with torch_threads(fastest[max(BATCH_SIZES)].threads):
@@ -110,7 +109,7 @@ def _measure(
     fastest: dict[int, PlainSetting],
     seconds: float,
     seed: int,
-) -> dict[int, list[Measured]]:
+) -> dict[int, list[ArmResult]]:
     """Measure the learned draft with its chosen plans, and at batch size 1 the result without learning too."""
     time = {1: 0.6, 4: 0.2, 16: 0.2}
     results = {}
@@ -118,25 +117,26 @@ def _measure(
         drafts = {str(plan): (learned, plan)}
         if batch == 1:
             drafts[UNLEARNED] = (untrained, unlearned[batch])
-        results[batch] = measure_plans(
+        arms = local_arms(
+            TARGET,
             target,
             drafts,
-            workload,
             fastest[batch],
-            target=TARGET.name,
-            batch_size=batch,
             max_context=WORKLOAD.max_context,
+            block_sizes={str(plan): 2.0, UNLEARNED: 0.25},
+        )
+        results[batch] = measure(
+            arms,
+            workload,
+            batch_size=batch,
             block_tokens=WORKLOAD.max_new_tokens,
-            precision=PRECISION[batch],
-            seconds=seconds * time[batch],
-            null=False,
-            shares={str(plan): 2.0, UNLEARNED: 0.25},
+            until=MeasureConfig(PRECISION[batch], seconds * time[batch]),
             seed=seed,
         )
     return results
 
 
-def _summary(results: dict[int, list[Measured]], run: Run, directory: OutputDir, wall_s: float) -> dict[str, object]:
+def _summary(results: dict[int, list[ArmResult]], run: Run, directory: OutputDir, wall_s: float) -> dict[str, object]:
     sizes = {}
     for batch, (plain, learned, *rest) in results.items():
         assert learned.speedup is not None
@@ -193,17 +193,18 @@ class _RawRounds:
 def _write(
     directory: OutputDir,
     run: Run,
-    results: dict[int, list[Measured]],
+    results: dict[int, list[ArmResult]],
     raw: _RawRounds,
     summary: dict[str, object],
 ) -> None:
     run.write_results(directory)
-    everything = [row for measured in results.values() for row in rows(measured)]
+    everything = [row for measured in results.values() for row in result_rows(measured)]
     directory.write_csv("measured.csv", everything)
     directory.write_csv("rounds.csv", raw.rows)
     directory.write_json("summary.json", {**summary, "environment": environment()})
     flat = [m for measured in results.values() for m in measured]
-    directory.write_json("measured.json", [{k: v for k, v in asdict(m).items() if k != "sums"} for m in flat])
+    raw_results = [{**asdict(m), "blocks": [(b.tokens, b.seconds) for b in m.blocks]} for m in flat]
+    directory.write_json("measured.json", raw_results)
     directory.write_csv("blocks.csv", block_rows({None: flat}))
     plot_learning(run.log, directory.path / "learning.png")
     plot_speedups(everything, directory.path / "speedup.png")
@@ -216,7 +217,7 @@ def _write(
             "accept length": m.accept_length if m.name != PLAIN else None,
         }
         for measured in results.values()
-        for m, row in zip(measured, rows(measured), strict=True)
+        for m, row in zip(measured, result_rows(measured), strict=True)
     ]
     show(table(shown_rows, title=f"Measured on held-out prompts at temperature {WORKLOAD.temperature}"))
     show(f"draft, plans, plots and raw rounds: {directory.path}")

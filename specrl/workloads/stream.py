@@ -169,24 +169,6 @@ def open_stream(
     )
 
 
-def held_out(
-    spec: str | Path, target: str | Path, prompt_tokens: int, max_new_tokens: int, temperature: float
-) -> Workload:
-    """What a command measures on: a workload's texts that drafts are not learnt from, `max_new_tokens` of each prompt.
-
-    Of one's own file or directory, all of it (see `open_stream`).
-    """
-    return open_stream(
-        spec,
-        target,
-        split="held_out",
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        ignore_eos=True,
-    )
-
-
 def _mixture(names: str, part: str, settings: _Settings) -> Workload:
     workloads, weights = [], []
     for each in names.split("+"):
