@@ -1,4 +1,4 @@
-"""`specrl bench`, at a hundredth of its length: what it prints and leaves behind, live and simulated."""
+"""`specrl bench` on few tokens: its table and its files, live and simulated."""
 
 import csv
 import json
@@ -9,13 +9,14 @@ import pytest
 
 from specrl.cli import main
 from specrl.commands.bench import bench
+from specrl.config import MeasureConfig
 from specrl.core.plan import Plan
-from specrl.measure.paired import PLAIN, Lane, Setting, measure
+from specrl.measure.paired import PLAIN, ArmConfig, measure
 from specrl.simulation.engine import Requests, SimulatedEngine
-from specrl.simulation.fit_table import read_table
 from specrl.simulation.profile import Cost, Profile
+from tools.fit_profiles import FOLDER, read_table
 
-FOLDER = Path(__file__).parent.parent / "specrl" / "engines" / "profiles"
+SOON = MeasureConfig(precision=0.9)
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +27,16 @@ def _in_a_fresh_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_bench_prints_a_table_with_intervals(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specrl.measure.local_arms.usable_cores", lambda: 1)  # two threads are slow beside other work
-    line = "bench --batch_sizes 2 --plans 0,3/2/6 --temperatures 0.7,0 --max_new_tokens 8 --seconds 1 --precision 0.9"
+    monkeypatch.setattr("specrl.measure.plain.usable_cores", lambda: 1)  # two threads are slow beside other work
+    line = "bench --batch_sizes 2 --plans 0,3/2/6 --temperatures 0.7,0 --workload.max_new_tokens 8"
+    line += " --measure.seconds 1 --measure.precision 0.9"
     assert main([*line.split(), "--output_dir", "out"]) == 0
     printed = capsys.readouterr().out
     assert "speedup [95 %]" in printed and "3/2/6" in printed and "temperature 0.7" in printed
     report = json.loads(Path("out/bench.json").read_text())
-    lanes = (PLAIN, "plain (A/A)", "0", "3/2/6")
+    arms = (PLAIN, "plain (A/A)", "0", "3/2/6")
     found = [(row["temperature"], row["batch_size"], row["plan"]) for row in report["rows"]]
-    assert found == [(t, 2, plan) for t in (0.7, 0.0) for plan in lanes]
+    assert found == [(t, 2, plan) for t in (0.7, 0.0) for plan in arms]
     for row in report["rows"]:
         assert row["mean_tps"] > 0 and row["p05_tps"] <= row["p50_tps"] <= row["p95_tps"] and row["count"] >= 1
         assert row["round_ms"] == pytest.approx(row["draft_ms"] + row["verify_ms"] + row["other_ms"])
@@ -46,8 +48,8 @@ def test_bench_prints_a_table_with_intervals(
     assert [float(row["mean_tps"]) for row in table] == [row["mean_tps"] for row in report["rows"]]
 
 
-def test_blocks_say_again_what_the_speedups_are() -> None:
-    bench(engine="simulated", profile="aurora-minimax-m2.1", batch_sizes=(8,), precision=0.9, output_dir=Path("out"))
+def test_blocks_reproduce_the_speedups() -> None:
+    bench(profile="aurora-minimax-m2.1", batch_sizes=(8,), measure=SOON, output_dir=Path("out"))
     blocks = list(csv.DictReader(Path("out/blocks.csv").read_text().splitlines()))
     rows = json.loads(Path("out/bench.json").read_text())["rows"]
     seconds = {
@@ -60,7 +62,7 @@ def test_blocks_say_again_what_the_speedups_are() -> None:
 
 
 def test_the_markdown_table_holds_the_published_columns() -> None:
-    rows = bench(engine="simulated", profile="embedded-fp32", batch_sizes=(2,), precision=0.9, output_dir=Path("out"))
+    rows = bench(profile="embedded-fp32", batch_sizes=(2,), measure=SOON, output_dir=Path("out"))
     lines = Path("out/bench.md").read_text(encoding="utf-8").splitlines()
     assert lines[2] == ("| batch | plan | tok/s mean | P50 | P05 | P95 | requests | speedup [95 %] | accept length |")
     assert len(lines) == 4 + len(rows) + 2 and "no measurement" in lines[-1]
@@ -68,10 +70,8 @@ def test_the_markdown_table_holds_the_published_columns() -> None:
 
 
 def test_the_compatibility_file_has_the_names_of_sglangs_benchmark() -> None:
-    bench(
-        engine="simulated", profile="embedded-fp32", batch_sizes=(1, 4), plans="0,1/1/2,3/2/6", precision=0.9,
-        output_dir=Path("out"),
-    )  # fmt: skip
+    options = {"batch_sizes": (1, 4), "plans": "0,1/1/2,3/2/6", "measure": SOON}
+    bench(profile="embedded-fp32", **options, output_dir=Path("out"))  # type: ignore[arg-type]
     records = [json.loads(line) for line in Path("out/bench_speculative.jsonl").read_text().splitlines()]
     names = "batch_size steps topk num_draft_tokens acc_length step_time speed completion_tokens".split()
     assert all(list(record) == names for record in records)
@@ -84,10 +84,11 @@ def test_the_compatibility_file_has_the_names_of_sglangs_benchmark() -> None:
 
 @pytest.mark.parametrize("name", ["aurora-minimax-m2.1", "aurora-qwen3-coder-next-fp8"])
 def test_a_simulated_bench_reproduces_the_published_table(name: str) -> None:
-    # Every cell to the 2 % that the profile is held to (tests/test_profile.py) and the bench's own 95 % half-width on
-    # top, of which it may use twice: beyond 3.9 standard errors. The seed is fixed.
+    # Each cell to 2 %, as the profile (tests/test_profile.py), plus twice the 95 % half-width of the benchmark: 3.9
+    # standard errors. The seed is fixed.
     _, table = read_table(FOLDER / f"{name}.csv")
-    rows = {(row["batch_size"], row["plan"]): row for row in bench(engine="simulated", profile=name, precision=0.07)}
+    found = bench(profile=name, measure=MeasureConfig(precision=0.07))
+    rows = {(row["batch_size"], row["plan"]): row for row in found}
     plain = {row.batch_size: row.mean_tps for row in table if row.lookahead == 0}
     assert len(rows) == len(table) + len(plain)  # plain decoding and plan 0
     for cell in table:
@@ -102,40 +103,40 @@ def test_a_simulated_bench_reproduces_the_published_table(name: str) -> None:
         assert (row["speedup"] or 1.0) == pytest.approx(published, rel=wide), cell
 
 
-def test_a_lane_stops_when_its_own_interval_is_narrow() -> None:
+def test_an_arm_stops_when_its_own_interval_is_narrow() -> None:
     costs = [Cost(1, plan, 1e-3, jitter) for plan, jitter in ((None, 0.1), (Plan(1), 0.1), (Plan(2), 1.0))]
     profile = Profile("made up", {"kind": "made up", "source": "a test"}, tuple(costs), {"chain": (20.0, 20.0)})
-    engine, lanes, widths = SimulatedEngine(profile), list[Lane](), list[float]()
-    settings = [Setting(PLAIN, engine, None), Setting("sure", engine, Plan(1)), Setting("wild", engine, Plan(2))]
+    engine, widths = SimulatedEngine(profile), list[float]()
+    arms = [ArmConfig(PLAIN, engine, None), ArmConfig("sure", engine, Plan(1)), ArmConfig("wild", engine, Plan(2))]
     results = measure(
-        settings, Requests((8, 8), (24, 24)), batch_size=1, block_tokens=24, precision=0.5, seconds=1e9, each=True,
-        on_block=lambda _, widest: widths.append(widest), lanes_out=lanes,
+        arms, Requests((8, 8), (24, 24)), batch_size=1, block_tokens=24, until=MeasureConfig(0.5, 1e9), stop_each=True,
+        on_block=lambda _, widest: widths.append(widest),
     )  # fmt: skip
-    assert [len(lane.blocks) for lane in lanes] == [len(widths), 12, len(widths)] and len(widths) > 12
+    assert [len(r.blocks) for r in results] == [len(widths), 12, len(widths)] and len(widths) > 12
     assert widths[-2] > 0.5 >= widths[-1]
     assert results[1].speedup is not None and results[1].speedup.value == pytest.approx(2.0, rel=0.1)
     assert results[2].speedup is not None and results[2].speedup.half_width <= 0.5
 
 
-WRONG = {
-    "--batch_sizes 0": "batch_sizes must be numbers of at least 1",
-    "--precision 2": "precision must be in (0, 1)",
-    "--device tpu": "device must be one of this machine's",
-    "--plans x": "a plan is written",
-    "--draft /no/such": "must hold config.json",
-    "--temperatures nan": "temperatures must be",
-    "--temperatures 0,-1": "temperatures must be different numbers of at least 0",
-    "--temperature 0": "did you mean '--temperatures'?",
-    "--engine simulated": "a profile goes with the simulated engine",
-    "--profile aurora-minimax-m2.1": "a profile goes with the simulated engine",
-    "--engine simulated --profile aurora-minimax-m2": "did you mean 'aurora-minimax-m2.1'?",
-    "--engine simulated --profile aurora-minimax-m2.1 --plans 7": "knows plans",
-    "--engine simulated --profile aurora-minimax-m2.1 --batch_sizes 64": "knows batch sizes 1 to 32",
+WRONG = {  # options: the argument, the rule
+    "--batch_sizes 0": ("batch_sizes", "at least 1"),
+    "--measure.precision 2": ("measure.precision", "in (0, 1)"),
+    "--target.device tpu": ("device", "one of this machine's"),
+    "--plans x": ("a plan", "is written"),
+    "--draft /no/such": ("/no/such", "must hold config.json"),
+    "--temperatures nan": ("temperatures", "numbers"),
+    "--temperatures 0,-1": ("temperatures", "at least 0"),
+    "--temperatures 0,0": ("temperatures", "different"),
+    "--engine simulated": ("--engine", "one of 'local', 'sglang'"),
+    "--engine sglang --profile aurora-minimax-m2.1": ("a profile", "'sglang'"),
+    "--profile aurora-minimax-m2": ("profile", "did you mean 'aurora-minimax-m2.1'?"),
+    "--profile aurora-minimax-m2.1 --plans 7": ("knows plans", "7"),
+    "--profile aurora-minimax-m2.1 --batch_sizes 64": ("knows batch sizes", "1 to 32"),
 }
 
 
-@pytest.mark.parametrize(("options", "message"), WRONG.items())
-def test_wrong_input_ends_in_one_line(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("options", "words"), WRONG.items())
+def test_wrong_input_ends_in_one_line(options: str, words: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *options.split()]) == 2
     err = capsys.readouterr().err
-    assert message in err and err.count("\n") == 1
+    assert all(word in err for word in words) and err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""`specrl compare`: drafts in turns, and finished benchmarks."""
+"""`specrl compare`: drafts measured in turns, and finished benchmarks."""
 
 import json
 import math
@@ -10,10 +10,11 @@ import pytest
 
 from specrl.cli import main
 from specrl.commands.bench import bench
-from specrl.commands.compare import Drafted, compare, paired_line, read_drafted
+from specrl.commands.compare import compare
+from specrl.config import MeasureConfig
 from specrl.core.plan import Plan
-from specrl.measure.compare import compare_benches, mean_difference
-from specrl.measure.paired import PLAIN, Setting, measure
+from specrl.measure.compare import DraftedRun, compare_benches, mean_difference, paired_row, read_drafted
+from specrl.measure.paired import PLAIN, ArmConfig, measure
 from specrl.models.draft import new_draft
 from specrl.models.target import load_target
 from specrl.simulation.engine import Requests, SimulatedEngine
@@ -23,7 +24,7 @@ from specrl.simulation.profile import Profile, load_profile
 @pytest.fixture(autouse=True)
 def _in_a_fresh_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("specrl.measure.local_arms.usable_cores", lambda: 1)  # two threads are slow beside other work
+    monkeypatch.setattr("specrl.measure.plain.usable_cores", lambda: 1)  # two threads are slow beside other work
 
 
 def quicker(profile: Profile, factor: float) -> Profile:
@@ -38,15 +39,15 @@ def number(line: dict[str, object], name: str) -> float:
     return value
 
 
-def test_the_ratio_of_two_lanes_is_paired() -> None:
-    # Both lanes meet the same luck, so that their ratio is that of their costs, to the last digit.
+def test_the_ratio_of_two_arms_is_paired() -> None:
+    # Both arms have the same random numbers, so their ratio is exactly that of their costs.
     profile = load_profile("aurora-minimax-m2.1")
     slow, fast = SimulatedEngine(profile), SimulatedEngine(quicker(profile, 0.8))
-    settings = [Setting("A", slow, Plan(3)), Setting("B", fast, Plan(3)), Setting(PLAIN, slow, None)]
+    arms = [ArmConfig("A", slow, Plan(3)), ArmConfig("B", fast, Plan(3)), ArmConfig(PLAIN, slow, None)]
     results = measure(
-        settings, Requests((8, 8), (64, 64)), batch_size=8, block_tokens=64, precision=0.9, seconds=1e9, each=True
+        arms, Requests((8, 8), (64, 64)), batch_size=8, block_tokens=64, until=MeasureConfig(0.9, 1e9), stop_each=True
     )
-    line = paired_line({m.name: m for m in results})
+    line = paired_row({m.name: m for m in results})
     for name in ("ratio", "ratio_low", "ratio_high"):
         assert number(line, name) == pytest.approx(1.25, rel=1e-6)
     assert line["probability"] == 1.0 and (line["plan_a"], line["plan_b"]) == ("3/1/4", "3/1/4")
@@ -59,8 +60,8 @@ def test_two_drafts_are_measured_in_turns(capsys: pytest.CaptureFixture[str]) ->
     new_draft(target, draft_vocab_size=64, intermediate_size=64, seed=0).save("one")
     new_draft(target, draft_vocab_size=64, intermediate_size=64, seed=1).save("run/draft")
     Path("run/plans.json").write_text(json.dumps({"plans": {"1": "1/1/2", "4": "2/1/3"}}))
-    words = "compare one run --batch_sizes 2 --max_new_tokens 8 --precision 0.9 --seconds 1 --output_dir out"
-    assert main(words.split()) == 0
+    words = "compare one run --batch_sizes 2 --workload.max_new_tokens 8 --measure.precision 0.9 --measure.seconds 1"
+    assert main([*words.split(), "--output_dir", "out"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "B over A [95 %]" in printed and "Paired: A, B and plain decoding took turns" in printed
     report = json.loads(Path("out/compare.json").read_text())
@@ -71,11 +72,11 @@ def test_two_drafts_are_measured_in_turns(capsys: pytest.CaptureFixture[str]) ->
     assert Path("out/compare.csv").read_text().splitlines()[0].startswith("batch_size,plan_a,plan_b,speedup_a")
 
 
-def test_a_run_brings_its_plans(tmp_path: Path) -> None:
+def test_a_run_has_its_plans(tmp_path: Path) -> None:
     draft = new_draft(load_target("embedded"), draft_vocab_size=64, intermediate_size=64)
-    run = Drafted(draft, {1: Plan(4), 8: Plan(2)})
-    assert [run.plan(b, None) for b in (1, 7, 8, 32)] == [Plan(4), Plan(4), Plan(2), Plan(2)]
-    assert run.plan(1, Plan(5)) == Plan(5) and Drafted(draft, None).plan(1, None) == Plan(3)
+    run = DraftedRun(draft, {1: Plan(4), 8: Plan(2)})
+    assert [run.plan(b) for b in (1, 7, 8, 32)] == [Plan(4), Plan(4), Plan(2), Plan(2)]
+    assert DraftedRun(draft, None).plan(1) == Plan(3)
     draft.save(tmp_path / "draft")
     assert read_drafted(tmp_path / "draft").plans is None
 
@@ -85,8 +86,8 @@ def test_two_benchmarks_are_compared_by_what_both_measured(capsys: pytest.Captur
     for name, factor in (("a", 1.0), ("same", 1.0), ("b", 0.5)):
         Path(f"{name}.json").write_text(quicker(profile, factor).to_json())
         bench(
-            engine="simulated", profile=f"{name}.json", batch_sizes=(16,), plans="3" if name == "b" else "3,4",
-            precision=0.9, seed={"a": 0, "same": 1, "b": 2}[name], output_dir=Path(name),
+            profile=f"{name}.json", batch_sizes=(16,), plans="3" if name == "b" else "3,4",
+            measure=MeasureConfig(precision=0.9), seed={"a": 0, "same": 1, "b": 2}[name], output_dir=Path(name),
         )  # fmt: skip
     capsys.readouterr()
     line, other = compare(a=Path("a"), b=Path("same"))
@@ -106,7 +107,7 @@ def test_two_benchmarks_are_compared_by_what_both_measured(capsys: pytest.Captur
 
 
 def test_the_interval_of_a_difference_covers_the_truth() -> None:
-    # 300 trials of 95 %: 90 % or fewer have odds below 1 in 2,000 if the interval keeps its word. The seed is fixed.
+    # 300 trials of 95 %: 90 % or fewer have odds below 1 in 2,000 if coverage is 95 %. The seed is fixed.
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(300):
@@ -117,14 +118,14 @@ def test_the_interval_of_a_difference_covers_the_truth() -> None:
     assert (point.value, point.low, point.high) == (1.0, 1.0, 1.0) and math.isfinite(point.half_width)
 
 
-WRONG = {
+WRONG = {  # the argument or the rule
     "compare nowhere nothing": "'nowhere' is none",
-    "compare one": "are required: b",
+    "compare one": "required: b",
     "compare a_bench nowhere": "a benchmark can only be compared with another",
-    "compare a_bench damaged": "must hold what 'specrl bench' wrote",
-    "compare a_bench another": "must share a temperature, batch size and plan",
-    "compare one two --precision 3": "precision must be in (0, 1)",
-    "compare one two --batch_sizes 0": "batch_sizes must be numbers of at least 1",
+    "compare a_bench damaged": "damaged",
+    "compare a_bench another": "must share",
+    "compare one two --measure.precision 3": "measure.precision",
+    "compare one two --batch_sizes 0": "batch_sizes",
 }
 
 

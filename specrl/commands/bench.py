@@ -61,8 +61,8 @@ def bench(
         measure: how long to measure, for each batch size.
         profile: simulate this profile: a name such as 'aurora-minimax-m2.1', or a .json file.
         batch_sizes: requests decoded together; by default 1,4,16, or all of the profile.
-        plans: num_steps/topk/num_draft_tokens, separated by commas; 0 drafts nothing but keeps the draft ready. By
-            default 0,1/1/2,3/1/4,3/2/6 (SGLang: without the tree), or all of the profile.
+        plans: num_steps/topk/num_draft_tokens, separated by commas; by default 0,1/1/2,3/1/4,3/2/6 (SGLang: without
+            the tree), or all of the profile. Plan 0 drafts nothing but keeps the draft ready.
         temperatures: measured one after the other; by default workload.temperature.
         use_rejection_sampling: sample chains from the draft; else drafts are its best tokens (SGLang's default).
         seed: of prompts and sampling.

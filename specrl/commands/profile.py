@@ -47,7 +47,7 @@ def profile(
         draft: the draft model; a random one accepts next to nothing.
         workload: the prompts.
         batch_sizes: requests decoded together.
-        plans: num_steps/topk/num_draft_tokens, separated by commas; the profile offers these only. By default
+        plans: that the profile offers, num_steps/topk/num_draft_tokens, separated by commas; by default
             0,1/1/2,2/1/3,3/1/4,4/1/5,3/2/6 (SGLang: without the tree).
         use_rejection_sampling: local: sample chains from the draft; else drafts are its best tokens (SGLang's default).
         seconds: of recording; at least four passes are made.
