@@ -22,7 +22,7 @@ from specrl.envs.spec_decode import BatchSizes, read_batch_sizes
 from specrl.envs.vector_observer import VectorObserver
 from specrl.envs.vector_rewards import VectorOutcome, make_vector_reward
 from specrl.simulation.profile import Profile, Shift
-from specrl.simulation.vector import BatchedSessions, Rounds
+from specrl.simulation.vector import Rounds, VectorSimulator
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -112,7 +112,7 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         self._drawn = np.array([sizes.index(phase.batch_size) for phase in drawn], dtype=np.int64)
         able = [plan for plan, can in zip(self.plans, self._mask, strict=True) if can]
         runs = [plan if can else able[0] for plan, can in zip(self.plans, self._mask, strict=True)]
-        self._sessions = BatchedSessions(engine, requests, runs, sizes, num_envs)
+        self._sessions = VectorSimulator(engine, requests, runs, sizes, num_envs)
         self._observer = VectorObserver(self.plans, sizes, num_envs)
         self._cells, self._env = len(sizes), np.arange(num_envs)
         self.single_action_space = spaces.Discrete(len(self.plans))

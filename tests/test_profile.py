@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from specrl.commands.profile import profile as profile_command
-from specrl.commands.profile import record
+from specrl.config import WorkloadConfig
 from specrl.core.plan import Plan, parse_plans
 from specrl.core.round import PlainSample, Round
+from specrl.measure.recording import record_blocks
 from specrl.simulation.acceptance_model import accept_length, round_survival, skills, survival
 from specrl.simulation.engine import Requests, SimulatedEngine
 from specrl.simulation.fit import Block, fit_recording
-from specrl.simulation.fit_table import fit_table, read_table
 from specrl.simulation.profile import Cost, Profile, Shift, load_profile, shipped_profiles
-from specrl.simulation.vector import BatchedSessions
+from specrl.simulation.vector import VectorSimulator
+from tools.fit_profiles import FOLDER, fit_table, read_table
 
-FOLDER = Path(__file__).parent.parent / "specrl" / "engines" / "profiles"
 TABLES = ["aurora-minimax-m2.1", "aurora-qwen3-coder-next-fp8"]
 SOURCE = {"kind": "made up", "source": "a test"}
 
@@ -52,7 +52,7 @@ def simulate(profile: Profile, batch_size: int, plan: Plan, sessions: int, round
     """Tokens per second and request, and accept length, after 400 rounds that let the requests spread out."""
     length = (profile.max_new_tokens, profile.max_new_tokens)
     engine = SimulatedEngine(profile)
-    batch = BatchedSessions(engine, Requests(length, length), [plan], [batch_size], sessions)
+    batch = VectorSimulator(engine, Requests(length, length), [plan], [batch_size], sessions)
     rng = np.random.default_rng(7)
     batch.reset(None, np.zeros(sessions, dtype=np.int64), rng)
     chosen = np.zeros(sessions, dtype=np.int64)
@@ -141,7 +141,8 @@ def test_a_recording_gives_back_the_profile_that_it_was_drawn_from() -> None:
     # 250 blocks of 8 rounds of each plan: standard errors of a cost 0.3 %, of accept lengths 0.4 %. The seed is fixed.
     truth = made_up()
     plans = parse_plans("0,1,3,5")
-    blocks = record(SimulatedEngine(truth), Requests((64, 64), (64, 64)), [1, 4, 16], plans, seconds=90.0, seed=1)
+    requests = Requests((64, 64), (64, 64))
+    blocks = record_blocks(SimulatedEngine(truth), requests, [1, 4, 16], plans, seconds=90.0, seed=1)
     fitted = fit_recording("again", SOURCE, blocks, prompt_tokens=64, max_new_tokens=64)
     assert fitted.plans == plans and fitted.batch_sizes == (1, 4, 16)
     for plan in parse_plans("1,2,3,4,5"):  # 2 and 4 were not recorded
@@ -159,9 +160,9 @@ def test_a_recording_gives_back_the_profile_that_it_was_drawn_from() -> None:
         fit_recording("few", SOURCE, few, prompt_tokens=64, max_new_tokens=64)
 
 
-def test_what_a_shared_machine_does_meets_all_plans_alike() -> None:
-    # The machine's speed wanders by 30 %, and 15 times a second something else runs for 1.2 ms: more often, yet by a
-    # smaller share, in a round of 4 ms than in one of 1 ms. Standard errors of a cost below 0.7 %; the seed is fixed.
+def test_noise_of_a_shared_machine_affects_all_plans_equally() -> None:
+    # The speed of the machine varies by 30 %, and 15 times a second something else runs for 1.2 ms: more often, but for
+    # a smaller share, in a round of 4 ms than in one of 1 ms. Standard errors of a cost below 0.7 %; the seed is fixed.
     rng, slow, blocks = np.random.default_rng(0), 0.0, []
     costs = {None: 1e-3, Plan(1): 2e-3, Plan(3): 3e-3, Plan(5): 4e-3}
     zeros, ones = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
@@ -187,8 +188,7 @@ def test_the_command_records_a_profile_that_simulates(tmp_path: Path) -> None:
     fitted = profile_command(
         batch_sizes=(1, 2),
         plans="0,2",
-        prompt_tokens=8,
-        max_new_tokens=8,
+        workload=WorkloadConfig(prompt_tokens=8, max_new_tokens=8),
         seconds=0.1,
         name="here",
         output_dir=tmp_path,
@@ -197,7 +197,7 @@ def test_the_command_records_a_profile_that_simulates(tmp_path: Path) -> None:
     assert read.plans == fitted.plans == parse_plans("0,2") and read.batch_sizes == (1, 2)
     assert read.provenance["environment"]["torch"] and read.provenance["dtype"] == "float32"
     assert SimulatedEngine(read).start(Requests((8, 8), (8, 8)), batch_size=2, seed=0).round(Plan(2)).seconds > 0.0
-    with pytest.raises(ValueError, match="batch_sizes must be numbers of at least 1"):
+    with pytest.raises(ValueError, match="batch_sizes"):
         profile_command(batch_sizes=())
 
 

@@ -9,7 +9,7 @@ from specrl.core.plan import Plan, parse_plans
 from specrl.core.round import Round
 from specrl.simulation.engine import Requests, SimulatedEngine
 from specrl.simulation.profile import Cost, Profile, Shift
-from specrl.simulation.vector import BatchedSessions
+from specrl.simulation.vector import VectorSimulator
 from specrl.testing.engine import CHECKS, Case
 
 REQUESTS = Requests((4, 8), (8, 24))
@@ -135,7 +135,7 @@ def test_batched_sessions_draw_from_the_same_distribution(batch_size: int, plan:
                 np.mean([r.context_lengths.mean() for r in done]),
             )
         )
-    batch = BatchedSessions(SimulatedEngine(profile, shifts=shifts), REQUESTS, [Plan(0), plan], [1, 4], 1000)
+    batch = VectorSimulator(SimulatedEngine(profile, shifts=shifts), REQUESTS, [Plan(0), plan], [1, 4], 1000)
     rng = np.random.default_rng(0)
     batch.reset(None, np.full(1000, [1, 4].index(batch_size)), rng)
     sums = np.zeros((4, 1000))
@@ -154,7 +154,7 @@ def test_batched_sessions_of_many_steps_and_large_batches_count_right() -> None:
         "sure", {"kind": "made up", "source": "a test"},
         tuple(Cost(b, plan, 1e-3) for b in (1, 600) for plan in (None, Plan(9))), {"chain": (20.0,) * 6 + (-20.0,) * 3},
     )  # fmt: skip
-    batch = BatchedSessions(SimulatedEngine(sure), Requests((8, 8), (100, 100)), [Plan(9)], [1, 600], 2)
+    batch = VectorSimulator(SimulatedEngine(sure), Requests((8, 8), (100, 100)), [Plan(9)], [1, 600], 2)
     rng = np.random.default_rng(0)
     batch.reset(None, np.array([0, 1]), rng)
     done = batch.round(np.zeros(2, dtype=np.int64), rng)

@@ -34,7 +34,7 @@ class Rounds(NamedTuple):
     seconds: Floats  # [N] float64
 
 
-class BatchedSessions:
+class VectorSimulator:
     """N sessions of one engine.
 
     Args:

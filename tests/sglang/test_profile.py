@@ -1,4 +1,4 @@
-"""What the local engine's commands do on real servers: a profile that simulates, and choosers in turns."""
+"""Commands of the local engine on real servers: a recorded profile that simulates, and choosers in turns."""
 
 from __future__ import annotations
 
@@ -11,25 +11,31 @@ import pytest
 from server import ON_A_CPU
 
 import specrl  # noqa: F401 - registers the environments
-from specrl.commands import evaluate as evaluating
-from specrl.commands import profile as profiling
+from specrl.commands.evaluate import evaluate
+from specrl.commands.profile import profile
+from specrl.config import DraftConfig, EngineConfig, TargetConfig, WorkloadConfig
 from specrl.core.batch_schedule import parse_traffic
 from specrl.core.plan import Plan, parse_plans
-from specrl.evaluation import backends as sources
-from specrl.measure.sglang_arms import launch
+from specrl.core.registry import make_engine
+from specrl.evaluation.backends import open_live
+from specrl.evaluation.simulation import Schedule
 from specrl.models.draft import Draft
 from specrl.sglang.client.engine import SGLangEngine
 from specrl.sglang.client.factory import attach_engine
 from specrl.simulation.profile import load_profile
 
 PLANS = "0,3"
+SHORT = WorkloadConfig(prompt_tokens=24, max_new_tokens=32, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
 def engine(draft: Draft, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
     folder = tmp_path_factory.mktemp("draft")
     draft.save(folder)
-    engine = launch("embedded", folder, parse_plans(PLANS), None, ON_A_CPU)
+    engine = make_engine(
+        "sglang", target="embedded", draft=folder, plans=parse_plans(PLANS), flags=ON_A_CPU,
+        plain_flags=("--disable-overlap-schedule",),
+    )  # fmt: skip
     assert isinstance(engine, SGLangEngine)
     yield engine
     engine.close()
@@ -39,17 +45,14 @@ def engine(draft: Draft, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def kept(engine: SGLangEngine, monkeypatch: pytest.MonkeyPatch) -> SGLangEngine:
     """The servers in the place of ones that a command would launch; they outlive the command."""
     monkeypatch.setattr(engine, "close", lambda: None)
+    monkeypatch.setattr("specrl.core.registry.make_engine", lambda *_, **__: engine)
     return engine
 
 
-def test_a_recorded_profile_is_what_the_server_does(
-    kept: SGLangEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(profiling, "launch", lambda *_: kept)
-    fitted = profiling.profile(
-        engine="sglang", batch_sizes=(1, 2), plans=PLANS, temperature=0.0, prompt_tokens=24, max_new_tokens=32,
-        seconds=1.0, output_dir=tmp_path,
-    )  # fmt: skip
+def test_a_recorded_profile_reproduces_the_server(kept: SGLangEngine, tmp_path: Path) -> None:
+    fitted = profile(
+        engine=EngineConfig("sglang"), workload=SHORT, batch_sizes=(1, 2), plans=PLANS, seconds=1.0, output_dir=tmp_path
+    )
     path = tmp_path / "profile.json"
     read = load_profile(path)
     assert read.plans == fitted.plans == parse_plans(PLANS) and read.batch_sizes == (1, 2) and read.delay == 0
@@ -58,13 +61,12 @@ def test_a_recorded_profile_is_what_the_server_does(
         zero, three = (read.cost(batch_size, plan) for plan in parse_plans(PLANS))
         assert zero.draft_share < three.draft_share < 1.0 and read.cost(batch_size, None).seconds > 0.0
     assert 1.2 < read.accept_length(Plan(3)) < 4.0, "it learned"
-    rows = evaluating.evaluate(
+    rows = evaluate(
         profiles=(str(path),),
         choosers=("adaptive", "3/1/4"),
         reference="3/1/4",
         seeds=2,
-        rounds=60,
-        traffic="1x10,2x10",
+        schedule=Schedule("1x10,2x10", 60),
     )
     assert {row["chooser"] for row in rows} == {"adaptive", "3/1/4"}
     env = gym.make("SpecRL/Simulated-v0", profile=str(path), batch_size=2, max_rounds=8)
@@ -73,21 +75,15 @@ def test_a_recorded_profile_is_what_the_server_does(
     env.close()
 
 
-def test_choosers_take_turns_on_the_live_server(kept: SGLangEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "launch", lambda *_: kept)
-    source = sources.live_source(
-        parse_plans(PLANS), parse_traffic("1x6,2x6"), 3, target="embedded", draft=None, temperature=0.0,
-        workload="stdlib", prompt_tokens=24, max_new_tokens=32, engine="sglang",
-    )  # fmt: skip
-    scores = source.run(("adaptive", "3/1/4"), range(1), lambda _: None)
-    for found in scores.values():
-        assert len(found[0].speedups) == 3 and (found[0].speedups > 0.0).all()
-    assert set(scores["3/1/4"][0].choices.tolist()) == {1} and scores["3/1/4"][0].tokens.sum() > 3 * (7 + 14)
-    assert source.blocks is not None and 0.0 < source.bounds["best plan"] <= source.bounds["best table"] * (1 + 1e-9)
-    record = source.record("adaptive", range(1), scores["adaptive"])
-    chosen = [record.plans[i] for i in record.choices[0].tolist()]
-    assert record.source == "live-sglang" and source.greedy_sha256(chosen, 0) == record.tokens_sha256
-    assert len(source.replay(record, lambda _: None)) == 3
+def test_choosers_take_turns_on_the_live_server(kept: SGLangEngine) -> None:
+    backend = open_live(
+        EngineConfig("sglang"), TargetConfig(), DraftConfig(), SHORT, parse_plans(PLANS), parse_traffic("1x6,2x6"), 3
+    )
+    found = backend.evaluate(("adaptive", "3/1/4"), range(1), lambda _: None)
+    for scores in found.scores.values():
+        assert len(scores[0].speedups) == 3 and (scores[0].speedups > 0.0).all()
+    assert set(found.scores["3/1/4"][0].choices.tolist()) == {1} and found.source == "live-sglang"
+    assert found.cycles is not None and 0.0 < found.bounds["best plan"] <= found.bounds["best table"] * (1 + 1e-9)
 
 
 def attached(engine: SGLangEngine, *, plugin: bool = True, baseline: bool = True) -> SGLangEngine:
