@@ -1,4 +1,4 @@
-"""How a policy fares: played in simulation beside the best plan per batch size, and the table that it comes to."""
+"""Evaluation of a learned policy in simulation: against the best plan per batch size, and as a table of plans."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from specrl.envs.simulated_vector import SimulatedVectorEnv
 from specrl.simulation.profile import Profile
 
 Act = Callable[[NDArray[np.float32]], NDArray[np.int64]]
-PHASE = 64  # rounds that the load stays
-_SETTLE = 1  # passes over the loads before what counts, so that costs have been seen
+PHASE = 64  # rounds at one batch size
+_WARM_UP_PASSES = 1  # over the batch sizes, in which the policy sees costs
 
 
-class Played(NamedTuple):
-    """Rounds that were played; [S] each, S = rounds x environments."""
+class PolicyRounds(NamedTuple):
+    """Rounds of a policy; [S] each, S = rounds x environments."""
 
     batch_sizes: NDArray[np.int64]
     actions: NDArray[np.int64]
@@ -30,14 +30,14 @@ class Played(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a policy earns of the best plan per batch size.
+    """A policy against the best plan per batch size.
 
     Attributes:
-        share: seconds that the best plans would need for the same tokens, over the seconds spent, both as played.
-        by_batch_size: tokens per second and request over the best plan's, at each batch size.
-        table_share: the share of the table that the policy comes to, which is what an export serves.
+        share: seconds that the best plans need for the same tokens, over the seconds of the policy, both simulated.
+        by_batch_size: tokens per second and request over those of the best plan, at each batch size.
+        table_share: the share of the distilled table, which an export serves.
         best: the best plan of the profile at each batch size.
-        distilled: that table, over the states visited.
+        distilled: the table of the policy's most frequent plans, over the states visited.
     """
 
     share: float
@@ -61,10 +61,18 @@ def report(
     num_envs: int = 64,
     seed: int = 0,
 ) -> Report:
-    """Play a policy and the best plans over a load that moves between small and large batch sizes.
+    """Simulate a policy and the best plans under a load that moves between small and large batch sizes.
 
-    The load stays 64 rounds at each batch size, in an order that goes up and down; it passes over all of them once
-    before what counts. Both see the same seed.
+    The load stays 64 rounds at each batch size, in an order that goes up and down. One pass over all batch sizes is a
+    warm-up. The policy and the best plans have the same seed.
+
+    Args:
+        chooser: the policy.
+        profile: to simulate.
+        batch_sizes: of the load.
+        passes: over the batch sizes, after the warm-up.
+        num_envs: environments side by side.
+        seed: of the random numbers.
     """
     allowed = [plan for plan, able in zip(chooser.plans, chooser.allowed, strict=True) if able]
     best = best_plans(profile, batch_sizes, allowed)
@@ -76,26 +84,26 @@ def report(
         actions, state = chooser.act(vectors, state)
         return actions
 
-    own = play(greedy, profile, chooser.plans, batch_sizes, **kwargs)
+    own = simulate(greedy, profile, chooser.plans, batch_sizes, **kwargs)
     distilled = distill(own.batch_sizes, own.actions, chooser.plans)
     top, served = (
-        play(follow(table, chooser.plans, batch_sizes), profile, chooser.plans, batch_sizes, **kwargs)
+        simulate(table_policy(table, chooser.plans, batch_sizes), profile, chooser.plans, batch_sizes, **kwargs)
         for table in (best, distilled.table)
     )
     (share, by_size), (table_share, _) = (_shares(one, top) for one in (own, served))
     return Report(share, by_size, table_share, best, distilled)
 
 
-def follow(table: PlanTable, plans: Sequence[Plan], batch_sizes: Sequence[int]) -> Act:
-    """A table as actions from observations."""
+def table_policy(table: PlanTable, plans: Sequence[Plan], batch_sizes: Sequence[int]) -> Act:
+    """A table of plans as actions from observations."""
     index = np.zeros(max(batch_sizes) + 1, dtype=np.int64)
     for size in batch_sizes:
         index[size] = list(plans).index(table.best(size))
     return lambda vectors: index[np.rint(2.0 ** (10.0 * vectors[:, 0])).astype(np.int64)]
 
 
-def _shares(own: Played, top: Played) -> tuple[float, dict[int, float]]:
-    """Of the best plans' speed, over all rounds and by batch size."""
+def _shares(own: PolicyRounds, top: PolicyRounds) -> tuple[float, dict[int, float]]:
+    """Share of the best plans' speed, over all rounds and by batch size."""
     shares, needed = {}, 0.0
     for size in np.unique(own.batch_sizes).tolist():
         here, there = own.batch_sizes == size, top.batch_sizes == size
@@ -105,7 +113,7 @@ def _shares(own: Played, top: Played) -> tuple[float, dict[int, float]]:
     return float(needed / own.seconds.sum()), shares
 
 
-def play(
+def simulate(
     act: Act,
     profile: Profile,
     plans: Sequence[Plan],
@@ -114,12 +122,12 @@ def play(
     passes: int,
     num_envs: int,
     seed: int,
-) -> Played:
-    """Rounds of `act`, from observations [N, D] to actions [N], after a pass that does not count."""
+) -> PolicyRounds:
+    """Rounds of `act`, from observations [N, D] to actions [N], after the warm-up."""
     sizes = sorted(set(batch_sizes))
     order = [size for pair in zip(sizes, reversed(sizes), strict=True) for size in pair][: len(sizes)]
     trace = ",".join(f"{size}x{PHASE}" for size in order)
-    skipped = _SETTLE * PHASE * len(order)
+    skipped = _WARM_UP_PASSES * PHASE * len(order)
     rounds = skipped + passes * PHASE * len(order)
     env = SimulatedVectorEnv(num_envs, profile=profile, batch_size=trace, plans=list(plans), max_rounds=rounds + 1)
     vectors, _ = env.reset(seed=seed)
@@ -131,4 +139,4 @@ def play(
             size = info["batch_size"]
             parts.append((size.copy(), actions, info["tokens"] / size, info["seconds"]))
     env.close()
-    return Played(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return PolicyRounds(*(np.concatenate(column) for column in zip(*parts, strict=True)))
