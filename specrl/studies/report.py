@@ -12,7 +12,8 @@ import numpy as np
 from rich.console import RenderableType
 
 from specrl.core.statistics import mean_interval
-from specrl.io.output import OutputDir, environment, table
+from specrl.io.output import OutputDir, table
+from specrl.measure.machine import environment
 from specrl.reports.study import save_plot
 from specrl.studies.config import Study, list_values
 

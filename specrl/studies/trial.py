@@ -12,7 +12,8 @@ import numpy as np
 
 from specrl.core.statistics import Interval, mean_interval
 from specrl.envs.device_lock import Exclusive
-from specrl.io.output import OutputDir, environment
+from specrl.io.output import OutputDir
+from specrl.measure.machine import environment
 from specrl.studies.config import Study, read_study
 
 OnBlock = Callable[[int, float], None]
