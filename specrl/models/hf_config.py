@@ -25,20 +25,11 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 # Variants of EAGLE3, set at the top level or in `eagle_config`.
 _SUPPORTED_DRAFTS: dict[str, tuple[Any, ...]] = {
-    "num_hidden_layers": (1,),
-    "parallel_draft_step": (1,),
-    "attention_bias": (False,),
-    "bias": (False,),
-    "fc_norm": (False,),
-    "mlp_bias": (False,),
-    "norm_before_fc": (False,),
-    "norm_before_residual": (False,),
+    **dict.fromkeys(("num_hidden_layers", "parallel_draft_step"), (1,)),
+    **dict.fromkeys(("attention_bias", "bias", "fc_norm", "mlp_bias", "norm_before_fc"), (False,)),
+    **dict.fromkeys(("norm_before_residual", "tie_word_embeddings", "use_mtp_layernorm"), (False,)),
+    **dict.fromkeys(("use_aux_hidden_state", "use_input_layernorm_in_first_layer", "use_last_layernorm"), (True,)),
     "num_fc_norms": (0,),
-    "tie_word_embeddings": (False,),
-    "use_mtp_layernorm": (False,),
-    "use_aux_hidden_state": (True,),
-    "use_input_layernorm_in_first_layer": (True,),
-    "use_last_layernorm": (True,),
 }
 # The rope types that specrl.models.rope computes, and their parameters.
 _ROPE_PARAMETERS: dict[str, tuple[str, ...]] = {
