@@ -20,7 +20,7 @@ import pytest
 
 from specrl.cli import main
 from specrl.envs.device_lock import Exclusive
-from specrl.measure.local_arms import PlainSetting
+from specrl.measure.plain import PlainSetting
 from specrl.studies.config import STUDIES, Study, make_study, read_study
 from specrl.studies.optimize import open_study, optimize
 from specrl.studies.trial import Measured, NotReached, OnBlock, run_trial

@@ -84,7 +84,7 @@ def write_evaluation(
     Raises:
         ValueError: the leaderboard has another header.
     """
-    from specrl.reports.plots import plot_regret
+    from specrl.reports.figures import plot_regret
 
     where, bounds = environment(), {found.source: found.bounds for found in evaluations}
     record = directory.write_json(

@@ -18,11 +18,11 @@ from specrl.agents.draft.config import LearnerConfig
 from specrl.config import DraftConfig, TargetConfig, WorkloadConfig
 from specrl.core.plan import Plan
 from specrl.core.round import Round
-from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir
-from specrl.measure.local_arms import PlainSetting, fastest_plain
-from specrl.measure.paired import PLAIN, Setting, start, take_turns
-from specrl.models.target import Target, default_device, load_target
+from specrl.measure.arms import local_arms
+from specrl.measure.paired import SessionPool, start_arms, take_turns
+from specrl.measure.plain import PlainSetting, fastest_plain
+from specrl.models.target import Target, default_device
 from specrl.studies.config import LEVELS, Study
 from specrl.studies.trial import Measured, NotReached, OnBlock
 from specrl.training.config import CheckpointConfig, ServingConfig
@@ -117,32 +117,20 @@ class LiveTrial:
         """Speedup and accept length of each block: plain decoding and the result in turns on the same prompts."""
         budget, workload, table = study.budget, self.workload, run.table()
         prompts = workload.open(self.target.name, "held_out")
-        learned = LocalEngine(model, run.learned, max_context=workload.max_context)
         for batch in budget.batch_sizes:
             nearest = min(table, key=lambda size: (abs(np.log(size / batch)), size))
             plan = table[nearest] if budget.plan is None else Plan.parse(budget.plan)
             fastest = _fastest(self.target, workload, batch)
-            baseline = load_target(self.target.name, device=model.device, dtype=fastest.dtype)
-            plain = LocalEngine(baseline, max_context=workload.max_context)
-            settings = [
-                Setting(PLAIN, plain, None, fastest.threads),
-                Setting("learned", learned, plan, fastest.threads),
-            ]
-            lanes = start(settings, prompts, batch_size=batch, seed=0)
+            drafted = {"learned": (run.learned, plan)}
+            pool = SessionPool(prompts, batch_size=batch, seed=0)
+            arms = start_arms(local_arms(self.target, model, drafted, fastest, max_context=workload.max_context), pool)
             try:
                 for _ in range(budget.blocks):
-                    seen = len(lanes[1].rounds)
-                    take_turns(list(lanes), batch * workload.max_new_tokens)
-                    baseline_s, learned_s = (
-                        seconds / tokens for tokens, seconds in (lane.blocks[-1] for lane in lanes)
-                    )
-                    lengths = [done.accept_length for done in lanes[1].rounds[seen:]]
-                    yield baseline_s / learned_s, float(np.mean(lengths))
+                    take_turns(list(arms), batch * workload.max_new_tokens)
+                    plain, learned = (arm.seconds_per_token[-1] for arm in arms)
+                    yield plain / learned, arms[1].blocks[-1].accept_length
             finally:
-                for lane in lanes:
-                    lane.session.close()
-                plain.close()
-        learned.close()
+                pool.close()
 
 
 class _Watch:
@@ -173,8 +161,7 @@ class _Watch:
 def _fastest(target: TargetConfig, workload: WorkloadConfig, batch: int) -> PlainSetting:
     """The fastest setting of plain decoding, found once per process: every trial is measured against the same one."""
     prompts = WorkloadConfig(workload.name, workload.prompt_tokens, 128, workload.temperature)
-    device = default_device(target.device)
-    return fastest_plain(target.name, prompts.open(target.name, "held_out"), batch, device=device)
+    return fastest_plain(target, prompts.open(target.name, "held_out"), batch)
 
 
 def reset_peak_memory() -> None:

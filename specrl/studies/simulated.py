@@ -14,7 +14,7 @@ from specrl.agents.choosers.registry import Known, make_chooser
 from specrl.agents.choosers.survival import Survival
 from specrl.core.batch_schedule import parse_traffic
 from specrl.core.interfaces import PlanChooser
-from specrl.evaluation.backends import Simulated
+from specrl.evaluation.backends import SimulatedBackend
 from specrl.evaluation.simulation import LOAD, parse_shifts
 from specrl.io.output import OutputDir
 from specrl.simulation.profile import load_profile, shipped_profiles
@@ -89,12 +89,12 @@ class SimulatedTrial:
         """
         phases, shifts, budget = parse_traffic(self.traffic), parse_shifts(self.shifts), study.budget
         profiles = [load_profile(name) for name in self.profiles or shipped_profiles()]
-        sources = [Simulated(profile, phases, budget.rounds, shifts) for profile in profiles]
+        sources = [SimulatedBackend(profile, phases, budget.rounds, shifts) for profile in profiles]
         blocks: dict[str, list[float]] = {name: [] for name in self.OBJECTIVES}
         reported = blocks[study.objectives[0]]
         for seed in range(budget.seeds):
             for source in sources:
-                score = source.score(self._chooser(source.world.known, seed), seed)
+                score = source.score(self._chooser(source.simulation.known, seed), seed)
                 blocks["share"].append(score.share)
                 blocks["end"].append(score.end)
                 blocks["speedup"].append(float(np.log(score.speedups).mean()))
