@@ -52,7 +52,7 @@ URL = "sqlite:///study.db"
 def _small_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory of its own, and the fastest setting of plain decoding without a search."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("specrl.studies.live.fastest_plain", lambda *_, **__: PlainSetting("float32", 1, 1e-3))
+    monkeypatch.setattr("specrl.studies.live.fastest_plain", lambda *_, **__: PlainSetting("float32", 1, 1, 1e-3))
 
 
 def write(found: dict[str, Any], **changes: Any) -> str:
