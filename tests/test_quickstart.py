@@ -19,7 +19,7 @@ def _in_a_fresh_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_quickstart_ends_in_its_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specrl.measure.local_arms.usable_cores", lambda: 1)  # two threads are slow beside other work
+    monkeypatch.setattr("specrl.measure.plain.usable_cores", lambda: 1)  # two threads are slow beside other work
     served = replace(training.SERVING, batch_schedule="1x4,4x4,16x4")
     monkeypatch.setattr("specrl.training.quickstart.SERVING", served)
     line = "quickstart --train_seconds 3 --idle_seconds 1 --measure_seconds 3 --output_dir out"

@@ -121,14 +121,14 @@ class LiveTrial:
             nearest = min(table, key=lambda size: (abs(np.log(size / batch)), size))
             plan = table[nearest] if budget.plan is None else Plan.parse(budget.plan)
             fastest = _fastest(self.target, workload, batch)
-            drafted = {"learned": (run.learned, plan)}
+            drafted, context = {"learned": (run.learned, plan)}, workload.max_context
             pool = SessionPool(prompts, batch_size=batch, seed=0)
-            arms = start_arms(local_arms(self.target, model, drafted, fastest, max_context=workload.max_context), pool)
+            plain, learned = start_arms(local_arms(self.target, model, drafted, fastest, max_context=context), pool)
             try:
                 for _ in range(budget.blocks):
-                    take_turns(list(arms), batch * workload.max_new_tokens)
-                    plain, learned = (arm.seconds_per_token[-1] for arm in arms)
-                    yield plain / learned, arms[1].blocks[-1].accept_length
+                    take_turns([plain, learned], batch * workload.max_new_tokens)
+                    speedup = float(plain.seconds_per_token[-1] / learned.seconds_per_token[-1])
+                    yield speedup, learned.blocks[-1].accept_length
             finally:
                 pool.close()
 
