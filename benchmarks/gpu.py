@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for importlib, as the tests run it
+sys.path.insert(0, str(Path(__file__).parent))  # gpu_stages, also when tests import this file
+sys.path.insert(1, str(Path(__file__).parents[1] / "tools"))  # pretraining
 
 from gpu_stages.learn import learn
 from gpu_stages.measure import host_shares, measure

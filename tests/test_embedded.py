@@ -3,15 +3,16 @@ import math
 from itertools import islice
 from pathlib import Path
 
+import pretraining
 import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
+from pretrain_embedded import CONFIG
 from safetensors.torch import load_file
 
 from specrl.core.clock import VirtualClock
-from specrl.models.embedded import embedded_directory, training
-from specrl.models.embedded.pretrain import CONFIG
+from specrl.models.embedded import embedded_directory
 from specrl.models.tokenizer import load_tokenizer
 from specrl.workloads.stdlib import SKIPPED, library_files, library_root
 from specrl.workloads.text import load_workload
@@ -55,7 +56,7 @@ def test_it_models_held_out_python_as_well_as_its_log_says(name: str) -> None:
     prompts = [request.prompt for request in islice(workload.requests(0), 16)]
     ids = torch.tensor(prompts)  # [16, 257]
     with torch.no_grad():
-        logits = training.logits(weights, ids[:, :-1], *training.rotary(256, CONFIG), CONFIG)
+        logits = pretraining.logits(weights, ids[:, :-1], *pretraining.rotary(256, CONFIG), CONFIG)
     nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
     size = sum(len(workload.tokenizer.decode(prompt[1:]).encode()) for prompt in prompts)
     print(nats / math.log(2) / size)
@@ -64,30 +65,30 @@ def test_it_models_held_out_python_as_well_as_its_log_says(name: str) -> None:
 
 def test_the_script_makes_weights_of_the_shipped_shapes() -> None:
     shipped = load_file(embedded_directory() / "model.safetensors")
-    made = training.new_weights(CONFIG)
+    made = pretraining.new_weights(CONFIG)
     assert {name: weight.shape for name, weight in made.items()} == {name: w.shape for name, w in shipped.items()}
 
 
 def test_the_script_learns_and_writes_what_is_read_back(tmp_path: Path) -> None:
     """Training lowers the loss of a text that repeats itself; the checkpoint reads back in bfloat16."""
-    made = training.new_weights(CONFIG)
+    made = pretraining.new_weights(CONFIG)
     text = torch.arange(8).repeat(64)
-    cos, sin = training.rotary(16, CONFIG)
+    cos, sin = pretraining.rotary(16, CONFIG)
     clock, told = VirtualClock(), []
 
-    def loss_of(weights: training.Weights, ids: torch.Tensor) -> torch.Tensor:
+    def loss_of(weights: pretraining.Weights, ids: torch.Tensor) -> torch.Tensor:
         clock.advance(1.0)
-        return training.loss(training.halved(weights), ids, cos, sin, CONFIG)
+        return pretraining.loss(pretraining.halved(weights), ids, cos, sin, CONFIG)
 
     def after(step: int, seconds: float, loss: torch.Tensor) -> None:
         told.append((step, seconds, loss.item()))
 
-    recipe = training.Recipe(minutes=0.25, batch=2, context=16, lr=1e-2)
-    training.train(recipe, made, text, loss_of, clock, after)
+    recipe = pretraining.Recipe(minutes=0.25, batch=2, context=16, lr=1e-2)
+    pretraining.train(recipe, made, text, loss_of, clock, after)
     assert [(step, seconds) for step, seconds, _ in told] == [(at, float(at)) for at in range(1, 16)]
     assert told[-1][2] < 5.0 < math.log(512)  # from about ln 512
     tokenizer = tokenizers.Tokenizer.from_file(str(embedded_directory() / "tokenizer.json"))
-    training.save(tmp_path, made, tokenizer, CONFIG)
+    pretraining.save(tmp_path, made, tokenizer, CONFIG)
     read = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(read[name], made[name].detach().bfloat16()) for name in made)
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -95,6 +96,6 @@ def test_the_script_learns_and_writes_what_is_read_back(tmp_path: Path) -> None:
 
 
 def test_the_rate_warms_up_then_falls() -> None:
-    scale = training.learning_rate_scale
+    scale = pretraining.learning_rate_scale
     assert scale(0, 0.0) == pytest.approx(0.01) and scale(99, 0.5) == 1.0
     assert scale(1000, 0.8) == pytest.approx(0.5) and scale(1000, 1.0) == pytest.approx(0.02)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pretraining
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +21,6 @@ from specrl.core.clock import VirtualClock
 from specrl.core.plan import Plan
 from specrl.io.output import OutputDir
 from specrl.models.draft import new_draft
-from specrl.models.embedded import training
 from specrl.models.target import load_target
 
 HERE = Path(__file__).parent
@@ -109,12 +109,12 @@ def test_what_is_pretrained_is_what_is_loaded(done: Path) -> None:
     config = stage("sizes").SMALL.target
     target = load_target(done / "target")
     assert target.config.num_layers == config.num_layers
-    weights = training.new_weights(config)
+    weights = pretraining.new_weights(config)
     with torch.no_grad():
         for name, tensor in load_file(done / "target" / "model.safetensors").items():
             weights[name].copy_(tensor)
         ids = torch.randint(0, config.vocab_size, (2, 30), generator=torch.Generator().manual_seed(0))
-        found = training.logits(weights, ids, *training.rotary(30, config), config)
+        found = pretraining.logits(weights, ids, *pretraining.rotary(30, config), config)
         torch.testing.assert_close(found, target(ids), atol=1e-3, rtol=1e-3)
 
 

@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
-from torch import Tensor
-
-from gpu_stages.sizes import Sizes
-from specrl.core.clock import Clock
-from specrl.models.config import TargetConfig
-from specrl.models.embedded import embedded_directory
-from specrl.models.embedded.training import (
+from pretraining import (
     Recipe,
     Weights,
     encode,
@@ -28,6 +21,13 @@ from specrl.models.embedded.training import (
     train,
     train_tokenizer,
 )
+from tokenizers import pre_tokenizers
+from torch import Tensor
+
+from gpu_stages.sizes import Sizes
+from specrl.core.clock import Clock
+from specrl.models.config import TargetConfig
+from specrl.models.embedded import embedded_directory
 from specrl.models.tokenizer import load_tokenizer
 from specrl.workloads.text import load_workload
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pretraining import config_json
 from safetensors.torch import save_file
 from tiny import CONFIG, TAPS, Drawn, target_tensors
 
@@ -13,7 +14,6 @@ from specrl.agents.draft.learner import LearnerConfig
 from specrl.cluster.engine import EngineSettings
 from specrl.config import TargetConfig
 from specrl.models.draft import Draft, new_draft
-from specrl.models.embedded.training import config_json
 from specrl.models.target import load_target
 from specrl.training.config import ServingConfig
 

@@ -1,9 +1,9 @@
 """The embedded targets: small Llamas pretrained for this project on the Python standard library's sources.
 
-Both have one shape (16 layers of width 192, vocabulary 512, positions up to 1024) and are Hugging Face checkpoints
-made by `pretrain.py`; `log.json` holds the curve, `held_out.txt` the files never trained on. `easy` had 7 minutes of
-pretraining on two CPU cores (1.78 bits per byte held out), `strong` 70 (1.16): it writes plausible Python and is the
-harder one for a draft to follow.
+Both have 16 layers of width 192, a vocabulary of 512 and 1024 positions, and are Hugging Face checkpoints made by
+tools/pretrain_embedded.py. `log.json` holds the learning curve and `held_out.txt` the files never trained on. `easy`
+was pretrained for 7 minutes on two CPU cores (1.78 bits per byte held out), `strong` for 70 (1.16). `strong` writes
+plausible Python and is harder for a draft to predict.
 """
 
 from __future__ import annotations

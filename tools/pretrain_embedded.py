@@ -1,7 +1,7 @@
 """Pretrain an embedded target: a small Llama on the Python standard library's sources.
 
-    python -m specrl.models.embedded.pretrain OUT --minutes 62
-    python -m specrl.models.embedded.pretrain OUT2 --minutes 8 --init OUT --context 1024 --batch 4 --lr 5e-4
+    python tools/pretrain_embedded.py OUT --minutes 62
+    python tools/pretrain_embedded.py OUT2 --minutes 8 --init OUT --context 1024 --batch 4 --lr 5e-4
 
 The second run teaches longer positions. Each writes a Hugging Face checkpoint (config.json, model.safetensors in
 bfloat16, tokenizer.json), held_out.txt and log.json. Where glibc allocates, MALLOC_MMAP_THRESHOLD_=1073741824
@@ -17,14 +17,7 @@ import random
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, pre_tokenizers
-from tokenizers.pre_tokenizers import PreTokenizer
-from torch import Tensor
-
-from specrl.core.clock import Clock, WallClock
-from specrl.models.config import TargetConfig
-from specrl.models.embedded.training import (
+from pretraining import (
     Recipe,
     Weights,
     encode,
@@ -36,6 +29,13 @@ from specrl.models.embedded.training import (
     train,
     train_tokenizer,
 )
+from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.pre_tokenizers import PreTokenizer
+from torch import Tensor
+
+from specrl.core.clock import Clock, WallClock
+from specrl.models.config import TargetConfig
 from specrl.models.rope import RopeConfig
 from specrl.workloads.stdlib import library_files, library_root
 
