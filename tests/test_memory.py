@@ -60,25 +60,25 @@ def test_bytes_are_those_of_the_tensors(family: str, tied: bool, tmp_path: Path)
 
 
 def test_what_is_said_to_fit_fits_and_one_more_does_not(large: TargetConfig) -> None:
-    room = Room(cache_bytes(large, torch.bfloat16), 40 * 2**30, beyond=65)
+    room = Room(cache_bytes(large, torch.bfloat16), 40 * 2**30, draft_headroom=65)
     context, batch = room.largest_context(32), room.largest_batch(4096)
     assert room.needed(32, context) <= room.free < room.needed(32, context + 1)
     assert room.needed(batch, 4096) <= room.free < room.needed(batch + 1, 4096)
 
 
 def test_the_refusal_names_what_fits(large: TargetConfig) -> None:
-    asked: dict[str, Any] = {"batch_size": 64, "max_context": 8192, "beyond": 65}
-    gpu: Any = SimpleNamespace(config=large, dtype=torch.bfloat16, device="cuda:0")
+    asked: dict[str, Any] = {"batch_size": 64, "max_context": 8192, "draft_headroom": 65}
+    gpu = (large, None, torch.bfloat16, "cuda:0")
     with pytest.raises(ValueError, match=r"64 of max_context=8192 take 72.6 GiB \(147456 bytes a token\)") as caught:
-        check_room(gpu, None, **asked, free=40 * 2**30)
+        check_room(*gpu, **asked, free=40 * 2**30)
     said = re.search(r"cuda:0 has 40.0 GiB free; max_context=(\d+) at .* or a batch size of (\d+)", str(caught.value))
     assert said is not None and "\n" not in str(caught.value)
-    check_room(gpu, None, **{**asked, "max_context": int(said[1])}, free=40 * 2**30)
-    check_room(gpu, None, **{**asked, "batch_size": int(said[2])}, free=40 * 2**30)
+    check_room(*gpu, **{**asked, "max_context": int(said[1])}, free=40 * 2**30)
+    check_room(*gpu, **{**asked, "batch_size": int(said[2])}, free=40 * 2**30)
     with pytest.raises(ValueError, match="free; free memory, or use a smaller target or dtype$"):
-        check_room(gpu, None, **asked, free=2**20)
+        check_room(*gpu, **asked, free=2**20)
     with pytest.raises(ValueError, match=r"free; max_context=\d+ at this batch size would fit$"):
-        check_room(gpu, None, **{**asked, "batch_size": 1}, free=2**30)
+        check_room(*gpu, **{**asked, "batch_size": 1}, free=2**30)
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(

@@ -110,7 +110,16 @@ class LocalEngine(Engine):
     ) -> LocalSession:
         """Prefill `batch_size` requests, where the caches of all fit the memory."""
         most, draft = max_batch_size or batch_size, None if plain or self._serving is None else self._serving.config
-        check_room(self.target, draft, batch_size=most, max_context=self.max_context, beyond=MOST_NODES + 1)
+        config, dtype, device = self.target.config, self.target.dtype, self.target.device
+        check_room(
+            config,
+            draft,
+            dtype,
+            device,
+            batch_size=most,
+            max_context=self.max_context,
+            draft_headroom=MOST_NODES + 1,
+        )
         session = LocalSession(
             self.target,
             None if plain else self._serving,

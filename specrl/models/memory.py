@@ -1,4 +1,4 @@
-"""What a target and its caches take, what a device has free, and what would fit."""
+"""Memory of a target's weights and key-value caches, free memory of a device, and what fits into it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from specrl.models.checkpoint import expected_target_tensors
 from specrl.models.config import DraftConfig, TargetConfig
 
-if TYPE_CHECKING:
-    from specrl.models.target import Target
-
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def weight_bytes(config: TargetConfig, dtype: torch.dtype) -> int:
-    """Bytes of a loaded target's weights, at least.
+    """Bytes of a loaded target's weights: a lower bound.
 
-    The head is there twice, as it is and with the last norm folded in, of which the former may be the embedding. On a
-    CPU small matrices are, too (`specrl.models.linear`), which is not counted.
+    The head is kept twice: as it is (with tied embeddings this is the embedding), and with the last norm folded in. On
+    a CPU small matrices are kept twice, too (`specrl.models.linear`); that is not counted.
     """
     shapes = expected_target_tensors(config)
     entries = sum(math.prod(shape) for shape in shapes.values())
@@ -31,16 +27,16 @@ def weight_bytes(config: TargetConfig, dtype: torch.dtype) -> int:
 
 
 def cache_bytes(config: TargetConfig, dtype: torch.dtype, draft: DraftConfig | None = None) -> int:
-    """Bytes of keys and values that a token of a request takes, in all layers of the target and the draft's one."""
+    """Bytes of keys and values per token of a request, in all layers of the target and the one layer of the draft."""
     layers = config.num_layers * config.num_kv_heads * config.head_dim
     return 2 * (layers + (0 if draft is None else draft.num_kv_heads * draft.head_dim)) * dtype.itemsize
 
 
 def free_bytes(device: str, meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> int | None:
-    """Bytes that this process may still take: of a GPU what is free or torch keeps unused, of a CPU the machine's.
+    """Bytes that this process may still allocate.
 
-    Of the machine's memory what Linux calls available, or what the control group (a container) leaves if that is less;
-    None where neither can be read, and of other devices.
+    On a GPU: free memory, plus what torch has reserved and does not use. On a CPU: what Linux reports as available, or
+    what is left to the control group (container) if that is less. None if neither can be read, or for other devices.
     """
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
@@ -59,54 +55,57 @@ def free_bytes(device: str, meminfo: Path = Path("/proc/meminfo"), cgroup: Path 
 
 @dataclass(frozen=True)
 class Room:
-    """Caches in the memory that is free.
+    """Key-value caches in free memory.
 
     Args:
-        per_token: bytes, as `cache_bytes` says.
+        per_token: bytes per token, see `cache_bytes`.
         free: bytes.
-        beyond: slots of a request besides its context, for drafts that are never committed.
+        draft_headroom: slots of a request beyond its context, for drafts that are not committed.
     """
 
     per_token: int
     free: int
-    beyond: int = 0
+    draft_headroom: int = 0
 
     def needed(self, batch: int, context: int) -> int:
         """Bytes for `batch` requests of up to `context` tokens."""
-        return batch * (context + self.beyond) * self.per_token
+        return batch * (context + self.draft_headroom) * self.per_token
 
     def largest_batch(self, context: int) -> int:
         """Requests of up to `context` tokens that fit."""
         return max(0, self.free // self.needed(1, context))
 
     def largest_context(self, batch: int) -> int:
-        """Tokens that each of `batch` requests may reach; at most 0 where none fit."""
-        return self.free // (batch * self.per_token) - self.beyond
+        """Tokens that each of `batch` requests may reach; 0 or less if none fit."""
+        return self.free // (batch * self.per_token) - self.draft_headroom
 
 
 def check_room(
-    target: Target,
+    config: TargetConfig,
     draft: DraftConfig | None,
+    dtype: torch.dtype,
+    device: str,
     *,
     batch_size: int,
     max_context: int,
-    beyond: int = 0,
+    draft_headroom: int = 0,
     free: int | None = None,
 ) -> None:
     """Refuse caches that do not fit the device.
 
     Args:
-        target, draft: whose keys and values they hold, on the target's device and in its dtype.
-        batch_size, max_context, beyond: requests, tokens that each may reach, and slots besides.
-        free: bytes; None: what `free_bytes` finds, and nothing is refused where that is unknown.
+        config, draft: the models whose keys and values are cached.
+        dtype, device: of the caches.
+        batch_size, max_context, draft_headroom: requests, tokens that each may reach, and slots beyond.
+        free: bytes; None: what `free_bytes` finds. If that is unknown, nothing is refused.
 
     Raises:
-        ValueError: they do not; it says which would.
+        ValueError: the caches do not fit; the message names sizes that do.
     """
-    free = free_bytes(target.device) if free is None else free
+    free = free_bytes(device) if free is None else free
     if free is None or batch_size < 1 or max_context < 1:
         return
-    room = Room(cache_bytes(target.config, target.dtype, draft), free, beyond)
+    room = Room(cache_bytes(config, dtype, draft), free, draft_headroom)
     needed = room.needed(batch_size, max_context)
     if needed <= free:
         return
@@ -115,7 +114,7 @@ def check_room(
     fits += [f"a batch size of {batch} at this max_context"] if batch else []
     raise ValueError(
         f"the caches of all requests must fit the memory, but {batch_size} of max_context={max_context} take "
-        f"{_size(needed)} ({room.per_token} bytes a token) and {target.device} has {_size(free)} free; "
+        f"{_size(needed)} ({room.per_token} bytes a token) and {device} has {_size(free)} free; "
         + (f"{' or '.join(fits)} would fit" if fits else "free memory, or use a smaller target or dtype")
     )
 
