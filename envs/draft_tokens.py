@@ -13,7 +13,7 @@ from specrl.core.interfaces import ProposalSession, Workload
 from specrl.core.plain_cost import PlainCost
 from specrl.core.round import Ints, Trace
 from specrl.decoding.engine import LocalEngine
-from specrl.decoding.propose import MOST_NODES
+from specrl.decoding.propose import MAX_DRAFT_TOKENS
 from specrl.envs.draft_io import Arrays, Prefill, Reader, Window
 from specrl.envs.rewards import Outcome, make_reward
 from specrl.envs.sampled_drafts import Draws
@@ -112,8 +112,8 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
         allow_parallel: bool = False,
         render_mode: str | None = None,
     ) -> None:
-        if not 1 <= num_steps < MOST_NODES:
-            raise ValueError(f"num_steps must be in [1, {MOST_NODES - 1}], but got {num_steps}")
+        if not 1 <= num_steps < MAX_DRAFT_TOKENS:
+            raise ValueError(f"num_steps must be in [1, {MAX_DRAFT_TOKENS - 1}], but got {num_steps}")
         check_episode(max_rounds, max_tokens, reward)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None, 'ansi' or 'human', but got {render_mode!r}")
@@ -128,7 +128,7 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
         self.workload: Workload = workload
         config = self.engine.target.config
         rows = max(phase.batch_size for phase in (*self._phases, *self._drawn))
-        self._rows, features = rows, len(self.engine.taps) * config.hidden_size
+        self._rows, features = rows, len(self.engine.aux_layers) * config.hidden_size
         self._window_of = (rows, num_steps, features, config.vocab_size, self.engine.max_context, flat)
         self._window, self._draws_of = Window(*self._window_of), (num_steps, config.vocab_size)
         self._reader = Reader(rows, num_steps, config.vocab_size, flat)
@@ -235,9 +235,9 @@ def _drafting_engine(
     """The engine of that name, or the one given, which hands out features."""
     if not isinstance(engine, str):
         if not getattr(engine, "taps", ()):
-            raise ValueError("the engine must hand out features, but has no taps; make it with LocalEngine(taps=...)")
+            raise ValueError("the engine must hand out features, but has no aux_layers; pass them to LocalEngine")
         return engine
     if engine != "local":
         raise ValueError(f"engine must be 'local' or a LocalEngine with taps, but got {engine!r}")
     model = load_target(target)
-    return LocalEngine(model, max_context=max_context, taps=taps or default_taps(model.config.num_layers))
+    return LocalEngine(model, max_context=max_context, aux_layers=taps or default_taps(model.config.num_layers))

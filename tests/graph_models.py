@@ -54,8 +54,8 @@ class RecordedGraphs(Graphs):
 
     made: list[RecordedGraphs] = []
 
-    def __init__(self, device: str, *, most: int = 256, pool: object = None) -> None:
-        super().__init__(device, most=most, pool=pool)
+    def __init__(self, device: str, *, max_graphs: int = 256, pool: object = None) -> None:
+        super().__init__(device, max_graphs=max_graphs, pool=pool)
         self.replays, self.ran_uncaptured, self.inside = 0, 0, False
         self._latest: dict[int, Tensor] = {}
         self.made.append(self)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from specrl.core.interfaces import Request
 from specrl.core.plan import Plan
-from specrl.decoding import eager as eager_module
+from specrl.decoding import verify
 from specrl.decoding.engine import LocalEngine
 from specrl.decoding.sampling import Temperatures, distribution, sample
 from specrl.decoding.verify import Accepted
@@ -122,6 +122,11 @@ def test_sampled_tokens_are_the_targets_own(
     assert min(decoded.p_values()) > ALPHA
 
 
+def accepted(correct: Tensor, bonus: Tensor, drafted: Tensor) -> Accepted:
+    rows = torch.arange(drafted.shape[1] + 1)
+    return Accepted(correct, bonus, torch.where(rows <= correct[:, None], rows, -1))
+
+
 def replace_from_target(
     logits: Tensor, drafted: Tensor, q: Tensor, heat: Temperatures, rng: torch.Generator
 ) -> Accepted:
@@ -130,7 +135,7 @@ def replace_from_target(
     coins = torch.rand(drafted.shape, generator=rng)
     stands = coins * q.gather(-1, index)[..., 0] < p[:, :-1].gather(-1, index)[..., 0]
     correct = stands.long().cumprod(-1).sum(-1)
-    return Accepted(correct, sample(p[torch.arange(len(p)), correct], rng))
+    return accepted(correct, sample(p[torch.arange(len(p)), correct], rng), drafted)
 
 
 def swapped(logits: Tensor, drafted: Tensor, q: Tensor, heat: Temperatures, rng: torch.Generator) -> Accepted:
@@ -142,14 +147,14 @@ def swapped(logits: Tensor, drafted: Tensor, q: Tensor, heat: Temperatures, rng:
     rows, steps = torch.arange(len(p)), drafted.shape[1]
     theirs = q[rows, correct.clamp(max=steps - 1)]
     residual = torch.where((correct < steps)[:, None], (theirs - p[rows, correct]).clamp_min(0.0), p[rows, correct])
-    return Accepted(correct, sample(residual + 1e-30, rng))
+    return accepted(correct, sample(residual + 1e-30, rng), drafted)
 
 
 def lenient(chosen: Tensor, drafted: Tensor) -> Accepted:
     """Wrong: of the drafts that the target did not choose, every fifth place lets it stand."""
     agree = (chosen[:, :-1] == drafted) | (torch.arange(drafted.numel()).view(drafted.shape) % 5 == 0)
     correct = agree.long().cumprod(-1).sum(-1)
-    return Accepted(correct, chosen.gather(1, correct[:, None])[:, 0])
+    return accepted(correct, chosen.gather(1, correct[:, None])[:, 0], drafted)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +163,7 @@ def lenient(chosen: Tensor, drafted: Tensor) -> Accepted:
     ids=["replaced by p", "residual swapped", "lenient"],
 )
 def test_wrong_acceptance_is_caught(name: str, rule: object, rejection: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eager_module, name, rule)
+    monkeypatch.setattr(verify, name, rule)
     assert min(Decoded(CHAIN, rejection).p_values()) < ALPHA
 
 

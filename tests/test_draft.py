@@ -257,7 +257,7 @@ def served(serving: ServingDraft, target: Target, steps: int = 2) -> Tensor:
     ids = token_ids(2, 9 + steps)
     slots, out = torch.arange(8).expand(2, 8), []
     with torch.inference_mode():
-        features = target.prefill(ids[:, :8], target.new_cache(2, 8), taps=TAPS).features
+        features = target.prefill(ids[:, :8], target.new_cache(2, 8), aux_layers=TAPS).aux_hidden_states
         assert features is not None
         cache = serving.new_cache(2, 8 + steps)
         hidden = serving.decode(ids[:, 1:9], serving.fuse(features), cache, slots, length=8)[:, -1:]
@@ -296,7 +296,7 @@ def reference(draft: Draft, target: Target, steps: int = 2) -> Tensor:
         return hidden + F.linear(F.silu(gate) * up, w["midlayer.mlp.down_proj.weight"])
 
     with torch.inference_mode():
-        features = target.prefill(ids[:, :8], target.new_cache(2, 8), taps=TAPS).features
+        features = target.prefill(ids[:, :8], target.new_cache(2, 8), aux_layers=TAPS).aux_hidden_states
         assert features is not None
         inputs, out = F.linear(features, w["fc.weight"]), []
         for step in range(steps):

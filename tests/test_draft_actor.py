@@ -18,7 +18,7 @@ LISTED = Listed([Request(prompt, 8 + i % 5, 0.0) for i, prompt in enumerate(prom
 
 
 def make(batch_size: Any, **changes: Any) -> DraftTokensEnv:
-    engine = LocalEngine(tiny_target(), max_context=64, clock=TickingClock(), taps=TAPS)
+    engine = LocalEngine(tiny_target(), max_context=64, clock=TickingClock(), aux_layers=TAPS)
     return DraftTokensEnv(
         engine=engine, workload=LISTED, num_steps=K, batch_size=batch_size, max_rounds=10_000, **changes
     )

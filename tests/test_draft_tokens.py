@@ -49,7 +49,7 @@ class Once(Listed):
 
 
 def make(requests: list[Request] | None = None, *, max_context: int = 64, **changes: Any) -> DraftTokensEnv:
-    engine = LocalEngine(tiny_target(), max_context=max_context, clock=TickingClock(), taps=TAPS)
+    engine = LocalEngine(tiny_target(), max_context=max_context, clock=TickingClock(), aux_layers=TAPS)
     if requests is None:
         requests = [Request(prompt, 10, 0.0, ignore_eos=True) for prompt in prompts(12, 5)]
     defaults: dict[str, Any] = {"num_steps": K, "batch_size": 3, "max_rounds": 10_000}
@@ -273,7 +273,7 @@ def test_the_observation_is_what_the_target_computed_of_the_tokens_committed() -
         assert tuple(known) == tokens[: len(known)] and len(known) > 5
         ids = torch.tensor([tokens])
         target = tiny_target()
-        right = target.prefill(ids, target.new_cache(1, ids.shape[1]), taps=TAPS).features
+        right = target.prefill(ids, target.new_cache(1, ids.shape[1]), aux_layers=TAPS).aux_hidden_states
         assert right is not None
         for position, features in seen[request].items():
             np.testing.assert_allclose(features, right[0, position].numpy(), rtol=1e-3, atol=1e-3)

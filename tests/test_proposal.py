@@ -40,11 +40,13 @@ class Stand:
 
     def _read(self, cache: KVCache, row: int, tokens: tuple[int, ...]) -> Tensor:
         ids = torch.tensor([tokens])
-        features = self.target.prefill(ids[:, :-1], self.target.new_cache(1, len(tokens)), taps=TAPS).features
+        features = self.target.prefill(
+            ids[:, :-1], self.target.new_cache(1, len(tokens)), aux_layers=TAPS
+        ).aux_hidden_states
         assert features is not None
         slots = torch.arange(len(tokens) - 1)[None]
         fused = self.draft.fuse(features)
-        return self.draft.decode(ids[:, 1:], fused, cache, slots, length=len(tokens) - 1, first=row)[:, -1]
+        return self.draft.decode(ids[:, 1:], fused, cache, slots, length=len(tokens) - 1, first_row=row)[:, -1]
 
     def log_probabilities(self, row: int, path: tuple[int, ...]) -> Tensor:
         """The draft's over its vocabulary, after it has drafted `path`: alone, from the beginning, token by token."""
@@ -95,7 +97,7 @@ def test_a_tree_holds_the_best_paths_by_cumulative_score(plan: Plan, vocabulary:
     ids = tuple(range(10)) if vocabulary == "full" else REDUCED
     proposal = propose_tree(stand.draft, stand.cache, stand.start, plan)
     assert proposal.tokens.shape == (3, plan.num_draft_tokens) and proposal.distributions is None
-    assert torch.equal(proposal.tokens[:, 0], stand.start.last) and proposal.parents[:, 0].eq(-1).all()
+    assert torch.equal(proposal.tokens[:, 0], stand.start.last_tokens) and proposal.parents[:, 0].eq(-1).all()
     for row in range(3):
         found = paths(proposal, row)
         assert len(set(found)) == plan.num_draft_tokens
@@ -107,7 +109,7 @@ def test_a_tree_holds_the_best_paths_by_cumulative_score(plan: Plan, vocabulary:
 def test_a_node_sees_its_ancestors_and_itself_and_stands_as_deep_as_they_are_many(plan: Plan) -> None:
     stand = Stand(drafts()["full"])
     proposal = propose_tree(stand.draft, stand.cache, stand.start, plan)
-    assert proposal.seen is not None and proposal.depths is not None
+    assert proposal.attention_mask is not None
     for row in range(3):
         above = proposal.parents[row].tolist()
         for node in range(plan.num_draft_tokens):
@@ -115,7 +117,7 @@ def test_a_node_sees_its_ancestors_and_itself_and_stands_as_deep_as_they_are_man
             while at >= 0:
                 line.add(at)
                 at = above[at]
-            assert set(proposal.seen[row, node].nonzero()[:, 0].tolist()) == line
+            assert set(proposal.attention_mask[row, node].nonzero()[:, 0].tolist()) == line
             assert proposal.depths[row, node] == len(line) - 1
 
 
@@ -142,7 +144,7 @@ def test_the_tree_mask_shows_everything_before_and_the_tree_behind() -> None:
 def test_a_greedy_chain_takes_the_best_token_every_time(vocabulary: str, temperatures: Temperatures | None) -> None:
     stand = Stand(drafts()[vocabulary])
     proposal = stand.chain(4, temperatures)
-    assert proposal.distributions is None and proposal.depths is None and proposal.seen is None
+    assert proposal.distributions is None and proposal.attention_mask is None
     assert proposal.parents.tolist() == [[-1, 0, 1, 2, 3]] * 3
     ids = range(10) if vocabulary == "full" else REDUCED
     for row in range(3):

@@ -18,7 +18,7 @@ K, BATCH = 3, 32
 
 def make(count: int, seed: int, batch_size: Any = BATCH, rounds: int = 8, temperature: float = 0.7) -> DraftTokensEnv:
     """Every reading of the clock takes a millisecond: rewards depend on the tokens alone."""
-    engine = LocalEngine(tiny_target(), max_context=64, clock=TickingClock(), taps=TAPS)
+    engine = LocalEngine(tiny_target(), max_context=64, clock=TickingClock(), aux_layers=TAPS)
     listed = [Request(p, 30, temperature, ignore_eos=True) for p in prompts(count, 4, seed=seed)]
     return DraftTokensEnv(
         engine=engine,

@@ -86,10 +86,10 @@ def test_traces_hold_every_verified_node_as_the_target_sees_it(temperature: floa
                     line.append(int(trace.tokens[b, at]))
                     at = above[at]
                 ids = torch.tensor([[*text[:start], *reversed(line)]])
-                alone = target.prefill(ids, target.new_cache(1, ids.shape[1]), taps=TAPS)
-                assert alone.features is not None
+                alone = target.prefill(ids, target.new_cache(1, ids.shape[1]), aux_layers=TAPS)
+                assert alone.aux_hidden_states is not None
                 torch.testing.assert_close(trace.logits[b, node], alone.logits[0, -1], rtol=0, atol=1e-3)
-                torch.testing.assert_close(trace.features[b, node], alone.features[0, -1], rtol=0, atol=1e-3)
+                torch.testing.assert_close(trace.features[b, node], alone.aux_hidden_states[0, -1], rtol=0, atol=1e-3)
     assert len(known) >= 4 and rejected > 50 and branched > 0
 
 

@@ -18,7 +18,7 @@ from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.core.interfaces import Request
 from specrl.core.plan import Plan, parse_plans
 from specrl.core.round import Round, Trace
-from specrl.decoding import pending_features as waiting_module
+from specrl.decoding import pending_features
 from specrl.decoding.engine import LocalEngine
 from specrl.decoding.session import LocalSession
 from specrl.measure.machine import keep_large_blocks
@@ -168,17 +168,19 @@ def check_proposals(engine: LocalEngine, traces: list[Trace]) -> int:
 
 
 def check_draft_cache(session: LocalSession) -> None:
-    """That every slot which the draft has read holds what it would read from the target's own features."""
-    draft, waiting, heads = session.draft, session._waiting, CONFIG.num_kv_heads
-    assert draft is not None and waiting is not None
-    for row, read in enumerate(session._batch.read.tolist()):
+    """Every slot that the draft has read holds what it would read from the target's own hidden states."""
+    draft, state, heads = session.draft, session.state, CONFIG.num_kv_heads
+    assert draft is not None and state.pending is not None
+    for row, read in enumerate(state.pending.read.tolist()):
         if read:
-            ids = torch.from_numpy(session._batch.tokens[row, : read + 1])[None]
-            features = session.target.prefill(ids[:, :-1], session.target.new_cache(1, read), taps=TAPS).features
+            ids = torch.from_numpy(state.batch.tokens[row, : read + 1])[None]
+            features = session.target.prefill(
+                ids[:, :-1], session.target.new_cache(1, read), aux_layers=TAPS
+            ).aux_hidden_states
             assert features is not None
             fresh = draft.new_cache(1, read)
             draft.decode(ids[:, 1:], draft.fuse(features), fresh, torch.arange(read)[None], length=read)
-            held = waiting.cache.data[:, :, row * heads : (row + 1) * heads, :read]
+            held = state.pending.cache.data[:, :, row * heads : (row + 1) * heads, :read]
             torch.testing.assert_close(held, fresh.data, rtol=0, atol=1e-3)
 
 
@@ -201,8 +203,8 @@ def test_proposals_after_any_switch_are_those_of_a_session_that_never_switched()
 
 
 def test_features_that_wait_too_long_are_read_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plan 0 for longer than the features of its rounds have room to wait; one of the requests parked meanwhile."""
-    monkeypatch.setattr(waiting_module, "_WAITING_BYTES", 0)  # room for 128
+    """More rounds of plan 0 than the buffer has room for, while one of the requests is parked."""
+    monkeypatch.setattr(pending_features, "BUFFER_BYTES", 0)  # room for 128
     engine = tiny_engine()
     requests = [Request(prompt, 360, ignore_eos=True) for prompt in prompts(16, 5)]
     session = engine.start(Listed(requests), batch_size=16, seed=0, trace=True)
@@ -345,8 +347,8 @@ def test_plans_that_cannot_be_run_get_one_clear_line() -> None:
 def test_a_closed_session_lets_go_of_its_memory_and_says_that_it_is_closed() -> None:
     session = tiny_engine().start(Listed([Request((1, 2), 8)]), batch_size=2, seed=0, trace=True)
     session.round(Plan(1))
-    assert session._waiting is not None
-    held = [weakref.ref(session._eager.cache), weakref.ref(session._waiting.cache)]
+    assert session.state.pending is not None
+    held = [weakref.ref(session.state.cache), weakref.ref(session.state.pending.cache)]
     session.close()
     session.close()
     gc.collect()

@@ -12,12 +12,11 @@ from tiny import CONFIG, Listed, prompts, tiny_draft, tiny_target, with_vocabula
 from specrl.core.interfaces import Request
 from specrl.core.plan import Plan, parse_plans
 from specrl.decoding import engine as local
-from specrl.decoding import fixed_shape as static_module
-from specrl.decoding import pending_features as waiting_module
+from specrl.decoding import pending_features
 from specrl.decoding.engine import LocalEngine
+from specrl.decoding.fixed_shape import MAX_CAPTURED_WIDTH
 from specrl.decoding.sampling import Drawn
 from specrl.decoding.session import LocalSession
-from specrl.decoding.verify import accept_tree, walk_tree
 from specrl.models import linear as linear_module
 from specrl.models.draft import Draft, ServingDraft
 from specrl.models.linear import Linear
@@ -52,6 +51,10 @@ def served(session: LocalSession, rounds: int, resize: bool, seed: int = 0) -> S
         done |= {c.request_id: c.tokens for c in found.finished}
         seen.append((found.request_ids.tolist(), found.tokens.tolist(), found.correct_drafts.tolist()))
     return done, seen
+
+
+def generated(session: LocalSession) -> list[list[int]]:
+    return [live.generated for live in session.state.batch.live]
 
 
 @pytest.fixture
@@ -91,7 +94,7 @@ def test_attention_may_lay_its_result_out_as_it_likes(monkeypatch: pytest.Monkey
         for index, plan in enumerate(PLANS * 2):
             session.resize(1 + index % 3)
             session.round(plan)
-        found.append([live.generated for live in session._batch.live])
+        found.append(generated(session))
         monkeypatch.setattr(
             F,
             "scaled_dot_product_attention",
@@ -124,8 +127,8 @@ def test_a_round_is_a_copy_to_the_device_replays_and_a_copy_back(recorded: list[
 
 
 @pytest.mark.parametrize("rejection", [True, False], ids=["rejection", "target-only"])
-def test_the_same_numbers_draw_the_same_tokens(rejection: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three of four requests are sampled; every round's numbers are made from its index."""
+def test_the_same_numbers_draw_the_same_tokens(rejection: bool) -> None:
+    """Three of four requests are sampled; the numbers of each round are made from its index."""
     heat = (0.0, 0.7, 1.0, 1.3)
     listed = [Request(text, 200, heat[i], ignore_eos=True) for i, text in enumerate(prompts(4, 4))]
     plans = [PLANS[i] for i in np.random.default_rng(3).integers(len(PLANS), size=40)]
@@ -133,19 +136,13 @@ def test_the_same_numbers_draw_the_same_tokens(rejection: bool, monkeypatch: pyt
     found = []
     for static in (False, True):
         session = engine(static, rejection).start(Listed(listed), batch_size=3, max_batch_size=4, seed=0)
-        monkeypatch.setattr(session._eager, "prepare", lambda plan, _: None)
+        for plan in PLANS:
+            session.prepare(plan)
         correct = []
         for plan, drawn in zip(plans, numbers, strict=True):
-            if static:
-                assert session._static is not None
-                fill = session._static._uniform
-                monkeypatch.setattr(
-                    session._static, "_fill", lambda shape, _, d=drawn, f=fill: f.copy_(d[:, : f.shape[1]])
-                )
-            else:
-                monkeypatch.setattr(session, "_generator", Drawn(drawn[:3]))
+            session.source = Drawn(drawn)
             correct.append(session.round(plan).correct_drafts.tolist())
-        found.append((correct, [live.generated for live in session._batch.live]))
+        found.append((correct, generated(session)))
     assert found[0] == found[1]
     assert np.mean(found[0][0]) > 0.5
 
@@ -166,15 +163,15 @@ def test_traces_are_the_same() -> None:
 
 
 def test_features_may_wait_longer_than_any_graph_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stretches of plan 0: the draft reads in one pass what waits, or early where there is no more room."""
-    monkeypatch.setattr(waiting_module, "_WAITING_BYTES", 0)  # room for 128
+    """Stretches of plan 0: the draft catches up in one pass, or earlier if the buffer is full."""
+    monkeypatch.setattr(pending_features, "BUFFER_BYTES", 0)  # room for 128
     listed = [Request(text, 380, ignore_eos=True) for text in prompts(3, 5)]
     plans = [*[Plan(0)] * 100, Plan(3), *[Plan(0)] * 140, Plan(3, 4, 10), Plan(5)]
     found = []
     for static in (False, True):
         session = engine(static).start(Listed(listed), batch_size=3, max_batch_size=4, seed=0)
         rounds = [session.round(plan) for plan in plans]
-        found.append(([r.correct_drafts.tolist() for r in rounds], [live.generated for live in session._batch.live]))
+        found.append(([r.correct_drafts.tolist() for r in rounds], generated(session)))
     assert found[0] == found[1]
 
 
@@ -186,34 +183,18 @@ def test_drafts_of_others_are_verified_between_static_rounds() -> None:
         for i in range(12):
             session.round(PLANS[i % len(PLANS)])
             session.round_with(torch.tensor([[1, 2], [3, -1], [4, 5]]))
-        found.append([live.generated for live in session._batch.live])
+        found.append(generated(session))
     assert found[0] == found[1]
 
 
-def test_a_tree_is_walked_on_the_device_as_on_the_host() -> None:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.stack([torch.randperm(12, generator=generator) for _ in range(200)])  # siblings differ
-    parents = torch.tensor([[-1, 0, 0, 0, 1, 1, 2, 4, 4, 6, 7, 10]]).expand(200, 12)
-    chosen = torch.randint(12, (200, 12), generator=generator)
-    chosen[:, 0], chosen[::2, 4] = tokens[:, 1], tokens[::2, 7]
-    chosen[:, 1] = tokens[:, 4]
-    correct, bonus, path = walk_tree(chosen, tokens, parents, 5)
-    wanted = accept_tree(chosen.tolist(), tokens.tolist(), parents.tolist())
-    assert [[row for row in rows if row >= 0] for rows in path.tolist()] == wanted
-    assert correct.tolist() == [len(rows) - 1 for rows in wanted] and {1, 2, 3} & set(correct.tolist())
-    assert bonus.tolist() == [chosen[i, rows[-1]].item() for i, rows in enumerate(wanted)]
-
-
 def test_new_weights_take_the_old_ones_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is packed for a CPU, as on a GPU, whose graphs hold addresses. The caller's tensors stay."""
+    """Where nothing is packed for a CPU, as on a GPU. The caller's tensors stay as they are."""
     monkeypatch.setattr(linear_module, "_packed", lambda weight: None)
     first = tiny_draft()
     other = {name: t + 0.1 for name, t in first.tensors.items()}
     before = {name: t.clone() for name, t in first.tensors.items()}
     serving = ServingDraft(first, tiny_target())
-    places = [m._transposed.data_ptr() for m in serving._maps if m._transposed is not None]
     serving.load(other, version=1)
-    assert places == [m._transposed.data_ptr() for m in serving._maps if m._transposed is not None] and len(places) == 6
     assert all(torch.equal(t, before[name]) for name, t in first.tensors.items())
     fresh = ServingDraft(Draft(first.config, other), tiny_target())
     x = torch.randn(3, CONFIG.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -229,10 +210,9 @@ def test_graphs_serve_new_weights(recorded: list[RecordedGraphs], monkeypatch: p
     for load in ("never", "first", "captured"):
         ours = engine(True)
         session = ours.start(Listed(listed), batch_size=4, seed=0)
-        assert session._static is not None
         if load == "first":
             ours.load_draft(other, version=1)
-        session._static.prepare(Plan(4), session._batch.known())
+        session.prepare(Plan(4))
         if load == "captured":
             ours.load_draft(other, version=1)
         found.append([session.round(Plan(4)).correct_drafts.tolist() for _ in range(10)])
@@ -250,7 +230,7 @@ def test_a_packed_weight_is_packed_anew() -> None:
 
 def test_wide_catch_ups_are_never_captured(recorded: list[RecordedGraphs]) -> None:
     session = engine(True).start(Listed(requests(most=200)), batch_size=2, seed=0)
-    for _ in range(static_module._WIDEST + 10):
+    for _ in range(MAX_CAPTURED_WIDTH + 10):
         session.round(Plan(0))
     before = len(recorded[0])
     session.round(Plan(2))

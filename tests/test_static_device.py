@@ -1,4 +1,4 @@
-"""A round's functions run on CUDA tensors without ever waiting for the device: shown on fake ones, without a GPU."""
+"""The functions of a round run on CUDA tensors without waiting for the device; shown on fake ones, without a GPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from tiny import CONFIG, TAPS
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from specrl.core.plan import Plan
+from specrl.decoding import state as state_module
+from specrl.decoding.batch import Batch
 from specrl.decoding.cuda_graphs import Graphs
-from specrl.decoding.fixed_shape import Shape, StaticRounds
-from specrl.decoding.propose import MOST_NODES
+from specrl.decoding.fixed_shape import FixedShapeRunner, Shape
+from specrl.decoding.state import SessionConfig, SessionState
 from specrl.models import draft as draft_module
 from specrl.models.checkpoint import expected_draft_tensors, expected_target_tensors
 from specrl.models.config import DraftConfig
@@ -22,64 +24,65 @@ from specrl.models.target import Target
 
 GREEDY, MIXED, SAMPLED = (True, True), (False, True), (False, False)
 CASES = [(Plan(0), SAMPLED), (Plan(2), GREEDY), (Plan(2), MIXED), (Plan(2), SAMPLED), (Plan(2, 2, 4), MIXED)]
-ROOM, CONTEXT = 128, 256
+CONTEXT = 256
 
 
-def rounds(dtype: torch.dtype, words: int, rejection: bool) -> StaticRounds:
-    """On fake CUDA tensors; call it within `fake_cuda`."""
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors have no entries to check; the batch shares memory with NumPy, so its tensors are real."""
+    monkeypatch.setattr(draft_module, "check_tensors", lambda *args, **options: None)
+    batch = Batch(4, 1000, "cpu")
+    batch.padded_temperatures = batch.padded_temperatures.to("meta")
+    monkeypatch.setattr(state_module, "Batch", lambda *args: batch)
+
+
+def target(dtype: torch.dtype = torch.float32) -> Target:
     made = {name: torch.zeros(shape) for name, shape in expected_target_tensors(CONFIG).items()}
-    target = Target(CONFIG, made, device="cuda:0", dtype=dtype)
+    return Target(CONFIG, made, device="cuda:0", dtype=dtype)
+
+
+def serving(target: Target, vocab_size: int) -> ServingDraft:
     c = CONFIG
     config = DraftConfig(
-        c.vocab_size, words, c.hidden_size, c.hidden_size, 32, c.num_heads, c.num_kv_heads, c.head_dim, 1e-6, c.rope,
-        c.max_position_embeddings, TAPS,
+        c.vocab_size, vocab_size, c.hidden_size, c.hidden_size, 32, c.num_heads, c.num_kv_heads, c.head_dim, 1e-6,
+        c.rope, c.max_position_embeddings, TAPS,
     )  # fmt: skip
     draft = object.__new__(Draft)  # its checks read entries
     draft.config = config
     draft.tensors = {n: torch.zeros(s) for n, s in expected_draft_tensors(config).items() if n not in ("d2t", "t2d")}
-    draft.target_ids = None if words == c.vocab_size else torch.zeros(words, dtype=torch.int64)
-    serving = ServingDraft(draft, target)
-    capacity = StaticRounds.capacity(400)
-    return StaticRounds(
-        target,
-        serving,
-        target.new_cache(4, capacity),
-        serving.new_cache(4, capacity),
-        torch.zeros(4, ROOM + MOST_NODES, 3 * c.hidden_size, dtype=dtype, device="cuda:0"),
-        max_context=400,
-        taps=TAPS,
-        rejection=rejection,
-        graphs=Graphs("cpu"),  # calls the functions
-    )
+    draft.target_ids = None if vocab_size == c.vocab_size else torch.zeros(vocab_size, dtype=torch.int64)
+    return ServingDraft(draft, target)
 
 
-@pytest.fixture(autouse=True)
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fake tensors have no entries that could be checked."""
-    monkeypatch.setattr(draft_module, "check_tensors", lambda *args, **options: None)
+def runner(target: Target, draft: ServingDraft | None, rejection: bool = True) -> FixedShapeRunner:
+    """On fake CUDA tensors; call it within `fake_cuda`."""
+    state = SessionState.new(target, draft, SessionConfig(4, 4, 400, 0, rejection), fixed_shapes=True)
+    state.batch.padded_temperatures = torch.ones(4, device="cuda:0")
+    return FixedShapeRunner(state, Graphs("cpu"))  # calls the functions
 
 
 @pytest.mark.parametrize(
-    ("dtype", "words", "rejection"),
+    ("dtype", "vocab_size", "rejection"),
     [(torch.float32, CONFIG.vocab_size - 2, True), (torch.bfloat16, CONFIG.vocab_size, False)],
     ids=["fp32-rejection", "bf16-target-only"],
 )
-def test_functions_of_a_round_wait_for_nothing(dtype: torch.dtype, words: int, rejection: bool) -> None:
+def test_functions_of_a_round_wait_for_nothing(dtype: torch.dtype, vocab_size: int, rejection: bool) -> None:
     """Reading an entry, a shape that depends on entries, or a tensor of the host among others would raise here."""
     with fake_cuda():
-        static = rounds(dtype, words, rejection)
+        model = target(dtype)
+        functions = runner(model, serving(model, vocab_size), rejection).functions
         for plan, heat in CASES:
             shape = Shape(plan, 2, CONTEXT, 8 if plan.num_steps else 0, *heat)
             with OnDevice():
                 if plan.num_steps:
-                    static._catch_up(shape)
-                    static._draft_tokens(shape)
-                verified = static._verify(shape)
-                assert static._plain(shape).shape == (2, 1)
-            steps, nodes = plan.num_steps, plan.num_draft_tokens
-            assert verified.outcome.shape == (2, steps + 2) and verified.path.shape == (2, steps + 1)
-            assert verified.logits.shape == (2, nodes, CONFIG.vocab_size) and verified.logits.dtype == torch.float32
-            assert verified.features is not None and verified.features.dtype == dtype
+                    functions["catch_up"](shape)
+                    functions["draft"](shape)
+                outcome, path, logits, hidden_states = functions["verify"](shape)
+                assert functions["plain"](shape).shape == (2,)
+            steps, count = plan.num_steps, plan.num_draft_tokens
+            assert outcome.shape == (2, steps + 2) and path.shape == (2, steps + 1)
+            assert logits.shape == (2, count, CONFIG.vocab_size) and logits.dtype == torch.float32
+            assert hidden_states.shape == (2, count, 3 * CONFIG.hidden_size) and hidden_states.dtype == dtype
 
 
 HAZARDS: dict[str, Callable[[torch.Tensor], object]] = {
@@ -101,14 +104,8 @@ def test_what_would_wait_does_raise(hazard: Callable[[torch.Tensor], object]) ->
             hazard(x)
 
 
-def test_the_plan_of_a_shape_is_all_its_functions_take() -> None:
-    """The same functions serve plan 0 without a draft, as plain decoding has it."""
+def test_without_a_draft_the_same_functions_serve_plan_0() -> None:
     with fake_cuda():
-        made = {name: torch.zeros(shape) for name, shape in expected_target_tensors(CONFIG).items()}
-        target = Target(CONFIG, made, device="cuda:0")
-        cache = target.new_cache(2, StaticRounds.capacity(100))
-        static = StaticRounds(
-            target, None, cache, None, None, max_context=100, taps=(), rejection=True, graphs=Graphs("cpu")
-        )
-        verified = static._verify(Shape(Plan(0), 2, 164, 0, False, False))
-    assert verified.outcome.shape == (2, 2) and verified.features is None
+        functions = runner(target(), None).functions
+        outcome, _, _, hidden_states = functions["verify"](Shape(Plan(0), 2, 164, 0, False, False))
+    assert outcome.shape == (2, 2) and hidden_states is None

@@ -70,11 +70,11 @@ def test_logits_and_features_equal_those_of_transformers(pairs: Pairs, case: str
     ids = token_ids(3, 60)
     with torch.inference_mode():
         theirs = model(ids, output_hidden_states=True)
-        ours = target.prefill(ids, target.new_cache(3, 60), taps=(1, 2, 3))
+        ours = target.prefill(ids, target.new_cache(3, 60), aux_layers=(1, 2, 3))
     assert_close(target(ids), theirs.logits)
     assert_close(ours.logits, theirs.logits)
-    assert ours.features is not None
-    assert_close(ours.features, torch.cat(theirs.hidden_states[1:4], -1))  # [i] is the input of layer i
+    assert ours.aux_hidden_states is not None
+    assert_close(ours.aux_hidden_states, torch.cat(theirs.hidden_states[1:4], -1))  # [i] is the input of layer i
     assert theirs.logits.std() > 0.5 and theirs.logits.diff(dim=1).std() > 0.5  # else the comparison shows little
 
 
@@ -88,7 +88,7 @@ def test_chunks_and_single_tokens_give_the_same_logits(pairs: Pairs, case: str, 
         for size in (9, 1, 5, 1, 1, 2, 8, 1, 1, 1):
             slots = torch.arange(start, start + size).expand(batch, size)
             tokens, start = ids[:, start : start + size], start + size
-            parts.append(target.decode(tokens, cache, slots, length=start, level=size == 1).logits)
+            parts.append(target.decode(tokens, cache, slots, length=start, equal_lengths=size == 1).logits)
     assert_close(torch.cat(parts, 1), hf_logits(model, ids))
 
 
@@ -100,16 +100,16 @@ def test_requests_of_different_lengths_do_not_disturb_each_other(pairs: Pairs, c
     cache.data.fill_(100.0)  # what a slot held before must not matter
     with torch.inference_mode():
         for row, length in enumerate(lengths.tolist()):
-            target.prefill(ids[row : row + 1, :length], cache, first=row)
+            target.prefill(ids[row : row + 1, :length], cache, first_row=row)
         for size in (1, 4, 1, 3):
             slots = lengths[:, None] + torch.arange(size)
-            ours = target.decode(ids.gather(1, slots), cache, slots, length=int(slots.max()) + 1, taps=(2,))
+            ours = target.decode(ids.gather(1, slots), cache, slots, length=int(slots.max()) + 1, aux_layers=(2,))
             lengths += size
             for row, length in enumerate(lengths.tolist()):
                 theirs = model(ids[row : row + 1, :length], output_hidden_states=True)
                 assert_close(ours.logits[row], theirs.logits[0, -size:])
-                assert ours.features is not None
-                assert_close(ours.features[row], theirs.hidden_states[2][0, -size:])
+                assert ours.aux_hidden_states is not None
+                assert_close(ours.aux_hidden_states[row], theirs.hidden_states[2][0, -size:])
 
 
 @one_of_each_family
@@ -125,7 +125,7 @@ def test_each_path_of_a_tree_is_a_sequence_and_the_accepted_one_can_be_moved(pai
     with torch.inference_mode():
         target.prefill(prompt, cache)
         tree, slots, positions = (torch.tensor([x]) for x in ([root, a, b, c], [8, 9, 10, 11], [8, 9, 9, 10]))
-        ours = target.decode(tree, cache, slots, length=12, positions=positions, seen=seen).logits[0]
+        ours = target.decode(tree, cache, slots, length=12, positions=positions, attention_mask=seen).logits[0]
         for query, path in enumerate(([root], [root, a], [root, b], [root, b, c])):
             assert_close(ours[query], hf_logits(model, torch.cat([prompt, torch.tensor([path])], 1))[0, -1])
         cache.move(torch.tensor([0, 0]), torch.tensor([10, 11]), torch.tensor([9, 10]))

@@ -19,7 +19,7 @@ def traffic() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(1, target.config.vocab_size, (BATCH, LENGTH + 1), generator=generator)
     with torch.inference_mode():
-        features = target.prefill(tokens, target.new_cache(BATCH, LENGTH + 1), taps=TAPS).features
+        features = target.prefill(tokens, target.new_cache(BATCH, LENGTH + 1), aux_layers=TAPS).aux_hidden_states
     assert features is not None
     return tokens, features[:, :-1].clone()
 

@@ -1,4 +1,4 @@
-"""A small Llama that can be trained: its weights and tokenizer, its logits, the loop, and the checkpoint it becomes."""
+"""Pretraining of a small Llama: weights, tokenizer, logits, training loop and checkpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch import Tensor
 from specrl.core.clock import Clock
 from specrl.models.checkpoint import expected_target_tensors
 from specrl.models.config import TargetConfig
+from specrl.models.layer import DecoderLayer, GatedMLP, rms_norm
+from specrl.models.linear import TrainableLinear
 
 EOS = "<eos>"  # before every text; the only special token
 
@@ -30,13 +33,13 @@ After = Callable[[int, float, Tensor], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """Training settings.
 
     Args:
-        minutes: time budget, compilation included; the rate is constant for 60 % of it, then falls to 2 %.
+        minutes: time budget, compilation included; the learning rate is constant for 60 % of it, then falls to 2 %.
         batch: windows per step.
         lr: peak learning rate of AdamW.
-        context: tokens per window, at most what the model has positions for.
+        context: tokens per window, at most the positions of the model.
     """
 
     minutes: float = 60.0
@@ -66,7 +69,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, words: PreTokenizer) -> T
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """All texts in a row, EOS before each: [N] int64."""
+    """All texts one after the other, each with EOS before it: [N] int64."""
     eos = tokenizer.token_to_id(EOS)
     parts = [
         np.array([eos, *encoding.ids], dtype=np.int64)
@@ -77,7 +80,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 
 
 def new_weights(c: TargetConfig, device: str = "cpu") -> Weights:
-    """Random weights under Hugging Face's names, float32; what writes to the residual stream starts smaller."""
+    """Random float32 weights under Hugging Face's names; maps that write to the residual stream start smaller."""
     generator = torch.Generator(device).manual_seed(0)
     deep = 0.02 / math.sqrt(2 * c.num_layers)
     weights = {}
@@ -99,6 +102,7 @@ def rotary(context: int, c: TargetConfig) -> tuple[Tensor, Tensor]:
 def logits(weights: Weights, ids: Tensor, cos: Tensor, sin: Tensor, c: TargetConfig) -> Tensor:
     """The model, a Llama: [B, T] int64 -> [B, T, V] in the weights' dtype, or in autocast's."""
     batch, length = ids.shape
+    heads, kv_heads, size = c.num_heads, c.num_kv_heads, c.head_dim
     dtype = weights["model.norm.weight"].dtype
     cos, sin = cos[:length].to(dtype), sin[:length].to(dtype)
 
@@ -106,24 +110,29 @@ def logits(weights: Weights, ids: Tensor, cos: Tensor, sin: Tensor, c: TargetCon
         left, right = x.chunk(2, -1)
         return (x * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
 
-    def norm(x: Tensor, name: str) -> Tensor:
-        return F.rms_norm(x, (c.hidden_size,), weights[name], c.rms_norm_eps)
-
-    x = F.embedding(ids, weights["model.embed_tokens.weight"])  # [B, T, H]
-    for layer in range(c.num_layers):
-        at = f"model.layers.{layer}."
-        h = norm(x, at + "input_layernorm.weight")
-        q, k, v = (
-            F.linear(h, weights[f"{at}self_attn.{n}_proj.weight"]).view(batch, length, -1, c.head_dim).transpose(1, 2)
-            for n in "qkv"
-        )  # [B, heads, T, D]
+    def attend(_: DecoderLayer, qkv: Tensor) -> Tensor:
+        split = qkv.view(batch, length, heads + 2 * kv_heads, size).transpose(1, 2)  # [B, heads, T, D]
+        q, k, v = split.split((heads, kv_heads, kv_heads), 1)
         k, v = rope(k).repeat_interleave(c.group, 1), v.repeat_interleave(c.group, 1)
-        a = F.scaled_dot_product_attention(rope(q), k, v, is_causal=True)
-        x = x + F.linear(a.transpose(1, 2).reshape(batch, length, -1), weights[at + "self_attn.o_proj.weight"])
-        h = norm(x, at + "post_attention_layernorm.weight")
-        up = F.silu(F.linear(h, weights[at + "mlp.gate_proj.weight"])) * F.linear(h, weights[at + "mlp.up_proj.weight"])
-        x = x + F.linear(up, weights[at + "mlp.down_proj.weight"])
-    return F.linear(norm(x, "model.norm.weight"), weights["lm_head.weight"])
+        attended = F.scaled_dot_product_attention(rope(q), k, v, is_causal=True)
+        return attended.transpose(1, 2).reshape(batch * length, -1)
+
+    def norm(name: str) -> partial[Tensor]:
+        return partial(rms_norm, weight=weights[name], eps=c.rms_norm_eps)
+
+    def linear(*names: str) -> TrainableLinear:
+        parts = [weights[f"{name}_proj.weight"] for name in names]
+        return TrainableLinear(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    x = F.embedding(ids.flatten(), weights["model.embed_tokens.weight"])  # [B * T, H]
+    for i in range(c.num_layers):
+        at = f"model.layers.{i}."
+        qkv = linear(*(f"{at}self_attn.{n}" for n in "qkv"))
+        mlp = GatedMLP(linear(f"{at}mlp.gate", f"{at}mlp.up"), linear(f"{at}mlp.down"), c.intermediate_size)
+        layer = DecoderLayer(qkv, linear(f"{at}self_attn.o"), mlp, norm(at + "post_attention_layernorm.weight"), i)
+        x = layer.forward(norm(at + "input_layernorm.weight")(x), x, attend)
+    out = F.linear(norm("model.norm.weight")(x), weights["lm_head.weight"])
+    return out.view(batch, length, -1)
 
 
 def loss(weights: Weights, windows: Tensor, cos: Tensor, sin: Tensor, c: TargetConfig) -> Tensor:
@@ -133,7 +142,7 @@ def loss(weights: Weights, windows: Tensor, cos: Tensor, sin: Tensor, c: TargetC
 
 
 def config_json(c: TargetConfig, dtype: str = "bfloat16") -> dict[str, Any]:
-    """What Hugging Face's config.json says of a Llama with one end-of-sequence token; `dtype` is of its weights."""
+    """Hugging Face's config.json of a Llama with one end-of-sequence token; `dtype` is that of the weights."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -156,7 +165,7 @@ def config_json(c: TargetConfig, dtype: str = "bfloat16") -> dict[str, Any]:
 
 
 def save(out: Path, weights: Weights, tokenizer: Tokenizer, c: TargetConfig) -> None:
-    """Write the checkpoint as Hugging Face reads it."""
+    """Write a checkpoint in Hugging Face's layout."""
     half = {name: weight.detach().bfloat16().cpu().contiguous() for name, weight in weights.items()}
     save_file(half, out / "model.safetensors", {"format": "pt"})
     eos = tokenizer.token_to_id(EOS)
@@ -169,21 +178,21 @@ def save(out: Path, weights: Weights, tokenizer: Tokenizer, c: TargetConfig) -> 
 
 
 def learning_rate_scale(step: int, progress: float) -> float:
-    """Warm-up over 100 steps; constant until 60 % of the time is gone; then linearly down to 2 %."""
+    """Warm-up over 100 steps; constant until 60 % of the time have passed; then linearly down to 2 %."""
     return min(1.0, (step + 1) / 100) * (1.0 if progress < 0.6 else max(0.02, (1.0 - progress) / 0.4))
 
 
 def train(recipe: Recipe, weights: Weights, text: Tensor, loss_of: Loss, clock: Clock, after: After) -> None:
-    """Train float32 weights in place until the time is gone, two steps at least, on the device where all of them are.
+    """Train float32 weights in place, on their device, until the time budget is used, and for at least two steps.
 
     Args:
-        recipe: how.
+        recipe: settings.
         weights: by name.
-        text: [N] int64 that windows are drawn from.
-        loss_of: of weights and windows [B, context + 1] int64.
-        clock: that the minutes are counted on.
-        after: told of every step its number, from 1 on, the seconds gone, the recipe's or more after the last, and the
-            loss [] (to read it is to wait for the device).
+        text: [N] int64 tokens that windows are drawn from.
+        loss_of: function of weights and windows [B, context + 1] int64.
+        clock: measures the time.
+        after: called after every step with its number (from 1 on), the seconds so far, and the loss [], a tensor on
+            the device. After the last step, the seconds are at least those of the recipe.
     """
     for weight in weights.values():
         weight.requires_grad_()
@@ -209,5 +218,5 @@ def train(recipe: Recipe, weights: Weights, text: Tensor, loss_of: Loss, clock: 
 
 
 def halved(weights: Weights) -> Weights:
-    """Copies in bfloat16, through which gradients pass."""
+    """Copies in bfloat16; gradients pass through."""
     return {name: weight.bfloat16() for name, weight in weights.items()}

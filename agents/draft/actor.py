@@ -83,7 +83,7 @@ class DraftActor:
                 tokens = torch.from_numpy(prompt.tokens[1:])[None].to(device)
                 hidden = self.serving.fuse(self._features(prompt.features[None, :-1]))
                 slots = torch.arange(count, device=device)[None]
-                self.serving.decode(tokens, hidden, self._cache, slots, length=count, first=prompt.row)
+                self.serving.decode(tokens, hidden, self._cache, slots, length=count, first_row=prompt.row)
 
     @torch.inference_mode()
     def act(

@@ -1,4 +1,4 @@
-"""The live requests as the host knows them: their tokens, how far target and draft have read, and who is parked."""
+"""The requests of a session as the host knows them: their tokens, which of them are live, and which are parked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specrl.decoding.sampling import Temperatures
 
 @dataclass(slots=True)
 class LiveRequest:
-    """A request and what it has generated; any token of `eos` ends it, unless it ignores them."""
+    """A request and the tokens generated for it. Any token of `eos` ends it, unless it ignores them."""
 
     id: int
     request: Request
@@ -25,7 +25,7 @@ class LiveRequest:
     generated: list[int] = field(default_factory=list)
 
     def cut(self, tokens: list[int]) -> tuple[list[int], bool]:
-        """`tokens` up to where the request ends, and whether it ends there; it is asked, and keeps nothing."""
+        """The part of `tokens` up to the end of the request, and whether it ends there; changes nothing."""
         left = self.request.max_new_tokens - len(self.generated)
         kept = tokens[:left]
         if not self.request.ignore_eos and not self.eos.isdisjoint(kept):
@@ -34,29 +34,28 @@ class LiveRequest:
         return kept, len(kept) == left
 
     def completion(self) -> Completion:
-        """What is handed out when it has ended."""
+        """The finished request."""
         return Completion(self.id, self.request.prompt, tuple(self.generated))
 
 
-class Known(NamedTuple):
-    """What the host knows of the live requests."""
+class Committed(NamedTuple):
+    """Result of committing a round."""
 
-    tokens: Ints  # [B, capacity + 1]
-    length: Ints  # [B], tokens known, L
-    read: Ints  # [B], slots that the draft has read, D
-    temperatures: Temperatures
+    request_ids: Ints  # [B] int64
+    context_lengths: Ints  # [B] int64, tokens known before
+    counts: Ints  # [B] int64, tokens committed; what follows the end of a request is dropped
+    ended: list[int]  # rows of requests that ended
 
 
 class Batch:
     """Requests by row: the first `size` are live, the others are parked and keep their state.
 
-    The arrays below are views of the live rows, which rounds write in place; they are made anew when the batch is
-    resized.
+    The arrays below are views of the live rows. Rounds write into them; resizing the batch makes new views.
 
     Args:
-        most: rows.
-        capacity: one less than the tokens that a row has room for.
-        device: of the tensors that are made of all this.
+        max_batch_size: rows.
+        capacity: a row has room for one token more.
+        device: of the tensors made from the arrays.
     """
 
     size: int
@@ -64,17 +63,16 @@ class Batch:
     ids: Ints  # [B] int64
     temperatures: Temperatures
     tokens: Ints  # [B, capacity + 1] int64
-    shared: Tensor  # the same memory
+    shared_tokens: Tensor  # the same memory
     length: Ints  # [B] int64, tokens known, L
-    read: Ints  # [B] int64, slots that the draft has read, D
 
-    def __init__(self, most: int, capacity: int, device: str) -> None:
-        self.most, self._device = most, device
-        self._all_shared = torch.zeros(most, capacity + 1, dtype=torch.int64)
+    def __init__(self, max_batch_size: int, capacity: int, device: str) -> None:
+        self.max_batch_size, self._device = max_batch_size, device
+        self._all_shared = torch.zeros(max_batch_size, capacity + 1, dtype=torch.int64)
         self._all_tokens = self._all_shared.numpy()
-        self._all_length = np.zeros(most, dtype=np.int64)
-        self._all_read = np.zeros(most, dtype=np.int64)
+        self._all_length = np.zeros(max_batch_size, dtype=np.int64)
         self._admitted: list[LiveRequest] = []
+        self.padded_temperatures = torch.ones(max_batch_size, device=device)  # of the live rows, then 1
 
     @property
     def admitted(self) -> int:
@@ -82,40 +80,41 @@ class Batch:
         return len(self._admitted)
 
     def place(self, row: int, tokens: Sequence[int]) -> None:
-        """Let `row` begin with a prefilled prompt and its first token: neither target nor draft has read that token."""
-        length = len(tokens)
-        self._all_tokens[row, :length] = tokens
-        self._all_length[row], self._all_read[row] = length, length - 2
+        """Write a prompt and its first generated token into `row`."""
+        self._all_tokens[row, : len(tokens)] = tokens
+        self._all_length[row] = len(tokens)
 
     def join(self, new: LiveRequest) -> None:
-        """Let a request have the next row, where it was placed; it lives when the batch is resized."""
+        """Give the next row, where it was placed, to a request; `resize` makes it live."""
         self._admitted.append(new)
 
     def resize(self, size: int) -> None:
-        """Let the first `size` requests that joined live."""
+        """Make the first `size` admitted requests live, and park the others."""
         self.size, self.live = size, self._admitted[:size]
-        self.length, self.read = self._all_length[:size], self._all_read[:size]
-        self.tokens, self.shared = self._all_tokens[:size], self._all_shared[:size]
+        self.length = self._all_length[:size]
+        self.tokens, self.shared_tokens = self._all_tokens[:size], self._all_shared[:size]
         self._rows = np.arange(size)
-        self._note()
+        self._update()
 
     def replace(self, row: int, new: LiveRequest) -> LiveRequest:
-        """Let `new`, which was placed there, live in the row of a request that is done; the latter."""
+        """Give the row of a finished request to `new`, which was placed there; returns the finished one."""
         done = self.live[row]
         self.live[row] = self._admitted[row] = new
-        self._note()
+        self._update()
         return done
 
-    def _note(self) -> None:
-        """Note who is live."""
+    def _update(self) -> None:
+        """Follow a change of the live requests."""
         self.ids = np.array([live.id for live in self.live])
         self.temperatures = Temperatures.of([live.request.temperature for live in self.live], self._device)
+        self.padded_temperatures.fill_(1.0)
+        self.padded_temperatures[: self.size].copy_(self.temperatures.values)
 
-    def commit(self, committed: list[list[int]]) -> tuple[Ints, list[int]]:
-        """Append what each request keeps of its tokens; how many that are [B], and the rows that ended."""
-        counts, ended = np.empty(len(committed), dtype=np.int64), []
-        for row, (live, tokens) in enumerate(zip(self.live, committed, strict=True)):
-            kept, ends = live.cut(tokens)
+    def commit(self, tokens: list[list[int]]) -> Committed:
+        """Append to each request its tokens, up to its end."""
+        context, counts, ended = self.length.copy(), np.empty(self.size, dtype=np.int64), []
+        for row, (live, new) in enumerate(zip(self.live, tokens, strict=True)):
+            kept, ends = live.cut(new)
             length = self.length[row]
             self.tokens[row, length : length + len(kept)] = kept
             live.generated.extend(kept)
@@ -123,29 +122,17 @@ class Batch:
             counts[row] = len(kept)
             if ends:
                 ended.append(row)
-        return counts, ended
+        return Committed(self.ids, context, counts, ended)
 
-    def known(self) -> Known:
-        """All of it, for rounds in fixed shapes."""
-        return Known(self.tokens, self.length, self.read, self.temperatures)
-
-    def newest(self) -> Ints:
+    def last_tokens(self) -> Ints:
         """The last committed token of each request: [B] int64."""
-        newest: Ints = self.tokens[self._rows, self.length - 1]
-        return newest
+        last: Ints = self.tokens[self._rows, self.length - 1]
+        return last
 
-    def last(self) -> Tensor:
-        """`newest` on the device."""
-        return self.at(self.newest())
+    def equal_lengths(self) -> bool:
+        """Whether all live requests have the same length."""
+        return self.size == 1 or bool((self.length == self.length[0]).all())
 
-    def waiting(self) -> Ints:
-        """Features of each request that the draft has not read: [B] int64, at least 1."""
-        return self.length - 1 - self.read
-
-    def is_level(self) -> bool:
-        """Whether all requests are as long as each other."""
-        return bool((self.length == self.length[0]).all())
-
-    def at(self, values: Ints) -> Tensor:
-        """`values` on the device."""
+    def on_device(self, values: Ints) -> Tensor:
+        """`values` as a tensor on the device."""
         return torch.from_numpy(values).to(self._device)

@@ -9,28 +9,27 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
-_WARM_UPS = 2  # before a capture: libraries choose their kernels and take their workspaces
+_WARM_UPS = 2  # runs before a capture, in which libraries choose kernels and allocate workspaces
 
 
 class Graphs:
-    """CUDA graphs by key, the least recently used given up first.
+    """CUDA graphs by key; the least recently used one is dropped first.
 
-    A function is captured as it is: it reads and writes memory that stays where it is, moves nothing between host and
-    device and waits for nothing. It may run again with the same inputs and come to the same, for a capture runs it.
-    What it returns lies in the pool that all graphs share, and holds until another graph replays. So what one graph
-    leaves for another, it copies to memory from outside.
+    A captured function must read and write static memory only, must not synchronise or copy from or to the host, and
+    must be idempotent, because capturing runs it. Its result lies in memory that all graphs share, and is valid until
+    another graph replays. What one graph leaves for another must be copied to memory allocated outside.
 
     Args:
-        device: of everything; only on a CUDA device is anything captured.
-        most: graphs kept.
-        pool: memory to share with the graphs of others (`torch.cuda.graph_pool_handle`); None: its own.
+        device: of all tensors; functions are captured on CUDA devices only.
+        max_graphs: graphs kept.
+        pool: memory shared with graphs elsewhere (`torch.cuda.graph_pool_handle`); None: its own.
     """
 
-    def __init__(self, device: str, *, most: int = 256, pool: Any = None) -> None:
-        if most < 1:
-            raise ValueError(f"most must be at least 1 graph, but got {most}")
+    def __init__(self, device: str, *, max_graphs: int = 256, pool: Any = None) -> None:
+        if max_graphs < 1:
+            raise ValueError(f"max_graphs must be at least 1, but got {max_graphs}")
         self.captures = str(device).startswith("cuda")
-        self._device, self._most, self._pool = device, most, pool
+        self._device, self._max_graphs, self._pool = device, max_graphs, pool
         self._held: OrderedDict[Hashable, tuple[Any, Any]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -40,7 +39,7 @@ class Graphs:
         return not self.captures or key in self._held
 
     def capture(self, key: Hashable, function: Callable[[], object]) -> None:
-        """Run `function` and hold it as a graph, unless that is done; nothing on a CPU. Not for a timed window."""
+        """Run `function` and keep it as a graph, unless that is done. Does nothing on a CPU. Not for a timed window."""
         if key in self:
             return
         with torch.cuda.device(self._device):
@@ -52,16 +51,16 @@ class Graphs:
             ours.wait_stream(side)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            while len(self._held) >= self._most:
+            while len(self._held) >= self._max_graphs:
                 self._held.popitem(last=False)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # a learner may go on
                 out = function()
             self._held[key] = graph, out
-            graph.replay()  # a capture computes nothing: what the next function reads is there from here on
+            graph.replay()  # a capture computes nothing; now the next function finds its inputs
 
     def run(self, key: Hashable, function: Callable[[], T]) -> T:
-        """What `function` returns: by its graph where one is held, else by calling it."""
+        """Result of `function`: by replaying its graph if there is one, else by calling it."""
         if key not in self._held:
             return function()
         graph, out = self._held[key]
@@ -70,5 +69,5 @@ class Graphs:
         return out
 
     def clear(self) -> None:
-        """Let go of every graph and its memory."""
+        """Drop all graphs and their memory."""
         self._held.clear()

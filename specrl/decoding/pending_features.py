@@ -1,4 +1,7 @@
-"""What the draft has read of each request, and the features that wait for it (docs/decisions/0002-plan-zero.md)."""
+"""What the draft has read of each request, and the hidden states that it has not read yet.
+
+See docs/decisions/0002-plan-zero.md.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,28 @@ from torch import Tensor
 
 from specrl.core.round import Ints
 from specrl.decoding.batch import Batch
-from specrl.decoding.propose import MOST_NODES
+from specrl.decoding.propose import MAX_DRAFT_TOKENS
 from specrl.models.draft import ServingDraft
 
-_WAITING_BYTES = 64 << 20  # memory for features that wait for the draft, unless that holds fewer than two rounds'
+BUFFER_BYTES = 64 << 20  # memory of the buffer, unless that is too little for two rounds
 
 
-class Waiting:
-    """The draft's cache, and a buffer of features that it has yet to read.
+class PendingFeatures:
+    """The draft's cache, and a buffer of hidden states of the target (EAGLE's features) that the draft will read.
+
+    Between rounds, for a request of L known tokens of which the draft has read D (`read`): the draft's cache holds
+    slots 0 .. D-1, and the buffer holds the hidden states of slots D .. L-2, at least one. So a round of plan 0 only
+    stores its hidden states, and the next speculative round lets the draft catch up.
 
     Args:
-        draft: who reads.
-        batch: whose requests; its `read` is kept here.
-        max_context: tokens a request may reach.
+        draft: the draft.
+        batch: the requests.
+        max_context: tokens that a request may reach.
         capacity, fused: of the cache.
-        phantoms: rows of the buffer that no live request reaches, for rounds in fixed shapes.
+        padding: rows of the buffer that no live request reaches, for rounds in fixed shapes.
     """
+
+    read: Ints  # [B] int64, slots that the draft has read, D
 
     def __init__(
         self,
@@ -33,73 +42,83 @@ class Waiting:
         max_context: int,
         capacity: int,
         fused: bool | None = None,
-        phantoms: int = 0,
+        padding: int = 0,
     ) -> None:
         self.draft, self._batch = draft, batch
-        self.cache = draft.new_cache(batch.most, capacity, fused)
-        width = 3 * draft.config.target_hidden_size
-        affordable = _WAITING_BYTES // (batch.most * width * draft.dtype.itemsize)
-        self._room = max(2 * MOST_NODES, min(max_context, affordable))
-        self.buffer = torch.zeros(  # [most, room + phantoms, 3H]
-            batch.most, self._room + phantoms, width, dtype=draft.dtype, device=draft.device
+        rows, width = batch.max_batch_size, 3 * draft.config.target_hidden_size
+        self.cache = draft.new_cache(rows, capacity, fused)
+        affordable = BUFFER_BYTES // (rows * width * draft.dtype.itemsize)
+        self.room = max(2 * MAX_DRAFT_TOKENS, min(max_context, affordable))
+        self.buffer = torch.zeros(  # [max_batch_size, room + padding, 3H]
+            rows, self.room + padding, width, dtype=draft.dtype, device=draft.device
         )
-        self._arange = torch.arange(max(capacity + MOST_NODES, batch.most), device=draft.device)
+        self._all_read = np.zeros(rows, dtype=np.int64)
+        self._arange = torch.arange(max(capacity + MAX_DRAFT_TOKENS, rows), device=draft.device)
 
     def resize(self) -> None:
-        """Follow the batch, which was resized."""
+        """Follow a resize of the batch."""
         size = self._batch.size
-        self._pending = self.buffer[:size]
-        self._rows = (torch.arange(size, device=self.draft.device) * self._pending.shape[1])[:, None]
+        self.read, self._live = self._all_read[:size], self.buffer[:size]
+        self._first = (torch.arange(size, device=self.draft.device) * self._live.shape[1])[:, None]  # row in the buffer
 
-    def read_prompt(self, row: int, tokens: Tensor, features: Tensor) -> None:
-        """Begin a row with a prompt's `tokens [1, T]` and `features [1, T, 3H]`; those of its last token wait."""
-        self.buffer[row, 0] = features[0, -1]
-        count = tokens.shape[1] - 1
+    def counts(self) -> Ints:
+        """Hidden states of each request that the draft has not read: [B] int64, at least 1."""
+        return self._batch.length - 1 - self.read
+
+    def read_prompt(self, row: int, tokens: Tensor, hidden_states: Tensor) -> None:
+        """Let the draft read a prompt, `tokens [1, T]` and `hidden_states [1, T, 3H]`; the last state stays pending."""
+        self.buffer[row, 0] = hidden_states[0, -1]
+        count = self._all_read[row] = tokens.shape[1] - 1
         if count:
             slots = torch.arange(count, device=self.draft.device)[None]
-            hidden = self.draft.fuse(features[:, :-1])
-            self.draft.decode(tokens[:, 1:], hidden, self.cache, slots, length=count, first=row)
+            hidden = self.draft.fuse(hidden_states[:, :-1])
+            self.draft.decode(tokens[:, 1:], hidden, self.cache, slots, length=count, first_row=row)
 
     def catch_up(self, leave: int = 0) -> Tensor:
-        """Let the draft read all waiting features but the last `leave`; its state after the last: [B, H]."""
+        """Let the draft read everything except the last `leave`; returns its state after the last one read [B, H]."""
         batch = self._batch
-        waiting = batch.waiting() - leave  # [B], at least 1 unless some are left
-        width = int(waiting.max())
-        last_slot = self.cache.capacity - 1  # where what a shorter request has not got is put; never seen
-        slots = (batch.at(batch.read)[:, None] + self._arange[:width]).clamp_(max=last_slot)
-        tokens = batch.shared.to(self.draft.device).gather(1, slots + 1)
+        counts = self.counts() - leave
+        width = int(counts.max())
+        last_slot = self.cache.capacity - 1  # takes what is read for shorter requests beyond their end; never visible
+        slots = (batch.on_device(self.read)[:, None] + self._arange[:width]).clamp_(max=last_slot)
+        tokens = batch.shared_tokens.to(self.draft.device).gather(1, slots + 1)
         hidden = self.draft.decode(
             tokens,
-            self.draft.fuse(self._pending[:, :width]),
+            self.draft.fuse(self._live[:, :width]),
             self.cache,
             slots,
-            length=min(int(batch.read.max()) + width, last_slot + 1),
+            length=min(int(self.read.max()) + width, last_slot + 1),
         )
-        batch.read += waiting
-        last = batch.at(np.maximum(waiting - 1, 0))
+        self.read += counts
+        last = batch.on_device(np.maximum(counts - 1, 0))
         return hidden[self._arange[: len(last)], last]
 
-    def keep(self, features: Tensor, path: Tensor | None) -> None:
-        """Let verified tokens' features [B, n, 3H] wait, in the order of a tree's accepted rows `path [B, s + 1]`."""
-        waiting = self.make_room(features.shape[1])
+    def append(self, hidden_states: Tensor, path: Tensor | None = None) -> None:
+        """Store the hidden states [B, n, 3H] of verified tokens, before they are committed.
+
+        Args:
+            hidden_states: of all verified tokens; those that are not committed are overwritten by the next round.
+            path: [B, s + 1] int64, the accepted rows of a tree, in order; None: a chain's.
+        """
+        counts = self.make_room(hidden_states.shape[1])
         if path is not None:
-            index = path.clamp(min=0)[..., None].expand(-1, -1, features.shape[-1])
-            features = features.gather(1, index)
-        rows = self._rows + self._batch.at(waiting)[:, None] + self._arange[: features.shape[1]]
-        self._pending.view(-1, features.shape[-1]).index_put_((rows,), features)
+            index = path.clamp(min=0)[..., None].expand(-1, -1, hidden_states.shape[-1])
+            hidden_states = hidden_states.gather(1, index)
+        rows = self._first + self._batch.on_device(counts)[:, None] + self._arange[: hidden_states.shape[1]]
+        self._live.view(-1, hidden_states.shape[-1]).index_put_((rows,), hidden_states)
 
     def make_room(self, count: int) -> Ints:
-        """Let the draft read early where the buffer has no room for `count` more; how many wait now: [B]."""
-        waiting = self._batch.waiting()
-        if int(waiting.max()) + count > self._room:
-            self._catch_up_early(waiting)
-            waiting = self._batch.waiting()
-        return waiting
+        """Let the draft read early if the buffer has no room for `count` more; returns `counts()`."""
+        counts = self.counts()
+        if int(counts.max()) + count > self.room:
+            self._catch_up_early(counts)
+            counts = self.counts()
+        return counts
 
-    def _catch_up_early(self, waiting: Ints) -> None:
-        """Read all but each request's last waiting features, and move those to the front."""
-        rows = (self._rows[:, 0] + self._batch.at(waiting - 1)).unsqueeze(1)
-        last = self._pending.view(-1, self._pending.shape[-1])[rows]  # [B, 1, 3H]
-        if int(waiting.max()) > 1:
+    def _catch_up_early(self, counts: Ints) -> None:
+        """Let the draft read all but the last hidden states of each request, and move those to the front."""
+        rows = (self._first[:, 0] + self._batch.on_device(counts - 1)).unsqueeze(1)
+        last = self._live.view(-1, self._live.shape[-1])[rows]  # [B, 1, 3H]
+        if int(counts.max()) > 1:
             self.catch_up(leave=1)
-        self._pending[:, :1] = last
+        self._live[:, :1] = last

@@ -18,7 +18,7 @@ class Temperatures:
 
     Args:
         values: [B] float32 on the device of the logits.
-        all_greedy, any_greedy: known on the host, so that nothing waits for the device.
+        all_greedy, any_greedy: known on the host, so that nobody has to wait for the device.
     """
 
     values: Tensor
@@ -34,7 +34,7 @@ class Temperatures:
 
 
 class Drawn:
-    """Uniform numbers drawn beforehand, handed out from left to right: what a CUDA graph samples with.
+    """Uniform numbers drawn in advance and handed out from left to right; captured CUDA graphs sample with them.
 
     Args:
         numbers: [B, k] float32 in [0, 1).
@@ -45,8 +45,8 @@ class Drawn:
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
         """The next numbers of each request, in this shape [B, ...]."""
-        began, self._used = self._used, self._used + math.prod(shape[1:])
-        return self._numbers[:, began : self._used].reshape(shape)
+        start, self._used = self._used, self._used + math.prod(shape[1:])
+        return self._numbers[: shape[0], start : self._used].reshape(shape)
 
 
 Source = torch.Generator | Drawn  # of uniform numbers
@@ -57,6 +57,14 @@ def uniform(shape: tuple[int, ...], source: Source, device: torch.device) -> Ten
     if isinstance(source, Drawn):
         return source.take(shape)
     return torch.rand(shape, generator=source, device=device)
+
+
+def fill_uniform(out: Tensor, source: Source) -> None:
+    """Fill `out [B, k]` float32 with uniform numbers in [0, 1)."""
+    if isinstance(source, Drawn):
+        out.copy_(source.take(tuple(out.shape)))
+    else:
+        out.uniform_(generator=source)
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -87,8 +95,8 @@ def distribution(logits: Tensor, temperatures: Tensor | Temperatures) -> Tensor:
 def sample(weights: Tensor, source: Source) -> Tensor:
     """Draw one index from each row of non-negative `weights [..., V]` (any positive total): [...] int64.
 
-    By inverting the cumulative sum, 25 times as fast on a CPU as `torch.multinomial`; an index of zero weight
-    is never drawn.
+    Inverts the cumulative sum, which on a CPU is 25 times as fast as `torch.multinomial`. An index of weight zero is
+    never drawn.
     """
     cumulative = weights.cumsum(-1)
     total = cumulative[..., -1:]

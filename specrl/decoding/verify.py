@@ -1,6 +1,7 @@
-"""Lossless acceptance: which drafts stand, and the token the target adds.
+"""Verification: the target's pass over a proposal, and lossless acceptance.
 
-Both of SGLang's kinds. Whatever was drafted, the committed tokens are distributed as the target's own.
+Both kinds of acceptance that SGLang has. Whatever was drafted, committed tokens are distributed as the target's own.
+Everything but `Verified` runs on the device without waiting for it, so that CUDA graphs can capture it.
 """
 
 from __future__ import annotations
@@ -10,89 +11,145 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specrl.decoding.sampling import Source, Temperatures, argmax, distribution, sample, uniform
+from specrl.core.plan import Plan
+from specrl.core.round import Ints
+from specrl.decoding.propose import Proposal, tree_mask
+from specrl.decoding.sampling import Source, Temperatures, argmax, choose, distribution, sample, uniform
+from specrl.models.kv_cache import KVCache
+from specrl.models.target import Decoded, Target
 
-_TINY = 1e-30  # picks the target's own distribution where the residual is numerically empty
+_TINY = 1e-30  # selects the target's own distribution where the residual is numerically empty
 
 
 class Accepted(NamedTuple):
-    """The outcome of a verification of B requests."""
+    """Result of an acceptance for B requests."""
 
-    correct: Tensor  # [B] int64, drafts accepted
+    correct_drafts: Tensor  # [B] int64, accepted drafts
     bonus: Tensor  # [B] int64, the target's own token after them
+    path: Tensor  # [B, s + 1] int64, the accepted rows in order, beginning with 0; -1 after the last
+
+
+class Verified(NamedTuple):
+    """Result of verifying a proposal."""
+
+    correct_drafts: Ints  # [B] int64
+    tokens: list[list[int]]  # of each request, the accepted drafts and the bonus token
+    path: Tensor  # [B, s + 1] int64, as in `Accepted`
+    logits: Tensor  # [B, n, V] float32
+    hidden_states: Tensor | None  # [B, n, 3H], the target's aux hidden states; None if there are no aux layers
+
+    @classmethod
+    def read(cls, outcome: Ints, path: Tensor, logits: Tensor, hidden_states: Tensor | None) -> Verified:
+        """From an `outcome [B, s + 2]` that was copied to the host."""
+        tokens = [[*row[2 : 2 + row[0]], row[1]] for row in outcome.tolist()]
+        return cls(outcome[:, 0].copy(), tokens, path, logits, hidden_states)
+
+
+def decode_proposal(
+    target: Target,
+    cache: KVCache,
+    proposal: Proposal,
+    slots: Tensor,
+    length: int,
+    *,
+    aux_layers: tuple[int, ...],
+    equal_lengths: bool = False,
+    fixed_shapes: bool = False,
+) -> Decoded:
+    """The target's forward pass over a proposal.
+
+    Args:
+        target, cache: the target and its cache, which is written from `slots` on.
+        proposal: n tokens per request.
+        slots: [B] int64, slot of the committed token.
+        length: slots that the pass looks at.
+        aux_layers, equal_lengths: as in `Target.decode`.
+        fixed_shapes: as in `tree_mask`.
+    """
+    count, inside = proposal.tokens.shape[1], proposal.attention_mask
+    mask = positions = None
+    if inside is not None:
+        mask, positions = tree_mask(inside, slots, length, fixed_shapes), slots[:, None] + proposal.depths
+    return target.decode(
+        proposal.tokens,
+        cache,
+        slots[:, None] if count == 1 else slots[:, None] + torch.arange(count, device=slots.device),
+        length=length,
+        positions=positions,
+        attention_mask=mask,
+        equal_lengths=equal_lengths,
+        aux_layers=aux_layers,
+    )
+
+
+def accept(plan: Plan, proposal: Proposal, logits: Tensor, temperatures: Temperatures, source: Source) -> Accepted:
+    """Accept a proposal of `plan`: by rejection sampling if it was sampled, else target-only."""
+    if plan.num_steps == 0:
+        bonus = choose(logits[:, 0], temperatures, source)
+        none = torch.zeros_like(bonus)
+        return Accepted(none, bonus, none[:, None])
+    drafted = proposal.tokens[:, 1:] if proposal.drafted is None else proposal.drafted
+    if proposal.distributions is not None:
+        return reject_chain(logits, drafted, proposal.distributions, temperatures, source)
+    chosen = choose(logits, temperatures, source)  # [B, n]
+    if proposal.attention_mask is None:
+        return accept_chain(chosen, drafted)
+    return accept_tree(chosen, proposal.tokens, proposal.parents, proposal.attention_mask, plan.num_steps)
+
+
+def outcome(proposal: Proposal, accepted: Accepted) -> Tensor:
+    """All that the host needs, in one tensor [B, s + 2] int64: correct drafts, bonus, tokens of the accepted rows."""
+    correct, bonus, path = accepted
+    if path.shape[1] == 1:
+        return torch.cat([path, bonus[:, None]], 1)  # plan 0, where the path is 0
+    drafts = proposal.tokens[:, 1:]
+    if proposal.attention_mask is not None:
+        drafts = proposal.tokens.gather(1, path[:, 1:].clamp(min=0))
+    return torch.cat([correct[:, None], bonus[:, None], drafts], 1)
 
 
 def accept_chain(chosen: Tensor, drafted: Tensor) -> Accepted:
-    """Target-only acceptance of a chain: a draft stands where the target itself chose it.
+    """Target-only acceptance of a chain: a draft is accepted if the target itself chose it.
 
     Args:
         chosen: [B, s + 1] int64, the target's token after each verified token (sampled or greedy).
-        drafted: [B, s] int64; -1, where nothing was drafted, is chosen by no target.
+        drafted: [B, s] int64; -1, where nothing was drafted, is never chosen.
     """
-    agree = chosen[:, :-1] == drafted
-    correct = agree.long().cumprod(-1).sum(-1)
-    return Accepted(correct, chosen.gather(1, correct[:, None])[:, 0])
+    correct = _leading(chosen[:, :-1] == drafted)
+    return _accepted_chain(correct, chosen.gather(1, correct[:, None])[:, 0], drafted.shape[1])
 
 
-def accept_tree(chosen: list[list[int]], tokens: list[list[int]], parents: list[list[int]]) -> list[list[int]]:
-    """Target-only acceptance of a tree: walk from the committed token along what the target chose.
+def accept_tree(chosen: Tensor, tokens: Tensor, parents: Tensor, attention_mask: Tensor, num_steps: int) -> Accepted:
+    """Target-only acceptance of a tree: a node is accepted if the target chose it and all its ancestors.
 
     Args:
-        chosen: per request the target's token after each of its n nodes.
-        tokens: per request the n nodes' tokens, row 0 the committed one.
-        parents: per request the row that each node continues, -1 for row 0.
-
-    Returns:
-        Per request the rows on the accepted path, beginning with 0.
+        chosen: [B, n] int64, the target's token after each node.
+        tokens, parents, attention_mask: as in `Proposal`; siblings have different tokens.
+        num_steps: depth of the tree, s.
     """
-    paths = []
-    for choices, nodes, above in zip(chosen, tokens, parents, strict=True):
-        children = {(above[i], nodes[i]): i for i in range(len(nodes) - 1, 0, -1)}
-        path = [0]
-        while (following := children.get((path[-1], choices[path[-1]]))) is not None:
-            path.append(following)
-        paths.append(path)
-    return paths
-
-
-def walk_tree(chosen: Tensor, tokens: Tensor, parents: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`accept_tree` on the device, in as many operations whatever is accepted.
-
-    Args:
-        chosen, tokens, parents: [B, n] int64, as in `accept_tree`; no two nodes of a parent have the same token.
-        steps: depth of the tree.
-
-    Returns:
-        Accepted drafts [B], the target's own token after them [B], and the accepted rows [B, steps + 1], beginning
-        with 0, -1 after the last; int64.
-    """
-    node = torch.zeros_like(tokens[:, :1])  # [B, 1]
-    rows, path = torch.arange(tokens.shape[1], device=tokens.device), [node]
-    going = torch.ones_like(node, dtype=torch.bool)
-    for _ in range(steps):
-        child = (parents == node) & (tokens == chosen.gather(1, node)) & going & (rows > 0)  # [B, n], at most one each
-        going = child.any(1, keepdim=True)
-        node = torch.where(going, (child * rows).sum(1, keepdim=True), node)
-        path.append(torch.where(going, node, -1))
-    accepted = torch.cat(path, 1)
-    return (accepted[:, 1:] >= 0).sum(1), chosen.gather(1, node)[:, 0], accepted
+    count = tokens.shape[1]
+    rows = torch.arange(count, device=tokens.device)
+    agrees = (chosen.gather(1, parents.clamp(min=0)) == tokens) | (parents < 0)
+    accepted = (agrees[:, None] >= attention_mask).all(-1)  # [B, n], at most one node at each depth
+    deepest = (accepted * rows).max(1, keepdim=True).values  # children have larger rows than their parents
+    path = torch.where(accepted, rows, count).sort(1).values[:, : num_steps + 1]
+    return Accepted(accepted.sum(1) - 1, chosen.gather(1, deepest)[:, 0], path.masked_fill(path == count, -1))
 
 
 def reject_chain(
-    logits: Tensor, drafted: Tensor, proposals: Tensor, temperatures: Temperatures, source: Source
+    logits: Tensor, drafted: Tensor, distributions: Tensor, temperatures: Temperatures, source: Source
 ) -> Accepted:
     """Rejection sampling of a chain (Leviathan et al., 2023, algorithm 1; Chen et al., 2023).
 
-    Draft x_i, sampled from q_i, stands with probability min(1, p_i(x_i) / q_i(x_i)); the first that falls is
-    replaced by a sample of norm(max(0, p_i - q_i)), and after the last one a sample of p is added.
+    Draft x_i, sampled from q_i, is accepted with probability min(1, p_i(x_i) / q_i(x_i)). The first rejected one is
+    replaced by a sample of norm(max(0, p_i - q_i)); if all are accepted, a sample of p is added.
 
     Args:
         logits: [B, s + 1, V] float32, the target's.
-        drafted: [B, s] int64; -1 where nothing was drafted, which falls and is replaced by a sample of p.
-        proposals: [B, s, V] float32, the distributions q that the drafts were sampled from (one-hot where
-            greedy, 0 where nothing was drafted).
+        drafted: [B, s] int64; -1, where nothing was drafted, is rejected and replaced by a sample of p.
+        distributions: [B, s, V] float32, q (one-hot for greedy requests, 0 where nothing was drafted).
         temperatures: of the requests.
-        source: of the coins and the samples.
+        source: of the uniform numbers for acceptance and samples.
     """
     batch, steps = drafted.shape
     if temperatures.all_greedy:
@@ -100,12 +157,22 @@ def reject_chain(
     p = distribution(logits, temperatures)
     index = drafted.clamp(min=0)[..., None]
     coins = uniform((batch, steps), source, logits.device)
-    stands = coins * proposals.gather(-1, index)[..., 0] < p[:, :-1].gather(-1, index)[..., 0]
-    stands &= drafted >= 0
-    correct = stands.long().cumprod(-1).sum(-1)
+    passes = coins * distributions.gather(-1, index)[..., 0] < p[:, :-1].gather(-1, index)[..., 0]
+    passes &= drafted >= 0
+    correct = _leading(passes)
     rows = torch.arange(batch, device=logits.device)
-    ours = p[rows, correct]  # [B, V]
-    fell = (correct < steps)[:, None]
-    theirs = proposals[rows, correct.clamp(max=steps - 1)] * fell
-    residual = torch.add((ours - theirs).clamp_min_(0.0), ours, alpha=_TINY)
-    return Accepted(correct, sample(residual, source))
+    target = p[rows, correct]  # [B, V]
+    rejected = (correct < steps)[:, None]
+    draft = distributions[rows, correct.clamp(max=steps - 1)] * rejected
+    residual = torch.add((target - draft).clamp_min_(0.0), target, alpha=_TINY)
+    return _accepted_chain(correct, sample(residual, source), steps)
+
+
+def _leading(passes: Tensor) -> Tensor:
+    """How many of `passes [B, s] bool` are true before the first false one: [B] int64."""
+    return passes.long().cumprod(-1).sum(-1)
+
+
+def _accepted_chain(correct: Tensor, bonus: Tensor, steps: int) -> Accepted:
+    rows = torch.arange(steps + 1, device=correct.device)
+    return Accepted(correct, bonus, torch.where(rows <= correct[:, None], rows, -1))

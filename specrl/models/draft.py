@@ -1,9 +1,9 @@
 """The EAGLE3 draft: its weights as SGLang reads them, and the form that serves.
 
 EAGLE-3 (Li et al., 2025, arXiv:2503.01840): one decoder layer that reads the target's hidden states at three
-depths, fused by `fc`, next to the embedding of the following token, and that goes on reading its own output.
+depths, fused by `fc`, next to the embedding of the following token. After that it reads its own output.
 
-Slot t of a request holds (features of token t, embedding of token t + 1) and predicts token t + 2.
+Slot t of a request holds (hidden states of token t, embedding of token t + 1) and predicts token t + 2.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from specrl.models.attention import CachedAttention
 from specrl.models.checkpoint import check_tensors, expected_draft_tensors, read_tensors, save_tensors, write_atomic
 from specrl.models.config import DraftConfig, default_taps
 from specrl.models.hf_config import read_draft_config, write_draft_config
-from specrl.models.kv_cache import KVCache, place
-from specrl.models.layer import Layer, Norm, interleave
+from specrl.models.kv_cache import KVCache
+from specrl.models.layer import DecoderLayer, GatedMLP, Norm, interleave
 from specrl.models.linear import Linear
 from specrl.models.rope import rope_table
-from specrl.models.target import BEYOND, Target
+from specrl.models.target import DRAFT_POSITIONS, Target
 
 _INIT_STD = 0.02
 
@@ -34,7 +35,7 @@ class Draft:
         tensors: every tensor of `expected_draft_tensors(config)`.
 
     Raises:
-        ValueError: a tensor is missing, extra, misshapen or not finite, or the vocabulary map is not one.
+        ValueError: a tensor is missing, unknown, misshapen or not finite, or `d2t` is no map into the vocabulary.
     """
 
     def __init__(self, config: DraftConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -51,10 +52,10 @@ class Draft:
         return dict(self.tensors)
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and model.safetensors atomically; nothing of the target's is in them.
+        """Write config.json and model.safetensors atomically; they hold nothing of the target.
 
         Raises:
-            ValueError: other files are in the directory, which would be lost.
+            ValueError: the directory holds other files, which would be lost.
         """
         strangers = sorted({path.name for path in Path(directory).glob("*")} - {"config.json", "model.safetensors"})
         if strangers:
@@ -72,7 +73,7 @@ class Draft:
 
 
 def vocabulary_ids(tensors: Mapping[str, Tensor], config: DraftConfig) -> Tensor | None:
-    """Target ids of the draft's vocabulary [Vd] int64 (`i + d2t[i]`); None when it is the target's whole one."""
+    """Target ids of the draft's vocabulary [Vd] int64 (`i + d2t[i]`); None if it is the target's whole vocabulary."""
     if "d2t" not in tensors:
         return None
     offsets = tensors["d2t"].to(torch.int64)
@@ -80,7 +81,11 @@ def vocabulary_ids(tensors: Mapping[str, Tensor], config: DraftConfig) -> Tensor
 
 
 def _membership(d2t: Tensor, config: DraftConfig) -> Tensor:
-    """t2d [V] bool from the offsets, refusing what is not a map into the vocabulary."""
+    """t2d [V] bool from the offsets d2t.
+
+    Raises:
+        ValueError: the offsets are no map into the vocabulary.
+    """
     ids = torch.arange(config.draft_vocab_size) + d2t.cpu()
     if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size or len(ids.unique()) != len(ids):
         raise ValueError(
@@ -101,18 +106,18 @@ def new_draft(
     taps: tuple[int, ...] | None = None,
     seed: int = 0,
 ) -> Draft:
-    """A draft for `target` from random initialisation; only the head starts as a copy of the target's rows.
+    """A draft for `target` with random weights; only the head starts as a copy of the target's rows.
 
     Args:
-        target: whose embedding the draft will share and whose features it will read.
-        draft_vocab_size: entries of the draft's vocabulary; None: the target's.
+        target: the model whose embedding the draft will share and whose hidden states it will read.
+        draft_vocab_size: entries of the draft's vocabulary; None: as many as the target has.
         vocabulary: [Vd] int64 target ids, ascending; None: the first `draft_vocab_size`.
         intermediate_size: width of the MLP; None: the target's.
-        taps: layers whose inputs are fused; None: SGLang's default [2, n // 2, n - 3].
+        taps: layers of the target whose inputs the draft reads; None: SGLang's default [2, n // 2, n - 3].
         seed: of the initialisation.
 
     Raises:
-        ValueError: a size, vocabulary or tap that does not fit the target.
+        ValueError: a size, the vocabulary or a layer does not fit the target.
     """
     t = target.config
     size = t.vocab_size if draft_vocab_size is None else draft_vocab_size
@@ -161,7 +166,7 @@ def load_draft(path: str | Path) -> Draft:
     """Load an EAGLE3 draft directory in SGLang's layout (config.json, model.safetensors).
 
     Raises:
-        ValueError: a configuration or tensor that SGLang would not read as meant, by name.
+        ValueError: the configuration or a tensor, which the message names, is not what SGLang reads.
     """
     return Draft(read_draft_config(Path(path)), read_tensors(Path(path)))
 
@@ -175,11 +180,11 @@ def _check_taps(config: DraftConfig, target: Target) -> None:
 
 
 class ServingDraft:
-    """A draft's weights fused for decoding; rebuilt at every load of new weights.
+    """A draft's weights fused for decoding; fused again when new weights are loaded.
 
     Args:
         draft: the weights.
-        target: whose embedding it shares, and whose device and dtype it computes in.
+        target: the model whose embedding, device and dtype it uses.
 
     Raises:
         ValueError: the draft was made for a target of another shape.
@@ -200,20 +205,20 @@ class ServingDraft:
         self.config, self.device, self.dtype = c, target.device, target.dtype
         self._norm = Norm(c.hidden_size, c.rms_norm_eps, self.dtype, self.device)
         self._embedding = self._norm(target.embedding)  # [V, H], normalised once
-        self.table = rope_table(c.rope, c.head_dim, c.max_position_embeddings + BEYOND).to(self.device)
+        positions = c.max_position_embeddings + DRAFT_POSITIONS
+        self._rotary_table = rope_table(c.rope, c.head_dim, positions).to(self.device)
         self.target_ids = None if draft.target_ids is None else draft.target_ids.to(self.device)
         self._maps: list[Linear] = []
         self.load(draft.tensors, version=0)
-        self._fc, qkv, output, gate_up, down, self._head = self._maps
-        sizes = (c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size)
-        self._layer = Layer(qkv, output, gate_up, down, self._norm, *sizes)
+        self._fc, qkv, output, gate_up, down, self._lm_head = self._maps
+        self._layer = DecoderLayer(qkv, output, GatedMLP(gate_up, down, c.intermediate_size), self._norm)
 
     def load(self, tensors: Mapping[str, Tensor], *, version: int) -> None:
         """Fuse and serve these weights.
 
         Raises:
-            ValueError: a tensor that is missing, extra, misshapen or not finite, or another vocabulary than the
-                one that serves (which is fixed for a server's life). What served before goes on serving.
+            ValueError: a tensor is missing, unknown, misshapen or not finite, or the vocabulary differs from the one
+                that serves, which is fixed. The weights that serve are not changed then.
         """
         check_tensors(tensors, expected_draft_tensors(self.config), what=f"draft version {version}", optional=("t2d",))
         ids = vocabulary_ids(tensors, self.config)
@@ -242,9 +247,8 @@ class ServingDraft:
             read("lm_head.weight") * read("norm.weight") * gain,
         ]
         if not self._maps:
-            self._maps = [
-                Linear(weight.to(self.dtype, copy=True)) for weight in fused
-            ]  # none shares the caller's memory
+            # copies: no map may share the caller's memory
+            self._maps = [Linear(weight.to(self.dtype, copy=True)) for weight in fused]
         else:
             for linear, weight in zip(self._maps, fused, strict=True):
                 linear.load(weight.to(self.dtype))
@@ -255,9 +259,9 @@ class ServingDraft:
         c = self.config
         return KVCache(1, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device, fused)
 
-    def fuse(self, features: Tensor) -> Tensor:
-        """Target features [b, q, 3H] -> the draft's first hidden states [b, q, H] (EAGLE-3's g)."""
-        return self._fc(features.flatten(0, 1)).view(*features.shape[:2], -1)
+    def fuse(self, aux_hidden_states: Tensor) -> Tensor:
+        """The target's hidden states [b, q, 3H] -> the draft's first hidden states [b, q, H] (EAGLE-3's g)."""
+        return self._fc(aux_hidden_states.flatten(0, 1)).view(*aux_hidden_states.shape[:2], -1)
 
     def decode(
         self,
@@ -268,24 +272,31 @@ class ServingDraft:
         *,
         length: int,
         positions: Tensor | None = None,
-        first: int = 0,
-        seen: Tensor | None = None,
+        first_row: int = 0,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """One pass of the layer over q slots of each of b requests: new hidden states [b, q, H].
 
         Args:
             tokens: [b, q] int64, the token after each slot's own.
-            hidden: [b, q, H], fused features or the layer's own earlier output.
-            cache, slots, length, positions, first, seen: as in `Target.decode`.
+            hidden: [b, q, H], fused hidden states of the target or the layer's own earlier output.
+            cache, slots, length, positions, first_row, attention_mask: see `CachedAttention`.
         """
         batch, queries = tokens.shape
-        at = place(
-            cache, self.table, slots, slots if positions is None else positions, length, self._layer.group, first, seen
+        attention = CachedAttention(
+            cache,
+            self._rotary_table,
+            slots,
+            length,
+            self.config.num_heads,
+            positions=positions,
+            first_row=first_row,
+            attention_mask=attention_mask,
         )
         residual = hidden.reshape(batch * queries, -1)
         x = torch.cat([self._embedding.index_select(0, tokens.flatten()), self._norm(residual)], -1)  # [M, 2H]
-        return self._layer(x, residual, cache.flat[0], at, 0).view(batch, queries, -1)
+        return self._layer.forward(x, residual, attention).view(batch, queries, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[m, H] -> [m, Vd] float32 over the draft's vocabulary."""
-        return self._head(self._norm(hidden)).float()
+        return self._lm_head(self._norm(hidden)).float()

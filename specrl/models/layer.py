@@ -1,33 +1,84 @@
-"""One decoder layer over a cache, shared by the target and the draft: fused weights, few calls.
+"""One decoder layer, for serving, for training a draft and for pretraining: the attention is passed in.
 
-Rotary pairs are stored next to each other (the rows of the query and key weights are reordered once), so that
-a rotation is one complex product. Each norm's weight is folded into the linear map that follows it.
+For serving, the weights are fused: query, key and value in one map, gate and up in another, and each norm's weight is
+folded into the map that follows it. Rotary pairs are neighbours (the rows of the query and key weights are reordered
+once, see `interleave`), so that a rotation is one complex product.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specrl.models.kv_cache import Placement
-from specrl.models.linear import Linear
+from specrl.models.linear import LinearMap
 
 
-def interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows [heads * D, ...] from split halves (i, i + D/2) to neighbours (2i, 2i + 1)."""
-    heads = weight.shape[0] // head_dim
-    halves = weight.view(heads, 2, head_dim // 2, *weight.shape[1:])
-    return halves.transpose(1, 2).reshape(weight.shape)
+class DecoderLayer:
+    """Attention and MLP: `h = residual + output(attend(qkv(x)))`, then `h + mlp(norm(h))`.
+
+    Args:
+        qkv: map from the layer's input to the queries, keys and values of all heads, side by side.
+        output: map of the attended values.
+        mlp: the MLP.
+        norm: of the residual before the MLP.
+        index: number of the layer in its model.
+        head_norm: norm over one head, and its weights for queries and keys [heads + kv_heads, D] (Qwen3); or None.
+    """
+
+    def __init__(
+        self,
+        qkv: Callable[[Tensor], Tensor],
+        output: LinearMap,
+        mlp: GatedMLP,
+        norm: Callable[[Tensor], Tensor],
+        index: int = 0,
+        head_norm: tuple[Norm, Tensor] | None = None,
+    ) -> None:
+        self.qkv, self.output, self.mlp, self.norm = qkv, output, mlp, norm
+        self.index, self.head_norm = index, head_norm
+
+    def forward(self, x: Tensor, residual: Tensor, attend: Attend) -> Tensor:
+        """Input `x [M, in]` and `residual [M, H]` -> the new residual [M, H]."""
+        residual = self.output.added_to(residual, attend(self, self.qkv(x)))
+        return self.mlp.added_to(residual, self.norm(residual))
+
+
+Attend = Callable[[DecoderLayer, Tensor], Tensor]
+"""Attention of a layer: queries, keys and values [M, (heads + 2 kv_heads) * D] -> attended values [M, heads * D]."""
+
+
+class GatedMLP:
+    """SwiGLU (Shazeer, 2020): `down(silu(gate(x)) * up(x))`.
+
+    Args:
+        gate_up: fused gate and up map.
+        down: output map.
+        width: entries of the gate.
+    """
+
+    def __init__(self, gate_up: LinearMap, down: LinearMap, width: int) -> None:
+        self.gate_up, self.down, self.width = gate_up, down, width
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """`residual + self(x)`: [M, H] and [M, H] -> [M, H]."""
+        return self.down.added_to(residual, self.gated(self.gate_up(x)))
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """`silu(gate) * up` of gate and up side by side: [M, 2 * width] -> [M, width]."""
+        gate, up = gate_up.view(-1, 2, self.width).unbind(1)
+        activated = F.silu(gate)
+        return activated * up if activated.requires_grad else activated.mul_(up)
 
 
 class Norm:
     """Root-mean-square norm without its weight: `x / sqrt(mean(x^2) + eps)` over the last dimension.
 
-    On a CPU in fp32 as `x * sqrt(d) / hypot(|x|, sqrt(d * eps))`, three calls of native kernels where
-    `F.rms_norm` takes a dozen; the sqrt(d) is part of `gain`, which callers fold into the next weight.
+    On a CPU in fp32 it is computed as `x * sqrt(d) / hypot(|x|, sqrt(d * eps))`: three native kernels, where
+    `F.rms_norm` runs a dozen. The factor sqrt(d) is left out here; it is `gain`, which callers fold into the next map.
 
     Args:
         size: of the last dimension.
@@ -51,93 +102,13 @@ class Norm:
         return x / torch.hypot(torch.linalg.vector_norm(x, 2, -1, True), self._floor)
 
 
-class Layer:
-    """Attention and MLP of one layer, reading `[M, in]` and adding to a residual `[M, H]`.
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, with its weight: [..., H] -> [..., H]. Gradients pass through."""
+    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
 
-    Args:
-        qkv: fused query, key and value map; query and key rows interleaved.
-        output: attention output map.
-        gate_up: fused gate and up map (post-attention norm folded in).
-        down: MLP output map.
-        norm: of the residual before the MLP.
-        heads, kv_heads, head_dim: sizes of the attention; queries come scaled by head_dim ** -0.5.
-        width: of the MLP.
-        head_norm: norm over one head and its weights [heads + kv_heads, D] for queries and keys (Qwen3), or None.
-    """
 
-    def __init__(
-        self,
-        qkv: Linear,
-        output: Linear,
-        gate_up: Linear,
-        down: Linear,
-        norm: Norm,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        width: int,
-        head_norm: tuple[Norm, Tensor] | None = None,
-    ) -> None:
-        self.qkv, self.output, self.gate_up, self.down, self.norm = qkv, output, gate_up, down, norm
-        self.heads, self.kv_heads, self.head_dim, self.head_norm = heads, kv_heads, head_dim, head_norm
-        self.group = heads // kv_heads
-        self._width = width
-
-    def __call__(self, x: Tensor, residual: Tensor, flat: Tensor, at: Placement, index: int) -> Tensor:
-        """Input `x [M, in]` and `residual [M, H]` -> the new residual [M, H]; writes the cache's layer `index`.
-
-        `flat` is the cache's layer, `at` where the tokens stand.
-        """
-        residual = self.output.added_to(residual, self._attend(x, flat, at, index))
-        gate, up = self.gate_up(self.norm(residual)).view(-1, 2, self._width).unbind(1)
-        return self.down.added_to(residual, F.silu(gate).mul_(up))
-
-    def _attend(self, x: Tensor, flat: Tensor, at: Placement, index: int) -> Tensor:
-        heads, kv_heads, size, group = self.heads, self.kv_heads, self.head_dim, self.group
-        qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, size)  # [M, Hq + 2 Hk, D]
-        self._rotate(qkv.narrow(1, 0, heads + kv_heads), at.rotation)
-        flat.index_put_((at.rows,), qkv.narrow(1, heads, 2 * kv_heads))
-        queries = qkv.narrow(1, 0, heads)
-        if at.batch * at.queries == 1:
-            queries = queries.view(kv_heads, group, size)
-        else:
-            queries = (
-                queries.view(at.batch, at.queries, kv_heads, group, size)
-                .transpose(1, 2)
-                .reshape(at.batch * kv_heads, at.queries * group, size)
-            )
-        if at.fused:
-            attended = self._fused(queries, at, index)
-        elif at.bias is None:
-            attended = torch.bmm(torch.softmax(torch.bmm(queries, at.keys[index]), -1), at.values[index])
-        else:
-            scores = torch.baddbmm(at.bias, queries, at.keys[index])
-            attended = torch.bmm(torch.softmax(scores, -1), at.values[index])  # [b * Hk, q * G, D]
-        if at.queries == 1:
-            return attended.view(at.batch, heads * size)
-        attended = attended.view(at.batch, kv_heads, at.queries, group * size).transpose(1, 2)
-        return attended.reshape(-1, heads * size)
-
-    def _fused(self, queries: Tensor, at: Placement, index: int) -> Tensor:
-        """Attention of `queries [b * Hk, q * G, D]` by one kernel, softmax in float32; the shape stays."""
-        heads = (at.batch, self.kv_heads)
-        attended = F.scaled_dot_product_attention(
-            queries.view(*heads, -1, self.head_dim),
-            at.keys[index].transpose(-1, -2).unflatten(0, heads),
-            at.values[index].unflatten(0, heads),
-            attn_mask=at.bias,
-            scale=1.0,  # the queries come scaled
-        )
-        return attended.contiguous().view(queries.shape)  # kernels differ in how they lay it out
-
-    def _rotate(self, queries_and_keys: Tensor, rotation: Tensor) -> None:
-        """Rotate [M, Hq + Hk, D] in place, after the per-head norm where there is one."""
-        if self.head_norm is not None:
-            norm, weight = self.head_norm
-            queries_and_keys.copy_(norm(queries_and_keys) * weight)
-        pairs = queries_and_keys.unflatten(-1, (-1, 2))
-        if pairs.dtype == torch.float32:
-            torch.view_as_complex(pairs).mul_(rotation)
-        else:
-            rotated = torch.view_as_complex(pairs.float()) * rotation
-            pairs.copy_(torch.view_as_real(rotated))
+def interleave(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder rows [heads * D, ...] from split halves (i, i + D/2) to neighbours (2i, 2i + 1)."""
+    heads = weight.shape[0] // head_dim
+    halves = weight.view(heads, 2, head_dim // 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)

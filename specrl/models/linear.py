@@ -1,33 +1,57 @@
-"""Linear maps for decoding: few rows at a time, where reading the weights is most of the work."""
+"""Linear maps: one for decoding, where reading the weights is most of the work, and one for training."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _PACK_FOR_ROWS = 16
-_HELD_TWICE = 1 << 22  # entries
-_SHARED = 1 << 17  # entries from which one row is worth two threads
+_MAX_ENTRIES_KEPT_TWICE = 1 << 22
+_MIN_ENTRIES_SPLIT = 1 << 17  # from here on, two threads are faster than one for a single row
 
 
-def _packed(weight: Tensor) -> Tensor | None:
-    """The weight in oneDNN's blocked layout, or None where that is not to be had."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return None
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_ROWS)
-        torch.ops.mkldnn._linear_pointwise(weight[:1], packed, None, "none", [], "")
-    except (RuntimeError, AttributeError):
-        return None
-    return packed
+class LinearMap(Protocol):
+    """`x @ weight.T + bias` for `x [M, in]`."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[M, in] -> [M, out]."""
+        ...
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """`residual + self(x)`: [M, out] and [M, in] -> [M, out]."""
+        ...
+
+
+class TrainableLinear:
+    """A linear map without bias that gradients pass through.
+
+    Args:
+        weight: [out, in], any floating dtype.
+    """
+
+    __slots__ = ("weight",)
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[M, in] -> [M, out]."""
+        return F.linear(x, self.weight)
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """`residual + self(x)`: [M, out] and [M, in] -> [M, out]."""
+        return residual + F.linear(x, self.weight)
 
 
 class Linear:
-    """`x @ weight.T + bias` for `x [M, in]`.
+    """A linear map for decoding.
 
-    On a CPU the weight is held twice, because reading it is most of the work and the kernels differ in how they
-    read: transposed (and halved, for two threads) for one row, in oneDNN's blocked layout for more. A weight too
-    large to be held twice is held blocked only. Figures: docs/decisions/0001-cpu-decoding.md.
+    On a CPU the weight is kept in two layouts, because reading it is most of the work and the kernels read
+    differently: transposed (and in halves, for two threads) for one row, and in oneDNN's blocked layout for more rows.
+    A large weight is kept in the blocked layout only. Measurements: docs/decisions/0001-cpu-decoding.md.
 
     Args:
         weight: [out, in], any floating dtype.
@@ -38,30 +62,33 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.bias = bias
-        self._hold(weight.contiguous())
+        self._lay_out(weight.contiguous())
 
-    def _hold(self, weight: Tensor) -> None:
+    def _lay_out(self, weight: Tensor) -> None:
         self._packed = _packed(weight)
         self._transposed: Tensor | None = weight.t()  # [in, out]
         if self._packed is not None:
-            self._transposed = weight.t().contiguous() if weight.numel() <= _HELD_TWICE else None
-        self._halves: Tensor | None = None  # [2, in, out / 2]: a batch of two, which two threads share
+            self._transposed = weight.t().contiguous() if weight.numel() <= _MAX_ENTRIES_KEPT_TWICE else None
+        self._halves: Tensor | None = None  # [2, in, out / 2]: a batch of two, one for each thread
         if (
             self._transposed is not None
             and self._packed is not None
-            and weight.numel() >= _SHARED
+            and weight.numel() >= _MIN_ENTRIES_SPLIT
             and not weight.shape[0] % 2
         ):
             self._halves = self._transposed.view(weight.shape[1], 2, -1).transpose(0, 1).contiguous()
             self._transposed = None
 
     def load(self, weight: Tensor) -> None:
-        """Take another weight [out, in] of the same shape: in place on a GPU, where CUDA graphs hold its address."""
+        """Replace the weight by another one of the same shape, [out, in].
+
+        Where the weight is not packed, as on a GPU, this happens in place, because CUDA graphs hold its address.
+        """
         if self._packed is None and self._transposed is not None:
             with torch.inference_mode():
                 self._transposed.t().copy_(weight)
         else:
-            self._hold(weight.contiguous())
+            self._lay_out(weight.contiguous())
 
     def __call__(self, x: Tensor) -> Tensor:
         """[M, in] -> [M, out]."""
@@ -79,3 +106,15 @@ class Linear:
         if self._transposed is not None and self.bias is None and (self._packed is None or x.shape[0] == 1):
             return torch.addmm(residual, x, self._transposed)
         return self(x).add_(residual)
+
+
+def _packed(weight: Tensor) -> Tensor | None:
+    """The weight in oneDNN's blocked layout, or None where oneDNN cannot do that."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_ROWS)
+        torch.ops.mkldnn._linear_pointwise(weight[:1], packed, None, "none", [], "")
+    except (RuntimeError, AttributeError):
+        return None
+    return packed

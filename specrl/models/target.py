@@ -1,4 +1,4 @@
-"""The target: a decoder of Llama, Qwen2 and Qwen3 checkpoints, built for small batches of few tokens."""
+"""The target: a decoder for Llama, Qwen2 and Qwen3 checkpoints, built for small batches of few tokens."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specrl.models.attention import CachedAttention
 from specrl.models.checkpoint import Checkpoint, check_layout, expected_target_tensors
 from specrl.models.config import TargetConfig
 from specrl.models.embedded import target_directory
 from specrl.models.hf_config import read_target_config
-from specrl.models.kv_cache import KVCache, place
-from specrl.models.layer import Layer, Norm, interleave
+from specrl.models.kv_cache import KVCache
+from specrl.models.layer import DecoderLayer, GatedMLP, Norm, interleave
 from specrl.models.linear import Linear
 from specrl.models.memory import check_weights
 from specrl.models.rope import rope_table
 
-PREFILL_CHUNK = 256  # tokens a pass; bounds the scores held at once
-_FOLDED_AT_ONCE = 1 << 22  # entries, in float32
-BEYOND = 128  # rotary positions past the last, for drafts that are never committed
+PREFILL_CHUNK = 256  # tokens per pass; limits the size of the attention scores
+DRAFT_POSITIONS = 128  # rotary positions beyond the last one, for drafts that are not committed
+_FOLD_ENTRIES = 1 << 22  # folded at once, in float32
 
 
 class Decoded(NamedTuple):
-    """What a forward pass over b requests of q tokens yields."""
+    """Result of a forward pass over b requests of q tokens."""
 
     logits: Tensor  # [b, q, V] float32
-    features: Tensor | None  # [b, q, 3H], the fused taps in tap order; None where not asked for
+    aux_hidden_states: Tensor | None  # [b, q, 3H], the inputs of the three aux layers; None if not asked for
 
 
 class Target:
-    """A loaded target. `target(input_ids)` is the whole model; sessions use `decode` with a cache.
+    """A loaded target. `target(input_ids)` runs the whole model; sessions call `decode` with a cache.
 
     Args:
         config: its shape.
-        tensors: its weights by their Hugging Face names, checked (see `load_target`); each is read as its turn comes,
-            copied, and let go before the next but one.
-        device, dtype: where and in what it computes; logits are float32 always.
+        tensors: its weights by their Hugging Face names, checked (see `load_target`). They are read one by one and
+            copied; at most two are held at a time.
+        device: of weights and computations.
+        dtype: likewise; logits are always float32.
     """
 
     def __init__(
@@ -54,27 +56,28 @@ class Target:
         self.embedding = self._own(tensors["model.embed_tokens.weight"])  # [V, H]
         self.head_weight = self.embedding if config.tie_word_embeddings else self._own(tensors["lm_head.weight"])
         self.norm_weight = self._own(tensors["model.norm.weight"])  # [H]; head_weight: [V, H]
-        self._head = Linear(self._fold(config.vocab_size, [self.head_weight], self.norm_weight))
-        self._layers = [self._layer(tensors, f"model.layers.{i}.") for i in range(config.num_layers)]
-        self.table = rope_table(config.rope, config.head_dim, config.max_position_embeddings + BEYOND).to(device)
+        self._lm_head = Linear(self._fold(config.vocab_size, [self.head_weight], self.norm_weight))
+        self._layers = [self._layer(tensors, i) for i in range(config.num_layers)]
+        positions = config.max_position_embeddings + DRAFT_POSITIONS
+        self._rotary_table = rope_table(config.rope, config.head_dim, positions).to(device)
 
     def _own(self, tensor: Tensor) -> Tensor:
-        """A copy on the device, cast there: for a GPU the host makes none."""
+        """A copy on the device, cast there, so that the host makes no copy for a GPU."""
         return tensor.to(self.device).to(self.dtype, copy=True)
 
     def _fold(self, rows: int, weights: Iterable[Tensor], norm: Tensor) -> Tensor:
-        """Weights [.., H] one below the other [rows, H], times that of the norm before them; a few rows at once."""
+        """Stack weights [.., H] to [rows, H] and multiply them by the weight of the norm before them, in blocks."""
         fused = torch.empty(rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
         factor, at = norm.float() * self._norm.gain, 0
         for weight in weights:
-            for block in weight.split(max(1, _FOLDED_AT_ONCE // weight.shape[1])):
+            for block in weight.split(max(1, _FOLD_ENTRIES // weight.shape[1])):
                 fused[at : at + len(block)] = block.float() * factor
                 at += len(block)
         return fused
 
-    def _layer(self, tensors: Mapping[str, Tensor], at: str) -> Layer:
-        c = self.config
-        scale = c.head_dim**-0.5  # of the attention scores, taken into the queries or into the norm over them
+    def _layer(self, tensors: Mapping[str, Tensor], index: int) -> DecoderLayer:
+        c, at = self.config, f"model.layers.{index}."
+        scale = c.head_dim**-0.5  # of the attention scores, folded into the queries or into their norm
 
         def read(name: str) -> Tensor:
             return self._own(tensors[at + name])
@@ -100,17 +103,18 @@ class Target:
             weights = interleave(per_head.flatten(), c.head_dim).view(per_head.shape) * norm.gain
             weights[: c.num_heads] *= scale
             head_norm = (norm, weights)
-        heads = c.num_heads + 2 * c.num_kv_heads
-        return Layer(
-            fused(heads * c.head_dim, tuple(f"self_attn.{n}_proj" for n in "qkv"), "input_layernorm"),
-            Linear(read("self_attn.o_proj.weight"), bias("self_attn.o_proj")),
+        rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        mlp = GatedMLP(
             fused(2 * c.intermediate_size, ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
             Linear(read("mlp.down_proj.weight"), bias("mlp.down_proj")),
-            self._norm,
-            c.num_heads,
-            c.num_kv_heads,
-            c.head_dim,
             c.intermediate_size,
+        )
+        return DecoderLayer(
+            fused(rows, tuple(f"self_attn.{n}_proj" for n in "qkv"), "input_layernorm"),
+            Linear(read("self_attn.o_proj.weight"), bias("self_attn.o_proj")),
+            mlp,
+            self._norm,
+            index,
             head_norm,
         )
 
@@ -127,62 +131,75 @@ class Target:
         *,
         length: int,
         positions: Tensor | None = None,
-        first: int = 0,
-        seen: Tensor | None = None,
-        level: bool = False,
-        taps: tuple[int, ...] = (),
+        first_row: int = 0,
+        attention_mask: Tensor | None = None,
+        equal_lengths: bool = False,
+        aux_layers: tuple[int, ...] = (),
         last: int | None = None,
     ) -> Decoded:
-        """Run q tokens of each of b requests on top of what the cache holds.
+        """Run q tokens of each of b requests on top of the cache.
 
         Args:
             tokens: [b, q] int64.
             cache: written at `slots`.
             slots: [b, q] int64 cache slots.
             length: one more than the largest slot.
-            positions: [b, q] int64 rotary positions; None: the slots.
-            first: cache row of the first request.
-            seen: [b, q, length] bool, who attends to which slot; None: all up to the token's own slot.
-            level: whether all slots are known to be the same, `length - 1`.
-            taps: indices of layers whose input is returned as features.
-            last: logits are of so many tokens at the end of each request; None: of all.
+            positions, first_row, attention_mask, equal_lengths: see `CachedAttention`.
+            aux_layers: indices of layers whose input is returned.
+            last: return logits of the last tokens of each request only, this many; None: of all.
         """
         batch, queries = tokens.shape
-        turned = slots if positions is None else positions
-        at = place(cache, self.table, slots, turned, length, self.config.group, first, seen, level)
+        attention = CachedAttention(
+            cache,
+            self._rotary_table,
+            slots,
+            length,
+            self.config.num_heads,
+            positions=positions,
+            first_row=first_row,
+            attention_mask=attention_mask,
+            equal_lengths=equal_lengths,
+        )
         x = self.embedding.index_select(0, tokens.flatten())  # [M, H]
-        taken = []
+        aux = []
         for i, layer in enumerate(self._layers):
-            if i in taps:
-                taken.append(x)
-            x = layer(self._norm(x), x, cache.flat[i], at, i)
+            if i in aux_layers:
+                aux.append(x)
+            x = layer.forward(self._norm(x), x, attention)
         if last is not None:
             x = x.view(batch, queries, -1)[:, queries - last :].flatten(0, 1)
-        logits = self._head(self._norm(x)).float().view(batch, queries if last is None else last, -1)
-        features = torch.cat(taken, -1).view(batch, queries, -1) if taps else None
-        return Decoded(logits, features)
+        logits = self._lm_head(self._norm(x)).float().view(batch, queries if last is None else last, -1)
+        return Decoded(logits, torch.cat(aux, -1).view(batch, queries, -1) if aux_layers else None)
 
     def prefill(
-        self, tokens: Tensor, cache: KVCache, *, first: int = 0, taps: tuple[int, ...] = (), last: int | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        *,
+        first_row: int = 0,
+        aux_layers: tuple[int, ...] = (),
+        last: int | None = None,
     ) -> Decoded:
-        """Run prompts `tokens [b, T] int64` from slot 0 on, in chunks; logits at the `last` positions, or all."""
+        """Run prompts `tokens [b, T] int64` from slot 0 on, in chunks; options as in `decode`."""
         parts, length = [], tokens.shape[1]
         for start in range(0, length, PREFILL_CHUNK):
             chunk = tokens[:, start : start + PREFILL_CHUNK]
             stop = start + chunk.shape[1]
             slots = torch.arange(start, stop, device=tokens.device).expand(chunk.shape)
-            wanted = None if last is None else max(1, stop - max(start, length - last))  # of none: no kernel likes it
-            parts.append(self.decode(chunk, cache, slots, length=stop, first=first, taps=taps, last=wanted))
-        features = torch.cat([part.features for part in parts], 1) if taps else None  # type: ignore[misc]
+            wanted = None if last is None else max(1, stop - max(start, length - last))  # kernels need at least one
+            parts.append(
+                self.decode(chunk, cache, slots, length=stop, first_row=first_row, aux_layers=aux_layers, last=wanted)
+            )
+        aux = [part.aux_hidden_states for part in parts if part.aux_hidden_states is not None]
         logits = torch.cat([part.logits for part in parts], 1)
-        return Decoded(logits if last is None else logits[:, -last:], features)
+        return Decoded(logits if last is None else logits[:, -last:], torch.cat(aux, 1) if aux else None)
 
     @torch.inference_mode()
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """[B, T] int64 -> logits [B, T, V] float32, without a cache to keep.
+        """[B, T] int64 -> logits [B, T, V] float32, with a cache of its own.
 
         Raises:
-            ValueError: not a [B, T] tensor of token ids of this vocabulary, or longer than its positions.
+            ValueError: `input_ids` are not [B, T] int64 token ids of this vocabulary, or too many for its positions.
         """
         most = self.config.max_position_embeddings
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not 1 <= input_ids.shape[1] <= most:
@@ -201,7 +218,7 @@ def load_target(
 ) -> Target:
     """Load a target from a Hugging Face checkpoint directory or id, or an embedded one by name.
 
-    Weights are read, checked and moved to the device one by one: the host holds about one of them at a time besides.
+    Weights are read, checked and moved to the device one by one, so that the host holds about one of them at a time.
 
     Args:
         path: a directory with config.json and safetensors; the id of such a model on the Hugging Face Hub,
@@ -211,8 +228,8 @@ def load_target(
         dtype: torch dtype or its name; greedy decoding is exactly lossless in float32.
 
     Raises:
-        ValueError: a configuration that is not supported (by name), a missing, extra, misshapen or
-            non-finite tensor (by name), a device that is not there, or weights that do not fit its memory.
+        ValueError: the configuration is not supported, a tensor is missing, unknown, misshapen or not finite, the
+            device does not exist, or the weights do not fit its memory. The message names the cause.
     """
     check_device(device)
     directory = target_directory(path)
@@ -232,7 +249,7 @@ def load_target(
 
 
 def default_device(device: str | None = None) -> str:
-    """`device`, or if it is None a GPU where there is one, else 'cpu'."""
+    """`device`; if it is None, 'cuda' on a machine with a GPU and 'cpu' elsewhere."""
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -248,7 +265,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """'float32', 'bfloat16' or a floating torch dtype.
 
     Raises:
-        ValueError: another name or dtype.
+        ValueError: the name or dtype is another one.
     """
     known = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:

@@ -60,7 +60,7 @@ def record_traces(
     }
     stream = Stream(workload.open(target.name, "train", ignore_eos=False), seed)
     writer = ShardWriter(directory, about, shard_sequences)
-    engine = LocalEngine(model, loaded, max_context=workload.max_context, taps=() if loaded is not None else taps)
+    engine = LocalEngine(model, loaded, max_context=workload.max_context, aux_layers=() if loaded is not None else taps)
     session = engine.start(stream, batch_size=min(batch_size, requests), seed=seed, trace=True)
     assembler, left, recorded, tokens = Assembler(rejected=rejected), requests, 0, 0
     with progress("recording", requests) as done:

@@ -142,13 +142,13 @@ def test_traces_are_the_targets_own(
         assert tuple(text[len(prompt) : len(prompt) + len(tokens)].tolist()) == tuple(tokens)[: len(text) - len(prompt)]
         with torch.inference_mode():
             count = len(text)
-            step = target.prefill(text[None], target.new_cache(1, count), taps=taps)
-            assert step.features is not None
+            step = target.prefill(text[None], target.new_cache(1, count), aux_layers=taps)
+            assert step.aux_hidden_states is not None
             logits = target(text[None])[0]
         rounds = slice(len(prompt), count)
         worst = max(
             worst,
-            float((sequence.features - step.features[0]).abs().max()),
+            float((sequence.features - step.aux_hidden_states[0]).abs().max()),
             float((sequence.logits[rounds] - logits[rounds]).abs().max()),
         )
     print(f"largest difference of features and logits on accepted paths: {worst:.1e}")

@@ -1,0 +1,121 @@
+"""Attention over a key-value cache, as it serves."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specrl.models.kv_cache import KVCache
+from specrl.models.layer import DecoderLayer
+
+
+class CachedAttention:
+    """Attention of q tokens of each of b consecutive requests; made once per forward pass and called by each layer.
+
+    Queries come scaled by head_dim ** -0.5; the weights of rotary pairs are interleaved.
+
+    Args:
+        cache: keys and values; those of the tokens are written to it.
+        rotary_table: [P, D/2] complex64.
+        slots: [b, q] int64 cache slots of the tokens.
+        length: visible slots: one more than the largest of `slots`.
+        num_heads: query heads.
+        positions: [b, q] int64 rotary positions; None: the slots. In a tree, siblings share a position.
+        first_row: cache row of the first request.
+        attention_mask: [b, q, length] bool, the slots that each token attends to; None: all up to its own.
+        equal_lengths: whether every slot is known to be `length - 1`. Then nothing needs to be masked.
+    """
+
+    __slots__ = (
+        "_batch", "_bias", "_cache", "_group", "_heads", "_keys", "_queries", "_rotation", "_rows", "_size", "_values",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        cache: KVCache,
+        rotary_table: Tensor,
+        slots: Tensor,
+        length: int,
+        num_heads: int,
+        *,
+        positions: Tensor | None = None,
+        first_row: int = 0,
+        attention_mask: Tensor | None = None,
+        equal_lengths: bool = False,
+    ) -> None:
+        batch, queries = slots.shape
+        group = num_heads // cache.kv_heads
+        mask = attention_mask
+        if mask is None and (cache.fused or not (queries == 1 and (batch == 1 or equal_lengths))):
+            mask = torch.arange(length, device=slots.device) <= slots[:, :, None]
+        self._bias: Tensor | None = None  # [b * Hk, q * G, L], fused [b, 1, q * G, L]; 0 or -inf; None: no mask
+        if mask is not None:
+            zero = torch.zeros((), dtype=cache.data.dtype, device=slots.device)
+            wide = torch.where(mask, zero, float("-inf"))  # [b, q, L]
+            heads = 1 if cache.fused else cache.kv_heads
+            bias = wide[:, None, :, None].expand(batch, heads, queries, group, length)
+            leading = (batch, 1) if cache.fused else (batch * heads,)
+            self._bias = bias.reshape(*leading, queries * group, length)
+        self._keys, self._values = cache.window(length, first_row, batch)
+        turned = slots if positions is None else positions
+        self._rotation = rotary_table.index_select(0, turned.flatten())[:, None]  # [M, 1, D/2] complex64
+        self._rows = cache.rows(slots, first_row)  # [M, 2 * Hk]
+        self._cache, self._batch, self._queries = cache, batch, queries
+        self._heads, self._group, self._size = num_heads, group, cache.head_dim
+
+    def __call__(self, layer: DecoderLayer, qkv: Tensor) -> Tensor:
+        """[M, (heads + 2 kv_heads) * D], which is overwritten, -> [M, heads * D]; writes the layer's part of the cache.
+
+        M = b * q.
+        """
+        heads, kv_heads, size, group = self._heads, self._cache.kv_heads, self._size, self._group
+        batch, count = self._batch, self._queries
+        qkv = qkv.view(-1, heads + 2 * kv_heads, size)  # [M, Hq + 2 Hk, D]
+        self._rotate(layer, qkv.narrow(1, 0, heads + kv_heads))
+        self._cache.flat[layer.index].index_put_((self._rows,), qkv.narrow(1, heads, 2 * kv_heads))
+        queries = qkv.narrow(1, 0, heads)
+        if batch * count == 1:
+            queries = queries.view(kv_heads, group, size)
+        else:
+            queries = (
+                queries.view(batch, count, kv_heads, group, size)
+                .transpose(1, 2)
+                .reshape(batch * kv_heads, count * group, size)
+            )
+        keys, values = self._keys[layer.index], self._values[layer.index]
+        if self._cache.fused:
+            attended = self._fused(queries, keys, values)
+        elif self._bias is None:
+            attended = torch.bmm(torch.softmax(torch.bmm(queries, keys), -1), values)
+        else:
+            scores = torch.baddbmm(self._bias, queries, keys)
+            attended = torch.bmm(torch.softmax(scores, -1), values)  # [b * Hk, q * G, D]
+        if count == 1:
+            return attended.view(batch, heads * size)
+        attended = attended.view(batch, kv_heads, count, group * size).transpose(1, 2)
+        return attended.reshape(-1, heads * size)
+
+    def _fused(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of `queries [b * Hk, q * G, D]` in one kernel, softmax in float32; same shape."""
+        heads = (self._batch, self._cache.kv_heads)
+        attended = F.scaled_dot_product_attention(
+            queries.view(*heads, -1, self._size),
+            keys.transpose(-1, -2).unflatten(0, heads),
+            values.unflatten(0, heads),
+            attn_mask=self._bias,
+            scale=1.0,  # the queries come scaled
+        )
+        return attended.contiguous().view(queries.shape)  # kernels differ in the layout of their result
+
+    def _rotate(self, layer: DecoderLayer, queries_and_keys: Tensor) -> None:
+        """Rotate [M, Hq + Hk, D] in place, after the norm over heads if the layer has one."""
+        if layer.head_norm is not None:
+            norm, weight = layer.head_norm
+            queries_and_keys.copy_(norm(queries_and_keys) * weight)
+        pairs = queries_and_keys.unflatten(-1, (-1, 2))
+        if pairs.dtype == torch.float32:
+            torch.view_as_complex(pairs).mul_(self._rotation)
+        else:
+            rotated = torch.view_as_complex(pairs.float()) * self._rotation
+            pairs.copy_(torch.view_as_real(rotated))
