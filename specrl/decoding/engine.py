@@ -90,7 +90,7 @@ class LocalEngine(Engine):
             "engine": "local",
             "dtype": str(self.target.dtype).removeprefix("torch."),
             "device": self.target.device,
-            "use_rejection_sampling": self._rejection,
+            "use_rejection_sampling": self._use_rejection_sampling,
         }
 
     def supports(self, plan: Plan) -> bool:
