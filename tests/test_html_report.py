@@ -39,16 +39,17 @@ def serving(directory: Path, lines: int = 12) -> Path:
     out.write_csv("drift.csv", [{"requests": 100.0, "before": 0.6, "after": 0.4}])
     out.write_json("plans.json", {"plans": {"1": "2/1/3", "4": "0"}})
     out.write_json("environment.json", {"cpu": "Abacus", "cores": 2, "commit": "0123456789abcdef"})
-    out.write_text("config.yaml", "target: embedded\nseed: 3\nserver:\n")
+    out.write_text("config.yaml", "target: {name: embedded, dtype: null}\nseed: 3\n")
+    (directory / "draft").mkdir(exist_ok=True)
     return directory
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("runs")
-    simulated = "--profile embedded-fp32 --engine simulated --batch_sizes 1,8 --plans 1/1/2,3/1/4 --seconds 1"
-    assert main(["bench", *simulated.split(), "--precision", "0.1", "--output_dir", str(base / "bench")]) == 0
-    played = "--profiles embedded-fp32 --choosers adaptive,sglang-same --seeds 2 --rounds 120"
+    simulated = "--profile embedded-fp32 --batch_sizes 1,8 --plans 1/1/2,3/1/4 --measure.seconds 1"
+    assert main(["bench", *simulated.split(), "--measure.precision", "0.1", "--output_dir", str(base / "bench")]) == 0
+    played = "--profiles embedded-fp32 --choosers adaptive,sglang-same --seeds 2 --schedule.rounds 120"
     to = ["--output_dir", str(base / "evaluate"), "--leaderboard", str(base / "board.csv")]
     assert main(["evaluate", *played.split(), *to]) == 0
     (base / "profile").mkdir()
@@ -101,6 +102,15 @@ def test_runs_are_shown_side_by_side(runs: dict[str, Path], tmp_path: Path) -> N
     assert html == page(*runs.values(), output_dir=tmp_path / "again")
 
 
+def test_a_benchmark_of_a_run_s_draft_marks_the_plans_of_the_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    run, bench = serving(tmp_path / "day0"), tmp_path / "bench"
+    shutil.copytree(runs["bench"], bench)
+    (bench / "config.yaml").write_text(f"draft:\n  path: {run / 'draft'}\n")
+    html = page(run, bench, output_dir=tmp_path / "page")
+    assert "chosen by the run" in html and "chosen by day0, which trained this draft" in html
+    assert "draft.path" in sections(html)["environment"] and "target.name" in html and "target.dtype" not in html
+
+
 def test_live_results_are_of_the_second_half_of_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
     acceptance = sections(page(runs["train"], output_dir=tmp_path))["acceptance"]
     accepted = sum(160 + n for n in range(7, 13)) / (6 * 256)
@@ -138,7 +148,12 @@ def test_the_page_is_one_accessible_file_and_escapes_text(runs: dict[str, Path],
 
 
 def test_missing_data_comes_with_a_command_that_records_it(runs: dict[str, Path], tmp_path: Path) -> None:
-    for command in re.findall(r"<code>(.*?)</code>", page(runs["evaluate"], output_dir=tmp_path)):
+    commands = [
+        *re.findall(r"<code>(.*?)</code>", page(runs["evaluate"], output_dir=tmp_path)),
+        *re.findall(r"<code>(.*?)</code>", page(runs["train"], runs["profile"], output_dir=tmp_path)),
+    ]
+    assert any("--draft.path" in command for command in commands)
+    for command in commands:
         name, rest = split_command(shlex.split(unescape(command))[1:])
         assert str(options_of(name).parse(rest).arguments["output_dir"]).startswith("runs/")
 

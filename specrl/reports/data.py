@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class RunData:
     name: str
     path: Path
     commands: tuple[str, ...]  # that wrote it
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # options by their names on the command line
     environment: Mapping[str, Any]
     log: Sequence[Row]
     gate: Sequence[Row]
@@ -151,7 +151,7 @@ def _read_run(path: Path, name: str) -> RunData:
         name=name,
         path=path,
         commands=tuple(found.values()),
-        config=_read_mapping(path / "config.yaml"),
+        config=dict(_options(_read_mapping(path / "config.yaml"))),
         environment=_environment(path),
         log=log,
         gate=_read_csv(path / "gate.csv"),
@@ -202,6 +202,15 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must be a {kind} mapping, but is {type(value).__name__}")
     return value
+
+
+def _options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The options in a configuration file; those of a group are named 'group.option'."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _options(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _environment(path: Path) -> Mapping[str, Any]:

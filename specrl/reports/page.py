@@ -55,7 +55,7 @@ def write_page(runs: Sequence[RunData], directory: OutputDir) -> Path:
         title=f"{runs[0].name}: a specrl run" if len(runs) == 1 else f"{len(runs)} specrl runs side by side",
         content=content,
         comparisons={section: list(of_all(runs)) for section, of_all in OF_ALL.items()},
-        draft=f" --draft {shlex.quote(str(drafts[0]))}" if drafts else "",
+        draft=f" --draft.path {shlex.quote(str(drafts[0]))}" if drafts else "",
         colours=COLOURS,
         version=__version__,
     )

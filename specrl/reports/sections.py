@@ -155,7 +155,7 @@ def _chosen(run: RunData, results: Sequence[PlanResult], runs: Sequence[RunData]
     """The plans to mark by batch size, and why: of this run, of the run that trained its draft, or the fastest."""
     if run.plans:
         return run.plans, "chosen by the run"
-    draft = run.config.get("draft")
+    draft = run.config.get("draft.path")
     for other in runs:
         if other.plans and isinstance(draft, str) and Path(draft).resolve() == other.path / "draft":
             return other.plans, f"chosen by {other.name}, which trained this draft"
