@@ -1,7 +1,11 @@
 """Settings that must hold before torch and matplotlib are imported, and what all tests share."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from own_locks import own_locks  # noqa: F401 - used by all tests
 
 for name in [name for name in os.environ if name.startswith("SPECRL_")]:
@@ -9,3 +13,10 @@ for name in [name for name in os.environ if name.startswith("SPECRL_")]:
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
 os.environ.setdefault("MPLBACKEND", "agg")  # no display
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make or ship their data, and download none
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory whose name leaves room for that of a Unix socket (108 bytes)."""
+    with tempfile.TemporaryDirectory(prefix="specrl") as name:
+        yield Path(name)

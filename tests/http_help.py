@@ -1,4 +1,4 @@
-"""A server on this machine that answers as a test says."""
+"""HTTP servers for tests."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 @contextmanager
 def answering() -> Iterator[Callable[[Answer], str]]:
-    """Starts servers, each of which leaves every request to a function, until the end; each start gives the URL."""
+    """Yields a function that starts a server, whose requests are answered by another function, and returns its URL."""
     servers: list[ThreadingHTTPServer] = []
 
     def start(answer: Answer) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                with suppress(OSError):  # whoever asked has gone
+                with suppress(OSError):  # the client has gone
                     answer(self)
 
             do_GET = do_POST
@@ -28,6 +28,7 @@ def answering() -> Iterator[Callable[[Answer], str]]:
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
+        server.block_on_close = False  # a connection that is kept must not delay the end
         servers.append(server)
         Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return f"http://127.0.0.1:{server.server_address[1]}"

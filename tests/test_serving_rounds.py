@@ -1,33 +1,27 @@
-"""The plugin tells of every round, and holds it for a client that sets the pace; here on a scheduler made of paper."""
+"""Reports of rounds, permits for them, and plans, between the plugin and its client; the scheduler is a stand-in."""
 
 from __future__ import annotations
 
-import socket
-import tempfile
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 from ahead import Ahead
 
 from specrl.core.plan import Plan, parse_plans
-from specrl.sglang.client.errors import ServerFailed, ServerGone, ServerSilent
-from specrl.sglang.client.flags import command_line, serving_of
+from specrl.sglang.client.factory import command_line, serving_of
+from specrl.sglang.client.http import ServerFailed, ServerGone, ServerSilent
 from specrl.sglang.client.plugin_client import Plans, Rounds
-from specrl.sglang.plugin.failsafe import Failsafe
-from specrl.sglang.plugin.peer import OnePeer
-from specrl.sglang.plugin.plan_socket import PlanSocket
+from specrl.sglang.plugin.lookahead import PlanServer
 from specrl.sglang.plugin.rounds import RoundHooks
 from specrl.sglang.plugin.settings import Settings
-
-
-@pytest.fixture
-def short() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="specrl") as name:
-        yield Path(name)
 
 
 class Mode(str):
@@ -39,7 +33,7 @@ class Mode(str):
 
 
 class Paper:
-    """A scheduler that prefills what came in, then decodes two tokens of each request a round, at most `rounds`."""
+    """A scheduler that prefills new requests, then decodes two tokens of each request a round."""
 
     def __init__(self, hooks: RoundHooks, overlap: bool = False) -> None:
         self.hooks, self.enable_overlap, self.device = hooks, overlap, "cpu"
@@ -88,120 +82,136 @@ class Paper:
         self.hooks.around_process(process, self, batch, result)
 
 
-def hooks(path: Path, lockstep: float, ranks: int = 1) -> RoundHooks:
-    return RoundHooks(Settings(rounds=path, lockstep=lockstep), lambda: 0, lambda: ranks)
+def make_hooks(folder: Path, lockstep_s: float, tp_size: int = 1, **options: Any) -> RoundHooks:
+    settings = Settings(rounds=f"ipc://{folder}/r", lockstep_s=lockstep_s)
+    return RoundHooks(settings, lambda: 0, lambda: tp_size, **options)
 
 
-class Turning:
-    """Turns a scheduler in a thread until it is left."""
+@contextmanager
+def turning(paper: Paper) -> Iterator[Paper]:
+    """Turns a scheduler in a thread."""
+    over = Event()
 
-    def __init__(self, paper: Paper) -> None:
-        self.paper, self.on = paper, True
-        self.thread = Thread(target=self._loop, daemon=True)
+    def loop() -> None:
+        while not over.wait(0.0005):
+            paper.turn()
 
-    def _loop(self) -> None:
-        while self.on:
-            self.paper.turn()
-            Event().wait(0.0005)
-
-    def __enter__(self) -> Paper:
-        self.paper.turn()  # the socket is there from the first turn on
-        self.thread.start()
-        return self.paper
-
-    def __exit__(self, *_: object) -> None:
-        self.on = False
-        self.thread.join(60.0)
-        assert not self.thread.is_alive()
+    paper.turn()  # the socket exists from the first turn on
+    thread = Thread(target=loop, daemon=True)
+    thread.start()
+    yield paper
+    over.set()
+    thread.join(60.0)
+    assert not thread.is_alive()
+    paper.hooks.close()
 
 
-def test_a_round_runs_when_it_is_let_go_and_its_requests_are_there(short: Path) -> None:
-    clock, made = Ahead(), hooks(short / "r", 240.0)
-    made._clock = clock  # type: ignore[assignment]
-    with Turning(Paper(made)) as paper:
-        rounds = Rounds(short / "r", lambda: None, 60.0)
+@contextmanager
+def client(folder: Path) -> Iterator[Rounds]:
+    rounds = Rounds(f"ipc://{folder}/r", lambda: None, 60.0)
+    yield rounds
+    rounds.close()
+
+
+def wait_for(paper: Paper, rounds: int) -> None:
+    more = paper.ran + rounds
+    while paper.ran < more:
+        Event().wait(0.01)
+
+
+def test_a_round_runs_with_a_permit_once_its_requests_are_there(short: Path) -> None:
+    clock = Ahead()
+    with turning(Paper(make_hooks(short, 240.0, clock=clock))) as paper, client(short) as rounds:
         assert rounds.lockstep_s == 240.0
         rounds.hold()
         paper.add("a", 6)
-        rounds.go(1, ["a", "b"])
+        rounds.permit(1, ["a", "b"])
         Event().wait(0.05)
-        assert paper.ran == 0 and not rounds.past(), "b is not there yet"
+        assert paper.ran == 0 and not rounds.received(), "b is not there yet"
         clock.advance(100.0)
         paper.add("b", 3)
-        said = [rounds.next(), rounds.next()]
-        assert [each["kind"] for each in said] == ["prefill", "round"]
-        assert said[0]["requests"] == ["a", "b"] and said[0]["tokens"] == [[7], [7]]
-        done = said[1]
-        assert (done["plan"], done["correct"], done["contexts"]) == ("1/1/2", [1, 1], [4, 4])
-        assert done["tokens"] == [[7, 7], [7, 7]] and done["finished"] == ["b"]
-        assert done["prefill_s"] == said[0]["seconds"] > 0.0
-        assert 0.0 < done["draft_s"] + done["verify_s"] + done["other_s"] < 50.0, "waiting is not in it"
+        prefill, done = rounds.next(), rounds.next()
+        assert (prefill.kind, done.kind) == ("prefill", "round")
+        assert prefill.requests == ["a", "b"] and prefill.tokens == [[7], [7]]
+        assert (done.plan, done.correct, done.contexts) == ("1/1/2", [1, 1], [4, 4])
+        assert done.tokens == [[7, 7], [7, 7]] and done.finished == ["b"]
+        assert done.prefill_s == prefill.prefill_s > 0.0
+        assert 0.0 < done.seconds < 50.0, "waiting is not counted"
         Event().wait(0.05)
-        assert paper.ran == 1, "one round, and no other without leave"
-        rounds.go(2, ["a"])
-        assert rounds.next()["tokens"] == [[7, 7]]
+        assert paper.ran == 1, "no other round without a permit"
+        rounds.permit(2, ["a"])
+        assert rounds.next().tokens == [[7, 7]]
         last = rounds.next()
-        assert last["tokens"] == [[7]] and last["finished"] == ["a"], "what comes after its end is not kept"
-        rounds.close()
+        assert last.tokens == [[7]] and last.finished == ["a"], "tokens after its end are not reported"
 
 
-def test_it_waits_for_nobody_who_has_gone_and_for_no_longer_than_it_says(short: Path) -> None:
-    with Turning(Paper(hooks(short / "r", 240.0))) as paper:
-        rounds = Rounds(short / "r", lambda: None, 60.0)
-        rounds.hold()
-        paper.add("a", 1000)
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_scheduler_does_not_wait_for_a_client_that_has_gone(short: Path, killed: bool) -> None:
+    with turning(Paper(make_hooks(short, 240.0))) as paper:
+        code = (
+            "import sys; from specrl.sglang.client.plugin_client import Rounds\n"
+            "rounds = Rounds(sys.argv[1], lambda: None, 60.0); rounds.hold(); print('held', flush=True)\n"
+            "sys.stdin.read(); rounds.close()"
+        )
+        holds = subprocess.Popen(
+            [sys.executable, "-c", code, f"ipc://{short}/r"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert holds.stdout is not None and holds.stdout.readline() == b"held\n"
+        paper.add("a", 10_000)
         Event().wait(0.05)
         assert paper.ran == 0
-        rounds.close()
-        while paper.ran < 3:
-            Event().wait(0.01)
-    with Turning(Paper(hooks(short / "s", 0.2))) as paper:
-        late = Rounds(short / "s", lambda: None, 60.0)
-        paper.add("a", 1000)
-        with pytest.raises(ServerFailed, match="no leave to go on came for 0.2 s"):
+        if killed:
+            holds.kill()
+        holds.communicate()
+        wait_for(paper, 3)
+
+
+def test_the_scheduler_waits_no_longer_than_lockstep_s(short: Path) -> None:
+    with turning(Paper(make_hooks(short, 0.2))) as paper, client(short) as late:
+        paper.add("a", 10_000)
+        with pytest.raises(ServerFailed, match="SPECRL_LOCKSTEP"):
             late.hold()
             while True:
                 late.next()
-        ran = paper.ran
-        while paper.ran < ran + 3:
-            Event().wait(0.01)
-        late.close()
+        wait_for(paper, 3)
         assert paper.hooks.safe.on
 
 
-def test_without_lockstep_rounds_are_told_and_nothing_waits(short: Path) -> None:
-    with Turning(Paper(hooks(short / "r", 0.0))) as paper:
-        rounds = Rounds(short / "r", lambda: None, 60.0)
+def test_without_lockstep_rounds_are_reported_and_nothing_waits(short: Path) -> None:
+    with turning(Paper(make_hooks(short, 0.0))) as paper, client(short) as rounds:
         assert rounds.lockstep_s == 0.0
         paper.add("a", 9)
-        assert [rounds.next()["kind"] for _ in range(5)] == ["prefill", *["round"] * 4]
-        rounds.close()
+        assert [rounds.next().kind for _ in range(5)] == ["prefill", *["round"] * 4]
+        with pytest.raises(ServerFailed, match="SPECRL_LOCKSTEP"):
+            rounds.hold()
 
 
-def test_overlapping_rounds_and_many_ranks_are_refused(short: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with Turning(Paper(hooks(short / "r", 60.0), overlap=True)):
-        rounds = Rounds(short / "r", lambda: None, 60.0)
+def test_the_last_client_is_served(short: Path) -> None:
+    with turning(Paper(make_hooks(short, 0.0))) as paper, client(short) as first, client(short) as second:
+        with pytest.raises(ServerFailed, match="another client"):
+            first.next()
+        paper.add("a", 3)
+        assert second.next().kind == "prefill"
+
+
+def test_overlapping_rounds_and_several_ranks_are_refused(short: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paper = Paper(make_hooks(short, 5.0, tp_size=2))
+    paper.turn()
+    assert not paper.hooks.safe.on and "one rank" in caplog.text
+    with turning(Paper(make_hooks(short, 60.0), overlap=True)), client(short) as rounds:
         with pytest.raises(ServerFailed, match="--disable-overlap-schedule"):
             rounds.hold()
-            rounds.next()
-        rounds.close()
-    paper = Paper(hooks(short / "other", 5.0, ranks=2))
-    paper.turn()
-    assert not paper.hooks.safe.on and "lock-step is for one rank" in caplog.text
 
 
-def test_what_fails_in_the_plugin_leaves_the_scheduler_going(short: Path, caplog: pytest.LogCaptureFixture) -> None:
-    paper = Paper(hooks(short / "r", 60.0))
+def test_a_failure_in_the_plugin_leaves_the_scheduler_going(short: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paper = Paper(make_hooks(short, 60.0))
     del paper.chunked_req
-    with Turning(paper):
-        rounds = Rounds(short / "r", lambda: None, 60.0)
+    with turning(paper), client(short) as rounds:
         rounds.hold()
-        paper.add("a", 1000)
-        rounds.go(1, ["a"])
-        while paper.ran < 3:
-            Event().wait(0.01)
-        rounds.close()
-    assert not paper.hooks.safe.on and "SPECRL PLUGIN: telling of rounds is switched off" in caplog.text
+        paper.add("a", 10_000)
+        rounds.permit(1, ["a"])
+        wait_for(paper, 3)
+    assert not paper.hooks.safe.on and "SPECRL PLUGIN: reporting of rounds is switched off" in caplog.text
 
 
 def test_waiting_for_a_round_ends(short: Path) -> None:
@@ -211,38 +221,56 @@ def test_waiting_for_a_round_ends(short: Path) -> None:
         if dead:
             raise ServerGone("the server must run, but ended")
 
-    with Turning(Paper(hooks(short / "r", 60.0))):
-        rounds = Rounds(short / "r", check, 60.0)  # for what is said first, too
-        rounds._timeout_s = 0.2
-        with pytest.raises(ServerSilent, match="within 0.2 s"):
-            rounds.next()
+    with turning(Paper(make_hooks(short, 60.0))):
+        rounds = Rounds(f"ipc://{short}/r", check, 60.0)
+        with pytest.raises(ServerSilent, match="timeout_s"):
+            rounds.next(timeout_s=0.2)
         dead.append(True)
         with pytest.raises(ServerGone, match="but ended"):
             rounds.next()
-        rounds.close()
+        dead.clear()
+    with pytest.raises(ServerGone, match="is it running"):
+        rounds.next()
+    rounds.close()
     with pytest.raises(ServerGone, match="is its server running"):
-        Rounds(short / "nobody", check, 1.0)
+        Rounds(f"ipc://{short}/nobody", check, 1.0)
 
 
-def test_plans_are_given_once_and_refused_with_the_plugins_words(short: Path) -> None:
+def test_reports_that_do_not_fit_are_dropped_and_counted(short: Path) -> None:
+    with (
+        turning(Paper(make_hooks(short, 0.0, max_waiting=4))) as paper,
+        zmq.Context.instance().socket(zmq.DEALER) as slow,
+    ):
+        slow.linger, slow.rcvhwm, slow.rcvtimeo = 0, 1, 60_000
+        slow.connect(f"ipc://{short}/r")
+        slow.send_json({"kind": "hello"})
+        slow.recv()
+        paper.add("a" * 10_000, 100_000)  # a long id: few reports fill the socket
+        wait_for(paper, 200)
+        while not slow.recv_json()["dropped"]:
+            pass
+
+
+def test_plans_are_sent_once_and_refusals_are_passed_on(short: Path) -> None:
     def only(table: Any) -> None:
         if Plan(5) in table.values():
             raise ValueError("there is no buffer for 5")
 
-    listening = PlanSocket(short / "p", only)
-    plans = Plans(short / "p", lambda: None, 60.0)
-    plans.give(Plan(3))
-    plans.give(Plan(3))
-    assert listening.steps(4) == 3
+    server = PlanServer(f"ipc://{short}/p", only)
+    plans = Plans(f"ipc://{short}/p", lambda: None, 60.0)
+    assert not server.ready and server.steps(1) is None
+    plans.set(Plan(3))
+    plans.set(Plan(3))
+    assert server.ready and server.steps(4) == 3
     with pytest.raises(ValueError, match="no buffer for 5"):
-        plans.give(Plan(5))
-    plans.give(Plan(0))
-    assert listening.steps(1) == 0
-    listening.close()
+        plans.set(Plan(5))
+    plans.set(Plan(0))
+    assert server.steps(1) == 0
+    server.close()
     plans.close()
 
 
-def test_what_sglang_is_launched_with(tmp_path: Path) -> None:
+def test_the_flags_that_sglang_is_launched_with(tmp_path: Path) -> None:
     words = command_line(serving_of(parse_plans("0,3,1")), "/t", "/d", tmp_path)
     assert words[words.index("--speculative-num-steps") + 1] == "3" and "--speculative-adaptive" in words
     assert words[words.index("--speculative-draft-model-path") + 1] == "/d"
@@ -250,55 +278,6 @@ def test_what_sglang_is_launched_with(tmp_path: Path) -> None:
     assert config.strip() == '{"1": {"candidate_steps": [0, 1, 3]}}'
     tree = command_line(serving_of(parse_plans("3/2/6")), "/t", "/d", tmp_path)
     assert tree[tree.index("--speculative-num-draft-tokens") + 1] == "6" and "--speculative-adaptive" not in tree
-    for plans, words_ in (("0", "one that drafts"), ("1,3/2/6", "leave out 3/2/6")):
-        with pytest.raises(ValueError, match=words_):
+    for plans in ("0", "1,3/2/6"):
+        with pytest.raises(ValueError, match="plans must"):
             serving_of(parse_plans(plans))
-
-
-def test_the_environment_says_what_is_asked_of_the_plugin() -> None:
-    asked = Settings.of({"SPECRL_ROUNDS": "unix:/x", "SPECRL_LOCKSTEP": "30"})
-    assert asked == Settings(rounds=Path("/x"), lockstep=30.0)
-    for wrong, words in (
-        ({"SPECRL_ROUNDS": "/x"}, "unix:/path"),
-        ({"SPECRL_ROUNDS": "unix:/x", "SPECRL_LOCKSTEP": "900"}, "must be in"),
-        ({"SPECRL_TRACES": "unix:/x", "SPECRL_LOCKSTEP": "9"}, "SPECRL_ROUNDS is not set"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            Settings.of(wrong)
-
-
-def test_a_ring_that_is_full_drops_and_counts(short: Path) -> None:
-    from specrl.sglang.plugin.round_socket import RoundSocket
-
-    telling = RoundSocket(short / "r", 4, {"lockstep": 0.0}, Failsafe("telling", "nothing"))
-    with socket.socket(socket.AF_UNIX) as peer:
-        peer.connect(str(short / "r"))
-        peer.settimeout(60.0)
-        peer.recv(1024)
-        for _ in range(2000):
-            telling.put({"kind": "round", "filler": "x" * 4096})
-        assert telling.dropped > 0
-    telling.close()
-
-
-def test_one_who_connects_while_all_is_closed_is_hung_up_on(short: Path) -> None:
-    came = list[socket.socket]()
-
-    class Closed(OnePeer[bytes]):
-        """Is closed just when somebody has connected."""
-
-        def _leave(self, peer: socket.socket | None) -> None:
-            self._safe.on = False
-
-        def _came(self, peer: socket.socket) -> None:
-            came.append(peer)
-
-        def _send(self) -> None:
-            pass
-
-    closed = Closed(short / "s", Failsafe("telling", "nothing"), "closed")
-    with socket.socket(socket.AF_UNIX) as late:
-        late.settimeout(60.0)
-        late.connect(str(short / "s"))
-        assert late.recv(1) == b"" and not came
-    closed.close()

@@ -8,7 +8,7 @@ from specrl.agents.draft.config import LearnerConfig
 from specrl.config import TargetConfig
 from specrl.io.output import OutputDir
 from specrl.models.draft import load_draft
-from specrl.training.server_learner import Follower, Source, follow
+from specrl.training.server_learner import ServerAddress, ServerLearner, learn_from_server
 
 
 def train_server(
@@ -54,13 +54,13 @@ def train_server(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, but got {value}")
     directory = OutputDir(output_dir or Path("runs/train-server"))
-    follower = Follower(
+    following = ServerLearner(
         target.load(device="cpu"),
         load_draft(draft),
         learner,
-        Source.of(server, traces),
+        ServerAddress.with_key(server, traces),
         sync_every=weight_sync_interval,
         seed=seed,
         resume=directory.path / "checkpoint" if resume else None,
     )
-    follow(follower, directory, requests=requests, checkpoint_every=checkpoint_interval)
+    learn_from_server(following, directory, requests=requests, checkpoint_every=checkpoint_interval)

@@ -1,4 +1,4 @@
-"""The engine `sglang`: rounds of a stock SGLang server, launched here or found running."""
+"""The engine `sglang`: rounds of an unmodified SGLang server."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from specrl.core.clock import Clock, WallClock
 from specrl.core.interfaces import Engine, Session, Workload
 from specrl.core.plan import Plan
+from specrl.sglang.client.hot_swap import push
 from specrl.sglang.client.launch import Server
 from specrl.sglang.client.plain_server import PlainServer
-from specrl.sglang.client.request_level import LOST, NO_BASELINE, CoarseSession
+from specrl.sglang.client.request_level import LOST, NO_BASELINE, RequestLevelSession
 from specrl.sglang.client.session import LockstepSession
-from specrl.sglang.client.streamed import StreamedPlain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,20 +23,21 @@ log = logging.getLogger("specrl.sglang.client")
 
 
 class SGLangEngine(Engine):
-    """An SGLang server as an engine (see `specrl.core.interfaces.Engine`); `specrl.sglang.client.factory` makes one.
+    """An SGLang server as an engine (see `specrl.core.interfaces.Engine`); `specrl.sglang.client.factory` opens one.
 
-    It has one session at a time: starting another ends the one before, but for one with `plain=True`, which is on the
-    server without speculation. Greedy output is the target's whatever is drafted; of sampling, SGLang keeps no seed.
+    It has one session at a time: starting another one ends the one before. A session with `plain=True` runs on the
+    server without speculation and is counted apart. Greedy output is the target's own with every plan. Sampled output
+    is not reproducible: SGLang takes no seed.
 
     Args:
-        server: that serves.
-        plans: that it can run.
-        fixed: the only one of them, that of its flags; None: its plugin follows plans.
-        plain: measures decoding without speculation on the same device; None: `measure_plain` gives None, and only
-            ratios over plan 0 can be had.
-        draft: that it serves, for `load_draft` to compare with; None: unknown.
-        timeout_s: for a round.
-        coarse: see requests only, as the server has no plugin that we can reach; said once.
+        server: the server that speculates.
+        plans: plans that it can run.
+        fixed: the only one of them, set by its flags; None: its plugin follows the plans that it is sent.
+        plain: measures decoding without speculation on the same device; None: `measure_plain` returns None, and only
+            ratios over plan 0 can be reported.
+        draft: directory of the draft that it serves, for `load_draft` to compare with; None: unknown.
+        timeout_s: seconds that a round may take.
+        request_level: see whole requests only, because there is no plugin that we can reach; logs a warning.
     """
 
     def __init__(
@@ -48,10 +49,10 @@ class SGLangEngine(Engine):
         plain: PlainServer | None = None,
         draft: Path | None = None,
         timeout_s: float = 60.0,
-        coarse: bool = False,
+        request_level: bool = False,
     ) -> None:
-        self._coarse = coarse
-        if coarse:
+        self._request_level = request_level
+        if request_level:
             log.warning("%s", LOST)
             if plain is None:
                 log.warning("%s", NO_BASELINE)
@@ -59,10 +60,10 @@ class SGLangEngine(Engine):
         self._fixed, self._draft, self._timeout_s = fixed, draft, timeout_s
         self._clock = WallClock()
         self._version = 0
-        self._sessions: dict[bool, Session] = {}  # by whether they are plain
+        self._sessions: dict[bool, Session] = {}  # by `plain`
 
     def __deepcopy__(self, memo: dict[int, object]) -> SGLangEngine:
-        """Itself: an engine stands for its server (Gymnasium copies the arguments of environments)."""
+        """Return itself, as Gymnasium copies the arguments of environments."""
         return self
 
     @property
@@ -72,7 +73,7 @@ class SGLangEngine(Engine):
 
     @property
     def draft_version(self) -> int:
-        """Version of the draft weights that serve; 0 before any was loaded."""
+        """Version of the draft weights that serve; 0 before any were loaded."""
         return self._version
 
     @property
@@ -105,65 +106,55 @@ class SGLangEngine(Engine):
         plain: bool = False,
         trace: bool = False,
     ) -> Session:
-        """Send `batch_size` requests to the server; `plain` needs one without speculation."""
+        """Send `batch_size` requests to the server; see `Engine.start`."""
         before = self._sessions.pop(plain, None)
         if before is not None:
             before.close()
-        if plain and (self.plain is None or isinstance(self.plain, StreamedPlain)):
-            raise ValueError(
-                "plain rounds need a server without speculation in lock-step; launch with baseline='alternate'"
-            )
-        most = batch_size if max_batch_size is None else max_batch_size
-        if self._coarse and not plain:
+        server = self.server
+        if plain:
+            if self.plain is None or not self.plain.lockstep:
+                raise ValueError(
+                    "plain rounds need a server without speculation in lock-step; launch with baseline='alternate'"
+                )
+            server = self.plain.server
+        common: dict[str, Any] = {
+            "batch_size": batch_size,
+            "max_batch_size": batch_size if max_batch_size is None else max_batch_size,
+            "seed": seed,
+            "plain": None if plain else self.plain,
+            "version": lambda: self._version,
+            "timeout_s": self._timeout_s,
+        }
+        if self._request_level and not plain:
             if trace:
-                raise ValueError("traces need the plugin in the server, but it has none that we can reach")
-            self._sessions[plain] = coarse = CoarseSession(
-                self.server,
-                workload,
-                batch_size=batch_size,
-                most=most,
-                seed=seed,
-                plan=self.plans[0],
-                version=lambda: self._version,
-                timeout_s=self._timeout_s,
-                plain=self.plain,
-            )
-            return coarse
-        server = self.plain.server if plain and self.plain is not None else self.server
-        session = LockstepSession(
-            server,
-            workload,
-            batch_size=batch_size,
-            most=most,
-            seed=seed,
-            plans=(Plan(0),) if plain else self.plans,
-            fixed=Plan(0) if plain else self._fixed,
-            version=lambda: self._version,
-            plain=None if plain else self.plain,
-            trace=trace and not plain,
-            timeout_s=self._timeout_s,
-        )
+                raise ValueError("trace=True needs the plugin in the server, but there is none that we can reach")
+            session: Session = RequestLevelSession(server, workload, plan=self.plans[0], **common)
+        else:
+            plans, fixed = ((Plan(0),), Plan(0)) if plain else (self.plans, self._fixed)
+            session = LockstepSession(server, workload, plans=plans, fixed=fixed, trace=trace and not plain, **common)
         self._sessions[plain] = session
         return session
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
-        """Serve these draft weights (SGLang's names) from the next round on; requests in flight go on.
+        """Serve these draft weights (by SGLang's names) from the next round on; requests in flight go on.
 
         Raises:
             ValueError: the weights do not fit the draft that serves.
             SwapError: the server did not take them.
         """
-        from specrl.sglang.client.hot_swap import push
-
         client = self.server.client
         push(client.url, weights, version=version, like=self._draft, api_key=client.api_key, timeout_s=self._timeout_s)
         self._version = version
 
-    def close(self) -> None:
-        """End sessions and the servers that were launched; idempotent."""
+    def close_sessions(self) -> None:
+        """End the sessions; the servers go on."""
         for session in self._sessions.values():
             session.close()
         self._sessions.clear()
+
+    def close(self) -> None:
+        """End the sessions, and the servers that were launched; idempotent."""
+        self.close_sessions()
         self.server.close()
         if self.plain is not None:
             self.plain.close()

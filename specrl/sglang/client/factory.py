@@ -1,4 +1,4 @@
-"""How the engine `sglang` comes about: servers launched for it, or one that runs."""
+"""Opens the engine `sglang`: servers launched for it, or one that runs already."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from specrl.core.plan import Plan, parse_plans
+from specrl.export.serving_flags import ADAPTIVE, Serving
 from specrl.models.draft import Draft, new_draft
 from specrl.models.embedded import target_directory
 from specrl.models.target import load_target
 from specrl.sglang.client.engine import SGLangEngine
-from specrl.sglang.client.flags import command_line, serving_of, words
 from specrl.sglang.client.launch import PLANS, ROUNDS, TRACES, Server, check_version
-from specrl.sglang.client.plain_server import PlainServer
+from specrl.sglang.client.plain_server import PlainServer, StreamedPlainServer, check_baseline
 from specrl.sglang.client.plugin_client import Rounds
-from specrl.sglang.client.streamed import StreamedPlain, check_baseline
 from specrl.sglang.plugin.hooks import CHECKED
 
 log = logging.getLogger("specrl.sglang.client")
@@ -45,62 +44,65 @@ def launch_engine(
 
     Args:
         target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
-        draft: None: random initialisation; else an EAGLE3 directory or a `Draft`.
-        plans: that it is to run: chains, 0 among them if wanted, or one tree.
-        python: of an environment with SGLang 0.5.23 and this package; None: this one.
-        flags: further ones for sglang.launch_server, for both servers; paths are absolute.
-        plain_flags: those for the server without speculation alone. It overlaps its rounds, as SGLang does by default;
+        draft: an EAGLE3 directory or a `Draft`; None: a new draft with random weights.
+        plans: plans that it can run: chains, with 0 among them if wanted, or one tree.
+        python: Python of an environment with SGLang 0.5.23 and this package; None: this one.
+        flags: further flags of sglang.launch_server, for both servers; paths are absolute.
+        plain_flags: flags for the server without speculation only. It overlaps its rounds, as SGLang does by default;
             sessions with `plain=True` need '--disable-overlap-schedule' here.
-        baseline: 'alternate': a second server without speculation on the same device, which takes turns with the
-            first; 'none': plain decoding is not measured.
-        trace: hand out traces.
-        log_dir: where the servers' logs are kept; None: they go with the engine.
+        baseline: 'alternate': launch a second server without speculation on the same device, which takes turns with
+            the first; 'none': plain decoding is not measured.
+        trace: send traces.
+        log_dir: directory for the servers' logs; None: they are deleted with the engine.
         start_s: seconds that starting may take.
         timeout_s: seconds that a round, or a call, may take.
         lockstep_s: seconds that the server waits for the next plan before it goes on by itself, which ends the session.
 
     Raises:
-        ValueError: plans that no server can run, no SGLang there, or one whose seams are not as they were checked.
+        ValueError: plans that no server can run, or no SGLang there that the plugin works with.
         ServerError: a server did not start; with the end of its log.
     """
     if baseline not in ("alternate", "none"):
         raise ValueError(f"baseline must be 'alternate' or 'none', but got {baseline!r}")
-    wanted = parse_plans(plans)
-    serving = serving_of(wanted)
+    offered = parse_plans(plans)
+    serving = serving_of(offered)
     note = check_version(python)
     if note is not None:
         log.warning("%s", note)
-    keep = tempfile.TemporaryDirectory(prefix="specrl-", ignore_cleanup_errors=True)  # its name must be short
-    folder, beside = Path(keep.name), Path(keep.name) / "plain"
-    beside.mkdir()
-    path = _draft_directory(draft, target, folder)
+    temporary = tempfile.TemporaryDirectory(prefix="specrl-", ignore_cleanup_errors=True)  # short, for socket paths
+    folder, plain_folder = Path(temporary.name), Path(temporary.name) / "plain"
+    plain_folder.mkdir()
+    draft_directory = _draft_directory(draft, target, folder)
     fixed = None if serving.tiers is not None else serving.plan
-    home = str(target_directory(target).resolve())
-    environment = {"SPECRL_ROUNDS": f"unix:{folder / ROUNDS}", "SPECRL_LOCKSTEP": f"{lockstep_s:g}"}
-    if fixed is None:
-        environment["SPECRL_POLICY"] = f"unix:{folder / PLANS}"
-    if trace:
-        environment |= {"SPECRL_TRACES": f"unix:{folder / TRACES}", "SPECRL_TRACES_RING": "1024"}
-    line = [*command_line(serving, home, str(path), folder), "--disable-overlap-schedule", *flags]
+    model = str(target_directory(target).resolve())
     logs = folder if log_dir is None else Path(log_dir)
     logs.mkdir(parents=True, exist_ok=True)
-    server = Server.launch(
-        line, folder, log=logs / "server.log", python=python, environment=environment, timeout_s=timeout_s
-    )
+
+    def launch(line: Sequence[str], where: Path, log_name: str, **environment: str) -> Server:
+        rounds = {"SPECRL_ROUNDS": f"unix:{where / ROUNDS}", "SPECRL_LOCKSTEP": f"{lockstep_s:g}"}
+        return Server.launch(
+            line,
+            where,
+            log=logs / log_name,
+            python=python,
+            environment={**rounds, **environment},
+            timeout_s=timeout_s,
+        )
+
+    environment = {} if fixed is not None else {"SPECRL_POLICY": f"unix:{folder / PLANS}"}
+    environment |= {"SPECRL_TRACES": f"unix:{folder / TRACES}"} if trace else {}
+    line = [*command_line(serving, model, str(draft_directory), folder), "--disable-overlap-schedule", *flags]
+    server = launch(line, folder, "server.log", **environment)
     plain = None
     if baseline == "alternate":
-        line = [*words({"model-path": home}), "--sleep-on-idle", *flags, *plain_flags]
-        told = {"SPECRL_ROUNDS": f"unix:{beside / ROUNDS}", "SPECRL_LOCKSTEP": f"{lockstep_s:g}"}
-        beside_it = Server.launch(
-            line, beside, log=logs / "plain.log", python=python, environment=told, timeout_s=timeout_s
-        )
-        plain = PlainServer(beside_it, timeout_s)
-    engine = SGLangEngine(server, wanted, fixed=fixed, plain=plain, draft=path, timeout_s=timeout_s)
-    weakref.finalize(engine, keep.cleanup)
+        line = [*_words({"model-path": model}), "--sleep-on-idle", *flags, *plain_flags]
+        plain = PlainServer(launch(line, plain_folder, "plain.log"), timeout_s)
+    engine = SGLangEngine(server, offered, fixed=fixed, plain=plain, draft=draft_directory, timeout_s=timeout_s)
+    weakref.finalize(engine, temporary.cleanup)
     try:
         for each in (server, *([] if plain is None else [plain.server])):
             each.wait(start_s)
-            _warm(each)
+            _warm_up(each)
     except BaseException:
         engine.close()
         raise
@@ -116,42 +118,41 @@ def attach_engine(
     plain_api_key: str | None = None,
     timeout_s: float = 60.0,
 ) -> SGLangEngine:
-    """Use a server that runs; closing the engine leaves it running.
+    """Use a server that runs already; closing the engine leaves it running.
 
-    Of the two servers one stands still while the other is measured: the first waits for leave, or is paused where it
-    has no plugin, and the second is asked for nothing otherwise. Nobody else may use either meanwhile.
+    While one of the two servers is measured, the other one does nothing: the first waits for a permit, or is paused if
+    it has no plugin, and the second gets no other requests. Nobody else may use either of them meanwhile.
 
     Args:
         url: 'http://host:port'.
-        api_key: that it wants; None: none.
-        sockets: the folder with its plugin's sockets, 'rounds' (with SPECRL_LOCKSTEP), 'plans' and 'traces', on this
-            machine; None: it is seen by the request only, and what is lost is said.
-        plain_url: of a server of the same model without speculation on the same device, the plain baseline; its
-            plugin is not needed. None: there is none, and only the ratio over rounds of plan 0 can be reported.
-        plain_api_key: that it wants; None: `api_key`.
+        api_key: API key of the server; None: it needs none.
+        sockets: folder with the sockets of its plugin, 'rounds' (with SPECRL_LOCKSTEP), 'plans' and 'traces', on this
+            machine; None: only whole requests are seen, and a warning says what is missing.
+        plain_url: URL of a server of the same model without speculation on the same device, the baseline. It needs no
+            plugin. None: there is none, and only the ratio over rounds of plan 0 can be reported.
+        plain_api_key: its API key; None: `api_key`.
         timeout_s: seconds that a round, or a call, may take.
 
     Raises:
-        ValueError: a version of SGLang that was not checked and has no plugin to check itself, no lock-step, or a
+        ValueError: an unchecked version of SGLang without the plugin, which would check it; no lock-step; or a
             `plain_url` that speculates or serves something else.
         ServerError: it does not answer.
     """
     server = Server(url, api_key=api_key, timeout_s=timeout_s, sockets=None if sockets is None else Path(sockets))
-    told = server.socket(ROUNDS)
-    if told is None and server.version not in CHECKED:
+    address = server.socket(ROUNDS)
+    if address is None and server.version not in CHECKED:
         raise ValueError(
-            f"SGLang must be {', '.join(CHECKED)}, or have our plugin, which checks its seams, but {url} is "
+            f"SGLang must be {', '.join(CHECKED)}, or have our plugin, which checks what it needs, but {url} is "
             f"{server.version} without it"
         )
     plan, steps = _plans_of(server.info)
     plain = None
     if plain_url is not None:
-        beside = Server(plain_url, api_key=plain_api_key or api_key, timeout_s=timeout_s)
-        check_baseline(server, beside)
-        plain = StreamedPlain(beside, timeout_s)
-    if told is None:
-        return SGLangEngine(server, (plan,), fixed=plan, plain=plain, timeout_s=timeout_s, coarse=True)
-    rounds = Rounds(told, server.check, timeout_s)
+        plain = StreamedPlainServer(Server(plain_url, api_key=plain_api_key or api_key, timeout_s=timeout_s), timeout_s)
+        check_baseline(server, plain.server)
+    if address is None:
+        return SGLangEngine(server, (plan,), fixed=plan, plain=plain, timeout_s=timeout_s, request_level=True)
+    rounds = Rounds(address, server.check, timeout_s)
     rounds.close()
     if not rounds.lockstep_s:
         raise ValueError(
@@ -163,7 +164,7 @@ def attach_engine(
 
 
 def _plans_of(info: Mapping[str, Any]) -> tuple[Plan, tuple[int, ...]]:
-    """The plan that a server was launched with, and the steps that it may change to."""
+    """The plan that a server was launched with, and the num_steps that it can change to."""
     if not info.get("speculative_algorithm"):
         return Plan(0), ()
     names = ("num_steps", "eagle_topk", "num_draft_tokens")
@@ -184,17 +185,17 @@ def open_engine(
     server: str | None = None,
     **options: Any,
 ) -> SGLangEngine:
-    """The engine as environments ask for it by name.
+    """Open the engine, for `specrl.core.registry`.
 
-    Where chains and trees are wanted, it is launched for the chains: SGLang cannot switch to a tree.
+    With chains and trees among the plans, it is launched for the chains: SGLang cannot switch to a tree.
 
     Args:
         target: see `launch_engine`; a running server has its own.
         draft: the same.
-        plans: on offer.
-        trace: hand out traces.
-        server: URL of a running one; None: launch.
-        options: of `attach_engine` or `launch_engine`.
+        plans: plans on offer.
+        trace: send traces.
+        server: URL of a running server; None: launch one.
+        options: options of `attach_engine` or `launch_engine`.
     """
     if server is not None:
         return attach_engine(server, **options)
@@ -204,8 +205,49 @@ def open_engine(
     return launch_engine(target, draft, plans=plans, trace=trace, **options)
 
 
-def _warm(server: Server) -> None:
-    """One request, with which the plugin's sockets are there."""
+def serving_of(plans: Sequence[Plan]) -> Serving:
+    """Return how to serve these plans: chains, each of which may run in the next round, or one tree.
+
+    Raises:
+        ValueError: no plan drafts, or there is a tree besides other plans.
+    """
+    drafting = [plan for plan in plans if plan.num_steps]
+    if not drafting:
+        raise ValueError("plans must include one that drafts, but got only 0; for example '0,1/1/2,3/1/4'")
+    trees = [plan for plan in drafting if not plan.is_chain]
+    if trees and len(plans) > 1:
+        raise ValueError(
+            f"plans must be chains, among which SGLang can switch, or one tree, but got {', '.join(map(str, plans))}; "
+            f"leave out {', '.join(map(str, trees))}, or use it alone"
+        )
+    if trees:
+        return Serving(None, trees[0])
+    steps = tuple(sorted({plan.num_steps for plan in plans}))
+    return Serving({1: steps}, Plan(steps[-1]))
+
+
+def command_line(serving: Serving, target: str, draft: str, folder: Path) -> list[str]:
+    """Return the flags of sglang.launch_server; the adaptive config is written to `folder`."""
+    flags = dict(serving.flags(target))
+    flags["speculative-draft-model-path"] = draft
+    config = serving.adaptive_config()
+    if config is not None:
+        path = folder / ADAPTIVE
+        path.write_text(json.dumps(config) + "\n", encoding="utf-8")
+        flags["speculative-adaptive-config"] = str(path)
+    return _words(flags)
+
+
+def _words(flags: Mapping[str, object]) -> list[str]:
+    """Flags as words of a command line; True is a flag without a value."""
+    out: list[str] = []
+    for name, value in flags.items():
+        out += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return out
+
+
+def _warm_up(server: Server) -> None:
+    """Send one request; the plugin's sockets exist from then on."""
     sampling = {"temperature": 0.0, "max_new_tokens": 2, "ignore_eos": True}
     server.client.post("/generate", {"input_ids": [1, 2, 3], "sampling_params": sampling})
 

@@ -1,12 +1,12 @@
-"""New draft weights for a server that serves: paused in place, the draft's alone, checked before and after.
+"""Replace the draft weights of a running SGLang server without dropping requests; checked before and after.
 
-SGLang 0.5.23's way: /pause_generation (in place) → /begin_weight_update → /update_weights_from_tensor →
-/end_weight_update → /continue_generation, each with the selector 'draft'. Requests stay where they are and go on with
-the cache that they have. The weights are on their way before the server is paused, but for their last byte.
+This is SGLang 0.5.23's sequence of calls: /pause_generation (in place), /begin_weight_update,
+/update_weights_from_tensor, /end_weight_update and /continue_generation, with the selector 'draft'. Requests keep their
+place and their kv_cache. All bytes of the weights but the last one are sent before the pause.
 
-SGLang reads weights as a pickle that its own unpickler confines to tensors and names; ours is written here, of one flat
-tensor, and none is ever read. Its bytes hold the weights themselves: tensors in shared memory can end a server that
-cannot open them.
+SGLang reads weights as a pickle, with an unpickler that accepts tensors and names only. It is written here, of one flat
+tensor, and none is ever read. Its bytes contain the weights: tensors in shared memory can end a server that cannot open
+them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,20 +25,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from specrl.core.clock import WallClock
 from specrl.models.checkpoint import check_tensors, expected_draft_tensors
 from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft
 from specrl.models.hf_config import read_draft_config
-from specrl.sglang.client import watchdog_process as guard
-from specrl.sglang.client.errors import SwapError
-from specrl.sglang.client.swap_connection import Line, headers
-from specrl.sglang.client.watchdog import standing_by
+from specrl.sglang.client.http import Client, ServerError, SwapError
+from specrl.sglang.client.watchdog import resume, resume_on_crash
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAPS = ("d2t", "t2d")
-_LAST_WORD_S = 5.0  # for each of the two calls that have a server go on, whatever time was left
-_GO_ON = {"torch_empty_cache": False}  # nothing of a pause in place is there to be freed
-_ROWS = 64  # SGLang pads a head to a multiple of so many
+_VOCABULARY_MAPS = ("d2t", "t2d")
+_RESUME_S = 5.0  # for each of the two calls that let a server go on after a failure
+_PADDED_ROWS = 64  # SGLang pads a head to a multiple of so many rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +44,12 @@ class Swap:
     """A hot swap that succeeded.
 
     Attributes:
-        version: of the weights that serve now; requests carry it as `weight_version`.
-        calls_s: seconds that each of the five calls took, by its name, in their order.
-        bytes: of weights.
-        checksum: of the draft, by the server.
-        exact: whether every tensor's checksum was computed here too, and was the same. Only servers on a CPU hash in
-            a way that can be repeated without SGLang; elsewhere look at acceptance.
+        version: version of the weights that serve now; requests carry it as `weight_version`.
+        calls_s: seconds of each of the five calls, by name and in order.
+        bytes: bytes of the weights.
+        checksum: the server's checksum of its draft.
+        exact: whether every tensor's checksum was computed here too and was the same. Only servers on a CPU use a
+            checksum that can be repeated without SGLang; elsewhere look at acceptance.
     """
 
     version: int
@@ -63,16 +60,37 @@ class Swap:
 
     @property
     def pause_s(self) -> float:
-        """Seconds from asking for the pause until the server had been told to go on.
-
-        The round in flight when the pause was asked for is part of them; the server takes the second call after it.
-        """
+        """Seconds from the request to pause to the answer to the request to go on, with the round then in flight."""
         return sum(self.calls_s.values())
 
     @property
     def stopped_s(self) -> float:
-        """Those of them in which the server surely decoded nothing: the last three calls."""
+        """Those seconds in which the server decoded nothing for certain: the last three calls."""
         return sum(list(self.calls_s.values())[2:])
+
+
+class _Calls:
+    """Calls to a server that share one deadline, timed by path."""
+
+    def __init__(self, client: Client) -> None:
+        self.client, self.calls_s, self._clock = client, dict[str, float](), WallClock()
+        self._ends = self._clock.now() + client.timeout_s
+
+    def left_s(self) -> float:
+        left = self._ends - self._clock.now()
+        if left <= 0.0:
+            raise SwapError(f"a swap must end within timeout_s={self.client.timeout_s:g}, but did not; allow it more")
+        return left
+
+    def timed(self, path: str, call: Callable[[], Any]) -> None:
+        began = self._clock.now()
+        answer = call()
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise SwapError(f"{self.client.url}{path} must succeed, but {answer.get('message')}; see its log")
+        self.calls_s[path.removeprefix("/")] = self._clock.now() - began
+
+    def post(self, path: str, body: object) -> None:
+        self.timed(path, lambda: self.client.post(path, body, timeout_s=self.left_s()))
 
 
 def push(
@@ -84,106 +102,90 @@ def push(
     api_key: str | None = None,
     timeout_s: float = 30.0,
 ) -> Swap:
-    """Have a running SGLang server serve these draft weights, in the middle of its requests.
+    """Let a running SGLang server serve these draft weights, in the middle of its requests.
 
     Args:
-        url: of the server, such as http://127.0.0.1:30000.
-        weights: every tensor of the draft by SGLang's names, float32, bfloat16 or float16; the vocabulary maps must be
-            the ones that serve, and are not sent.
-        version: of the weights.
+        url: URL of the server, such as http://127.0.0.1:30000.
+        weights: every tensor of the draft by SGLang's names, float32, bfloat16 or float16. The vocabulary maps must be
+            those that serve, and are not sent.
+        version: version of the weights.
         like: the draft that the server was started with, or its directory; None: the directory that the server names.
-        api_key: of the server.
-        timeout_s: for all of it. Even then the server is told to go on.
+        api_key: API key of the server; None: it needs none.
+        timeout_s: seconds for all of it. Even after that the server is told to go on.
 
     Raises:
         ValueError: weights that do not fit the draft that serves, or a server that cannot swap; nothing was sent.
-        SwapError: the server refused, died or took too long, or holds something else than what was sent.
+        SwapError: the server refused, died, took too long, or holds other weights than those that were sent.
     """
-    with closing(Line(url, api_key, timeout_s)) as line:
-        facts = line.ask("GET", "/server_info")
-        line.close()  # the server would, while weights are encoded
-        _check_server(facts)
-        check_weights(weights, facts.get("speculative_draft_model_path") if like is None else like, version=version)
-        sent = {name: t.detach().cpu().contiguous() for name, t in weights.items() if name not in _MAPS}
-        calls_s = _swap(line, encode(sent, version))
-        found, checksum = line.checksums()
-    exact = str(facts.get("device")) == "cpu"
+    client = Client(url, api_key=api_key, timeout_s=timeout_s)
+    try:
+        calls = _Calls(client)
+        info = client.get("/server_info", timeout_s=calls.left_s())
+        _check_server(info)
+        check_weights(weights, info.get("speculative_draft_model_path") if like is None else like, version=version)
+        sent = {name: t.detach().cpu().contiguous() for name, t in weights.items() if name not in _VOCABULARY_MAPS}
+        _swap(calls, encode(sent, version))
+        checked = client.post("/weights_checker", {"action": "checksum", "selector": "draft"}, timeout_s=calls.left_s())
+    except SwapError:
+        raise
+    except ServerError as error:
+        raise SwapError(f"draft version {version} was not swapped in: {error}") from error
+    found = checked["ranks"][0]
+    exact = str(info.get("device")) == "cpu"
     if exact:
-        _compare(found, sent)
-    return Swap(version, calls_s, sum(t.nbytes for t in sent.values()), checksum, exact)
+        _compare({name.removeprefix("draft."): digest for name, digest in found["checksums"].items()}, sent)
+    return Swap(version, calls.calls_s, sum(t.nbytes for t in sent.values()), found["per_gpu_checksum"], exact)
 
 
-def _swap(line: Line, body: bytes) -> dict[str, float]:
-    """Pause, update, go on; `Swap.calls_s`."""
-    calls_s: dict[str, float] = {}
-
-    def timed(name: str, call: Callable[[], object]) -> None:
-        began = line.clock.now()
-        call()
-        calls_s[name] = line.clock.now() - began
-
-    def ask(name: str, said: object) -> None:
-        timed(name, lambda: line.ask("POST", f"/{name}", said))
-
-    # While the guard starts, the server takes in the body; nothing but the calls is left for the pause.
+def _swap(calls: _Calls, body: bytes) -> None:
+    """Pause, update, go on."""
+    client, update = calls.client, "/update_weights_from_tensor"
+    # The watchdog starts while the server takes in the upload. Only the calls themselves are left for the pause.
     with (
-        line.upload("/update_weights_from_tensor", body) as finish,
-        standing_by(line.url, line.headers, line.timeout_s) as done,
+        client.upload(update, body, timeout_s=calls.left_s()) as finish,
+        resume_on_crash(client.url, client.headers, client.timeout_s) as resumed,
     ):
         try:
-            line.connect()
-            try:
-                ask("pause_generation", {"mode": "in_place"})
-                ask("begin_weight_update", {"selector": "draft"})
-                timed("update_weights_from_tensor", finish)
-                ask("end_weight_update", {})
-                ask("continue_generation", _GO_ON)
-            except BaseException:
-                guard.release(line.url, line.headers, _LAST_WORD_S)
-                raise
+            calls.post("/pause_generation", {"mode": "in_place"})
+            calls.post("/begin_weight_update", {"selector": "draft"})
+            calls.timed(update, finish)
+            calls.post("/end_weight_update", {})
+            calls.post("/continue_generation", {"torch_empty_cache": False})
+        except BaseException:
+            resume(client.url, client.headers, _RESUME_S)
+            raise
         finally:
-            done()
-    return calls_s
+            resumed()
 
 
 def recover(url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> None:
-    """Have a server go on that somebody paused and left, a weight update open perhaps."""
-    guard.release(url, headers(api_key), timeout_s)
-
-
-def describe(url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> dict[str, Any]:
-    """What the server says of itself (/server_info).
-
-    Raises:
-        SwapError: it does not.
-    """
-    with closing(Line(url, api_key, timeout_s)) as line:
-        return line.ask("GET", "/server_info")
+    """Let a server go on that was left paused, perhaps in the middle of a weight update."""
+    resume(url, Client(url, api_key=api_key).headers, timeout_s)
 
 
 def check_weights(weights: Mapping[str, Tensor], like: Draft | Path | str | None, *, version: int) -> None:
-    """Refuse what does not fit the draft that serves.
+    """Refuse weights that do not fit the draft that serves.
 
     Raises:
-        ValueError: a tensor that is missing, extra, misshapen, not finite or of another dtype, or another vocabulary.
+        ValueError: a tensor is missing, extra, not finite, or has another shape or dtype; or the vocabulary differs.
     """
-    config, d2t = _serving(like)
+    config, d2t = _served_draft(like)
     what = f"draft version {version}"
     check_tensors(weights, expected_draft_tensors(config), what=what, optional=("t2d",))
-    wrong = [f"{n} is {t.dtype}" for n, t in weights.items() if n not in _MAPS and t.dtype not in _DTYPES]
+    wrong = [f"{n} is {t.dtype}" for n, t in weights.items() if n not in _VOCABULARY_MAPS and t.dtype not in _DTYPES]
     if wrong:
         raise ValueError(f"{what}: weights must be float32, bfloat16 or float16, but {wrong[0]}; cast them")
     if d2t is not None and not torch.equal(weights["d2t"].cpu().long(), d2t):
-        raise ValueError(f"{what}: d2t is fixed while a server serves, but got another; start a server with it")
+        raise ValueError(f"{what}: d2t must be that of the running server, but differs; start a server with it")
 
 
-def _serving(like: Draft | Path | str | None) -> tuple[DraftConfig, Tensor | None]:
-    """Configuration and d2t [Vd] int64 of the draft that serves."""
+def _served_draft(like: Draft | Path | str | None) -> tuple[DraftConfig, Tensor | None]:
+    """The configuration and d2t, [Vd] int64, of the draft that serves."""
     if isinstance(like, Draft):
         return like.config, like.tensors.get("d2t")
     if like is None or not (Path(like) / "config.json").is_file():
         raise ValueError(
-            f"the draft that serves must be known, but {str(like)!r} is no directory of one here; name it (like=...)"
+            f"the draft that serves must be known, but {str(like)!r} is not a directory with one; pass like="
         )
     config = read_draft_config(Path(like))
     if config.draft_vocab_size == config.vocab_size:
@@ -192,24 +194,24 @@ def _serving(like: Draft | Path | str | None) -> tuple[DraftConfig, Tensor | Non
         return config, file.get_tensor("d2t").long()
 
 
-def _check_server(facts: Mapping[str, Any]) -> None:
-    if facts.get("speculative_algorithm") != "EAGLE3":
+def _check_server(info: Mapping[str, Any]) -> None:
+    if info.get("speculative_algorithm") != "EAGLE3":
         raise ValueError(
-            f"a server must serve an EAGLE3 draft to swap it, but its algorithm is {facts.get('speculative_algorithm')}"
+            f"a server must serve an EAGLE3 draft to swap it, but its algorithm is {info.get('speculative_algorithm')}"
         )
     for name in ("tp_size", "dp_size", "pp_size"):
-        if int(facts.get(name) or 1) > 1:
-            raise ValueError(f"hot swap is known to work with one rank, but the server's {name} is {facts[name]}")
+        if int(info.get(name) or 1) > 1:
+            raise ValueError(f"{name} must be 1 to swap weights, but the server has {info[name]}")
 
 
 def encode(weights: Mapping[str, Tensor], version: int) -> bytes:
-    """The body of /update_weights_from_tensor: SGLang's flattened bucket.
+    """Return the body of /update_weights_from_tensor: SGLang's flattened bucket.
 
     Args:
-        weights: on the CPU, contiguous.
-        version: of the weights.
+        weights: contiguous tensors on the CPU.
+        version: version of the weights.
     """
-    ordered = sorted(weights.items(), key=lambda item: -item[1].element_size())  # so that each begins aligned
+    ordered = sorted(weights.items(), key=lambda item: -item[1].element_size())  # so that each tensor is aligned
     metadata, at = [], 0
     for name, tensor in ordered:
         place = {"start_idx": at, "end_idx": at + tensor.nbytes, "numel": tensor.nbytes}
@@ -217,18 +219,18 @@ def encode(weights: Mapping[str, Tensor], version: int) -> bytes:
         at += tensor.nbytes
     flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in ordered])
     bucket = pickle.dumps({"flattened_tensor": flat, "metadata": metadata}, protocol=4)
-    said = {
+    fields = {
         "serialized_named_tensors": [base64.b64encode(bucket).decode()],
         "load_format": "flattened_bucket",
         "selector": "draft",
         "flush_cache": False,
         "weight_version": str(version),
     }
-    return json.dumps(said).encode()
+    return json.dumps(fields).encode()
 
 
 def served_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights by the names and in the pieces in which SGLang's model holds them."""
+    """Return the weights by the names, and stacked and padded as, in SGLang's model."""
     out: dict[str, Tensor] = {}
     stacks = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
     for stack, parts in stacks.items():
@@ -237,19 +239,19 @@ def served_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     stacked = {part for parts in stacks.values() for part in parts}
     for name, tensor in weights.items():
         if name == "lm_head.weight":
-            out[name] = torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % _ROWS))
+            out[name] = torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % _PADDED_ROWS))
         elif name.split(".")[-2] not in stacked:
             out["model." + name.replace("midlayer.", "layers.0.")] = tensor
     return out
 
 
 def _compare(found: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
-    """Raise a SwapError where the server holds something else than `weights`, in whichever dtype."""
+    """Raise a SwapError if the server holds other weights, in whichever dtype."""
     for name, tensor in served_names(weights).items():
-        if found.get(name) not in {_digest(tensor.to(dtype)) for dtype in _DTYPES}:
+        if found.get(name) not in {checksum(tensor.to(dtype)) for dtype in _DTYPES}:
             raise SwapError(f"the server must hold the weights that were sent, but its {name} differs; push them again")
 
 
-def _digest(tensor: Tensor) -> str:
-    """SGLang's hash of a tensor on a CPU."""
+def checksum(tensor: Tensor) -> str:
+    """Return SGLang's checksum of a tensor on a CPU."""
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

@@ -1,54 +1,110 @@
-"""HTTP to an SGLang server: JSON in, JSON out, and a deadline on every call."""
+"""HTTP to an SGLang server, on httpx: JSON, a deadline on every call, and errors that say what to do."""
 
 from __future__ import annotations
 
-import http.client
 import json
-from collections.abc import Iterator
+import ssl
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Event
 from typing import Any
-from urllib.parse import urlsplit
+
+import httpx
 
 from specrl.core.clock import WallClock
-from specrl.sglang.client.errors import ServerBusy, ServerError, ServerFailed, ServerGone, ServerSilent, of_status
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
-_CHUNK = 1 << 16
+_KEEP_ALIVE_S = 2.0  # less than the server's 5 s, so that it does not close a connection that is about to be used
+_OUT_OF_MEMORY = ("out of memory", "outofmemory", "not enough memory", "memory capacity", "no available memory")
+MORE_MEMORY = "lower --max-running-requests or --context-length, or set --mem-fraction-static for what the device has"
+
+
+class ServerError(OSError):
+    """A server did not do what it was asked to."""
+
+
+class ServerGone(ServerError):
+    """The server does not run, or closed the connection."""
+
+
+class ServerSilent(ServerError):
+    """The server did not answer in time."""
+
+
+class ServerRefuses(ServerError):
+    """The server wants another API key."""
+
+
+class ServerBusy(ServerError):
+    """The server had no room for a request until the deadline."""
+
+
+class ServerOutOfMemory(ServerError):
+    """The server, or its device, has no memory left."""
+
+
+class ServerFailed(ServerError):
+    """The server answered with an error."""
+
+
+class SwapError(ServerError):
+    """The server did not take new draft weights; it was told to go on with those it has."""
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Whether a message is about lack of memory."""
+    return any(sign in text.lower() for sign in _OUT_OF_MEMORY)
+
+
+def error_for_status(status: int, url: str, body: str) -> ServerError:
+    """Return the error for an HTTP status other than 200."""
+    body = " ".join(body.split())[:300] or "nothing else"
+    if status in (401, 403):
+        return ServerRefuses(f"{url} needs a valid API key (status {status}); pass api_key=, its --api-key")
+    if status == 429:
+        return ServerBusy(f"{url} had no room for a request in time (429: {body}); wait, or send fewer at once")
+    if is_out_of_memory(body):
+        return ServerOutOfMemory(f"{url} is out of memory ({status}: {body}); {MORE_MEMORY}")
+    if status < 500:
+        return ServerFailed(f"{url} must take the request, but got {status}: {body}; is it SGLang, with its flags?")
+    return ServerFailed(f"{url} failed ({status}: {body}); see its log, then start it again")
 
 
 class Client:
-    """Asks a server. It may be used by many threads at once.
+    """Calls a server. Many threads may use it at once.
 
     Args:
-        url: of the server, 'http://host:port'.
+        url: URL of the server, 'http://host:port'.
         api_key: sent with every call; None: none.
-        timeout_s: that a call takes at most, tries again after 429 included.
+        timeout_s: seconds that a call may take, including new tries after status 429. If an answer comes piece by
+            piece, the last piece may take as long again.
 
     Raises:
         ValueError: the URL is not one, or the time is not positive.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"a server is named http://host:port, but got {url!r}")
+        if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
+            raise ValueError(f"url must be http://host:port, but got {url!r}")
         if not timeout_s > 0.0:
             raise ValueError(f"timeout_s must be above 0, but got {timeout_s}")
         self.url, self.timeout_s, self.api_key = url.rstrip("/"), timeout_s, api_key
-        self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._host, self._port, self._path = parts.hostname, parts.port, parts.path.rstrip("/")
-        self._headers = {"Content-Type": "application/json"}
+        self.headers = {"Content-Type": "application/json"}
         if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+            self.headers["Authorization"] = f"Bearer {api_key}"
         self._clock = WallClock()
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Sent with every call."""
-        return dict(self._headers)
+        self._http = httpx.Client(
+            headers=self.headers,
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S),
+            trust_env=False,  # no proxies
+            verify=ssl.create_default_context() if url.startswith("https://") else False,
+        )
+        weakref.finalize(self, self._http.close)  # not before: threads may still wait for answers
 
     def get(self, path: str, *, timeout_s: float | None = None) -> Any:
-        """The answer to a GET.
+        """Return the answer to a GET.
 
         Raises:
             ServerError: there is none; its class says why.
@@ -56,7 +112,7 @@ class Client:
         return self._call("GET", path, None, timeout_s)
 
     def post(self, path: str, body: object, *, timeout_s: float | None = None) -> Any:
-        """The answer to a POST of JSON; None where it is empty.
+        """Return the answer to a POST of JSON; None if it is empty.
 
         Raises:
             ServerError: there is none; its class says why.
@@ -64,42 +120,58 @@ class Client:
         return self._call("POST", path, json.dumps(body).encode(), timeout_s)
 
     def stream(self, path: str, body: object, *, timeout_s: float | None = None) -> Iterator[Any]:
-        """The answers to a POST as they come (server-sent events), all of them within the time.
+        """Yield the answers to a POST as they come (server-sent events).
 
         Raises:
-            ServerError: there are none; its class says why.
+            ServerError: an answer is missing; its class says why.
         """
-        limit = self._clock.now() + (self.timeout_s if timeout_s is None else timeout_s)
-        connection = self._connect(self._host, self._port, timeout=self._left(path, limit))
-        try:
-            connection.request("POST", self._path + path, json.dumps(body).encode(), self._headers)
-            assert connection.sock is not None
-            stream = connection.sock
-            stream.settimeout(self._left(path, limit))
-            with connection.getresponse() as answer:
-                if answer.status != 200:
-                    raise of_status(answer.status, self.url + path, answer.read().decode("utf-8", "replace"))
-                while line := answer.readline():
-                    said = line.removeprefix(b"data:").strip()
-                    if said == b"[DONE]":
-                        return
-                    if said:
-                        yield json.loads(said)
-                    stream.settimeout(self._left(path, limit))
-        except TimeoutError as error:
-            raise self._silent(path) from error
-        except ServerError:
-            raise
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            why = str(error) or type(error).__name__
-            raise ServerGone(f"{self.url} must answer {path}, but {why}; is it running? see its log") from error
-        finally:
-            connection.close()
-        raise ServerGone(f"{self.url} must answer {path} to the end, but it hung up; is it running? see its log")
+        limit = self._limit(timeout_s)
+        with self._send("POST", path, json.dumps(body).encode(), limit) as response:
+            if response.status_code != 200:
+                raise error_for_status(response.status_code, self.url + path, response.read().decode(errors="replace"))
+            for line in response.iter_lines():
+                data = line.removeprefix("data:").strip()
+                if data == "[DONE]":
+                    return
+                if data:
+                    yield json.loads(data)
+                self._left(path, limit)
+        raise self._gone(path, "the connection was closed before the end")
+
+    @contextmanager
+    def upload(self, path: str, body: bytes, *, timeout_s: float) -> Iterator[Callable[[], Any]]:
+        """Send all of a POST but its last byte; the function that this yields sends that too, and returns the answer.
+
+        Raises:
+            ServerError: there is no answer; its class says why.
+        """
+        sent, last, given_up = Event(), Event(), Event()
+
+        def content() -> Iterator[bytes]:
+            yield body[:-1]
+            sent.set()
+            if not last.wait(timeout_s) or given_up.is_set():
+                raise TimeoutError("the upload was given up")
+            yield body[-1:]
+
+        def finish() -> Any:
+            last.set()
+            return answer.result()
+
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(self._once, "POST", path, content(), self._limit(timeout_s), len(body))
+            answer.add_done_callback(lambda _: sent.set())
+            try:
+                sent.wait()
+                if answer.done():  # it failed
+                    answer.result()
+                yield finish
+            finally:
+                given_up.set()
+                last.set()
 
     def _call(self, method: str, path: str, body: bytes | None, timeout_s: float | None) -> Any:
-        limit = self._clock.now() + (self.timeout_s if timeout_s is None else timeout_s)
-        pause = _FIRST_PAUSE_S
+        limit, pause = self._limit(timeout_s), _FIRST_PAUSE_S
         while True:
             try:
                 return self._once(method, path, body, limit)
@@ -109,48 +181,48 @@ class Client:
             Event().wait(pause)
             pause = min(2.0 * pause, _LONGEST_PAUSE_S)
 
-    def _once(self, method: str, path: str, body: bytes | None, limit: float) -> Any:
-        connection = self._connect(self._host, self._port, timeout=self._left(path, limit))
-        try:
-            connection.request(method, self._path + path, body, self._headers)
-            assert connection.sock is not None
-            connection.sock.settimeout(self._left(path, limit))
-            stream = connection.sock
-            parts = bytearray()
-            with connection.getresponse() as answer:
-                while not answer.isclosed():
-                    stream.settimeout(self._left(path, limit))
-                    part = answer.read1(_CHUNK)
-                    if not part:
-                        break
-                    parts += part
-                missing = answer.length
-        except TimeoutError as error:
-            raise self._silent(path) from error
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, ServerError):
-                raise
-            why = str(error) or type(error).__name__
-            raise ServerGone(f"{self.url} must answer {path}, but {why}; is it running? see its log") from error
-        finally:
-            connection.close()
-        if missing:
-            raise ServerGone(f"{self.url} must answer {path} to the end, but it hung up; is it running? see its log")
+    def _once(
+        self, method: str, path: str, body: bytes | Iterator[bytes] | None, limit: float, length: int | None = None
+    ) -> Any:
+        parts = bytearray()
+        with self._send(method, path, body, limit, length) as response:
+            for part in response.iter_bytes():
+                parts += part
+                self._left(path, limit)
         text = parts.decode("utf-8", "replace")
-        if answer.status != 200:
-            raise of_status(answer.status, self.url + path, text)
+        if response.status_code != 200:
+            raise error_for_status(response.status_code, self.url + path, text)
         try:
             return json.loads(text) if text.strip() else None
         except ValueError as error:
-            raise ServerFailed(
-                f"{self.url} must answer {path} in JSON, but said {text[:80]!r}; is it SGLang?"
-            ) from error
+            raise ServerFailed(f"{self.url}{path} must answer JSON, but got {text[:80]!r}; is it SGLang?") from error
+
+    @contextmanager
+    def _send(
+        self, method: str, path: str, body: bytes | Iterator[bytes] | None, limit: float, length: int | None = None
+    ) -> Iterator[httpx.Response]:
+        """A response whose body is still to be read; httpx's errors become ours."""
+        headers = {} if length is None else {"Content-Length": str(length)}
+        try:
+            timeout = self._left(path, limit)
+            with self._http.stream(method, self.url + path, content=body, headers=headers, timeout=timeout) as response:
+                yield response
+        except httpx.TimeoutException as error:
+            raise self._silent(path) from error
+        except httpx.TransportError as error:
+            raise self._gone(path, str(error) or type(error).__name__) from error
+
+    def _limit(self, timeout_s: float | None) -> float:
+        return self._clock.now() + (self.timeout_s if timeout_s is None else timeout_s)
 
     def _left(self, path: str, limit: float) -> float:
         left = limit - self._clock.now()
         if left <= 0.0:
             raise self._silent(path)
         return left
+
+    def _gone(self, path: str, reason: str) -> ServerGone:
+        return ServerGone(f"{self.url} must answer {path}, but {reason}; is it running? see its log")
 
     def _silent(self, path: str) -> ServerSilent:
         return ServerSilent(

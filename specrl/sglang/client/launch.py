@@ -1,4 +1,4 @@
-"""An SGLang server: launched here and ended with all its processes, or found running."""
+"""An SGLang server: launched here and ended with all its processes, or one that runs already."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from threading import Event
 from typing import Any
 
 from specrl.core.clock import WallClock
-from specrl.sglang.client.errors import (
+from specrl.sglang.client.http import (
     MORE_MEMORY,
+    Client,
     ServerFailed,
     ServerGone,
     ServerOutOfMemory,
     ServerSilent,
     is_out_of_memory,
 )
-from specrl.sglang.client.http import Client
-from specrl.sglang.plugin.hooks import CHECKED
+from specrl.sglang.plugin.hooks import CHECKED, unchecked_note
 
-_LOOK_S = 0.2
-_END_S = 15.0
-_LINES = 12  # of the log, in an error
-PLANS, ROUNDS, TRACES = "plans", "rounds", "traces"  # sockets, by their names in a folder
+_POLL_S = 0.2
+_END_S = 15.0  # that a server has to end by itself
+_LOG_LINES = 12  # in an error
+PLANS, ROUNDS, TRACES = "plans", "rounds", "traces"  # names of the sockets in their folder
 
 
 class Server:
-    """A server that runs somewhere.
+    """A server.
 
     Args:
         url: 'http://host:port'.
-        api_key: that it wants; None: none.
-        timeout_s: of a call to it.
-        sockets: the folder with the sockets of its plugin; None: it has none that we can reach.
-        log: what it prints; None: it is not ours.
+        api_key: its API key; None: it needs none.
+        timeout_s: seconds that a call may take.
+        sockets: folder with the sockets of its plugin; None: it has none that we can reach.
+        log: file with its output; None: it was not launched here.
     """
 
     def __init__(
@@ -70,20 +70,20 @@ class Server:
         environment: Mapping[str, str] | None = None,
         timeout_s: float = 60.0,
     ) -> Server:
-        """Begin to start one on this machine; `wait` until it serves.
+        """Start a server on this machine; call `wait` until it serves.
 
         Args:
-            flags: of sglang.launch_server, without host, port and API key; paths are absolute.
-            folder: private to it: its plugin's sockets, where `environment` asks for them.
-            log: a file for what it prints; None: server.log in `folder`.
-            python: of an environment with SGLang and this package; None: this one.
-            environment: set for it beside what is set here.
-            timeout_s: of a call to it.
+            flags: flags of sglang.launch_server, without host, port and API key; paths are absolute.
+            folder: its working directory, with the sockets that `environment` names.
+            log: file for its output; None: server.log in `folder`.
+            python: Python of an environment with SGLang and this package; None: this one.
+            environment: further environment variables.
+            timeout_s: seconds that a call may take.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        key = secrets.token_hex(16)  # others on this machine are not to steer it
+        key = secrets.token_hex(16)  # others on this machine must not use it
         log = (log or folder / "server.log").resolve()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("SPECRL_")}
         command = [str(python or sys.executable), "-m", "sglang.launch_server", *flags]
@@ -97,7 +97,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env={**inherited, **(environment or {})},
                 start_new_session=True,
-                cwd=folder,  # not ours: what lies about there would come before what is installed
+                cwd=folder,  # not ours, whose files would come before what is installed
             )
         watch = subprocess.Popen(
             [sys.executable, "-c", _WATCH, str(server._process.pid)], stdin=subprocess.PIPE, start_new_session=True
@@ -107,16 +107,16 @@ class Server:
 
     @property
     def running(self) -> bool:
-        """Whether its process is there; of a server that is not ours, True."""
+        """Whether its process runs; True if it was not launched here."""
         return self._process is None or self._process.poll() is None
 
     @property
     def process_id(self) -> int | None:
-        """Of its first process, which leads the group; None where it is not ours."""
+        """Id of its first process, which leads the process group; None if it was not launched here."""
         return None if self._process is None else self._process.pid
 
     def wait(self, timeout_s: float) -> None:
-        """Until it answers.
+        """Wait until it answers.
 
         Raises:
             ServerError: it ended, or did not answer in time; with the end of its log.
@@ -132,87 +132,90 @@ class Server:
                 if clock.now() > limit:
                     raise ServerSilent(
                         f"the server must answer within {timeout_s:g} s, but did not; allow it longer, or see its log: "
-                        f"{self._tail()}"
+                        f"{self._log_tail()}"
                     ) from None
-            Event().wait(_LOOK_S)
+            Event().wait(_POLL_S)
 
     def check(self) -> None:
-        """Raise a ServerError where its process has ended."""
+        """Raise a ServerError if its process has ended."""
         if not self.running:
             assert self._process is not None
-            tail, code = self._tail(), self._process.returncode
+            tail, code = self._log_tail(), self._process.returncode
             if is_out_of_memory(tail):
-                raise ServerOutOfMemory(f"the server ended for want of memory; {MORE_MEMORY}; its log: {tail}")
+                raise ServerOutOfMemory(f"the server ran out of memory; {MORE_MEMORY}; its log: {tail}")
             raise ServerGone(f"the server must run, but ended with status {code}; start it again; its log: {tail}")
 
     @property
     def info(self) -> dict[str, Any]:
-        """What /server_info says: its version and arguments."""
+        """Its version and arguments, from /server_info."""
         if self._info is None:
-            said = self.client.get("/server_info")
-            if not isinstance(said, dict):
+            info = self.client.get("/server_info")
+            if not isinstance(info, dict):
                 raise ServerFailed(
                     f"{self.client.url} must describe itself at /server_info, but does not; is it SGLang?"
                 )
-            self._info = said
+            self._info = info
         return self._info
 
     @property
     def version(self) -> str:
-        """Of SGLang."""
+        """Version of SGLang."""
         return str(self.info.get("version", "unknown"))
 
-    def socket(self, name: str) -> Path | None:
-        """The plugin's socket of this name, if it is there."""
-        if self.sockets is None:
+    def socket(self, name: str) -> str | None:
+        """Return the address of the plugin's socket of this name, if it exists."""
+        if self.sockets is None or not (self.sockets / name).is_socket():
             return None
-        path = self.sockets / name
-        return path if path.is_socket() else None
+        return f"ipc://{(self.sockets / name).absolute()}"
 
-    def said(self, words: str) -> str:
-        """Lines of its log that hold these words."""
-        if self.log is None or not self.log.exists():
-            return ""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return " | ".join(line.strip() for line in lines if words in line)
+    def log_lines(self, text: str) -> str:
+        """Return the lines of its log that contain this text."""
+        return " | ".join(line for line in self._log_lines() if text in line)
 
     def close(self) -> None:
-        """End it with all its processes, if it is ours; idempotent."""
+        """End it with all its processes, if it was launched here; idempotent."""
         self._end()
 
-    def _tail(self) -> str:
+    def _log_tail(self) -> str:
+        return f"{self.log}: " + " | ".join(self._log_lines()[-_LOG_LINES:])
+
+    def _log_lines(self) -> list[str]:
         if self.log is None or not self.log.exists():
-            return "(none)"
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return f"{self.log}: " + " | ".join(line.strip() for line in lines[-_LINES:] if line.strip())
+            return []
+        return [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line]
 
 
 def check_version(python: str | Path | None = None) -> str | None:
-    """A note where SGLang's version was not checked, but its seams look as they should; None where it was.
+    """Return a note if SGLang's version was not checked, but has the functions that the plugin hooks.
 
     Args:
-        python: of an environment with SGLang and this package; None: this one.
+        python: Python of an environment with SGLang and this package; None: this one.
 
     Raises:
-        ValueError: there is no SGLang, or one that is not as it should be.
+        ValueError: there is no SGLang, or one whose functions are others.
     """
     executable = str(python or sys.executable)
-    ask = "from importlib.metadata import version; import specrl.sglang.plugin.entry; print(version('sglang'))"
-    said = _run(executable, ask, 60.0)
-    if said.returncode:
+    done = _run(
+        executable,
+        "from importlib.metadata import version; import specrl.sglang.plugin.entry; print(version('sglang'))",
+        60.0,
+    )
+    if done.returncode:
         raise ValueError(
-            f"{executable} must have SGLang and specrl, but has not ({_last(said.stderr)}); install them there, or "
-            "name another with python="
+            f"{executable} must have SGLang and specrl, but has not ({_last_line(done.stderr)}); install them there, "
+            "or choose another one with python="
         )
-    found = said.stdout.strip()
+    found = done.stdout.strip()
     if found in CHECKED:
         return None
-    said = _run(executable, "from specrl.sglang.plugin.hooks import EVERY, check_seams; check_seams(EVERY)", 300.0)
-    if said.returncode:
+    done = _run(
+        executable, "from specrl.sglang.plugin.hooks import ALL_TARGETS, check_targets as c; c(ALL_TARGETS)", 300.0
+    )
+    if done.returncode:
         raise ValueError(
-            f"SGLang {found} must be as {', '.join(CHECKED)} is, but {_last(said.stderr)}; install that one"
+            f"SGLang {found} must be as {', '.join(CHECKED)} is, but {_last_line(done.stderr)}; install that one"
         )
-    return f"SGLang {found} is not among the checked versions ({', '.join(CHECKED)}); its seams look as they should"
+    return unchecked_note(found)
 
 
 def _run(executable: str, code: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
@@ -222,13 +225,13 @@ def _run(executable: str, code: str, timeout_s: float) -> subprocess.CompletedPr
         raise ValueError(f"python= must be a Python that runs, but {executable!r} does not: {error}") from error
 
 
-def _last(text: str) -> str:
-    return (text.strip().splitlines() or ["nothing was said"])[-1]
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no output"])[-1]
 
 
 _WATCH = """
 import os, signal, sys
-sys.stdin.buffer.read()  # ends with whoever launched the server, however that was
+sys.stdin.buffer.read()  # ends when the process that launched the server ends
 try:
     os.killpg(int(sys.argv[1]), signal.SIGKILL)
 except ProcessLookupError:
@@ -245,6 +248,6 @@ def _end(process: subprocess.Popen[bytes], watch: subprocess.Popen[bytes]) -> No
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(_END_S)
-    with suppress(ProcessLookupError):  # whatever it left of its own
+    with suppress(ProcessLookupError):  # its own processes
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,40 +1,47 @@
-"""Plain decoding on a server of its own, without a draft: what every speedup is counted against.
+"""Plain decoding on a server without a draft, on the same device: what every speedup is measured against.
 
-It stands on the same device and takes turns with the one that speculates: that one waits for leave meanwhile, and this
-one sleeps otherwise. It schedules as SGLang does by default.
+The two servers take turns: the one that speculates waits for a permit (or is paused) while this one is measured, and
+this one gets no requests otherwise.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean, median
 from threading import Thread
-from typing import ClassVar
+from typing import Any
 
+from specrl.core.clock import Clock, WallClock
 from specrl.core.round import PlainSample
-from specrl.sglang.client.errors import ServerError, ServerFailed, ServerSilent
+from specrl.sglang.client.http import ServerError, ServerFailed, ServerSilent
 from specrl.sglang.client.launch import ROUNDS, Server
 from specrl.sglang.client.plugin_client import Rounds
+from specrl.sglang.client.watchdog import resume_on_crash
 
-SKIPPED = 2  # steps that find their feet first
+WARM_UP_STEPS = 2  # of a measurement, left out
+_SAME = ("version", "revision", "dtype", "quantization", "tp_size")  # in /server_info
 
 
 class PlainServer:
-    """Times steps of plain decoding.
+    """Times steps of plain decoding by the plugin's reports.
 
     Args:
-        server: without speculation, with the plugin telling of its rounds.
-        timeout_s: for a sample.
+        server: a server without speculation, whose plugin reports rounds.
+        timeout_s: seconds that a measurement may take.
     """
 
-    _STEPS: ClassVar[int] = 4  # of a sample
+    lockstep = True  # whether sessions can run on it
 
     def __init__(self, server: Server, timeout_s: float = 60.0) -> None:
         self.server, self._timeout_s = server, timeout_s
+        self._failed: ServerError | None = None
+        self._rounds: Rounds | None = None
 
     def measure(self, texts: Sequence[Sequence[int]]) -> PlainSample:
-        """What some steps usually take that continue these texts together.
+        """Return the usual time of a step that continues these texts together.
 
         Args:
             texts: token ids of each live request.
@@ -42,70 +49,164 @@ class PlainServer:
         Raises:
             ServerError: the server did not decode them together, or not at all.
         """
-        contexts = [len(text) for text in texts]
-        usual = self._usual([step.seconds for step in self.steps(texts, self._STEPS)])
-        return PlainSample(len(texts), sum(contexts) / len(contexts), usual)
-
-    @staticmethod
-    def _usual(seconds: Sequence[float]) -> float:
-        """What a sample is, of its steps."""
-        return median(seconds)
+        seconds = median(step.seconds for step in self.steps(texts, 4))
+        return PlainSample(len(texts), fmean(map(len, texts)), seconds)
 
     def steps(self, texts: Sequence[Sequence[int]], count: int) -> list[PlainSample]:
-        """Steps that continue these texts together, one after another.
+        """Return consecutive steps that continue these texts together.
 
         Args:
             texts: token ids of each live request.
-            count: steps wanted; where requests join one by one, there may be fewer, but there is one.
+            count: wanted steps; there may be fewer, but at least one, if requests join one by one.
 
         Raises:
             ServerError: the server did not decode them together, or not at all.
         """
-        path = self.server.socket(ROUNDS)
-        if path is None:
-            raise ServerFailed(
-                "the server without speculation must tell of its rounds, but its plugin is off; see its log"
-            )
-        failed: list[ServerError] = []
-        rids = [f"plain-{secrets.token_hex(4)}-{index}" for index in range(len(texts))]
-        rounds = Rounds(path, lambda: self._check(failed), self._timeout_s)
-        asking = Thread(target=self._ask, args=(texts, rids, count, failed), name="specrl-plain", daemon=True)
+        rounds = self._connect()
+        body = _request(texts, count)
+        asking = Thread(target=self._ask, args=(body,), name="specrl-plain", daemon=True)
         asking.start()
-        try:
-            taken: list[PlainSample] = []
-            ended: set[str] = set()
-            while ended < set(rids):
-                said = rounds.next()
-                ended |= set(said["finished"]) & set(rids)
-                if said["kind"] == "round" and len(said["requests"]) == len(rids):
-                    seconds = said["draft_s"] + said["verify_s"] + said["other_s"]
-                    taken.append(PlainSample(len(rids), sum(said["contexts"]) / len(rids), seconds))
-        finally:
-            rounds.close()
+        taken, rids, ended = list[PlainSample](), set(body["rid"]), set[str]()
+        while not rids <= ended:
+            report = rounds.next()
+            ended |= set(report.finished)
+            if report.kind == "round" and set(report.requests) == rids:
+                taken.append(PlainSample(len(texts), fmean(report.contexts), report.seconds))
         asking.join(self._timeout_s)
         if asking.is_alive():
             raise ServerSilent(f"{self.server.client.url} must answer within {self._timeout_s:g} s; see its log")
-        kept = taken[SKIPPED:]
-        if not kept:
-            raise ServerFailed(
-                f"the server without speculation must decode {len(texts)} requests at once, but did not; raise its "
-                "--max-running-requests or --max-total-tokens"
-            )
-        return kept
+        return self._kept(taken, len(texts))
 
     def close(self) -> None:
-        """End the server if it is ours; idempotent."""
+        """End the server if it was launched here; idempotent."""
+        if self._rounds is not None:
+            self._rounds.close()
         self.server.close()
 
-    def _check(self, failed: Sequence[ServerError]) -> None:
-        self.server.check()
-        if failed:
-            raise failed[0]
+    def _connect(self) -> Rounds:
+        """The server's reports. An idle server may take a second to answer, so the connection is kept."""
+        self._failed = None
+        if self._rounds is not None:
+            try:
+                self._rounds.received()  # of others
+                return self._rounds
+            except ServerError:  # another client has taken our place
+                self._rounds.close()
+        address = self.server.socket(ROUNDS)
+        if address is None:
+            raise ServerFailed("the server without speculation must report rounds, but its plugin is off; see its log")
+        self._rounds = Rounds(address, self._check, self._timeout_s)
+        return self._rounds
 
-    def _ask(self, texts: Sequence[Sequence[int]], rids: Sequence[str], count: int, failed: list[ServerError]) -> None:
-        sampling = {"temperature": 0.0, "max_new_tokens": SKIPPED + count + 1, "ignore_eos": True}
-        body = {"rid": list(rids), "input_ids": [list(text) for text in texts], "sampling_params": sampling}
+    def _kept(self, taken: Sequence[PlainSample], requests: int) -> list[PlainSample]:
+        if len(taken) <= WARM_UP_STEPS:
+            raise ServerFailed(
+                f"{self.server.client.url} must decode {requests} requests at once, but did not; raise its "
+                "--max-running-requests or --max-total-tokens"
+            )
+        return list(taken[WARM_UP_STEPS:])
+
+    def _check(self) -> None:
+        self.server.check()
+        if self._failed is not None:
+            raise self._failed
+
+    def _ask(self, body: dict[str, Any]) -> None:
         try:
             self.server.client.post("/generate", body, timeout_s=self._timeout_s)
         except ServerError as error:
-            failed.append(error)
+            self._failed = error
+
+
+class StreamedPlainServer(PlainServer):
+    """Times steps of plain decoding on a server without our plugin, by the arrival of its tokens.
+
+    A step is the time between two tokens of the request that leads, while all requests decode. If tokens come several
+    at once (its --stream-interval, or a slow network), their steps share the time equally.
+
+    Args:
+        server: a server without speculation; closing leaves it running.
+        timeout_s: seconds that a measurement may take.
+        clock: times the arrival of tokens.
+    """
+
+    lockstep = False
+
+    def __init__(self, server: Server, timeout_s: float = 60.0, clock: Clock | None = None) -> None:
+        super().__init__(server, timeout_s)
+        self._clock = WallClock() if clock is None else clock
+
+    def measure(self, texts: Sequence[Sequence[int]]) -> PlainSample:
+        """Return the mean time of a step: arrival times say little about single steps."""
+        seconds = fmean(step.seconds for step in self.steps(texts, 16))
+        return PlainSample(len(texts), fmean(map(len, texts)), seconds)
+
+    def steps(self, texts: Sequence[Sequence[int]], count: int) -> list[PlainSample]:
+        """Return steps that continue these texts together; see `PlainServer.steps`."""
+        context, body = fmean(map(len, texts)), _request(texts, count)
+        tokens = dict.fromkeys(body["rid"], 0)
+        counted, counted_s = 0, 0.0  # tokens of the leading request that are counted, and when the last of them came
+        taken: list[PlainSample] = []
+        for piece in self.server.client.stream("/generate", {**body, "stream": True}, timeout_s=self._timeout_s):
+            if "error" in piece:
+                raise ServerFailed(f"{self.server.client.url} must decode plainly, but {piece['error']}; see its log")
+            now, meta = self._clock.now(), piece["meta_info"]
+            tokens[meta["id"]] = meta["completion_tokens"]
+            most = max(tokens.values())
+            if counted and counted < most:
+                step_s = (now - counted_s) / (most - counted)
+                taken += [PlainSample(len(texts), context + n, step_s) for n in range(counted, most)]
+            if counted < most and min(tokens.values()):
+                counted, counted_s = most, now
+        return self._kept(taken, len(texts))
+
+
+def _request(texts: Sequence[Sequence[int]], count: int) -> dict[str, Any]:
+    sampling = {"temperature": 0.0, "max_new_tokens": WARM_UP_STEPS + count + 1, "ignore_eos": True}
+    rids = [f"plain-{secrets.token_hex(4)}-{index}" for index in range(len(texts))]
+    return {"rid": rids, "input_ids": [list(text) for text in texts], "sampling_params": sampling}
+
+
+def check_baseline(server: Server, plain: Server) -> None:
+    """Refuse a baseline that is not the same model without speculation.
+
+    Raises:
+        ValueError: it differs; the message says in what.
+        ServerError: one of them does not answer.
+    """
+    url = plain.client.url
+    algorithm = plain.info.get("speculative_algorithm")
+    if algorithm:
+        raise ValueError(
+            f"plain_url must be a server without speculation, but {url} runs {algorithm}; start one with the same "
+            "--model-path and no --speculative flags"
+        )
+    ours, theirs = (each.client.get("/model_info") for each in (server, plain))
+    facts: dict[str, tuple[object, object]] = {"model_path": (_place(ours["model_path"]), _place(theirs["model_path"]))}
+    facts |= {name: (server.info.get(name), plain.info.get(name)) for name in _SAME}
+    if not str(ours.get("weight_version")).isdecimal():  # a number is a draft's, set by a hot swap
+        facts["weight_version"] = (str(ours.get("weight_version")), str(theirs.get("weight_version")))
+    for name, (own, other) in facts.items():
+        if own != other:
+            raise ValueError(
+                f"plain_url must serve what the server does, but {name} is {other!r} at {url} and {own!r} at "
+                f"{server.client.url}; start it like the other, without its --speculative flags"
+            )
+
+
+@contextmanager
+def paused(server: Server) -> Iterator[None]:
+    """Pause a server with its requests in place; a watchdog process resumes it if this process is killed."""
+    client = server.client
+    with resume_on_crash(client.url, client.headers, client.timeout_s) as resumed:
+        try:
+            client.post("/pause_generation", {"mode": "in_place"})
+            yield
+        finally:
+            client.post("/continue_generation", {"torch_empty_cache": False})
+            resumed()
+
+
+def _place(path: str) -> str:
+    """The absolute path of a directory; a name that is no directory here as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path

@@ -1,4 +1,4 @@
-"""A server without our plugin: what its requests say when they end, and nothing of single rounds."""
+"""Sessions on a server without our plugin, which sees whole requests only."""
 
 from __future__ import annotations
 
@@ -12,38 +12,37 @@ from specrl.core.clock import WallClock
 from specrl.core.interfaces import Session, Workload
 from specrl.core.plan import Plan
 from specrl.core.round import Completion, PlainSample, Round, Trace
-from specrl.sglang.client.errors import ServerFailed
+from specrl.sglang.client.http import ServerFailed
 from specrl.sglang.client.launch import Server
-from specrl.sglang.client.plain_server import PlainServer
-from specrl.sglang.client.requests import Flight, Flights
-from specrl.sglang.client.streamed import paused
+from specrl.sglang.client.plain_server import PlainServer, paused
+from specrl.sglang.client.requests import LiveRequest, LiveRequests
 
 LOST = (
-    "the server has no plugin that we can reach, so that it is seen by the request only: no plan per round, no traces, "
-    "no split of seconds, and it never waits for us"
+    "the server has no plugin that we can reach, so only whole requests are seen: no plan per round, no traces, no "
+    "split of seconds, and the server never waits for us"
 )
 NO_BASELINE = (
     "no speedup can be measured: the server has no plugin, and no plain_url names one without speculation on its device"
 )
 
 
-class CoarseSession(Session):
+class RequestLevelSession(Session):
     """B requests on a server that runs by itself.
 
-    What stands for a round is a stretch that ends when requests do. Its rows are all rounds of these requests, by their
-    histograms, in no known order: `request_ids` repeat, `context_lengths` are each request's mean. Its seconds are
-    those that we waited. Over many stretches, tokens over seconds is what the server does.
+    A `Round` is here the time until a request ends. Its rows are all rounds of the requests that ended, by their
+    histograms, in unknown order: `request_ids` repeat, `context_lengths` are each request's mean, and its seconds are
+    those that we waited. Over many of them, tokens over seconds is the server's speed.
 
     Args:
-        server: of which HTTP is all we have.
-        workload: where requests come from.
+        server: a server that is used by HTTP alone.
+        workload: source of the requests.
         batch_size: live requests.
-        most: that it may be resized to.
-        seed: of the requests' order.
-        plan: that it was launched with.
-        version: gives the draft that serves.
-        timeout_s: for a request to end.
-        plain: measures decoding without speculation, while this server is paused; None: nobody does.
+        max_batch_size: the most live requests that it may be resized to.
+        seed: seed of the requests' order.
+        plan: the plan that the server was launched with.
+        version: returns the version of the draft that serves.
+        timeout_s: seconds until a request must end.
+        plain: measures decoding without speculation while this server is paused; None: it is not measured.
     """
 
     def __init__(
@@ -52,40 +51,43 @@ class CoarseSession(Session):
         workload: Workload,
         *,
         batch_size: int,
-        most: int,
+        max_batch_size: int,
         seed: int,
         plan: Plan,
         version: Callable[[], int],
         timeout_s: float,
         plain: PlainServer | None = None,
     ) -> None:
-        if not 1 <= batch_size <= most:
-            raise ValueError(f"batch_size must be from 1 to max_batch_size, but got {batch_size} and {most}")
-        self._source, self._most, self._plan = workload.requests(seed), most, plan
+        self._source, self._max_batch_size, self._plan = workload.requests(seed), max_batch_size, plan
         self._version, self._timeout_s, self._clock = version, timeout_s, WallClock()
         self._server, self._plain = server, plain
-        self._flights = Flights(server.client)
+        self._requests = LiveRequests(server.client)
         self._name = f"specrl-{secrets.token_hex(4)}"
         self._count, self._closed = 0, False
-        self._live: dict[str, Flight] = {}
-        self._wanted = batch_size
-        self._fill()
+        self._live: dict[str, LiveRequest] = {}
+        self.resize(batch_size)
 
     @property
     def batch_size(self) -> int:
-        """Live requests wanted."""
-        return self._wanted
+        """Live requests."""
+        return self._batch_size
 
     @property
     def context_lengths(self) -> Sequence[int]:
-        """Tokens of each prompt and half of what is to come: how far it has come is not known."""
-        return [len(_halfway(flight)) for flight in self._live.values()][: self._wanted]
+        """Tokens of each prompt and half of its output: how far each request has come is not known."""
+        return [len(_halfway(flight)) for flight in self._live.values()][: self._batch_size]
 
     def resize(self, batch_size: int) -> None:
-        """More are sent at once; of too many, those that end are not replaced."""
-        if not 1 <= batch_size <= self._most:
-            raise ValueError(f"batch_size must be from 1 to {self._most} (max_batch_size), but got {batch_size}")
-        self._wanted = batch_size
+        """Send more requests at once, or do not replace those that end.
+
+        Raises:
+            ValueError: it is not from 1 to `max_batch_size`.
+        """
+        if not 1 <= batch_size <= self._max_batch_size:
+            raise ValueError(
+                f"batch_size must be from 1 to {self._max_batch_size} (max_batch_size), but got {batch_size}"
+            )
+        self._batch_size = batch_size
         self._fill()
 
     def round(self, plan: Plan) -> Round:
@@ -100,74 +102,75 @@ class CoarseSession(Session):
         if plan != self._plan:
             raise ValueError(f"without our plugin the only plan is the server's own, {self._plan}, but got {plan}")
         began = self._clock.now()
-        rows: list[tuple[int, int, int, int]] = []  # request, tokens, correct drafts, context
-        ended: list[Completion] = []
+        rows = list[tuple[int, int, int, int]]()  # request, tokens, correct drafts, context
+        ended = list[Completion]()
         while not rows:
-            rid = self._flights.any(self._timeout_s)
-            flight, answer = self._live.pop(rid), self._flights.take(rid, self._timeout_s)
-            ended.append(Completion(flight.number, flight.request.prompt, tuple(answer["output_ids"])))
-            rows += _rows(flight, answer, self._plan)
+            rid = self._requests.any(self._timeout_s)
+            live, answer = self._live.pop(rid), self._requests.take(rid, self._timeout_s)
+            ended.append(Completion(live.number, live.request.prompt, tuple(answer["output_ids"])))
+            rows += _rows(live, answer, self._plan)
             self._fill()
         numbers, tokens, correct, contexts = (np.array(column) for column in zip(*rows, strict=True))
         seconds = max(self._clock.now() - began, 1e-9)
         return Round(plan, numbers, tokens, correct, contexts, 0.0, 0.0, seconds, 0.0, self._version(), tuple(ended))
 
     def measure_plain(self) -> PlainSample | None:
-        """A step of the server without speculation, at half-way contexts; this one is paused meanwhile."""
+        """Time a step of the server without speculation at half-way contexts, while this one is paused."""
         if self._plain is None:
             return None
         with paused(self._server):
-            return self._plain.measure([_halfway(flight) for flight in self._live.values()][: self._wanted])
+            return self._plain.measure([_halfway(live) for live in self._live.values()][: self._batch_size])
 
     def drain(self) -> list[Trace]:
-        """Nothing: there are no traces without our plugin."""
+        """Return nothing: there are no traces without our plugin."""
         return []
 
     def close(self) -> None:
-        """End what is in flight; idempotent."""
+        """End the live requests; idempotent."""
         if not self._closed:
             self._closed = True
             try:
-                self._flights.abort(self._name)
-                for rid in self._live:  # whoever comes next is not to meet them
-                    self._flights.take(rid, self._timeout_s)
-            except OSError:  # it is gone, and they with it
+                self._requests.abort(self._name)
+                for rid in self._live:  # the next session starts on an idle server
+                    self._requests.take(rid, self._timeout_s)
+            except OSError:  # the server has gone, and they with it
                 pass
 
     def _fill(self) -> None:
-        while len(self._live) < self._wanted:
-            flight = Flight(self._count, next(self._source), f"{self._name}-{self._count:08d}")
+        while len(self._live) < self._batch_size:
+            live = LiveRequest(self._count, next(self._source), f"{self._name}-{self._count:08d}")
             self._count += 1
-            self._live[flight.rid] = flight
-            self._flights.send(flight)
+            self._live[live.rid] = live
+            self._requests.send(live)
 
 
-def _halfway(flight: Flight) -> list[int]:
-    """A text as long as the request's own is on average; to plain decoding it does not matter what it says."""
-    prompt = list(flight.request.prompt)
-    length = len(prompt) + max(flight.request.max_new_tokens // 2, 1)
+def _halfway(live: LiveRequest) -> list[int]:
+    """A text as long as the request's own is on average; its words do not matter to plain decoding."""
+    prompt = list(live.request.prompt)
+    length = len(prompt) + max(live.request.max_new_tokens // 2, 1)
     return (prompt * (length // len(prompt) + 1))[:length]
 
 
-def _rows(flight: Flight, answer: dict[str, Any], plan: Plan) -> list[tuple[int, int, int, int]]:
+def _rows(live: LiveRequest, answer: dict[str, Any], plan: Plan) -> list[tuple[int, int, int, int]]:
     """The rounds of a request by its histogram; the first token is its prefill's."""
     meta = answer.get("meta_info", {})
     count = len(answer["output_ids"])
     histogram = meta.get("spec_correct_drafts_histogram")
     if histogram is None and plan.num_steps:
         raise ServerFailed(
-            "an answer must tell how many drafts stood (spec_correct_drafts_histogram), but does not; is it SGLang "
-            "0.5.23, with a draft?"
+            "an answer must have spec_correct_drafts_histogram, but has not; is it SGLang 0.5.23, with a draft?"
         )
     if histogram is None:
         histogram = [count - 1]
     if len(histogram) > plan.num_steps + 1:
-        raise ServerFailed(f"a round of {plan} may not have {len(histogram) - 1} drafts stand; does the server adapt?")
-    context = len(flight.request.prompt) + count // 2
+        raise ServerFailed(
+            f"a round of {plan} must not accept {len(histogram) - 1} drafts; does the server change its plan?"
+        )
+    context = len(live.request.prompt) + count // 2
     left, rows = count - 1, []
     for correct, rounds in enumerate(histogram):
         for _ in range(rounds):
-            kept = min(correct + 1, left)  # what followed its end was dropped
+            kept = min(correct + 1, left)  # tokens after its end were dropped
             left -= kept
-            rows.append((flight.number, kept, correct, context))
+            rows.append((live.number, kept, correct, context))
     return rows

@@ -1,54 +1,54 @@
-"""Requests in flight: each an HTTP call in a thread of its own, followed token by token through the plugin."""
+"""Requests in flight: each one is an HTTP call in a thread of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Any
 
 from specrl.core.clock import WallClock
 from specrl.core.interfaces import Request
-from specrl.sglang.client.errors import ServerError, ServerSilent
-from specrl.sglang.client.http import Client
+from specrl.sglang.client.http import Client, ServerError, ServerSilent
 from specrl.sglang.plugin.traces import OPT_OUT
 
-_LONGEST_S = 6 * 3600.0  # of a request, which lasts as long as whoever chooses plans takes to choose them
+_MAX_REQUEST_S = 6 * 3600.0  # in lock-step a request lasts as long as an agent thinks
 
 
 @dataclass
-class Flight:
+class LiveRequest:
     """A request on a server.
 
     Attributes:
-        number: in its session.
+        number: its number in the session.
         request: what is asked.
-        said: tokens that it has put out, as far as we heard.
-        earlier: those of them that were put out before it was parked.
-        rid: by which the server knows it.
+        rid: its id on the server.
+        output: its tokens so far, as far as they were reported.
+        resumed: how many of them were generated before it was parked.
     """
 
     number: int
     request: Request
     rid: str
-    said: list[int] = field(default_factory=list)
-    earlier: int = 0
+    output: list[int] = field(default_factory=list)
+    resumed: int = 0
 
     @property
     def context(self) -> int:
-        """Tokens known of it; the prefill adds one."""
-        return len(self.request.prompt) + max(len(self.said), self.earlier + 1)
+        """Known tokens of it, with the one that its prefill adds."""
+        return len(self.request.prompt) + max(len(self.output), self.resumed + 1)
 
     @property
     def text(self) -> list[int]:
-        """Its prompt and what it has put out."""
-        return [*self.request.prompt, *self.said]
+        """Its prompt and its output."""
+        return [*self.request.prompt, *self.output]
 
     def body(self) -> dict[str, Any]:
-        """What /generate is asked: what is left of it."""
+        """The body for /generate, which asks for the rest of it."""
         request = self.request
         sampling: dict[str, Any] = {
             "temperature": request.temperature,
-            "max_new_tokens": request.max_new_tokens - self.earlier,
+            "max_new_tokens": request.max_new_tokens - self.resumed,
             "ignore_eos": request.ignore_eos,
         }
         if not request.learn:
@@ -56,11 +56,11 @@ class Flight:
         return {"rid": self.rid, "input_ids": self.text, "sampling_params": sampling}
 
 
-class Flights:
+class LiveRequests:
     """Sends requests and takes their answers.
 
     Args:
-        client: of the server.
+        client: calls the server.
     """
 
     def __init__(self, client: Client) -> None:
@@ -69,64 +69,53 @@ class Flights:
         self._failures: dict[str, ServerError] = {}
         self._changed = Condition()
 
-    def send(self, flight: Flight) -> None:
-        """Ask for it; its answer waits for `take`."""
-        body = flight.body()
-        Thread(target=self._ask, args=(flight.rid, body), name=f"specrl-{flight.rid}", daemon=True).start()
+    def send(self, request: LiveRequest) -> None:
+        """Send a request; `take` returns its answer."""
+        body = request.body()
+        Thread(target=self._ask, args=(request.rid, body), name=f"specrl-{request.rid}", daemon=True).start()
 
     def check(self) -> None:
-        """Raise what went wrong with one of them."""
+        """Raise the error of a request that failed."""
         failed = next(iter(self._failures.values()), None)
         if failed is not None:
             raise failed
 
     def take(self, rid: str, timeout_s: float) -> dict[str, Any]:
-        """The answer to a request.
+        """Return the answer to a request.
 
         Raises:
-            ServerError: it failed, or there is no answer in time.
+            ServerError: a request failed, or there is no answer in time.
         """
-        limit = self._clock.now() + timeout_s
         with self._changed:
-            while rid not in self._answers:
-                self.check()
-                left = limit - self._clock.now()
-                if left <= 0.0:
-                    raise ServerSilent(
-                        f"{self._client.url} must answer request {rid} within {timeout_s:g} s; see its log"
-                    )
-                self._changed.wait(min(left, 1.0))
+            self._wait(lambda: rid in self._answers, f"request {rid}", timeout_s)
             return self._answers.pop(rid)
 
     def any(self, timeout_s: float) -> str:
-        """The name of a request whose answer is there.
+        """Return the id of a request that was answered.
 
         Raises:
-            ServerError: one failed, or there is no answer in time.
+            ServerError: a request failed, or there is no answer in time.
         """
-        limit = self._clock.now() + timeout_s
         with self._changed:
-            while not self._answers:
-                self.check()
-                left = limit - self._clock.now()
-                if left <= 0.0:
-                    raise ServerSilent(f"{self._client.url} must answer a request within {timeout_s:g} s; see its log")
-                self._changed.wait(min(left, 1.0))
+            self._wait(lambda: bool(self._answers), "a request", timeout_s)
             return next(iter(self._answers))
 
     def abort(self, rid: str) -> None:
-        """Have the server end requests whose name begins so, at the end of their round."""
+        """Let the server end all requests whose id begins so, at the end of their round."""
         self._client.post("/abort_request", {"rid": rid})
 
-    def forget(self, rid: str) -> None:
-        """Neither its answer nor its failure matters any more."""
-        with self._changed:
-            self._answers.pop(rid, None)
-            self._failures.pop(rid, None)
+    def _wait(self, answered: Callable[[], bool], what: str, timeout_s: float) -> None:
+        limit = self._clock.now() + timeout_s
+        while not answered():
+            self.check()
+            left = limit - self._clock.now()
+            if left <= 0.0:
+                raise ServerSilent(f"{self._client.url} must answer {what} within {timeout_s:g} s; see its log")
+            self._changed.wait(min(left, 1.0))
 
     def _ask(self, rid: str, body: dict[str, Any]) -> None:
         try:
-            answer = self._client.post("/generate", body, timeout_s=_LONGEST_S)
+            answer = self._client.post("/generate", body, timeout_s=_MAX_REQUEST_S)
         except ServerError as error:
             with self._changed:
                 self._failures[rid] = error

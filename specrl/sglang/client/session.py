@@ -1,44 +1,43 @@
-"""Rounds of a server in lock-step with whoever chooses their plans."""
+"""Rounds of a server in lock-step: one round whenever its plan was chosen."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from specrl.core.interfaces import Session, Workload
 from specrl.core.plan import Plan
 from specrl.core.round import Completion, PlainSample, Round, Trace
-from specrl.sglang.client.errors import ServerFailed
-from specrl.sglang.client.launch import PLANS, ROUNDS, Server
+from specrl.sglang.client.http import ServerFailed
+from specrl.sglang.client.launch import PLANS, ROUNDS, TRACES, Server
 from specrl.sglang.client.plain_server import PlainServer
 from specrl.sglang.client.plugin_client import Plans, Rounds
-from specrl.sglang.client.requests import Flight, Flights
-from specrl.sglang.client.tracing import Tracing
+from specrl.sglang.client.requests import LiveRequest, LiveRequests
+from specrl.sglang.client.trace_subscriber import TraceReader
+from specrl.sglang.plugin.rounds import RoundReport
 
 
 class LockstepSession(Session):
-    """B requests on a server, which runs one round whenever it is asked to, and stands still in between.
+    """B requests on a server that runs one round at a time and waits in between.
 
-    A finished request is replaced after its round; the prefill comes before the next one, and its `prefill_s` says how
-    long that took. `resize` to fewer parks the last ones: the server ends a request only at the end of a round, so
-    that one round, of which nobody is told, lies between; parked requests go on from their tokens.
+    A finished request is replaced after its round. The prefill of its successor comes before the next round, whose
+    `prefill_s` is the time it took. `resize` to fewer requests parks the last ones: the server can end a request only
+    at the end of a round, so one further round runs, which is not reported. Parked requests go on from their tokens.
 
     Args:
-        server: with the plugin, in lock-step.
-        workload: where requests come from.
+        server: a server with the plugin in lock-step.
+        workload: source of the requests.
         batch_size: live requests.
-        most: that it may be resized to.
-        seed: of the requests' order.
-        plans: that the server can run.
-        fixed: the only one of them, which no plan socket sets; None: they are set.
-        version: gives the draft that serves.
-        plain: measures decoding without speculation; None: nobody does.
+        max_batch_size: the most live requests that it may be resized to.
+        seed: seed of the requests' order.
+        plans: plans that the server can run.
+        fixed: the only one of them, set by the server's flags; None: plans are sent to the plugin.
+        version: returns the version of the draft that serves.
+        plain: measures decoding without speculation; None: it is not measured.
         trace: keep traces.
-        timeout_s: for a round.
+        timeout_s: seconds that a round may take.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class LockstepSession(Session):
         workload: Workload,
         *,
         batch_size: int,
-        most: int,
+        max_batch_size: int,
         seed: int,
         plans: Sequence[Plan],
         fixed: Plan | None,
@@ -56,20 +55,18 @@ class LockstepSession(Session):
         trace: bool,
         timeout_s: float,
     ) -> None:
-        if not 1 <= batch_size <= most:
-            raise ValueError(f"batch_size must be from 1 to max_batch_size, but got {batch_size} and {most}")
-        self._server, self._source, self._most = server, workload.requests(seed), most
-        self._able, self._fixed, self._version, self._plain = tuple(plans), fixed, version, plain
-        self._timeout_s = timeout_s
+        _check_batch_size(batch_size, max_batch_size)
+        self._server, self._source, self._max_batch_size = server, workload.requests(seed), max_batch_size
+        self._offered, self._version, self._plain, self._timeout_s = tuple(plans), version, plain, timeout_s
         self._name = f"specrl-{secrets.token_hex(4)}"
         self._count = self._sent = 0
-        self._parked: list[Flight] = []
-        self._ended: list[Completion] = []  # since the last round that was told of
+        self._parked: list[LiveRequest] = []
+        self._completed: list[Completion] = []  # since the last reported round
         self._closed = False
-        self._flights = Flights(server.client)
-        self._rounds = Rounds(_need(server, ROUNDS), self._check, timeout_s)
-        self._plans = None if fixed is not None else Plans(_need(server, PLANS), self._check, timeout_s)
-        self._tracing = Tracing(server, self._number) if trace else None
+        self._requests = LiveRequests(server.client)
+        self._rounds = Rounds(_address(server, ROUNDS), self._check, timeout_s)
+        self._plans = None if fixed is not None else Plans(_address(server, PLANS), self._check, timeout_s)
+        self._traces = TraceReader(_address(server, TRACES), self._number) if trace else None
         self._rounds.hold()
         self._live = [self._new() for _ in range(batch_size)]
         self._send(self._live)
@@ -81,19 +78,18 @@ class LockstepSession(Session):
 
     @property
     def context_lengths(self) -> Sequence[int]:
-        """Tokens known of each live request, its prefill's included."""
-        return [flight.context for flight in self._live]
+        """Known tokens of each live request, with the one that its prefill adds."""
+        return [live.context for live in self._live]
 
     def resize(self, batch_size: int) -> None:
-        """Decode so many requests from the next round on.
+        """Change the number of live requests from the next round on.
 
         Raises:
-            ValueError: more than the session was started for, or none.
-            ServerError: the server does not.
+            ValueError: it is not from 1 to `max_batch_size`.
+            ServerError: the server failed; its class says why.
         """
         self._open()
-        if not 1 <= batch_size <= self._most:
-            raise ValueError(f"batch_size must be from 1 to {self._most} (max_batch_size), but got {batch_size}")
+        _check_batch_size(batch_size, self._max_batch_size)
         leaving, self._live = self._live[batch_size:], self._live[:batch_size]
         if leaving:
             self._park(leaving)
@@ -102,47 +98,47 @@ class LockstepSession(Session):
         self._send(joining)
 
     def round(self, plan: Plan) -> Round:
-        """Run a round as planned.
+        """Run one round by this plan.
 
         Raises:
             ValueError: a plan that the server cannot run, or the session is closed.
-            ServerError: the server does not; its class says why.
+            ServerError: the server failed; its class says why.
         """
         self._open()
-        if plan not in self._able:
-            able = ", ".join(map(str, self._able))
-            raise ValueError(f"a plan must be one that the server was launched for ({able}), but got {plan}")
+        if plan not in self._offered:
+            offered = ", ".join(map(str, self._offered))
+            raise ValueError(f"plan must be one that the server was launched for ({offered}), but got {plan}")
         if self._plans is not None:
-            self._plans.give(plan)
-        said = self._step()
-        if Plan.parse(said["plan"]) != plan:
-            raise ServerFailed(f"the round must follow {plan}, but followed {said['plan']}; see the server's log")
-        rows = [said["requests"].index(flight.rid) for flight in self._live]
-        self._end(said, self._live)
-        ended, self._ended = tuple(self._ended), []
+            self._plans.set(plan)
+        report = self._step()
+        if Plan.parse(report.plan) != plan:
+            raise ServerFailed(f"the round must follow {plan}, but followed {report.plan}; see the server's log")
+        rows = [report.requests.index(live.rid) for live in self._live]
+        self._end(report, self._live)
+        completed, self._completed = tuple(self._completed), []
         done = Round(
             plan=plan,
-            request_ids=np.array([flight.number for flight in self._live]),
-            tokens=np.array([len(said["tokens"][row]) for row in rows]),
-            correct_drafts=np.array([said["correct"][row] for row in rows]),
-            context_lengths=np.array([said["contexts"][row] for row in rows]),
-            draft_s=said["draft_s"],
-            verify_s=said["verify_s"],
-            other_s=said["other_s"],
-            prefill_s=said["prefill_s"],
+            request_ids=np.array([live.number for live in self._live]),
+            tokens=np.array([len(report.tokens[row]) for row in rows]),
+            correct_drafts=np.array([report.correct[row] for row in rows]),
+            context_lengths=np.array([report.contexts[row] for row in rows]),
+            draft_s=report.draft_s,
+            verify_s=report.verify_s,
+            other_s=report.other_s,
+            prefill_s=report.prefill_s,
             draft_version=self._version(),
-            finished=ended,
+            finished=completed,
         )
-        self._replace(said["finished"])
+        self._replace(report.finished)
         return done
 
     def measure_plain(self) -> PlainSample | None:
-        """A step of the server without speculation, at the contexts that the requests have; ours stands still."""
+        """Time a step of the server without speculation on the live requests' texts, while this server waits."""
         self._open()
-        return None if self._plain is None else self._plain.measure([flight.text for flight in self._live])
+        return None if self._plain is None else self._plain.measure([live.text for live in self._live])
 
     def plain_steps(self, count: int) -> list[PlainSample]:
-        """`count` steps of it one after another, for whoever wants to know how they scatter.
+        """Time `count` such steps one after another.
 
         Raises:
             ValueError: there is no server without speculation.
@@ -150,27 +146,25 @@ class LockstepSession(Session):
         self._open()
         if self._plain is None:
             raise ValueError("plain steps need a server without speculation; launch with baseline='alternate'")
-        return self._plain.steps([flight.text for flight in self._live], count)
+        return self._plain.steps([live.text for live in self._live], count)
 
     def drain(self) -> list[Trace]:
         """Take the traces that have come; those of the last rounds may still be on their way."""
-        return [] if self._tracing is None else self._tracing.drain()
+        return [] if self._traces is None else self._traces.take()
 
     def close(self) -> None:
         """End what is in flight, and let the server go on by itself; idempotent."""
         if self._closed:
             return
         self._closed = True
-        self._rounds.close()
-        if self._plans is not None:
-            self._plans.close()
-        if self._tracing is not None:
-            self._tracing.close()
+        for part in (self._rounds, self._plans, self._traces):
+            if part is not None:
+                part.close()
         try:
-            self._flights.abort(self._name)
-            for flight in self._live:
-                self._flights.take(flight.rid, self._timeout_s)
-        except OSError:  # it is gone, and they with it
+            self._requests.abort(self._name)
+            for live in self._live:
+                self._requests.take(live.rid, self._timeout_s)
+        except OSError:  # the server has gone, and they with it
             pass
 
     def _open(self) -> None:
@@ -179,78 +173,83 @@ class LockstepSession(Session):
 
     def _check(self) -> None:
         self._server.check()
-        self._flights.check()
+        self._requests.check()
 
-    def _new(self) -> Flight:
+    def _new(self) -> LiveRequest:
         self._count += 1
-        return Flight(self._count - 1, next(self._source), "")
+        return LiveRequest(self._count - 1, next(self._source), "")
 
-    def _send(self, flights: Sequence[Flight]) -> None:
-        for flight in flights:
-            flight.rid = f"{self._name}-{self._sent:08d}-{flight.number}"
+    def _send(self, joining: Sequence[LiveRequest]) -> None:
+        for live in joining:
+            live.rid = f"{self._name}-{self._sent:08d}-{live.number}"
             self._sent += 1
-            self._flights.send(flight)
+            self._requests.send(live)
 
     def _number(self, rid: str) -> int:
-        """The number of a request by its name; -1 of one that is not ours."""
+        """The number of a request; -1 if it is not of this session."""
         return int(rid.rpartition("-")[2]) if rid.startswith(self._name) else -1
 
-    def _step(self) -> dict[str, Any]:
-        """One round of exactly the live requests; those that end in their prefill are replaced before it."""
-        self._rounds.go(1, [flight.rid for flight in self._live])
+    def _step(self) -> RoundReport:
+        """Run one round of exactly the live requests; those that end in their prefill are replaced before it."""
+        self._rounds.permit(1, [live.rid for live in self._live])
         while True:
-            said = self._rounds.next()
-            known = {flight.rid: flight for flight in self._live}
-            for rid, tokens in zip(said["requests"], said["tokens"], strict=True):
+            report = self._rounds.next()
+            known = {live.rid: live for live in self._live}
+            for rid, tokens in zip(report.requests, report.tokens, strict=True):
                 if rid in known:
-                    known[rid].said += tokens
-            if said["kind"] == "round":
-                missing = known.keys() - set(said["requests"])
+                    known[rid].output += tokens
+            if report.kind == "round":
+                missing = known.keys() - set(report.requests)
                 if missing:
                     raise ServerFailed(
                         f"a round must be of {len(known)} requests, but {len(missing)} were left out; raise "
                         "--max-running-requests or --max-total-tokens"
                     )
-                return said
-            if known.keys() & set(said["finished"]):
-                self._end(said, self._live)
-                self._replace(said["finished"])
-                self._rounds.go(1, [flight.rid for flight in self._live])
+                return report
+            if known.keys() & set(report.finished):
+                self._end(report, self._live)
+                self._replace(report.finished)
+                self._rounds.permit(1, [live.rid for live in self._live])
 
-    def _end(self, said: dict[str, Any], flights: Sequence[Flight]) -> None:
-        """Take the answers of those that have ended; of one that was parked, keep what it has put out."""
-        for flight in flights:
-            if flight.rid in said["finished"]:
-                answer = self._flights.take(flight.rid, self._timeout_s)
-                flight.said = [*flight.said[: flight.earlier], *answer["output_ids"]]
-                flight.earlier = len(flight.said)
+    def _end(self, report: RoundReport, requests: Sequence[LiveRequest]) -> None:
+        """Take the answers of those that have ended; one that was aborted is parked with its tokens."""
+        for live in requests:
+            if live.rid in report.finished:
+                answer = self._requests.take(live.rid, self._timeout_s)
+                live.output = [*live.output[: live.resumed], *answer["output_ids"]]
+                live.resumed = len(live.output)
                 if answer["meta_info"]["finish_reason"]["type"] == "abort":
-                    self._parked.insert(0, flight)
+                    self._parked.insert(0, live)
                 else:
-                    self._ended.append(Completion(flight.number, flight.request.prompt, tuple(flight.said)))
+                    self._completed.append(Completion(live.number, live.request.prompt, tuple(live.output)))
 
     def _replace(self, ended: Sequence[str]) -> None:
-        fresh = [self._new() if flight.rid in ended else flight for flight in self._live]
-        joined = [new for new, old in zip(fresh, self._live, strict=True) if new is not old]
+        fresh = [self._new() if live.rid in ended else live for live in self._live]
+        joining = [new for new, old in zip(fresh, self._live, strict=True) if new is not old]
         self._live = fresh
-        self._send(joined)
+        self._send(joining)
 
-    def _park(self, leaving: Sequence[Flight]) -> None:
-        """Have the server end them, which takes it one more round of all."""
-        for flight in leaving:
-            self._flights.abort(flight.rid)
-        if self._plans is not None and Plan(0) in self._able:
-            self._plans.give(Plan(0))
-        said = self._step()
-        self._end(said, [*leaving, *self._live])
-        self._replace(said["finished"])
+    def _park(self, leaving: Sequence[LiveRequest]) -> None:
+        """Let the server end these requests, which takes one more round of all."""
+        for live in leaving:
+            self._requests.abort(live.rid)
+        if self._plans is not None and Plan(0) in self._offered:
+            self._plans.set(Plan(0))
+        report = self._step()
+        self._end(report, [*leaving, *self._live])
+        self._replace(report.finished)
 
 
-def _need(server: Server, name: str) -> Path:
-    path = server.socket(name)
-    if path is None:
+def _check_batch_size(batch_size: int, max_batch_size: int) -> None:
+    if not 1 <= batch_size <= max_batch_size:
+        raise ValueError(f"batch_size must be from 1 to {max_batch_size} (max_batch_size), but got {batch_size}")
+
+
+def _address(server: Server, name: str) -> str:
+    address = server.socket(name)
+    if address is None:
         raise ServerFailed(
-            f"the server's plugin must listen on its socket {name!r}, but does not; is specrl installed beside SGLang? "
-            f"its log says {server.said('SPECRL PLUGIN') or 'nothing of it'}"
+            f"the server's plugin must listen on its socket {name!r}, but does not; is specrl installed beside SGLang, "
+            f"with SPECRL_{name.upper()} set? its log has: {server.log_lines('SPECRL PLUGIN') or 'nothing about it'}"
         )
-    return path
+    return address

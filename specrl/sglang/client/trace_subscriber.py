@@ -1,11 +1,12 @@
-"""The other end of the plugin's traces: SGLang's rounds as the traces that a draft learner takes."""
+"""The client's end of the plugin's traces: SGLang's rounds as the traces that a draft learner takes."""
 
 from __future__ import annotations
 
-import socket
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Condition, Thread
 from typing import Any
 
 import torch
@@ -13,133 +14,139 @@ from torch import Tensor
 
 from specrl.core.plan import Plan
 from specrl.core.round import Trace
-from specrl.sglang.plugin.wire import Frame, receive
+from specrl.sglang.client.http import ServerError, ServerSilent
+from specrl.sglang.client.plugin_client import Connection
+from specrl.sglang.plugin.transport import Message, parse_address
+
+_SLICE_S = 0.1  # wait of the reading thread, before it looks whether it is closed
+_MAX_WAITING = 4096  # traces that wait for `TraceReader.take`; more stay in the server, which drops and counts them
 
 
 @dataclass(slots=True)
-class _Known:
-    """A request: the number it goes by, pieces of its prompt, and its last trace, held back until the next."""
+class _Request:
+    """A request: its number, the pieces of its prompt, and its last trace, kept until the next one has come."""
 
     number: int
-    pieces: list[Frame] = field(default_factory=list)
-    held: Trace | None = None
+    pieces: list[Message] = field(default_factory=list)
+    last: Trace | None = None
     began: bool = False
-    lost: bool = False  # a part of it never came
+    incomplete: bool = False  # a part of it never came
 
 
 class Subscriber:
-    """Reads traces from a server's plugin, one request each.
+    """Reads traces from a server's plugin, each of one request. It belongs to one thread.
 
-    SGLang computes no logits at a prompt's positions, so a prefill's say the prompt's own next token for certain: 0
-    there and -inf elsewhere. A request whose prompt did not come from its start on (it was read from a cache, or was on
-    its way when we connected) or of which a round was dropped is left out, and counted in `incomplete`.
+    SGLang computes no logits for a prompt's positions. The logits of a prefill's trace are therefore 0 for the prompt's
+    own next token and -inf for all others. A request is left out, and counted in `incomplete`, if its prompt did not
+    come from its start on (it was read from a cache, or was on its way when we connected) or if a round was dropped.
 
     Args:
-        path: of the plugin's socket, which is there from the server's first request on.
-        timeout_s: after which `frames` and `traces` end where nothing comes.
-        number: of a request by SGLang's name for it; None: they are counted as they come.
+        path: the plugin's socket, a path or an address as in SPECRL_TRACES. It exists from the server's first request
+            on.
+        timeout_s: seconds without a message after which `messages` and `traces` end.
+        number: returns the number for a request of this SGLang id; None: requests are counted as they come.
 
     Raises:
-        OSError: nobody listens there.
+        ServerError: nobody listens there, or does not answer.
     """
 
     def __init__(self, path: str | Path, timeout_s: float = 10.0, number: Callable[[str], int] | None = None) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(timeout_s)
-        try:
-            self._socket.connect(str(path))
-        except OSError:
-            self._socket.close()
-            raise
-        self._known: dict[str, _Known] = {}
-        self._count, self._number = 0, number
+        text = str(path)
+        address = text if text.startswith(("unix:", "ipc:", "tcp:")) else f"unix:{Path(text).absolute()}"
+        self._timeout_s, self._number = timeout_s, number
+        self._requests: dict[str, _Request] = {}
+        self._count = 0
         self.dropped = self.incomplete = 0
-        self.gone = False  # the server has hung up
+        self._connection = Connection(parse_address(address, "path"), lambda: None, high_water_mark=1)
+        try:
+            self._connection.hello(timeout_s)
+        except ServerError:
+            self.close()
+            raise
 
     def __enter__(self) -> Subscriber:
-        """Itself; leaving hangs up."""
+        """Return itself; leaving disconnects."""
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Hang up."""
-        self._socket.close()
+        """Disconnect."""
+        self._connection.close()
 
-    def frames(self) -> Iterator[Frame]:
-        """What comes, until nothing does or the server has gone."""
+    def messages(self, timeout_s: float | None = None) -> Iterator[Message]:
+        """Yield messages until none comes in time.
+
+        Raises:
+            ServerGone: the server has gone.
+            ServerFailed: another client takes its traces.
+            ValueError: something came that is no message.
+        """
         while True:
             try:
-                frame = receive(self._socket)
-            except TimeoutError:
+                message = self._connection.receive(self._timeout_s if timeout_s is None else timeout_s)
+            except ServerSilent:
                 return
-            if frame is None:
-                self.gone = True
-                return
-            self.dropped = int(frame.said["dropped"])
-            yield frame
+            self.dropped = int(message.header["dropped"])
+            yield message
 
     def traces(self) -> Iterator[Trace]:
-        """The same as traces; a request's last one says that it has finished."""
-        for frame in self.frames():
-            yield from self.take(frame)
+        """Yield the same as traces; the last one of a request has it in `finished`."""
+        for message in self.messages():
+            yield from self.take(message)
 
-    def take(self, frame: Frame) -> list[Trace]:
-        """The traces that a frame completes."""
-        out: list[Trace] = []
-        for index, rid in enumerate(frame.said["requests"]):
-            known = self._known.get(rid)
-            if frame.said["kind"] == "finished":
-                if known is not None:
-                    del self._known[rid]
-                    if known.held is not None and not known.lost:
-                        out.append(replace(known.held, finished=(known.number,)))
+    def take(self, message: Message) -> list[Trace]:
+        """Return the traces that a message completes."""
+        header, out = message.header, list[Trace]()
+        for index, rid in enumerate(header["requests"]):
+            request = self._requests.get(rid)
+            if header["kind"] == "finished":
+                if request is not None:
+                    del self._requests[rid]
+                    if request.last is not None and not request.incomplete:
+                        out.append(replace(request.last, finished=(request.number,)))
                 continue
-            if known is None:
-                known = self._known[rid] = _Known(self._count if self._number is None else self._number(rid))
+            if request is None:
+                number = self._count if self._number is None else self._number(rid)
+                request = self._requests[rid] = _Request(number)
                 self._count += 1
-            if frame.said["kind"] == "prefill":
-                known.pieces.append(frame)
+            if header["kind"] == "prefill":
+                request.pieces.append(message)
             else:
-                out += self._round(known, frame.said, {n: t[index] for n, t in frame.tensors.items()}, index)
+                out += self._round(request, header, {n: t[index] for n, t in message.tensors.items()}, index)
         return out
 
-    def _round(self, known: _Known, said: Mapping[str, Any], row: dict[str, Tensor], index: int) -> list[Trace]:
+    def _round(
+        self, request: _Request, header: Mapping[str, Any], row: Mapping[str, Tensor], index: int
+    ) -> list[Trace]:
         out: list[Trace] = []
-        temperature = float(said["temperatures"][index])
-        trace = _trace(known.number, Plan.parse(said["plan"]), row, temperature, _version(said))
+        trace = _trace(request.number, header, row, index)
         position = int(row["positions"])
-        if not known.began:
-            known.began = True
-            prompt = _prompt(known, int(row["tokens"][0]), position, trace)
-            known.pieces.clear()
+        if not request.began:
+            request.began = True
+            prompt = _prompt(request, int(row["tokens"][0]), position, trace)
+            request.pieces.clear()
             if prompt is None:
-                self._lose(known)
+                self._leave_out(request)
             else:
                 out.append(prompt)
-        elif known.held is not None and not known.lost:
-            accepted = int((known.held.path >= 0).sum())
-            if int(known.held.positions[0]) + accepted == position:
-                out.append(known.held)
+        elif request.last is not None and not request.incomplete:
+            accepted = int((request.last.path >= 0).sum())
+            if int(request.last.positions[0]) + accepted == position:
+                out.append(request.last)
             else:
-                self._lose(known)
-        known.held = trace
-        return [] if known.lost else out
+                self._leave_out(request)
+        request.last = trace
+        return [] if request.incomplete else out
 
-    def _lose(self, known: _Known) -> None:
-        known.lost = True
+    def _leave_out(self, request: _Request) -> None:
+        request.incomplete = True
         self.incomplete += 1
 
 
-def _version(said: Mapping[str, Any]) -> int:
-    """Of the draft of a round; 0 before any was swapped in."""
-    name = str(said.get("weight_version", ""))
-    return int(name) if name.isdecimal() else 0
-
-
-def _trace(number: int, plan: Plan, row: Mapping[str, Tensor], temperature: float, version: int = 0) -> Trace:
-    """A request's round; row by row as in the frame, with parents for the tree's links."""
+def _trace(number: int, header: Mapping[str, Any], row: Mapping[str, Tensor], index: int) -> Trace:
+    """The trace of one request in a 'round' message, with parents in place of the tree's links."""
     n = len(row["tokens"])
     parents = torch.arange(n) - 1
     if "children" in row:
@@ -149,6 +156,7 @@ def _trace(number: int, plan: Plan, row: Mapping[str, Tensor], temperature: floa
             while child >= 0:
                 parents[child] = parent
                 child = siblings[child]
+    version = str(header.get("weight_version", ""))
     return Trace(
         request_ids=torch.tensor([number]).numpy(),
         positions=row["positions"].view(1).numpy(),
@@ -157,35 +165,102 @@ def _trace(number: int, plan: Plan, row: Mapping[str, Tensor], temperature: floa
         logits=row["logits"][None].float(),
         parents=parents[None],
         path=row["path"][None],
-        draft_version=version,
-        plan=plan,
-        temperatures=(temperature,),
+        draft_version=int(version) if version.isdecimal() else 0,  # another name: no draft was swapped in yet
+        plan=Plan.parse(header["plan"]),
+        temperatures=(float(header["temperatures"][index]),),
     )
 
 
-def _prompt(known: _Known, following: int, end: int, like: Trace) -> Trace | None:
-    """The prefill of a request; None where its pieces do not reach from its start to its first round."""
+def _prompt(request: _Request, next_token: int, end: int, first: Trace) -> Trace | None:
+    """The prefill of a request before its first round; None if its pieces do not cover the prompt."""
     at = 0
-    for piece in known.pieces:
-        if int(piece.said["start"]) != at:
+    for piece in request.pieces:
+        if int(piece.header["start"]) != at:
             return None
         at += len(piece.tensors["tokens"])
     if at != end or at == 0:
         return None
-    tokens = torch.cat([piece.tensors["tokens"] for piece in known.pieces])
-    features = torch.cat([piece.tensors["features"] for piece in known.pieces])
-    logits = torch.full((end, like.logits.shape[-1]), float("-inf"))
-    logits.scatter_(1, torch.cat([tokens[1:], torch.tensor([following])])[:, None], 0.0)
+    tokens = torch.cat([piece.tensors["tokens"] for piece in request.pieces])
+    features = torch.cat([piece.tensors["features"] for piece in request.pieces])
+    logits = torch.full((end, first.logits.shape[-1]), float("-inf"))
+    logits.scatter_(1, torch.cat([tokens[1:], torch.tensor([next_token])])[:, None], 0.0)
     rows = torch.arange(end)
-    return Trace(
-        request_ids=like.request_ids,
+    return replace(
+        first,
         positions=torch.zeros(1, dtype=torch.int64).numpy(),
         tokens=tokens[None],
         features=features[None],
         logits=logits[None],
         parents=(rows - 1)[None],
         path=rows[None],
-        draft_version=like.draft_version,
         plan=None,
-        temperatures=like.temperatures,
     )
+
+
+class TraceReader:
+    """Reads traces in a thread of its own, so that few wait in the server while its owner is busy.
+
+    Args:
+        path: as for `Subscriber`.
+        number: as for `Subscriber`; requests with a negative number are left out.
+
+    Raises:
+        ServerError: nobody listens there, or does not answer.
+    """
+
+    def __init__(self, path: str | Path, number: Callable[[str], int] | None = None) -> None:
+        self._subscriber = Subscriber(path, number=number)
+        self._traces: deque[Trace] = deque()
+        self._changed = Condition()
+        self._error: Exception | None = None
+        self._closed = False
+        self._thread = Thread(target=self._read, name="specrl-traces", daemon=True)
+        self._thread.start()
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """Messages that the server dropped, and requests that were left out because a part of them did not come."""
+        return {"dropped": self._subscriber.dropped, "incomplete": self._subscriber.incomplete}
+
+    def take(self, wait_s: float = 0.0) -> list[Trace]:
+        """Return the traces that have come; if there are none, wait for some.
+
+        Raises:
+            ServerError: there are none, and no more can come: the server has gone, or another client takes them.
+            ValueError: something came that is no message.
+        """
+        with self._changed:
+            if not self._traces and self._error is None:
+                self._changed.wait(wait_s)
+            out = list(self._traces)
+            self._traces.clear()
+            self._changed.notify_all()
+            if not out and self._error is not None:
+                raise self._error
+        return out
+
+    def close(self) -> None:
+        """Disconnect; idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _read(self) -> None:
+        try:
+            with self._subscriber:
+                while not self._closed:
+                    for message in self._subscriber.messages(_SLICE_S):
+                        self._keep(self._subscriber.take(message))
+                        if self._closed:
+                            break
+        except (ServerError, ValueError) as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _keep(self, traces: list[Trace]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._traces) < _MAX_WAITING)
+            self._traces += [trace for trace in traces if trace.request_ids[0] >= 0]
+            self._changed.notify_all()

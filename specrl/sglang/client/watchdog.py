@@ -1,33 +1,35 @@
-"""A process that stands by while a server is paused, for the case that the one who paused it is killed."""
+"""A process that resumes a paused server if the process that paused it is killed.
 
-from __future__ import annotations
+This file also runs as a script, `python -I -S watchdog.py`, with the standard library alone. It reads one line of JSON,
+{"url": …, "headers": {…}, "timeout_s": …}, prints 'ready' and waits for a second line. If its input ends without one,
+its parent was killed: it ends the weight update that may be open, and lets the server go on.
+"""
 
+import http.client
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-
-from specrl.sglang.client import watchdog_process as guard
+from contextlib import closing, contextmanager, suppress
+from urllib.parse import urlsplit
 
 
 @contextmanager
-def standing_by(url: str, headers: Mapping[str, str], timeout_s: float) -> Iterator[Callable[[], None]]:
-    """While it lasts, `guard.py` runs as a process; what this gives says that the server goes on already.
+def resume_on_crash(url: str, headers: Mapping[str, str], timeout_s: float) -> Iterator[Callable[[], None]]:
+    """Run the watchdog process; the function that this yields tells it that the server goes on already.
 
-    Left without that, by this process's end or an error, the other one lets the server go on.
+    Without that call, at the end of this process or after an error, the watchdog lets the server go on.
 
     Args:
-        url: of the server.
-        headers: of the calls that let it go on.
-        timeout_s: for each of them.
+        url: URL of the server.
+        headers: headers of the calls.
+        timeout_s: seconds that each of these calls may take.
     """
-    told = {"url": url, "headers": dict(headers), "timeout_s": timeout_s}
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", guard.__file__],
+        [sys.executable, "-I", "-S", __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        start_new_session=True,  # what kills our group leaves it be
+        start_new_session=True,  # a signal to our process group does not end it
         text=True,
     )
     stdin, stdout = process.stdin, process.stdout
@@ -38,6 +40,26 @@ def standing_by(url: str, headers: Mapping[str, str], timeout_s: float) -> Itera
         stdin.flush()
 
     with process:
-        tell(json.dumps(told))
+        tell(json.dumps({"url": url, "headers": dict(headers), "timeout_s": timeout_s}))
         stdout.readline()  # 'ready'
         yield lambda: tell("done")
+
+
+def resume(url: str, headers: Mapping[str, str], timeout_s: float) -> None:
+    """End a weight update that may be open, and let the server go on; a server that has gone is no error."""
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    for path in ("/end_weight_update", "/continue_generation"):
+        with (
+            suppress(OSError, http.client.HTTPException),
+            closing(kind(parts.hostname or "", parts.port, timeout=timeout_s)) as connection,
+        ):
+            connection.request("POST", parts.path.rstrip("/") + path, b"{}", dict(headers))
+            connection.getresponse().read()
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.stdin.readline())
+    print("ready", flush=True)
+    if not sys.stdin.readline():
+        resume(asked["url"], asked["headers"], asked["timeout_s"])

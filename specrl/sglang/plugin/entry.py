@@ -1,56 +1,60 @@
-"""The plugin's entry point (group `sglang.srt.plugins`): hooks what the environment asks for, or does nothing.
+"""The plugin's entry point (group `sglang.srt.plugins`). It registers the hooks that the environment asks for.
 
-SGLang calls `register` in each of its processes. Without SPECRL_POLICY, SPECRL_TRACES and SPECRL_ROUNDS it
-returns at once.
+SGLang calls `register` in each of its processes. Without SPECRL_POLICY, SPECRL_TRACES and SPECRL_ROUNDS it returns at
+once.
 """
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-from specrl.sglang.plugin.failsafe import Failsafe
-from specrl.sglang.plugin.settings import Settings
+from specrl.sglang.plugin.failsafe import Failsafe, log
+
+if TYPE_CHECKING:
+    from specrl.sglang.plugin.settings import Settings
 
 
 def register() -> None:
-    """Read the environment, check the seams, and register the hooks; a failure is one line, and no hook."""
-    safe = Failsafe("everything", "SGLang serves without it")
-    settings = safe.call(Settings.of, os.environ)
+    """Read the settings, check SGLang's functions and register the hooks; a failure logs one line and adds no hook."""
+    if not any(os.environ.get(f"SPECRL_{name}") for name in ("POLICY", "TRACES", "ROUNDS")):
+        return
+    from specrl.sglang.plugin.settings import Settings
+
+    settings = Failsafe("everything", "SGLang serves without it").call(Settings.from_environment, os.environ)
     if settings is None:
         return
     if settings.policy is not None or settings.plans is not None:
-        policy = Failsafe("the policy", "SGLang's own lookahead goes on")
-        policy.call(_register_policy, settings)
+        Failsafe("the policy", "SGLang's own lookahead is used").call(_register_policy, settings)
     if settings.traces is not None:
-        tracing = Failsafe("tracing", "SGLang serves without it")
-        tracing.call(_register_traces, settings)
+        Failsafe("tracing", "SGLang serves without it").call(_register_traces, settings)
     if settings.rounds is not None:
-        telling = Failsafe("telling of rounds", "SGLang serves without it")
-        telling.call(_register_rounds, settings)
+        Failsafe("reporting of rounds", "SGLang serves without it").call(_register_rounds, settings)
 
 
 def _register_policy(settings: Settings) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from specrl.sglang.plugin.hooks import CONTEXT, POLICY, check_seams
+    from specrl.sglang.plugin.hooks import CONTEXT, POLICY, check_targets
     from specrl.sglang.plugin.lookahead import make_policy
 
-    check_seams(CONTEXT)
+    check_targets(CONTEXT)
     original = POLICY.check()
     assert isinstance(original, type)
-    _note()
-    HookRegistry.register(POLICY.target, make_policy(original, settings, _ranks), HookType.REPLACE)
+    _log_version()
+    HookRegistry.register(POLICY.target, make_policy(original, settings, _tp_size), HookType.REPLACE)
 
 
 def _register_traces(settings: Settings) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from specrl.sglang.plugin.hooks import CONTEXT, PREFILL, VERIFY, check_seams
-    from specrl.sglang.plugin.traces import Hooks
+    from specrl.sglang.plugin.hooks import CONTEXT, INGEST, PREFILL, VERIFY, check_targets
+    from specrl.sglang.plugin.traces import TraceHooks
 
-    check_seams((*CONTEXT, VERIFY, PREFILL))
-    _note()
-    hooks = Hooks(settings, _rank, _weight_version)
+    check_targets((*CONTEXT, INGEST, VERIFY, PREFILL))
+    _log_version()
+    hooks = TraceHooks(settings, _tp_rank, _weight_version)
+    HookRegistry.register(INGEST.target, hooks.around_ingest, HookType.AROUND)
     HookRegistry.register(VERIFY.target, hooks.around_verify, HookType.AROUND)
     HookRegistry.register(PREFILL.target, hooks.around_prefill, HookType.AROUND)
 
@@ -58,20 +62,19 @@ def _register_traces(settings: Settings) -> None:
 def _register_rounds(settings: Settings) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from specrl.sglang.plugin.hooks import CONTEXT, INGEST, PROCESS, RUN, WORKER, check_seams
+    from specrl.sglang.plugin.hooks import CONTEXT, INGEST, PROCESS, RUN, WORKER, check_targets
     from specrl.sglang.plugin.rounds import RoundHooks
 
-    check_seams((*CONTEXT, INGEST, RUN, PROCESS, WORKER))
-    _note()
-    hooks = RoundHooks(settings, _rank, _ranks)
+    check_targets((*CONTEXT, INGEST, RUN, PROCESS, WORKER))
+    _log_version()
+    hooks = RoundHooks(settings, _tp_rank, _tp_size)
     HookRegistry.register(INGEST.target, hooks.around_ingest, HookType.AROUND)
     HookRegistry.register(RUN.target, hooks.around_run, HookType.AROUND)
     HookRegistry.register(PROCESS.target, hooks.around_process, HookType.AROUND)
     HookRegistry.register(WORKER.target, hooks.around_verify, HookType.AROUND)
 
 
-def _note() -> None:
-    from specrl.sglang.plugin.failsafe import log
+def _log_version() -> None:
     from specrl.sglang.plugin.hooks import version_note
 
     note = version_note()
@@ -79,13 +82,13 @@ def _note() -> None:
         log.warning("specrl plugin: %s", note)
 
 
-def _ranks() -> int:
+def _tp_size() -> int:
     from sglang.srt.runtime_context import get_server_args
 
     return int(get_server_args().tp_size)
 
 
-def _rank() -> int:
+def _tp_rank() -> int:
     from sglang.srt.runtime_context import get_parallel
 
     return int(get_parallel().tp_rank)

@@ -1,4 +1,4 @@
-"""Whatever fails in the plugin ends the part that failed, with one loud line, and never SGLang."""
+"""A failure in the plugin switches off the part that failed, logs one line, and never stops SGLang."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ log = logging.getLogger("specrl.sglang.plugin")
 
 
 class Failsafe:
-    """Calls what belongs to one part of the plugin until it fails once.
+    """Calls the functions of one part of the plugin until one of them fails.
 
     Args:
         part: its name, for the log.
-        instead: what SGLang does from then on, for the log.
+        fallback: what SGLang does without it, for the log.
     """
 
-    def __init__(self, part: str, instead: str) -> None:
-        self.part, self.instead, self.on = part, instead, True
+    def __init__(self, part: str, fallback: str) -> None:
+        self.part, self.fallback, self.on = part, fallback, True
 
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
-        """What the function returns; None from its first failure on."""
+        """Return the function's result; None from the first failure on."""
         if not self.on:
             return None
         try:
             return function(*args, **kwargs)
         except Exception as error:  # SGLang must go on serving, whatever it was
-            self.off(f"{type(error).__name__}: {error}")
+            self.switch_off(f"{type(error).__name__}: {error}")
             return None
 
-    def off(self, why: str) -> None:
-        """End this part, and say so once."""
+    def switch_off(self, reason: str) -> None:
+        """Switch this part off, and log it once."""
         if self.on:
             self.on = False
-            log.error("SPECRL PLUGIN: %s is switched off (%s); %s", self.part, " ".join(why.split()), self.instead)
+            log.error("SPECRL PLUGIN: %s is switched off (%s); %s", self.part, " ".join(reason.split()), self.fallback)

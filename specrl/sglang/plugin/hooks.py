@@ -1,4 +1,4 @@
-"""The places in SGLang that the plugin hooks, and the check that each is as it was when it was read."""
+"""The functions and classes of SGLang that the plugin hooks, and the check that they are what the plugin expects."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ CHECKED = ("0.5.23",)  # versions of SGLang that tests/sglang was run with
 
 
 @dataclass(frozen=True, slots=True)
-class Seam:
+class HookTarget:
     """A function or class of SGLang.
 
     Attributes:
         target: its dotted name.
-        parameters: that it must take, by name and in this order.
-        methods: of a class: those that it must have, with their parameters after self.
+        parameters: its first parameters, by name and in order.
+        methods: for a class: required methods, with their first parameters after self.
     """
 
     target: str
@@ -26,25 +26,25 @@ class Seam:
     methods: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def check(self) -> object:
-        """What it names.
+        """Return the function or class.
 
         Raises:
-            ValueError: it is not there, or takes something else.
+            ValueError: it does not exist, or has other parameters.
         """
         try:
             found: object = pkgutil.resolve_name(self.target)
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"SGLang must have {self.target}, but it does not ({error})") from error
-        _takes(found, self.target, self.parameters)
+            raise ValueError(f"SGLang must have {self.target}, but does not ({error})") from error
+        _check_parameters(found, self.target, self.parameters)
         for name, parameters in self.methods:
             if not hasattr(found, name):
-                raise ValueError(f"SGLang's {self.target} must have {name}, but it does not")
+                raise ValueError(f"SGLang's {self.target} must have {name}, but does not")
             if parameters:
-                _takes(getattr(found, name), f"{self.target}.{name}", ("self", *parameters))
+                _check_parameters(getattr(found, name), f"{self.target}.{name}", ("self", *parameters))
         return found
 
 
-POLICY = Seam(
+POLICY = HookTarget(
     "sglang.srt.speculative.adaptive_spec_params.AdaptiveSpeculativeParams",
     ("initial_steps", "cfg_path"),
     (
@@ -55,42 +55,47 @@ POLICY = Seam(
         ("cuda_graph_bs_for_step", ("step",)),
     ),
 )
-VERIFY = Seam("sglang.srt.speculative.eagle_worker_common.eagle_sample", ("verify_input", "batch", "logits_output"))
-PREFILL = Seam(
+VERIFY = HookTarget(
+    "sglang.srt.speculative.eagle_worker_common.eagle_sample", ("verify_input", "batch", "logits_output")
+)
+PREFILL = HookTarget(
     "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._draft_extend_for_prefill",
     ("self", "batch", "target_hidden_states", "next_token_ids"),
 )
-INGEST = Seam("sglang.srt.managers.scheduler.Scheduler.ingest_requests", ("self",))
-RUN = Seam("sglang.srt.managers.scheduler.Scheduler.run_batch", ("self", "batch"))
-PROCESS = Seam("sglang.srt.managers.scheduler.Scheduler.process_batch_result", ("self", "batch", "result"))
-WORKER = Seam("sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2.verify", ("self", "batch"))
+INGEST = HookTarget("sglang.srt.managers.scheduler.Scheduler.ingest_requests", ("self",))
+RUN = HookTarget("sglang.srt.managers.scheduler.Scheduler.run_batch", ("self", "batch"))
+PROCESS = HookTarget("sglang.srt.managers.scheduler.Scheduler.process_batch_result", ("self", "batch", "result"))
+WORKER = HookTarget("sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2.verify", ("self", "batch"))
 CONTEXT = (
-    Seam("sglang.srt.runtime_context.get_server_args", ()),
-    Seam("sglang.srt.runtime_context.get_parallel", ()),
-    Seam("sglang.srt.runtime_context.get_serving", ()),
+    HookTarget("sglang.srt.runtime_context.get_server_args", ()),
+    HookTarget("sglang.srt.runtime_context.get_parallel", ()),
+    HookTarget("sglang.srt.runtime_context.get_serving", ()),
 )
-EVERY = (*CONTEXT, POLICY, VERIFY, PREFILL, INGEST, RUN, PROCESS, WORKER)
+ALL_TARGETS = (*CONTEXT, POLICY, VERIFY, PREFILL, INGEST, RUN, PROCESS, WORKER)
 
 
-def check_seams(seams: Iterable[Seam]) -> None:
-    """Check them all.
+def check_targets(targets: Iterable[HookTarget]) -> None:
+    """Check all of them.
 
     Raises:
-        ValueError: one is not as it was read; it is named.
+        ValueError: one of them does not exist or has other parameters; the message names it.
     """
-    for seam in seams:
-        seam.check()
+    for target in targets:
+        target.check()
 
 
 def version_note() -> str | None:
-    """A sentence where SGLang's version is not one that was checked."""
+    """Return a sentence if this version of SGLang was not checked."""
     found = version("sglang")
-    if found in CHECKED:
-        return None
-    return f"SGLang {found} is not among the checked versions ({', '.join(CHECKED)}); its seams look as they should"
+    return None if found in CHECKED else unchecked_note(found)
 
 
-def _takes(function: object, name: str, parameters: tuple[str, ...]) -> None:
+def unchecked_note(found: str) -> str:
+    """Return the sentence for a version that was not checked, but whose functions are what the plugin expects."""
+    return f"SGLang {found} is not one of the checked versions ({', '.join(CHECKED)}); the hooked functions look right"
+
+
+def _check_parameters(function: object, name: str, parameters: tuple[str, ...]) -> None:
     found = tuple(inspect.signature(function).parameters)  # type: ignore[arg-type]
     if found[: len(parameters)] != parameters:
         raise ValueError(f"SGLang's {name} must take {', '.join(parameters)}, but takes {', '.join(found)}")

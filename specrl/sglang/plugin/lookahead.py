@@ -1,12 +1,18 @@
-"""SGLang's lookahead by a learned policy: the num_steps of each round, by batch size."""
+"""SGLang's lookahead by our policies: the num_steps of each round, by batch size.
+
+They come from a policy directory, or from a client that sends plans: JSON such as {"plans": {"1": "3/1/4", "8": "0"}},
+a plan by the smallest batch size it is for, to a REP socket. The answer is {"ok": true, "rounds": n} or {"error": "…"}.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
+import zmq
 
 from specrl.agents.choosers.table import PlanTable
 from specrl.core.clock import Clock, WallClock
@@ -15,47 +21,50 @@ from specrl.core.observation import Observer
 from specrl.core.plan import Plan
 from specrl.core.round import Round
 from specrl.sglang.plugin.failsafe import Failsafe, log
-from specrl.sglang.plugin.plan_socket import PlanSocket
 from specrl.sglang.plugin.policy import LearnedPolicy
 from specrl.sglang.plugin.settings import Settings
+from specrl.sglang.plugin.transport import Message, bind, decode, encode
 
-_LATE = 8  # rounds whose results may still be on their way
+_MAX_LATE_ROUNDS = 8  # rounds that may begin before the results of the first of them are reported
+_POLL_MS = 100
 
 
 class Lookahead:
-    """A chooser in SGLang's terms.
+    """A plan chooser as a controller.
 
-    SGLang asks for a round's steps before it, and reports its correct drafts after it, with overlapped scheduling when
-    later rounds have begun already. A round's seconds are those since it was chosen, or since the last report if that
-    came later: on a busy server, the time from one round to the next.
+    SGLang asks for a round's steps before it and reports its correct drafts after it; with overlapped scheduling later
+    rounds have begun by then. A round's seconds are counted from its choice, or from the last report if that came
+    later: on a busy server, the time from one round to the next.
 
     Args:
-        chooser: of chains.
-        clock: that times rounds.
+        chooser: a chooser of chains.
+        clock: times the rounds.
     """
+
+    ready = True  # it decides from the first round on
 
     def __init__(self, chooser: PlanChooser, clock: Clock) -> None:
         self.chooser, self._clock = chooser, clock
         self._observer = Observer(chooser.plans)
-        self._begun: deque[tuple[int, Plan, float]] = deque(maxlen=_LATE)
-        self._reported = 0.0
+        self._begun: deque[tuple[int, Plan, float]] = deque(maxlen=_MAX_LATE_ROUNDS)
+        self._reported_s = 0.0
 
     def steps(self, batch_size: int) -> int:
         """num_steps of the next round."""
-        plan = self.chooser.choose(self._observer.observe(batch_size, 1.0))  # SGLang does not say how long contexts are
+        plan = self.chooser.choose(self._observer.observe(batch_size, 1.0))  # SGLang does not pass the context lengths
         self._begun.append((batch_size, plan, self._clock.now()))
         return plan.num_steps
 
     def report(self, correct_drafts: Sequence[int], batch_size: int) -> None:
-        """Take a round's correct drafts, by request; one that does not fit a round begun is left out."""
+        """Take the number of correct drafts of each request; ignored if they fit no round that has begun."""
         now = self._clock.now()
         while self._begun:
-            batch, plan, began = self._begun.popleft()
-            if batch == batch_size == len(correct_drafts) and max(correct_drafts) <= plan.num_steps:
-                seconds = now - max(began, self._reported)
+            begun_size, plan, began = self._begun.popleft()
+            if begun_size == batch_size == len(correct_drafts) and max(correct_drafts) <= plan.num_steps:
+                seconds = now - max(began, self._reported_s)
                 self.chooser.learn(_round(plan, correct_drafts, seconds))
                 break
-        self._reported = now
+        self._reported_s = now
 
 
 def _round(plan: Plan, correct_drafts: Sequence[int], seconds: float) -> Round:
@@ -64,95 +73,146 @@ def _round(plan: Plan, correct_drafts: Sequence[int], seconds: float) -> Round:
     return Round(plan, np.arange(len(correct)), correct + 1, correct, unknown, 0.0, seconds, 0.0)
 
 
-def check_steps(plans: Iterable[Plan], union: Sequence[int]) -> None:
+class PlanServer:
+    """Plans from clients as a controller. The last valid table is used, whether or not its sender is still connected.
+
+    Args:
+        endpoint: address of the socket.
+        check: raises a ValueError for a table that cannot be served.
+
+    Raises:
+        ValueError: the endpoint is in use, or cannot be used.
+    """
+
+    def __init__(self, endpoint: str, check: Callable[[Mapping[int, Plan]], None]) -> None:
+        self._table: PlanTable | None = None
+        self._rounds = 0
+        self._check, self._closed = check, Event()
+        self._socket = bind(zmq.REP, endpoint, 16)
+        self._thread = Thread(target=self._serve, name="specrl-plans", daemon=True)
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a table."""
+        return self._table is not None
+
+    def steps(self, batch_size: int) -> int | None:
+        """num_steps of the next round; None before the first table."""
+        table = self._table
+        return None if table is None else table.best(batch_size).num_steps
+
+    def report(self, correct_drafts: Sequence[int], batch_size: int) -> None:
+        """Count a round."""
+        self._rounds += 1
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._closed.set()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        with self._socket:
+            while not self._closed.is_set():
+                if self._socket.poll(_POLL_MS):
+                    answer = self._take(self._socket.recv_multipart())
+                    self._socket.send_multipart(encode(Message(answer)))
+
+    def _take(self, parts: Sequence[bytes]) -> dict[str, object]:
+        try:
+            table = {int(bound): Plan.parse(plan) for bound, plan in decode(parts).header["plans"].items()}
+            fresh = PlanTable(table)
+            self._check(table)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return {"error": f'plans must be sent as {{"plans": {{"1": "3/1/4"}}}}, but got an error: {error}'}
+        self._table = fresh
+        return {"ok": True, "rounds": self._rounds}
+
+
+def check_steps(plans: Iterable[Plan], candidate_steps: Sequence[int]) -> None:
     """Refuse plans that SGLang has no buffers for.
 
     Raises:
-        ValueError: a tree, or steps that the adaptive config does not name.
+        ValueError: a tree, or a num_steps that the adaptive config does not name.
     """
-    wrong = sorted({str(plan) for plan in plans if not plan.is_chain or plan.num_steps not in union})
+    wrong = sorted({str(plan) for plan in plans if not plan.is_chain or plan.num_steps not in candidate_steps})
     if wrong:
         raise ValueError(
-            f"plans must be chains of {', '.join(map(str, union))} steps, the candidates of the adaptive config, but "
-            f"got {', '.join(wrong)}; add them there"
+            f"plans must be chains of {', '.join(map(str, candidate_steps))} steps, the candidates of the adaptive "
+            f"config, but got {', '.join(wrong)}; add them there"
         )
 
 
-def make_lookahead(settings: Settings, union: Sequence[int], ranks: int, clock: Clock) -> Lookahead:
-    """What a policy directory says.
+def make_lookahead(settings: Settings, candidate_steps: Sequence[int], tp_size: int, clock: Clock) -> Lookahead:
+    """Return the controller for a policy directory.
 
     Args:
-        settings: with a policy.
-        union: candidate steps of the adaptive config.
-        ranks: of tensor parallelism.
-        clock: that times rounds.
+        settings: settings with a policy.
+        candidate_steps: the candidate steps of the adaptive config.
+        tp_size: number of ranks of tensor parallelism.
+        clock: times the rounds.
 
     Raises:
-        ValueError: no policy, plans without buffers, or one that learns on several ranks.
+        ValueError: there is no policy, its plans have no buffers, or it would learn on several ranks.
     """
     assert settings.policy is not None
     policy = LearnedPolicy.load(settings.policy)
-    check_steps(policy.table.values(), union)
+    check_steps(policy.table.values(), candidate_steps)
     if settings.pin or policy.state is None:
         return Lookahead(PlanTable(policy.table), clock)
-    if ranks > 1:
+    if tp_size > 1:
         raise ValueError(
-            f"with tensor parallelism ({ranks} ranks, which would decide apart) a policy must be pinned, but it "
-            "learns; set SPECRL_POLICY_PIN=1"
+            f"with tensor parallelism ({tp_size} ranks, each of which would learn by itself) a policy must be pinned, "
+            "but it learns; set SPECRL_POLICY_PIN=1"
         )
-    plans = [plan for plan in policy.plans if plan.is_chain and plan.num_steps in union]
-    return Lookahead(policy.chooser(plans, costs=False), clock)  # costs were those of another engine
+    plans = [plan for plan in policy.plans if plan.is_chain and plan.num_steps in candidate_steps]
+    return Lookahead(policy.chooser(plans, costs=False), clock)  # the costs were measured on another engine
 
 
-def make_policy(original: type[Any], settings: Settings, ranks: Callable[[], int]) -> type[Any]:
-    """A class that takes the place of SGLang's AdaptiveSpeculativeParams, and hands over to it when ours fails.
+def make_policy(original: type[Any], settings: Settings, tp_size: Callable[[], int]) -> type[Any]:
+    """Return a class that replaces SGLang's AdaptiveSpeculativeParams, and falls back to it if our policy fails.
 
     Args:
         original: SGLang's class.
-        settings: with a policy, or a socket on which plans are given.
-        ranks: gives the ranks of tensor parallelism.
+        settings: settings with a policy, or with a socket that takes plans.
+        tp_size: returns the number of ranks of tensor parallelism.
     """
 
     class LearnedParams(original):
-        """SGLang's policy with ours before it."""
+        """SGLang's policy with our controller in front of it; `controller` is None if it could not be made."""
 
         def __init__(self, initial_steps: int, cfg_path: str | None = None) -> None:
             super().__init__(initial_steps, cfg_path)
-            self._safe = Failsafe("the policy", "SGLang's own lookahead goes on")
-            self._mind = self._safe.call(self._make)
+            self._safe = Failsafe("the policy", "SGLang's own lookahead is used")
+            self.controller: Lookahead | PlanServer | None = self._safe.call(self._make_controller)
 
-        def _make(self) -> Lookahead | PlanSocket:
-            union, count = list(self.candidate_steps), ranks()
+        def _make_controller(self) -> Lookahead | PlanServer:
+            candidate_steps, ranks = list(self.candidate_steps), tp_size()
             if settings.plans is None:
-                mind = make_lookahead(settings, union, count, WallClock())
-                kind = type(mind.chooser).__name__
-                log.warning("specrl plugin: %s chooses the lookahead among %s", kind, union)
-                return mind
-            if count > 1:
-                raise ValueError(f"plans can be given to one rank only, but tensor parallelism has {count}")
-            listener = PlanSocket(settings.plans, lambda table: check_steps(table.values(), union))
-            log.warning("specrl plugin: the lookahead follows plans given on %s", settings.plans)
-            return listener
+                lookahead = make_lookahead(settings, candidate_steps, ranks, WallClock())
+                kind = type(lookahead.chooser).__name__
+                log.warning("specrl plugin: %s chooses the lookahead among %s", kind, candidate_steps)
+                return lookahead
+            if ranks > 1:
+                raise ValueError(f"plans can be sent to one rank only, but tensor parallelism has {ranks}")
+            server = PlanServer(settings.plans, lambda table: check_steps(table.values(), candidate_steps))
+            log.warning("specrl plugin: the lookahead follows the plans sent to %s", settings.plans)
+            return server
 
         def get_steps_for_batch(self, batch_size: int) -> int:
-            steps = None if self._mind is None else self._safe.call(self._mind.steps, batch_size)
+            steps = None if self.controller is None else self._safe.call(self.controller.steps, batch_size)
             return int(super().get_steps_for_batch(batch_size)) if steps is None else steps
 
         def on_verify_complete(self, num_correct_drafts_per_req: list[int], batch_size: int) -> int | None:
-            if self._mind is not None:
-                self._safe.call(self._mind.report, num_correct_drafts_per_req, batch_size)
-            if self._leads():
-                return None  # the next round asks for its steps
+            if self.controller is not None:
+                self._safe.call(self.controller.report, num_correct_drafts_per_req, batch_size)
+                if self._safe.on and self.controller.ready:
+                    return None  # the next round asks for its steps
             changed: int | None = super().on_verify_complete(num_correct_drafts_per_req, batch_size)
             return changed
 
-        def _leads(self) -> bool:
-            """Whether ours decides now: not before plans are given, nor after a failure."""
-            given = not isinstance(self._mind, PlanSocket) or self._mind.table is not None
-            return self._mind is not None and self._safe.on and given
-
         def cuda_graph_bs_for_step(self, step: int) -> list[int] | None:
-            if self._mind is None:
+            if self.controller is None:
                 pruned: list[int] | None = super().cuda_graph_bs_for_step(step)
                 return pruned
             return None if self._cuda_graph_bs is None else list(self._cuda_graph_bs)  # any step at any batch size

@@ -1,34 +1,72 @@
-"""SGLang's rounds as they were: plan, tokens and seconds of each, told to one client, who may set their pace.
+"""Reports of SGLang's rounds to one client, which may also decide when each round runs (lock-step).
 
-A 'round' says: plan; requests [B] (SGLang's ids), contexts [B] (tokens known before it), correct [B] (drafts that
-stood), tokens (B lists: what was kept), finished (ids); draft_s, verify_s, other_s and prefill_s, the seconds of the
-prefills since the round before. A 'prefill': requests, tokens, finished, seconds. A round's seconds go from the end of
-what was before it to the end of what it did, scheduling included; waiting for leave or for requests is not in them.
-On a GPU, or where rounds overlap, the host cannot tell drafting from verifying, and all is in other_s.
+The channel (`specrl.sglang.plugin.transport`) sends {"kind": "round" or "prefill", …}, whose fields are those of
+`RoundReport`. A client that wants lock-step sends {"kind": "hold"}; from the answer {"kind": "held"} on, no round runs
+without a permit. {"kind": "permit", "rounds": 1, "requests": ["id", …]} permits one round, once these requests are
+there. Meanwhile SGLang takes in requests, aborts, pauses and weights as usual. A round waits for at most
+SPECRL_LOCKSTEP seconds, and not for a client that has gone.
 
-In lock-step a round waits until the client lets it go, and all requests that it names are there. Meanwhile SGLang takes
-in requests, weights and pauses as ever. It waits no longer than SPECRL_LOCKSTEP seconds, nor for one who has gone.
+Everything happens in the scheduler's thread; ZeroMQ's own thread sends what is queued, so nothing here blocks.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from specrl.core.clock import WallClock
+from specrl.core.clock import Clock, WallClock
 from specrl.sglang.plugin.failsafe import Failsafe, log
-from specrl.sglang.plugin.round_socket import RoundSocket
 from specrl.sglang.plugin.settings import Settings
+from specrl.sglang.plugin.transport import Channel, Message
 
-_RING = 4096  # lines that may wait for the client
-_LOOK_S = 0.001  # between two looks for requests while a round waits
+_POLL_S = 0.001  # wait for a permit, before requests are taken in again
+_CHECK_S = 0.1  # between two looks whether the client is still there
+
+
+@dataclass(frozen=True, slots=True)
+class RoundReport:
+    """What a round, or a prefill, did for its B requests.
+
+    A round's seconds go from the end of the one before it to its own end, scheduling included, but without waiting for
+    permits or requests. On a GPU, or if rounds overlap, the host cannot tell drafting from verifying: all is `other_s`.
+
+    Attributes:
+        kind: 'round' or 'prefill'.
+        requests: SGLang's request ids, B.
+        tokens: the new tokens of each request.
+        finished: ids of the requests that ended.
+        prefill_s: of a prefill: its seconds; of a round: those of all prefills since the round before.
+        plan: the plan, written out; '0' for a prefill.
+        correct: correct drafts of each request, B; empty for a prefill.
+        contexts: tokens that were known of each request before the round, B; empty for a prefill.
+        draft_s: seconds of drafting.
+        verify_s: seconds of verifying.
+        other_s: all other seconds of the round.
+    """
+
+    kind: Literal["round", "prefill"]
+    requests: Sequence[str]
+    tokens: Sequence[Sequence[int]]
+    finished: Sequence[str]
+    prefill_s: float
+    plan: str = "0"
+    correct: Sequence[int] = ()
+    contexts: Sequence[int] = ()
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    other_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the round."""
+        return self.draft_s + self.verify_s + self.other_s
 
 
 @dataclass
 class _Launched:
-    """A batch on its way: when its turn began, what the host saw of it."""
+    """A batch that runs: when its turn began, and what the host saw of it."""
 
     began: float
     run_s: float = 0.0
@@ -37,31 +75,43 @@ class _Launched:
 
 
 class RoundHooks:
-    """The functions that SGLang calls in its scheduler, of which only the first rank's tells.
+    """The functions that SGLang calls in its scheduler. Only the first rank reports.
 
     Args:
-        settings: with a socket for rounds.
-        rank: gives the rank of tensor parallelism.
-        ranks: gives how many there are.
+        settings: settings with a socket for rounds.
+        tp_rank: returns the rank of tensor parallelism.
+        tp_size: returns the number of ranks.
+        clock: times the rounds; None: the wall clock.
+        max_waiting: reports that may wait for the client; more are dropped and counted.
     """
 
-    def __init__(self, settings: Settings, rank: Callable[[], int], ranks: Callable[[], int]) -> None:
-        self.safe = Failsafe("telling of rounds", "SGLang serves without it")
-        self._settings, self._rank, self._ranks = settings, rank, ranks
-        self._clock = WallClock()
-        self._socket: RoundSocket | None = None
-        self._asked = False
+    def __init__(
+        self,
+        settings: Settings,
+        tp_rank: Callable[[], int],
+        tp_size: Callable[[], int],
+        clock: Clock | None = None,
+        max_waiting: int = 4096,
+    ) -> None:
+        self.safe = Failsafe("reporting of rounds", "SGLang serves without it")
+        self._settings, self._tp_rank, self._tp_size = settings, tp_rank, tp_size
+        self._clock: Clock = WallClock() if clock is None else clock
+        self._channel: Channel | None = None
+        self._max_waiting = max_waiting
+        self._opened = False
+        self._held = False  # whether the client decides when rounds run
+        self._permits = 0
+        self._required: frozenset[str] = frozenset()  # requests that must be there before the next round
         self._turn = self._ended = self._prefill_s = 0.0
         self._running: _Launched | None = None
         self._launched: deque[_Launched] = deque(maxlen=8)
 
     def around_ingest(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ingest_requests(scheduler), which begins every turn of the scheduler's loop."""
-        got = original(*args, **kwargs)
+        requests = original(*args, **kwargs)
         if self.safe.on:
-            more = self.safe.call(self._hold, args[0], lambda: original(*args, **kwargs))
-            got += more or []
-        return got
+            requests += self.safe.call(self._wait, args[0], lambda: original(*args, **kwargs)) or []
+        return requests
 
     def around_run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around run_batch(scheduler, batch)."""
@@ -73,7 +123,7 @@ class RoundHooks:
         return result
 
     def around_verify(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around verify(worker, batch), which draws up what was drafted and lets the target judge it."""
+        """Around verify(worker, batch), which verifies the drafts of a batch."""
         if self._running is not None:
             self.safe.call(self._note_plan, args[1] if len(args) > 1 else kwargs["batch"])
         began = self._clock.now()
@@ -92,45 +142,77 @@ class RoundHooks:
             self.safe.call(self._processed, named["self"], batch, named["result"], before)
         return answer
 
+    def close(self) -> None:
+        """Stop listening; for the thread that calls the hooks."""
+        if self._channel is not None:
+            self._channel.close()
+
     def _note_plan(self, batch: Any) -> None:
         assert self._running is not None
-        verified = batch.spec_info  # while it is: the verification puts something else there
+        verified = batch.spec_info  # the verification puts something else there
         steps, topk, count = verified.spec_steps, verified.topk, verified.draft_token_num
         self._running.plan = f"{steps}/{topk}/{count}" if steps else "0"
 
-    def _hold(self, scheduler: Any, ingest: Callable[[], list[Any]]) -> list[Any]:
-        """In lock-step, take in requests until the next round may go."""
-        got: list[Any] = []
-        peer = self._open()
-        limit = self._settings.lockstep
-        if peer is not None and limit:
-            if scheduler.enable_overlap and peer.paced:
-                peer.refuse("lock-step needs one round at a time; launch SGLang with --disable-overlap-schedule")
-            began = self._clock.now()
-            while peer.paced and not (scheduler._engine_paused or scheduler.gracefully_exit):
-                if peer.left and peer.wanted <= _present(scheduler):
+    def _wait(self, scheduler: Any, ingest: Callable[[], list[Any]]) -> list[Any]:
+        """In lock-step, take in requests until the next round is permitted."""
+        requests: list[Any] = []
+        channel = self._open()
+        if channel is not None:
+            self._receive(channel, scheduler)
+            began = checked = self._clock.now()
+            while self._held and channel.connected and not (scheduler._engine_paused or scheduler.gracefully_exit):
+                if self._permits and self._required <= _present(scheduler):
                     break
-                if self._clock.now() - began > limit:
-                    log.warning("specrl plugin: no leave to go on for %g s; SGLang goes on by itself", limit)
-                    peer.refuse(f"no leave to go on came for {limit:g} s (SPECRL_LOCKSTEP), or not all of its requests")
+                now = self._clock.now()
+                if now - began > self._settings.lockstep_s:
+                    limit = f"{self._settings.lockstep_s:g} s (SPECRL_LOCKSTEP)"
+                    log.warning("specrl plugin: no permit came for %s; SGLang goes on by itself", limit)
+                    channel.refuse(f"no permit came for {limit}, or not all of its requests")
                     break
-                peer.wait(_LOOK_S)
-                got += ingest()
+                if now - checked > _CHECK_S:
+                    checked = now
+                    channel.check_client()
+                self._receive(channel, scheduler, 0.0 if self._permits else _POLL_S)
+                requests += ingest()
         self._turn = self._clock.now()
-        return got
+        return requests
 
-    def _open(self) -> RoundSocket | None:
-        if not self._asked:
-            self._asked = True
-            if self._rank() == 0:
-                if self._settings.lockstep and self._ranks() > 1:
-                    raise ValueError(f"lock-step is for one rank, but tensor parallelism has {self._ranks()}")
+    def _receive(self, channel: Channel, scheduler: Any, timeout_s: float = 0.0) -> None:
+        """Take the messages of the client."""
+        while (header := channel.receive(timeout_s)) is not None:
+            timeout_s = 0.0
+            kind = header.get("kind")
+            if kind == "hello":
+                self._held, self._permits, self._required = False, 0, frozenset()
+            elif kind == "hold" and not self._settings.lockstep_s:
+                channel.refuse("lock-step must be allowed; launch SGLang with SPECRL_LOCKSTEP=120")
+            elif kind == "hold" and scheduler.enable_overlap:
+                channel.refuse("lock-step needs one round at a time; launch SGLang with --disable-overlap-schedule")
+            elif kind == "hold":
+                self._held, self._permits = True, 0
+                channel.send(Message({"kind": "held"}))
+            else:
+                self._take_permit(channel, header)
+
+    def _take_permit(self, channel: Channel, header: Mapping[str, Any]) -> None:
+        try:
+            if header["kind"] != "permit":
+                raise ValueError(header["kind"])
+            self._permits, self._required = int(header["rounds"]), frozenset(map(str, header["requests"]))
+        except (ValueError, KeyError, TypeError) as error:
+            channel.refuse(f'a permit must be {{"kind": "permit", "rounds": 1, "requests": []}}, but got {error!r}')
+
+    def _open(self) -> Channel | None:
+        if not self._opened:
+            self._opened = True
+            if self._tp_rank() == 0:
+                if self._settings.lockstep_s and self._tp_size() > 1:
+                    raise ValueError(f"lock-step is for one rank, but tensor parallelism has {self._tp_size()}")
                 assert self._settings.rounds is not None
-                self._socket = RoundSocket(
-                    self._settings.rounds, _RING, {"lockstep": self._settings.lockstep}, self.safe
-                )
-                log.warning("specrl plugin: rounds are told on %s", self._settings.rounds)
-        return self._socket
+                hello = {"lockstep_s": self._settings.lockstep_s}
+                self._channel = Channel(self._settings.rounds, self._max_waiting, hello)
+                log.warning("specrl plugin: rounds are reported on %s", self._settings.rounds)
+        return self._channel
 
     def _processed(self, scheduler: Any, batch: Any, result: Any, before: Sequence[int]) -> None:
         now = self._clock.now()
@@ -139,49 +221,50 @@ class RoundHooks:
         launched = self._launched.popleft()
         seconds = now - max(launched.began, self._ended)
         self._ended = now
-        mode, peer = batch.forward_mode, self._socket
-        if peer is None or not (mode.is_decode() or mode.is_extend()):
+        mode, channel = batch.forward_mode, self._channel
+        if channel is None or not channel.connected or not (mode.is_decode() or mode.is_extend()):
             return
+        requests = [request.rid for request in batch.reqs]
         kept = [_kept(request)[count:] for request, count in zip(batch.reqs, before, strict=True)]
-        said = {
-            "requests": [request.rid for request in batch.reqs],
-            "tokens": kept,
-            "finished": [request.rid for request in batch.reqs if request.finished()],
-        }
+        finished = [request.rid for request in batch.reqs if request.finished()]
         if mode.is_extend():
             self._prefill_s += seconds
-            peer.put({"kind": "prefill", **said, "seconds": seconds})
+            self._report(channel, RoundReport("prefill", requests, kept, finished, seconds))
             return
-        peer.used()
+        self._permits = max(self._permits - 1, 0)
         verify_s = launched.run_s if launched.verify_s is None else launched.verify_s
         split = str(scheduler.device) == "cpu" and not scheduler.enable_overlap
         draft_s = launched.run_s - verify_s if split else 0.0
         verify_s = verify_s if split else 0.0
         correct = getattr(result, "num_correct_drafts_per_req_cpu", None) if launched.verify_s is not None else None
-        contexts = [len(r.origin_input_ids) + count for r, count in zip(batch.reqs, before, strict=True)]
         prefill_s, self._prefill_s = self._prefill_s, 0.0
-        peer.put(
-            {
-                "kind": "round",
-                **said,
-                "plan": launched.plan,
-                "correct": list(correct or [0] * len(kept)),
-                "contexts": contexts,
-                "draft_s": draft_s,
-                "verify_s": verify_s,
-                "other_s": max(seconds - draft_s - verify_s, 0.0),
-                "prefill_s": prefill_s,
-            }
+        report = RoundReport(
+            "round",
+            requests,
+            kept,
+            finished,
+            prefill_s,
+            plan=launched.plan,
+            correct=list(correct or [0] * len(kept)),
+            contexts=[len(r.origin_input_ids) + count for r, count in zip(batch.reqs, before, strict=True)],
+            draft_s=draft_s,
+            verify_s=verify_s,
+            other_s=max(seconds - draft_s - verify_s, 0.0),
         )
+        self._report(channel, report)
+
+    def _report(self, channel: Channel, report: RoundReport) -> None:
+        if not channel.send(Message(asdict(report))):
+            channel.dropped += 1
 
 
 def _kept(request: Any) -> list[int]:
-    """What a request has put out; nothing after its end."""
+    """A request's output; nothing after its end."""
     return list(request.output_ids if request.finished_len is None else request.output_ids[: request.finished_len])
 
 
 def _present(scheduler: Any) -> frozenset[str]:
-    """Requests that wait or run, and have not ended."""
+    """Ids of the requests that wait or run, and have not ended."""
     found = [*scheduler.waiting_queue, *scheduler.running_batch.reqs]
     if scheduler.last_batch is not None:
         found += scheduler.last_batch.reqs

@@ -1,189 +1,253 @@
-"""Traces of SGLang's rounds: what a learner needs of every verified token, accepted or not, as frames for the ring.
+"""Traces of SGLang's rounds: everything a draft learner needs of every verified token, accepted or not.
 
-A 'round' frame holds, for the B requests of a verification that are traced: tokens [B, n] int64 (row 0 the last
-committed one), children [B, n] and siblings [B, n] int64 (the tree's links, -1: none), logits [B, n, V] (the target's,
-after penalties), features [B, n, 3H] (the fused taps), path [B, num_steps + 1] int64 (accepted rows, -1 padded) and
-positions [B] int64 (of row 0). A 'prefill' frame: tokens [T] and features [T, 3H] of one request, from `start` on. A
-'finished' frame: requests that have ended. `requests` are SGLang's ids.
+They are sent to one client over a channel (`specrl.sglang.plugin.transport`), as messages of three kinds. Their
+`requests` are SGLang's ids.
+
+- 'round': tensors of the B traced requests of a verification: tokens [B, n] int64 (row 0 is the last committed token),
+  children and siblings [B, n] int64 (the links of a tree, -1: none; absent for a chain), logits [B, n, V] (of the
+  target, after penalties), features [B, n, 3H] (hidden states of the three taps), path [B, num_steps + 1] int64
+  (accepted rows, padded with -1) and positions [B] int64 (of row 0).
+- 'prefill': tokens [T] int64 and features [T, 3H] of one request, from position `start` on.
+- 'finished': requests that have ended.
+
+Everything happens in the scheduler's thread, which never waits: ZeroMQ's own thread does the sending.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from specrl.core.clock import Clock, WallClock
+from specrl.core.clock import WallClock
 from specrl.sglang.plugin.failsafe import Failsafe, log
-from specrl.sglang.plugin.ring import Ring
 from specrl.sglang.plugin.settings import Settings
-from specrl.sglang.plugin.wire import Frame
+from specrl.sglang.plugin.transport import Channel, Message
 
 OPT_OUT = "specrl_traces"  # {"custom_params": {"specrl_traces": false}} in a request's sampling parameters
+_IN_SOCKET = 4  # messages in ZeroMQ's own queue; all others wait in ours, whose bytes are bounded
+_CHECK_S = 0.5  # between two looks whether the client is still there
 
 
-class Copied:
-    """Tensors on their way to host memory; serving does not wait for them."""
+class _Pending(NamedTuple):
+    """A message whose tensors may still be on their way from the GPU."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors, self._done = {}, None
-        for name, tensor in tensors.items():
-            if tensor.is_cuda:
-                self._tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                self._tensors[name].copy_(tensor, non_blocking=True)
-            else:
-                self._tensors[name] = tensor.clone()
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            self._done = torch.cuda.Event()
-            self._done.record()
-
-    def ready(self) -> dict[str, Tensor]:
-        """They, once they have arrived; for another thread than the one that serves."""
-        if self._done is not None:
-            self._done.synchronize()
-        return self._tensors
+    message: Message
+    copied: torch.cuda.Event | None
 
 
-class Tracer:
-    """Makes frames of what SGLang's hooks see.
-
-    Args:
-        settings: with a socket for traces.
-        safe: of this part.
-        clock: that times rounds, on the host alone.
-        version: gives SGLang's name for the weights that serve, which hot swaps of a draft set; '': not known.
-    """
-
-    def __init__(self, settings: Settings, safe: Failsafe, clock: Clock, version: Callable[[], str] = str) -> None:
-        assert settings.traces is not None
-        self._rate, self._clock, self._version = settings.rate, clock, version
-        self._live: dict[str, Any] = {}  # request id -> SGLang's request
-        self._last = 0.0
-        self.ring = Ring(settings.traces, settings.ring, self._ended, safe)
-        log.warning("specrl plugin: traces are handed out on %s", settings.traces)
-
-    def prefill(self, batch: Any, features: Tensor | None) -> None:
-        """Requests whose prompt, or a part of it, the target has read."""
-        if not self.ring.wanted or features is None or batch.forward_mode.is_idle():
-            return
-        first, tokens = 0, batch.input_ids
-        for request, count, start in zip(batch.reqs, batch.extend_lens, batch.prefix_lens, strict=True):
-            rows, first = slice(first, first + count), first + count
-            if self._traced(request) and self.ring.room():
-                self._live[request.rid] = request
-                said = {"kind": "prefill", "requests": [request.rid], "start": int(start)}
-                self._put(said, {"tokens": tokens[rows].long(), "features": features[rows]})
-
-    def round(self, verified: Any, batch: Any, output: Any, result: Sequence[Tensor]) -> None:
-        """A verified round."""
-        now, before = self._clock.now(), self._last
-        self._last = now
-        if not self.ring.wanted or batch.forward_mode.is_idle() or output.hidden_states is None:
-            return
-        chosen = [index for index, request in enumerate(batch.reqs) if self._traced(request)]
-        if not chosen or not self.ring.room():
-            return
-        self._live.update((batch.reqs[index].rid, batch.reqs[index]) for index in chosen)
-        count, n = len(batch.reqs), int(verified.draft_token_num)
-        some = torch.tensor(chosen, device=output.next_token_logits.device)
-
-        def rows(tensor: Tensor) -> Tensor:
-            return tensor.view(count, n, -1).index_select(0, some)
-
-        accepted = result[2].view(count, -1).long()
-        base = torch.arange(count, device=accepted.device)[:, None] * n
-        path = torch.where(accepted >= 0, accepted - base, accepted)
-        tensors = {
-            "tokens": rows(verified.draft_token).squeeze(-1).long(),
-            "logits": rows(output.next_token_logits[: count * n]),
-            "features": rows(output.hidden_states[: count * n]),
-            "path": path.index_select(0, some),
-            "positions": batch.seq_lens.index_select(0, some).long(),
-        }
-        if verified.topk > 1:
-            tensors["children"] = rows(verified.retrieve_next_token).squeeze(-1).long()
-            tensors["siblings"] = rows(verified.retrieve_next_sibling).squeeze(-1).long()
-        temperatures = [float(batch.reqs[index].sampling_params.temperature) for index in chosen]
-        greedy = [batch.reqs[index].sampling_params.top_k == 1 for index in chosen]
-        said = {
-            "kind": "round",
-            "requests": [batch.reqs[index].rid for index in chosen],
-            "plan": f"{verified.spec_steps}/{verified.topk}/{n}" if verified.spec_steps else "0",
-            "temperatures": [0.0 if g else t for g, t in zip(greedy, temperatures, strict=True)],
-            "batch_size": count,
-            "weight_version": self._version(),
-            "seconds": now - before if before else None,  # since the verification before, on the host
-        }
-        self._put(said, tensors)
-
-    def _put(self, said: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        copied = Copied(tensors)
-        self.ring.put(lambda: Frame(said, copied.ready()))
-
-    def _traced(self, request: Any) -> bool:
-        """Whether a request takes part: all of it does, or none."""
-        custom = request.sampling_params.custom_params
-        if isinstance(custom, dict) and custom.get(OPT_OUT) is False:
-            return False
-        digest = hashlib.blake2b(str(request.rid).encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") < self._rate * 2.0**64
-
-    def _ended(self) -> list[Frame]:
-        done = [rid for rid, request in list(self._live.items()) if request.finished()]
-        for rid in done:
-            self._live.pop(rid, None)
-        return [Frame({"kind": "finished", "requests": done}, {})] if done else []
+def _copy(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Pending:
+    """Start to copy tensors to host memory, without waiting for the GPU."""
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return _Pending(Message(header, {name: tensor.clone() for name, tensor in tensors.items()}), None)
+    copies = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        copies[name].copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return _Pending(Message(header, copies), copied)
 
 
-class Hooks:
-    """The functions that SGLang calls; the tracer is made at the first of them, in the process that serves.
+class TraceQueue:
+    """Messages that wait for the client of a channel, in bounded memory.
+
+    Without a client nothing is kept. What waits is thrown away when the client goes or another one comes.
 
     Args:
-        settings: with a socket for traces.
-        rank: gives the rank of tensor parallelism; only rank 0 hands traces out.
-        version: gives SGLang's name for the weights that serve; '': not known.
+        endpoint: address of the socket.
+        max_bytes: bytes of tensors that may wait.
+
+    Raises:
+        ValueError: the endpoint is in use, or cannot be used.
     """
 
-    def __init__(self, settings: Settings, rank: Callable[[], int], version: Callable[[], str] = str) -> None:
-        self.safe = Failsafe("tracing", "SGLang serves without it")
-        self._settings, self._rank, self._version = settings, rank, version
-        self._tracer: Tracer | None = None
-        self._asked = False
+    def __init__(self, endpoint: str, max_bytes: int) -> None:
+        self.waiting_bytes = 0
+        self._max_bytes, self._clock = max_bytes, WallClock()
+        self._queue: deque[_Pending] = deque()
+        self._checked_s = self._clock.now()
+        self._warned = False
+        self._channel = Channel(endpoint, _IN_SOCKET)
+        self.close = self._channel.close
 
     @property
-    def tracer(self) -> Tracer | None:
-        """The tracer; None on other ranks."""
-        if not self._asked:
-            self._asked = True
-            if self._rank() == 0:
-                self._tracer = Tracer(self._settings, self.safe, WallClock(), self._version)
-        return self._tracer
+    def wanted(self) -> bool:
+        """Whether there is a client."""
+        return self._channel.connected
+
+    @property
+    def dropped(self) -> int:
+        """Messages that did not fit."""
+        return self._channel.dropped
+
+    def put(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Queue a message, whose tensors are copied; if it does not fit, it is dropped and counted."""
+        tensors = tensors or {}
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        if self.waiting_bytes + nbytes <= self._max_bytes:
+            self._queue.append(_copy(header, tensors))
+            self.waiting_bytes += nbytes
+            return
+        self._channel.dropped += 1
+        if nbytes > self._max_bytes and not self._warned:
+            self._warned = True
+            log.warning("specrl plugin: traces of %d bytes are dropped; raise SPECRL_TRACES_MAX_BYTES", nbytes)
+
+    def send(self) -> None:
+        """Take in clients, and send what is ready and fits into the socket."""
+        while (header := self._channel.receive()) is not None:
+            if header.get("kind") == "hello":
+                self._clear()
+        if self._clock.now() - self._checked_s > _CHECK_S:
+            self._checked_s = self._clock.now()
+            self._channel.check_client()
+        while self._queue and self.wanted:
+            message, copied = self._queue[0]
+            if (copied is not None and not copied.query()) or not self._channel.send(message):
+                break
+            self._queue.popleft()
+            self.waiting_bytes -= message.nbytes
+        if not self.wanted:
+            self._clear()
+
+    def _clear(self) -> None:
+        self._queue.clear()
+        self.waiting_bytes = 0
+
+
+class TraceHooks:
+    """The functions that SGLang calls. The socket is opened at the first call, in the process that serves.
+
+    Args:
+        settings: settings with a socket for traces.
+        tp_rank: returns the rank of tensor parallelism; only rank 0 sends traces.
+        weight_version: returns SGLang's name of the weights that serve, which hot swaps of a draft set; '' if unknown.
+    """
+
+    def __init__(self, settings: Settings, tp_rank: Callable[[], int], weight_version: Callable[[], str] = str) -> None:
+        self.safe = Failsafe("tracing", "SGLang serves without it")
+        self.queue: TraceQueue | None = None  # None: not opened yet, or another rank
+        self._settings, self._tp_rank, self._weight_version = settings, tp_rank, weight_version
+        self._opened = False
+        self._clock = WallClock()
+        self._verified_s = 0.0
+        self._live: dict[str, Any] = {}  # request id -> SGLang's request
+
+    def around_ingest(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ingest_requests(scheduler), which begins every turn of the scheduler's loop."""
+        self.safe.call(self._send)
+        return original(*args, **kwargs)
 
     def around_verify(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around eagle_sample(verify_input, batch, logits_output, …) -> (predict, accept_lens, accept_index)."""
         result = original(*args, **kwargs)
-        self.safe.call(self._verified, args, kwargs, result)
+        self.safe.call(self._round, args, kwargs, result)
         return result
 
     def around_prefill(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around _draft_extend_for_prefill(worker, batch, target_hidden_states, next_token_ids, …)."""
-        self.safe.call(self._prefilled, args, kwargs)  # before: it shifts the batch's tokens
+        self.safe.call(self._prefill, args, kwargs)  # before: it shifts the batch's tokens
         return original(*args, **kwargs)
 
-    def _verified(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if self.tracer is not None:
-            verified, batch, output = _named(("verify_input", "batch", "logits_output"), args, kwargs)
-            self.tracer.round(verified, batch, output, result)
+    def _send(self) -> TraceQueue | None:
+        """Send what waits; return the queue if there is a client."""
+        if not self._opened:
+            self._opened = True
+            if self._tp_rank() == 0:
+                assert self._settings.traces is not None
+                self.queue = TraceQueue(self._settings.traces, self._settings.traces_max_bytes)
+                log.warning("specrl plugin: traces are sent on %s", self._settings.traces)
+        if self.queue is None:
+            return None
+        ended = [rid for rid, request in self._live.items() if request.finished()]
+        for rid in ended:
+            del self._live[rid]
+        if ended:
+            self.queue.put({"kind": "finished", "requests": ended})
+        self.queue.send()
+        return self.queue if self.queue.wanted else None
 
-    def _prefilled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.tracer is not None:
-            _, batch, features = _named(("self", "batch", "target_hidden_states"), args, kwargs)
-            self.tracer.prefill(batch, features)
+    def _prefill(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        queue = self._send()
+        _, batch, features = _arguments(("self", "batch", "target_hidden_states"), args, kwargs)
+        if queue is None or features is None or batch.forward_mode.is_idle():
+            return
+        first, tokens = 0, batch.input_ids
+        for request, count, start in zip(batch.reqs, batch.extend_lens, batch.prefix_lens, strict=True):
+            rows, first = slice(first, first + count), first + count
+            if self._is_traced(request):
+                self._live[request.rid] = request
+                tensors = {"tokens": tokens[rows].long(), "features": features[rows]}
+                queue.put({"kind": "prefill", "requests": [request.rid], "start": int(start)}, tensors)
+
+    def _round(self, args: Sequence[Any], kwargs: Mapping[str, Any], result: Sequence[Tensor]) -> None:
+        now, before = self._clock.now(), self._verified_s
+        self._verified_s = now
+        queue = self._send()
+        verified, batch, output = _arguments(("verify_input", "batch", "logits_output"), args, kwargs)
+        if queue is None or batch.forward_mode.is_idle() or output.hidden_states is None:
+            return
+        chosen = [index for index, request in enumerate(batch.reqs) if self._is_traced(request)]
+        if not chosen:
+            return
+        n = int(verified.draft_token_num)
+        requests = [batch.reqs[index] for index in chosen]
+        self._live.update((request.rid, request) for request in requests)
+        header = {
+            "kind": "round",
+            "requests": [request.rid for request in requests],
+            "plan": f"{verified.spec_steps}/{verified.topk}/{n}" if verified.spec_steps else "0",
+            "temperatures": [_temperature(request.sampling_params) for request in requests],
+            "batch_size": len(batch.reqs),
+            "weight_version": self._weight_version(),
+            "seconds": now - before if before else None,  # since the verification before, on the host
+        }
+        queue.put(header, _round_tensors(verified, batch, output, result, chosen))
+        queue.send()
+
+    def _is_traced(self, request: Any) -> bool:
+        """Whether a request is traced: all of it, or nothing."""
+        custom = request.sampling_params.custom_params
+        if isinstance(custom, dict) and custom.get(OPT_OUT) is False:
+            return False
+        digest = hashlib.blake2b(str(request.rid).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") < self._settings.traces_rate * 2.0**64
 
 
-def _named(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _temperature(sampling: Any) -> float:
+    return 0.0 if sampling.top_k == 1 else float(sampling.temperature)
+
+
+def _round_tensors(
+    verified: Any, batch: Any, output: Any, result: Sequence[Tensor], chosen: Sequence[int]
+) -> dict[str, Tensor]:
+    """The tensors of a 'round' message, for the chosen rows of the batch."""
+    count, n = len(batch.reqs), int(verified.draft_token_num)
+    index = torch.tensor(chosen, device=output.next_token_logits.device)
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.view(count, n, -1).index_select(0, index)
+
+    accepted = result[2].view(count, -1).long()
+    first = torch.arange(count, device=accepted.device)[:, None] * n
+    path = torch.where(accepted >= 0, accepted - first, accepted)
+    tensors = {
+        "tokens": rows(verified.draft_token).squeeze(-1).long(),
+        "logits": rows(output.next_token_logits[: count * n]),
+        "features": rows(output.hidden_states[: count * n]),
+        "path": path.index_select(0, index),
+        "positions": batch.seq_lens.index_select(0, index).long(),
+    }
+    if verified.topk > 1:
+        tensors["children"] = rows(verified.retrieve_next_token).squeeze(-1).long()
+        tensors["siblings"] = rows(verified.retrieve_next_sibling).squeeze(-1).long()
+    return tensors
+
+
+def _arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Arguments by position or by name."""
     return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]

@@ -1,0 +1,233 @@
+"""The ZeroMQ sockets between the plugin and its clients, and the format of their messages.
+
+A message is one multipart message of ZeroMQ. Its first part is the header, a JSON object with a `kind`. Each further
+part holds the raw bytes of one tensor; the header's `tensors` lists them in this order as [name, dtype, shape]. There
+is no pickle. A message with an empty header means nothing: it is sent to find out whether the client is still there.
+
+Traces and rounds are sent by a `Channel`, a ROUTER socket with one client (a DEALER socket) at a time: the last one
+that sent {"kind": "hello"}. It answers with a hello of its own. The client before it gets {"kind": "error", "error": …}
+and nothing more. The header of every message says how many messages were `dropped` so far, because the client was slow.
+Plans are taken by a REP socket (`specrl.sglang.plugin.lookahead.PlanServer`).
+
+Addresses are unix:PATH (or ipc://PATH), a Unix socket that only this user may use, or tcp://127.0.0.1:PORT, which
+everybody on this machine may use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import stat
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import zmq
+from torch import Tensor
+
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.int64, torch.float32, torch.float16, torch.bfloat16)}
+_LONGEST_PATH = 107  # bytes of a Unix socket's path
+_LOCAL_TCP = re.compile(r"tcp://127\.0\.0\.1:\d+")
+
+
+class Message(NamedTuple):
+    """One message.
+
+    Attributes:
+        header: a JSON object.
+        tensors: tensors on the CPU by name: int64, float32, float16 or bfloat16.
+    """
+
+    header: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def encode(message: Message) -> list[Any]:
+    """Return the parts of a multipart message; tensors are not copied."""
+    described = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in message.tensors.items()]
+    header = json.dumps({**message.header, **({"tensors": described} if described else {})}).encode()
+    return [header, *(t.contiguous().flatten().view(torch.uint8).numpy() for t in message.tensors.values())]
+
+
+def decode(parts: Sequence[bytes | memoryview]) -> Message:
+    """Return the message of these parts; its tensors use the memory of the parts.
+
+    Raises:
+        ValueError: the parts are not a message.
+    """
+    try:
+        header = json.loads(bytes(parts[0]))
+        described = header.pop("tensors", [])
+        if len(described) != len(parts) - 1:
+            raise ValueError(f"{len(described)} tensors are listed, but there are {len(parts) - 1}")
+        tensors = {
+            name: _tensor(part, _DTYPES[dtype], shape)
+            for (name, dtype, shape), part in zip(described, parts[1:], strict=True)
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"a message must be a JSON header and its tensors, but got {error!r}") from error
+    return Message(header, tensors)
+
+
+def _tensor(part: bytes | memoryview, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    data = memoryview(part)
+    if data.nbytes != prod(shape) * dtype.itemsize:
+        raise ValueError(f"{data.nbytes} bytes are not {list(shape)} of {dtype}")
+    if not data.nbytes:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data) if data.readonly else data, dtype=dtype).view(shape)
+
+
+def parse_address(text: str, name: str) -> str:
+    """Return the ZeroMQ endpoint of unix:PATH, ipc://PATH or tcp://127.0.0.1:PORT.
+
+    Args:
+        text: the address.
+        name: what is set to it, for the error.
+
+    Raises:
+        ValueError: another address.
+    """
+    if _LOCAL_TCP.fullmatch(text):
+        return text
+    for scheme in ("ipc://", "unix:"):
+        path = text.removeprefix(scheme)
+        if path != text and path.startswith("/"):
+            if len(path.encode()) > _LONGEST_PATH:
+                raise ValueError(f"{name} must have at most {_LONGEST_PATH} bytes, but got {path!r}; shorten it")
+            return f"ipc://{path}"
+    raise ValueError(f"{name} must be unix:/absolute/path or tcp://127.0.0.1:PORT, but got {text!r}")
+
+
+def is_listening(endpoint: str) -> bool:
+    """Whether somebody accepts connections at this endpoint of this machine."""
+    place = endpoint.partition("://")[2]
+    local = endpoint.startswith("ipc://")
+    with socket.socket(socket.AF_UNIX if local else socket.AF_INET) as probe:
+        probe.settimeout(5.0)
+        return probe.connect_ex(place if local else ("127.0.0.1", int(place.rpartition(":")[2]))) == 0
+
+
+def bind(kind: int, endpoint: str, high_water_mark: int) -> zmq.Socket[bytes]:
+    """Return a socket that listens at the endpoint; the file that a dead process left there is replaced.
+
+    Args:
+        kind: zmq.ROUTER or zmq.REP.
+        endpoint: from `parse_address`.
+        high_water_mark: messages that may wait in it for each client.
+
+    Raises:
+        ValueError: the endpoint is in use, or cannot be used.
+    """
+    path = Path(endpoint.removeprefix("ipc://"))
+    if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
+        raise ValueError(f"a socket must not replace a file, but {str(path)!r} is one; choose another path")
+    if is_listening(endpoint):
+        raise ValueError(f"only one process may listen at an address, but {endpoint} is in use; choose another one")
+    listening: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+    listening.linger, listening.sndhwm, listening.rcvhwm = 0, high_water_mark, high_water_mark
+    mask = os.umask(0o177)  # the file of a Unix socket is for this user only
+    try:
+        listening.bind(endpoint)
+    except zmq.ZMQError as error:
+        listening.close()
+        raise ValueError(f"a socket must be created at {endpoint}, but that failed: {error}; choose another") from error
+    finally:
+        os.umask(mask)
+    return listening
+
+
+class Channel:
+    """The plugin's end of a channel with one client at a time. Nothing here waits for the client.
+
+    It belongs to one thread: ZeroMQ's sockets are not thread-safe.
+
+    Args:
+        endpoint: where it listens.
+        high_water_mark: messages that may wait for the client.
+        hello: the header that every new client gets first.
+
+    Raises:
+        ValueError: the endpoint is in use, or cannot be used.
+    """
+
+    def __init__(self, endpoint: str, high_water_mark: int, hello: Mapping[str, Any] | None = None) -> None:
+        self.dropped = 0  # messages that were not sent, told to the client in every header
+        self._socket = bind(zmq.ROUTER, endpoint, high_water_mark)
+        self._socket.router_mandatory = True  # sending to a client that has gone is an error
+        self._hello = {"kind": "hello", **(hello or {})}
+        self._client: bytes | None = None
+        self._refusals: list[tuple[bytes, list[Any]]] = []  # to clients that are too slow to take them
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a client, as far as is known."""
+        return self._client is not None
+
+    def receive(self, timeout_s: float = 0.0) -> dict[str, Any] | None:
+        """Return the header of the client's next message; None if there is none in time.
+
+        The hello of a new client is answered and returned.
+        """
+        self._refusals = [refusal for refusal in self._refusals if not self._send(*refusal)]
+        while self._socket.poll(int(timeout_s * 1000)):
+            sender, *parts = self._socket.recv_multipart()
+            try:
+                header = dict(decode(parts).header)
+            except ValueError as error:
+                header = {"kind": "unreadable", "error": str(error)}
+            if header.get("kind") == "hello":
+                if sender != self._client:
+                    self.refuse("another client has connected, and one at a time is served")
+                self._client = sender
+                self.send(Message(self._hello))
+                return header
+            if sender == self._client:
+                return header
+        return None
+
+    def send(self, message: Message) -> bool:
+        """Send a message to the client, if there is one; False if too many wait for it already."""
+        return self._client is None or self._send(self._client, self._encode(message))
+
+    def check_client(self) -> None:
+        """Forget a client that has gone."""
+        if self._client is not None:
+            self._send(self._client, [b""])
+
+    def refuse(self, reason: str) -> None:
+        """Tell the client why it is no longer served, and forget it."""
+        if self._client is not None:
+            refusal = self._client, self._encode(Message({"kind": "error", "error": reason}))
+            if not self._send(*refusal):
+                self._refusals.append(refusal)
+            self._client = None
+
+    def close(self) -> None:
+        """Stop listening; idempotent."""
+        self._socket.close()
+
+    def _encode(self, message: Message) -> list[Any]:
+        return encode(Message({**message.header, "dropped": self.dropped}, message.tensors))
+
+    def _send(self, client: bytes, parts: list[Any]) -> bool:
+        """Whether the message was sent, or the client has gone."""
+        try:
+            self._socket.send_multipart([client, *parts], zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            if client == self._client:
+                self._client = None
+        return True
