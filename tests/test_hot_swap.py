@@ -1,4 +1,4 @@
-"""What is asked of a server, in which order, and what happens when it refuses or says nothing."""
+"""The calls of a hot swap and their order, and what happens if a server refuses or does not answer."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ import torch
 
 from specrl.core.clock import WallClock
 from specrl.models.draft import Draft, new_draft
-from specrl.sglang.client.errors import SwapError
-from specrl.sglang.client.hot_swap import _digest, encode, push, served_names
+from specrl.sglang.client.hot_swap import checksum, encode, push, served_names
+from specrl.sglang.client.http import SwapError
 
 
 class Fake:
-    """A server that answers as SGLang does, and keeps what it was asked.
+    """A server that answers as SGLang does, and records its calls.
 
     Args:
-        draft: that it says it holds.
-        fails: path -> status that it answers instead.
+        draft: the draft that it seems to hold.
+        fails: path -> status that it answers instead of 200.
     """
 
     def __init__(self, draft: Draft, fails: dict[str, int], **facts: object) -> None:
-        self.asked: list[tuple[str, Any]] = []
+        self.calls: list[tuple[str, Any]] = []
         self.keys: set[str | None] = set()
         fake = self
         known = {n: t for n, t in draft.tensors.items() if n not in ("d2t", "t2d")}
-        hashes = {f"draft.{name}": _digest(tensor) for name, tensor in served_names(known).items()}
+        hashes = {f"draft.{name}": checksum(tensor) for name, tensor in served_names(known).items()}
         hashes["draft.model.embed_tokens.weight"] = "the target's"
         answers = {
             "/server_info": {"speculative_algorithm": "EAGLE3", "device": "cpu", "tp_size": 1, **facts},
@@ -47,7 +47,7 @@ class Fake:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                fake.asked.append((self.path, json.loads(body) if body else None))
+                fake.calls.append((self.path, json.loads(body) if body else None))
                 fake.keys.add(self.headers.get("Authorization"))
                 said = json.dumps(answers.get(self.path, {"success": True, "message": "no"})).encode()
                 self.send_response(fails.get(self.path, 200))
@@ -61,12 +61,13 @@ class Fake:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.block_on_close = False  # a connection that is kept must not delay the end
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def paths(self) -> list[str]:
-        return [path for path, _ in self.asked]
+        return [path for path, _ in self.calls]
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_the_draft_alone_is_swapped_in_place(draft: Draft, fakes: Any) -> None:
     fake = fakes()
     swap = push(fake.url, draft.tensors, version=7, like=draft, api_key="secret")
     assert fake.paths == [*ORDER, *RELEASE, "/weights_checker"] and fake.keys == {"Bearer secret"}
-    said = dict(fake.asked)
+    said = dict(fake.calls)
     assert said["/pause_generation"] == {"mode": "in_place"}
     update = said["/update_weights_from_tensor"]
     assert said["/begin_weight_update"]["selector"] == said["/weights_checker"]["selector"] == "draft"
@@ -139,7 +140,7 @@ def test_what_is_sent_is_one_flat_tensor_with_names() -> None:
 @pytest.mark.parametrize("fails", [*ORDER[1:], *RELEASE])
 def test_a_server_that_refuses_is_told_to_go_on(draft: Draft, fakes: Any, fails: str) -> None:
     fake = fakes({fails: 500})
-    with pytest.raises(SwapError, match=f"{fails} must answer 200, but answers 500: no; see its log"):
+    with pytest.raises(SwapError, match=f"{fails} failed .500: .*see its log"):
         push(fake.url, draft.tensors, version=1, like=draft)
     assert fake.paths[-2:] == RELEASE
     assert "/weights_checker" not in fake.paths
@@ -147,21 +148,21 @@ def test_a_server_that_refuses_is_told_to_go_on(draft: Draft, fakes: Any, fails:
 
 def test_a_server_that_wants_a_key_says_so(draft: Draft, fakes: Any) -> None:
     fake = fakes({"/server_info": 401})
-    with pytest.raises(SwapError, match="answers 401: .*; give its API key"):
+    with pytest.raises(SwapError, match="401.*api_key="):
         push(fake.url, draft.tensors, version=1, like=draft)
     assert fake.paths == ["/server_info"]
 
 
 def test_other_weights_in_the_server_are_noticed(draft: Draft, fakes: Any) -> None:
     other = new_draft(tiny.tiny_target(), draft_vocab_size=8, taps=tiny.TAPS, seed=4)
-    with pytest.raises(SwapError, match="but its model.layers.0.self_attn.qkv_proj.weight differs; push them again"):
+    with pytest.raises(SwapError, match="qkv_proj.weight differs"):
         push(fakes(holds=other).url, draft.tensors, version=1, like=draft)
 
 
 @pytest.mark.parametrize("facts", [{"speculative_algorithm": None}, {"tp_size": 2}])
 def test_a_server_that_cannot_swap_is_refused(draft: Draft, fakes: Any, facts: dict[str, object]) -> None:
     fake = fakes(**facts)
-    with pytest.raises(ValueError, match=r"must serve an EAGLE3 draft|the server's tp_size is 2"):
+    with pytest.raises(ValueError, match="EAGLE3|tp_size must be 1"):
         push(fake.url, draft.tensors, version=1, like=draft)
     assert fake.paths == ["/server_info"]
 
@@ -169,10 +170,10 @@ def test_a_server_that_cannot_swap_is_refused(draft: Draft, fakes: Any, facts: d
 def test_weights_that_do_not_fit_are_refused_before_anything_is_sent(draft: Draft, fakes: Any) -> None:
     fake = fakes()
     for weights, rule in (
-        ({**draft.tensors, "d2t": draft.tensors["d2t"] + 1}, "d2t is fixed"),
-        ({**draft.tensors, "fc.weight": draft.tensors["fc.weight"].double()}, "is torch.float64; cast them"),
-        ({**draft.tensors, "norm.weight": torch.ones(3)}, "shapes must fit"),
-        ({**draft.tensors, "embed_tokens.weight": torch.ones(3)}, "these are extra"),
+        ({**draft.tensors, "d2t": draft.tensors["d2t"] + 1}, "d2t must be"),
+        ({**draft.tensors, "fc.weight": draft.tensors["fc.weight"].double()}, "torch.float64"),
+        ({**draft.tensors, "norm.weight": torch.ones(3)}, "norm.weight"),
+        ({**draft.tensors, "embed_tokens.weight": torch.ones(3)}, "embed_tokens.weight"),
     ):
         with pytest.raises(ValueError, match=rule):
             push(fake.url, weights, version=1, like=draft)
@@ -183,6 +184,6 @@ def test_a_server_that_says_nothing_is_waited_for_no_longer_than_asked(draft: Dr
     clock = WallClock()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = clock.now()
-        with pytest.raises(SwapError, match=r"must answer within 0\.3 s"):
+        with pytest.raises(SwapError, match="timeout_s"):
             push(f"http://127.0.0.1:{silent.getsockname()[1]}", draft.tensors, version=1, like=draft, timeout_s=0.3)
     assert clock.now() - began < 60.0

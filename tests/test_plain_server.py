@@ -1,4 +1,4 @@
-"""Plain decoding on servers: steps timed as tokens come, the same model without a draft, nobody else at work."""
+"""Plain decoding on a server without our plugin: steps timed by the arrival of tokens, and the same model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from specrl.core.interfaces import Request
 from specrl.core.plan import Plan
 from specrl.decoding.engine import LocalEngine
 from specrl.envs.timed_env import NO_PLAIN
-from specrl.sglang.client.errors import ServerError, ServerFailed, ServerGone
 from specrl.sglang.client.factory import attach_engine
+from specrl.sglang.client.http import ServerError, ServerFailed, ServerGone
 from specrl.sglang.client.launch import Server
-from specrl.sglang.client.streamed import StreamedPlain
+from specrl.sglang.client.plain_server import StreamedPlainServer
 
 STEP_S = 0.01
 INFO = {"version": "0.5.23", "dtype": "float32", "quantization": None, "tp_size": 1}
@@ -120,12 +120,9 @@ def serve() -> Iterator[Callable[[Paper], str]]:
 
 
 @pytest.mark.parametrize("lump", [1, 4])
-def test_steps_are_those_in_which_all_requests_decode(
-    serve: Callable[[Paper], str], lump: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_are_those_in_which_all_requests_decode(serve: Callable[[Paper], str], lump: int) -> None:
     clock = Stepped()
-    monkeypatch.setattr("specrl.sglang.client.streamed.WallClock", lambda: clock)
-    plain = StreamedPlain(Server(serve(Paper({}, lump=lump, clock=clock))), 60.0)
+    plain = StreamedPlainServer(Server(serve(Paper({}, lump=lump, clock=clock))), 60.0, clock)
     steps = plain.steps([[1, 2], [1, 2, 3, 4]], 12)
     assert len(steps) <= 12 - 2 and all(step.batch_size == 2 for step in steps), "three steps were not of all"
     assert steps[0].context >= 3.0 + 3.0 and np.diff([step.context for step in steps]) == pytest.approx(1.0)
@@ -136,11 +133,11 @@ def test_steps_are_those_in_which_all_requests_decode(
 
 
 def test_a_stream_that_breaks_off_is_one_error(serve: Callable[[Paper], str]) -> None:
-    for fails, kind, words in (("gone", ServerGone, "to the end"), ("error", ServerFailed, "too long")):
+    for fails, kind, words in (("gone", ServerGone, "before the end"), ("error", ServerFailed, "too long")):
         with pytest.raises(kind, match=words):
-            StreamedPlain(Server(serve(Paper({}, fails=fails))), 60.0).measure([[1, 2]])
-    with pytest.raises(ServerFailed, match="decode 2 requests at once, but did not"):
-        StreamedPlain(Server(serve(Paper({}))), 60.0).steps([[1], [2]], 1)
+            StreamedPlainServer(Server(serve(Paper({}, fails=fails))), 60.0).measure([[1, 2]])
+    with pytest.raises(ServerFailed, match="--max-running-requests"):
+        StreamedPlainServer(Server(serve(Paper({}))), 60.0).steps([[1], [2]], 1)
 
 
 def test_a_running_server_is_paused_while_the_other_is_measured(
@@ -155,23 +152,23 @@ def test_a_running_server_is_paused_while_the_other_is_measured(
     assert list(session.context_lengths) == [6, 6]
     assert ours.asked[-2:] == ["/pause_generation", "/continue_generation"] and beside.asked[-1] == "/generate"
     beside.fails = "gone"
-    with pytest.raises(ServerGone, match="hung up"):
+    with pytest.raises(ServerGone, match="before the end"):
         session.measure_plain()
     assert ours.asked[-2:] == ["/pause_generation", "/continue_generation"], "it goes on all the same"
-    with pytest.raises(ValueError, match="launch with baseline='alternate'"):
+    with pytest.raises(ValueError, match="baseline="):
         engine.start(Listed([Request((5, 6), 8)]), batch_size=2, seed=0, plain=True)
     engine.close()
 
 
 def test_without_a_baseline_it_is_said(serve: Callable[[Paper], str], caplog: pytest.LogCaptureFixture) -> None:
     attach_engine(serve(Paper(DRAFTS)), timeout_s=60.0).close()
-    assert "no plain_url names one without speculation" in caplog.text
+    assert "no plain_url" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("info", "model", "words"),
     [
-        (DRAFTS, MODEL, "must be a server without speculation, but http://.* runs EAGLE3; start one"),
+        (DRAFTS, MODEL, "without speculation, but http://.* EAGLE3"),
         ({}, {**MODEL, "model_path": "b/model"}, "model_path is 'b/model' at http://.* and 'a/model' at"),
         ({}, {**MODEL, "weight_version": "tuned"}, "weight_version is 'tuned'"),
         ({"dtype": "bfloat16"}, MODEL, "dtype is 'bfloat16'"),
@@ -181,7 +178,7 @@ def test_without_a_baseline_it_is_said(serve: Callable[[Paper], str], caplog: py
 def test_another_model_is_no_baseline(
     serve: Callable[[Paper], str], info: dict[str, Any], model: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=f"plain_url must .*{words}"):
         attach_engine(serve(Paper(DRAFTS)), plain_url=serve(Paper(info, model)))
 
 

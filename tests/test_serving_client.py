@@ -101,7 +101,7 @@ def test_connections_are_kept(serve: Serve) -> None:
 
     def answer(handler: BaseHTTPRequestHandler, _: int) -> None:
         ports.add(handler.client_address[1])
-        handler.protocol_version = "HTTP/1.1"
+        handler.protocol_version, handler.close_connection = "HTTP/1.1", False
         answer_json(handler, 200, {})
 
     client = Client(serve(answer))
