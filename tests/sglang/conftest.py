@@ -1,9 +1,10 @@
-"""What the tests with SGLang share. They run in an environment of its own: `make test-sglang`."""
+"""Fixtures of the tests with SGLang, which have an environment of their own: `make test-sglang`."""
 
 from __future__ import annotations
 
 import importlib.util
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -56,6 +57,13 @@ def sglang_runtime() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=port)
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory whose name leaves room for that of a Unix socket (108 bytes)."""
+    with tempfile.TemporaryDirectory(prefix="specrl") as name:
+        yield Path(name)
 
 
 @pytest.fixture

@@ -62,8 +62,8 @@ class Server:
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(lambda prompt: self.generate(prompt, new), prompts))
 
-    def said(self, *words: str) -> list[str]:
-        """Lines of the log that hold all of these words."""
+    def log_lines(self, *words: str) -> list[str]:
+        """Lines of the log that contain all of these words."""
         return [line for line in self.log.read_text().splitlines() if all(word in line for word in words)]
 
 

@@ -1,4 +1,4 @@
-"""The engine `sglang` on real servers: plans of every round, true rewards, and one clear error when a server dies."""
+"""The engine `sglang` on real servers: the plan of every round, rewards, and one clear error if a server dies."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from specrl.core.plan import Plan, parse_plans
 from specrl.models.draft import Draft
 from specrl.models.target import Target
 from specrl.sglang.client.engine import SGLangEngine
-from specrl.sglang.client.errors import ServerError
 from specrl.sglang.client.factory import attach_engine, launch_engine
+from specrl.sglang.client.http import ServerError
 from specrl.testing import engine as conformance
 
 NEW = 40
@@ -73,21 +73,21 @@ def test_rounds_are_as_planned_and_the_output_is_the_local_engines(
 
 
 def test_a_thousand_rounds_with_another_plan_each(engine: SGLangEngine, target: Target) -> None:
-    """Output is that of no speculation; what stood in each round shows that its plan was in force."""
+    """The output is that of no speculation, and each round's correct drafts show that its plan was used."""
     new = 400
     session = engine.start(Listed(requests(4, new)), batch_size=2, seed=0)
     generator = np.random.default_rng(0)
     found: dict[int, tuple[int, ...]] = {}
-    stood: dict[Plan, list[int]] = {plan: [] for plan in PLANS}
+    correct: dict[Plan, list[int]] = {plan: [] for plan in PLANS}
     plan = PLANS[0]
     for _ in range(1000):
         plan = [other for other in PLANS if other != plan][generator.integers(len(PLANS) - 1)]
         done = session.round(plan)
         assert done.plan == plan
-        stood[plan] += done.correct_drafts.tolist()
+        correct[plan] += done.correct_drafts.tolist()
         found |= {completion.request_id: completion.tokens for completion in done.finished}
     session.close()
-    assert {plan.num_steps: max(each) for plan, each in stood.items()} == {0: 0, 1: 1, 3: 3}
+    assert {plan.num_steps: max(each) for plan, each in correct.items()} == {0: 0, 1: 1, 3: 3}
     plain = engine.start(Listed(requests(4, new)), batch_size=2, seed=0, plain=True)
     unspeculated: dict[int, tuple[int, ...]] = {}
     while len(unspeculated) < 4:
@@ -159,9 +159,8 @@ def test_a_server_found_running_is_used_with_its_plugin_and_without(
         attach_engine(client.url)
 
 
-# What the suite cannot ask of SGLang: that traces are there when the round ends, one for each round. They come over a
-# socket some time later, one for each request; the first test above and those of the plugin look at them. Nor is
-# anything asked of sampling: SGLang keeps no seed, and on a CPU decodes greedily.
+# Traces are not there when a round ends: they come over a socket some time later, one for each request. The first test
+# above and those of the plugin check them. Sampling is not checked: SGLang takes no seed, and is greedy on a CPU.
 LEFT_OUT = (conformance.check_traces_follow_rounds,)
 
 
@@ -169,11 +168,7 @@ LEFT_OUT = (conformance.check_traces_follow_rounds,)
 def test_it_is_an_engine_like_any_other(
     check: Callable[[conformance.Case], None], engine: SGLangEngine, draft: Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def end_sessions() -> None:  # in place of `close`, as the servers are all tests'
-        for session in engine._sessions.values():
-            session.close()
-
-    monkeypatch.setattr(engine, "close", end_sessions)
+    monkeypatch.setattr(engine, "close", engine.close_sessions)  # the servers are for all tests
     check(conformance.Case(lambda: engine, Listed(requests(16, 12)), weights=draft.tensors))
 
 
@@ -187,7 +182,7 @@ def test_a_killed_server_is_one_clear_error(draft: Draft) -> None:
         os.killpg(engine.server.process_id, signal.SIGKILL)
         clock = WallClock()
         began = clock.now()
-        with pytest.raises(ServerError, match="the server must run, but ended|must answer|hung up"):
+        with pytest.raises(ServerError, match="the server must run|must answer|closed"):
             for _ in range(3):
                 session.round(Plan(3))
         assert clock.now() - began < 30.0

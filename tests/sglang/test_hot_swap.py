@@ -1,4 +1,4 @@
-"""New draft weights in a server under load: nothing fails, nothing is altered, and acceptance follows at once."""
+"""New draft weights in a server under load: no request fails or changes, and acceptance follows at once."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from specrl.core.clock import WallClock
 from specrl.core.plan import Plan
 from specrl.models.draft import Draft, new_draft
 from specrl.models.target import Target
-from specrl.sglang.client.errors import SwapError
 from specrl.sglang.client.hot_swap import push, recover
+from specrl.sglang.client.http import SwapError
 
 AT_ONCE, SWAPS, NEW, LONG, EARLY = 8, 20, 96, 400, 60
 PLAN = Plan(3)
@@ -152,45 +152,45 @@ def test_acceptance_rises_within_a_request(target: Target, draft: Draft, fresh: 
 def test_what_does_not_fit_never_reaches_the_server(
     target: Target, draft: Draft, fresh: Draft, server: Server, tmp_path: Path
 ) -> None:
-    good, pauses = draft.tensors, len(server.said("pause_generation"))
+    good, pauses = draft.tensors, len(server.log_lines("pause_generation"))
 
     def refused(weights: dict[str, torch.Tensor], rule: str, like: Draft | Path | None = fresh) -> None:
         with pytest.raises(ValueError, match=rule):
             push(server.url, weights, version=9, like=like)
 
-    refused({**good, "norm.weight": good["norm.weight"][:-1]}, "shapes must fit")
-    refused({**good, "embed_tokens.weight": torch.zeros(512, 192)}, "these are extra: embed_tokens.weight")
-    refused({n: t for n, t in good.items() if n != "fc.weight"}, "these are missing: fc.weight")
-    refused({**good, "fc.weight": good["fc.weight"].double()}, "fc.weight is torch.float64; cast")
+    refused({**good, "norm.weight": good["norm.weight"][:-1]}, "norm.weight")
+    refused({**good, "embed_tokens.weight": torch.zeros(512, 192)}, "embed_tokens.weight")
+    refused({n: t for n, t in good.items() if n != "fc.weight"}, "fc.weight")
+    refused({**good, "fc.weight": good["fc.weight"].double()}, "fc.weight is torch.float64")
     refused({**good, "fc.weight": good["fc.weight"].int()}, "fc.weight is torch.int32")
-    refused({**good, "fc.weight": good["fc.weight"] * float("nan")}, "must be finite")
-    refused(dict(good), "the draft that serves must be known", None)  # the server names a directory relative to its own
+    refused({**good, "fc.weight": good["fc.weight"] * float("nan")}, "finite")
+    refused(dict(good), "like=", None)  # the server names a directory relative to its own
     small = new_draft(target, draft_vocab_size=256, intermediate_size=128)
     other = {**small.tensors, "d2t": small.tensors["d2t"] + 1}
-    refused(other, "d2t is fixed", small)
+    refused(other, "d2t must be", small)
     small.save(tmp_path / "small")
-    refused(other, "d2t is fixed", tmp_path / "small")
-    assert len(server.said("pause_generation")) == pauses
+    refused(other, "d2t must be", tmp_path / "small")
+    assert len(server.log_lines("pause_generation")) == pauses
 
 
 @contextmanager
 def pausing(server: Server, draft: Draft, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that dies of kill -9 between the pause and the end of an update."""
+    """A process that is killed (kill -9) between the pause and the end of an update."""
     draft.save(tmp_path / "draft")
     code = (
         "import os, signal, sys\n"
         "from specrl.models.draft import load_draft\n"
-        "from specrl.sglang.client import hot_swap\n"
-        "from specrl.sglang.client import swap_connection as line\n"
-        "ask = line.Line.ask\n"
-        "def dies(self, method, path, said=None, **rest):\n"
-        "    answer = ask(self, method, path, said, **rest)\n"
+        "from specrl.sglang.client.hot_swap import push\n"
+        "from specrl.sglang.client.http import Client\n"
+        "post = Client.post\n"
+        "def dies(self, path, body, **rest):\n"
+        "    answer = post(self, path, body, **rest)\n"
         "    if path == '/begin_weight_update':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return answer\n"
-        "line.Line.ask = dies\n"
+        "Client.post = dies\n"
         "draft = load_draft(sys.argv[2])\n"
-        "hot_swap.push(sys.argv[1], draft.tensors, version=1, like=draft)\n"
+        "push(sys.argv[1], draft.tensors, version=1, like=draft)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path / "draft")])
     try:
@@ -204,14 +204,14 @@ def test_a_pusher_killed_in_the_middle_leaves_the_server_serving(
     server: Server, draft: Draft, fresh: Draft, tmp_path: Path
 ) -> None:
     quiet = server.generate(prompts(1)[0], 24)["output_ids"]
-    begun, ended = (len(server.said(f"{word}_weight_update")) for word in ("begin", "end"))
+    begun, ended = (len(server.log_lines(f"{word}_weight_update")) for word in ("begin", "end"))
     with pausing(server, draft, tmp_path) as process:
         assert process.wait(180) == -signal.SIGKILL
-    assert len(server.said("begin_weight_update")) == begun + 1, "it died with the server paused"
+    assert len(server.log_lines("begin_weight_update")) == begun + 1, "it died with the server paused"
     assert server.generate(prompts(1)[0], 24)["output_ids"] == quiet
-    assert len(server.said("end_weight_update")) == ended + 1, "somebody stood by"
+    assert len(server.log_lines("end_weight_update")) == ended + 1, "the watchdog resumed it"
     assert push(server.url, draft.tensors, version=2, like=fresh).exact
-    # A pause with nobody standing by is for `recover`.
+    # A pause without a watchdog is for `recover`.
     server.post("/pause_generation", {"mode": "in_place"})
     server.post("/begin_weight_update", {"selector": "draft"})
     recover(server.url)
@@ -219,7 +219,7 @@ def test_a_pusher_killed_in_the_middle_leaves_the_server_serving(
 
 
 def test_a_server_that_is_not_there_is_one_clear_error(draft: Draft) -> None:
-    with pytest.raises(SwapError, match="is the server up"):
+    with pytest.raises(SwapError, match="is it running"):
         push("http://127.0.0.1:9", draft.tensors, version=1, like=draft, timeout_s=5.0)
-    with pytest.raises(ValueError, match="must be like http"):
+    with pytest.raises(ValueError, match="url must be"):
         push("127.0.0.1:9", draft.tensors, version=1, like=draft)

@@ -1,19 +1,17 @@
-"""The plugin inside SGLang: found by its entry point, inert unless asked, and never in the way."""
+"""The plugin inside SGLang: found by its entry point, off unless asked for, and never in the way."""
 
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+import zmq
 from learned import prompts
 from server import Server, export
 
@@ -24,18 +22,11 @@ from specrl.core.round import Trace
 from specrl.models.draft import Draft
 from specrl.models.target import Target
 from specrl.sglang.client.trace_subscriber import Subscriber
-from specrl.sglang.plugin.hooks import CONTEXT, POLICY, PREFILL, VERIFY, version_note
+from specrl.sglang.plugin.hooks import ALL_TARGETS, check_targets, version_note
 from specrl.sglang.plugin.policy import LearnedPolicy
 
 NEW = 32
 CANDIDATES = {"1": {"candidate_steps": [0, 1, 3]}}
-
-
-@pytest.fixture
-def short() -> Iterator[Path]:
-    """A directory whose name leaves room for a socket's (108 bytes)."""
-    with tempfile.TemporaryDirectory(prefix="specrl") as name:
-        yield Path(name)
 
 
 def adaptive(draft: Draft, directory: Path) -> Path:
@@ -45,52 +36,45 @@ def adaptive(draft: Draft, directory: Path) -> Path:
     return bundle
 
 
-def steps_used(answer: dict[str, object]) -> float:
-    """Tokens that a round yields at most, seen from below: the largest number of correct drafts."""
-    meta = answer["meta_info"]
-    assert isinstance(meta, dict)
-    return len(meta["spec_correct_drafts_histogram"]) - 1
+def most_correct_drafts(answer: dict[str, Any]) -> int:
+    """The largest number of correct drafts in a round of this request."""
+    return len(answer["meta_info"]["spec_correct_drafts_histogram"]) - 1
 
 
-def test_every_seam_is_as_it_was_read() -> None:
+def test_the_hooked_functions_are_as_expected() -> None:
     assert version_note() is None
-    for seam in (*CONTEXT, POLICY, VERIFY, PREFILL):
-        seam.check()
+    check_targets(ALL_TARGETS)
 
 
-def test_plans_are_followed_and_a_dead_subscriber_hurts_nobody(
+def test_plans_are_followed_and_a_killed_subscriber_hurts_nobody(
     target: Target, draft: Draft, start: Callable[..., Server], tmp_path: Path, short: Path
 ) -> None:
     bundle = adaptive(draft, tmp_path / "bundle")
     plain = {}
     server = start(bundle, SPECRL_POLICY=f"unix:{short}/plans", SPECRL_TRACES=f"unix:{short}/traces")
-    assert len(server.said("the lookahead follows plans given on")) == 1
+    assert len(server.log_lines("the lookahead follows the plans sent to")) == 1
     listed = prompts(5)
     for prompt in listed:
-        plain[prompt] = server.generate(prompt, NEW)["output_ids"]  # by SGLang's own rule, nobody listening
-    with socket.socket(socket.AF_UNIX) as peer:
-        peer.connect(f"{short}/plans")
-        stream = peer.makefile("rwb")
+        plain[prompt] = server.generate(prompt, NEW)["output_ids"]  # by SGLang's own rule, without a subscriber
+    with zmq.Context.instance().socket(zmq.REQ) as sender:
+        sender.linger, sender.rcvtimeo = 0, 60_000
+        sender.connect(f"ipc://{short}/plans")
 
-        def give(table: dict[str, str]) -> dict[str, object]:
-            stream.write(json.dumps({"plans": table}).encode() + b"\n")
-            stream.flush()
-            answer = json.loads(stream.readline())
-            assert isinstance(answer, dict)
-            return answer
+        def give(table: dict[str, str]) -> Any:
+            sender.send_json({"plans": table})
+            return sender.recv_json()
 
         for plan, most in (("0", 0), ("1", 1), ("3", 3), ("0", 0)):
             assert "ok" in give({"1": plan})
             answers = [server.generate(prompt, NEW) for prompt in listed]
             assert [a["output_ids"] for a in answers] == [plain[p] for p in listed]
-            assert max(map(steps_used, answers)) == most
+            assert max(map(most_correct_drafts, answers)) == most
         assert "the candidates of the adaptive config" in str(give({"1": "2"})["error"])
         assert "ok" in give({"1": "3"})
-        stream.close()
 
-    # A subscriber is killed in the middle, with frames on their way: serving does not notice.
+    # A subscriber is killed with messages on their way: serving does not notice.
     code = "import sys; from specrl.sglang.client.trace_subscriber import Subscriber; s = Subscriber(sys.argv[1], 60.0)"
-    loop = "print('up'); next(s.frames()); print('one'); sys.stdin.read()"
+    loop = "print('up'); next(s.messages()); print('one'); sys.stdin.read()"
     dies = subprocess.Popen(
         [sys.executable, "-uc", f"{code}; {loop}", f"{short}/traces"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -102,15 +86,15 @@ def test_plans_are_followed_and_a_dead_subscriber_hurts_nobody(
     assert [server.generate(prompt, NEW)["output_ids"] for prompt in listed] == [plain[p] for p in listed]
     with Subscriber(f"{short}/traces", timeout_s=60.0) as again:
         server.generate(listed[0], NEW)
-        kinds = [frame.said["kind"] for frame in islice(again.frames(), 2)]
+        kinds = [message.header["kind"] for message in islice(again.messages(), 2)]
     assert kinds == ["prefill", "round"]
-    assert not server.said("SPECRL PLUGIN")
+    assert not server.log_lines("SPECRL PLUGIN")
 
 
 def test_traces_are_the_targets_own(
     target: Target, draft: Draft, start: Callable[..., Server], tmp_path: Path, short: Path
 ) -> None:
-    """A tree: every verified node's logits and features are those that our own target computes for its path."""
+    """A tree: every verified node has the logits and features that our own target computes for its path."""
     bundle = export(draft, {1: Plan(3, 2, 6)}, tmp_path / "bundle")
     server = start(bundle, SPECRL_TRACES=f"unix:{short}/t")
     listed = prompts(4)
@@ -126,7 +110,7 @@ def test_traces_are_the_targets_own(
             if ended == len(listed):
                 break
         assert subscriber.incomplete == subscriber.dropped == 0
-        # What opted out does not come; what follows it does.
+        # A request that opted out does not come; the next one does.
         server.generate(listed[0], NEW, {"specrl_traces": False})
         server.generate(listed[1], NEW)
         more = next(t for t in subscriber.traces() if t.plan is None)
@@ -175,27 +159,26 @@ def test_traces_are_the_targets_own(
     assert checked >= 30 and worst < 1e-3
 
 
-def test_a_chooser_tries_plans_inside_and_says_nothing_else(
+def test_a_chooser_tries_plans_inside_sglang(
     draft: Draft, start: Callable[..., Server], tmp_path: Path, short: Path
 ) -> None:
     bundle = adaptive(draft, tmp_path / "bundle")
     plans = (Plan(0), Plan(1), Plan(3))
     LearnedPolicy({1: Plan(3)}, plans, AdaptiveChooser(plans).state_dict()).save(bundle / "policy")
     server = start(bundle, SPECRL_POLICY=str(bundle / "policy"), SPECRL_TRACES=f"unix:{short}/t")
-    assert len(server.said("AdaptiveChooser chooses the lookahead among [0, 1, 3]")) == 1
-    server.generate(prompts(1)[0], 1)  # no round yet, but the socket is there from the first request on
+    assert len(server.log_lines("AdaptiveChooser chooses the lookahead among [0, 1, 3]")) == 1
     with Subscriber(short / "t", timeout_s=60.0) as subscriber:
-        answers, rounds, frames = list[dict[str, Any]](), list[dict[str, Any]](), subscriber.frames()
+        answers, tried, messages = list[dict[str, Any]](), set[str](), subscriber.messages()
         for prompt in prompts(6):
             answers.append(server.generate(prompt, NEW))
-            for frame in frames:  # each request's before the next, so that the ring holds them
-                if frame.said["kind"] == "finished":
+            for message in messages:
+                if message.header["kind"] == "finished":
                     break
-                rounds += [frame.said] * (frame.said["kind"] == "round")
-    tried = {said["plan"] for said in rounds}
+                if message.header["kind"] == "round":
+                    tried.add(message.header["plan"])
     assert 1 < len(tried) and tried <= {"0", "1/1/2", "3/1/4"}
     assert all(len(a["output_ids"]) == NEW for a in answers)
-    assert not server.said("SPECRL PLUGIN")
+    assert not server.log_lines("SPECRL PLUGIN")
 
 
 def test_a_policy_that_does_not_fit_leaves_sglang_serving(
@@ -204,5 +187,5 @@ def test_a_policy_that_does_not_fit_leaves_sglang_serving(
     bundle = adaptive(draft, tmp_path / "bundle")
     LearnedPolicy({1: Plan(5)}, (Plan(5),)).save(bundle / "policy")
     server = start(bundle, SPECRL_POLICY=str(bundle / "policy"))
-    assert len(server.said("SPECRL PLUGIN: the policy is switched off", "but got 5/1/6")) == 1
+    assert len(server.log_lines("SPECRL PLUGIN: the policy is switched off", "but got 5/1/6")) == 1
     assert len(server.generate(prompts(1)[0], NEW)["output_ids"]) == NEW

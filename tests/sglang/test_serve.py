@@ -60,7 +60,7 @@ def test_an_adaptive_chain_gives_our_tokens_and_accepted_drafts(
     answers = alone[:AT_ONCE], together
     long = [sum(sum(a["meta_info"]["spec_correct_drafts_histogram"][2:]) for a in x) for x in answers]
     assert long[1] < long[0] / 2, long
-    assert not [line for line in server.said("plugin") if "specrl plugin" in line.lower()], "the plugin is inert"
+    assert not [line for line in server.log_lines("plugin") if "specrl plugin" in line.lower()], "the plugin is inert"
 
 
 def beams_see_their_own_rows(inside: Tensor, starts: Tensor, length: int, *fixed: bool) -> Tensor:
