@@ -160,7 +160,8 @@ def test_plans_are_taken_from_a_socket(short: Path) -> None:
     params = make_policy(SGLangParams, Settings(plans=f"ipc://{short}/p"), lambda: 1)(3)
     assert params.get_steps_for_batch(1) == 1 and params.on_verify_complete([1], 1) == 1, "SGLang's rule before plans"
     assert (short / "p").stat().st_mode & 0o777 == 0o600
-    with zmq.Context.instance().socket(zmq.REQ) as client:
+    requests: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REQ)
+    with requests as client:
         client.linger, client.rcvtimeo = 0, 60_000
         client.connect(f"ipc://{short}/p")
 
@@ -279,7 +280,12 @@ def test_messages_are_json_and_raw_tensors() -> None:
 def test_an_address_in_use_or_a_file_is_not_taken(short: Path) -> None:
     (short / "file").write_text("precious")
     with bind(zmq.ROUTER, f"ipc://{short}/t", 1), bind(zmq.ROUTER, "tcp://127.0.0.1:0", 1) as tcp:
-        for endpoint in (f"ipc://{short}/t", f"ipc://{short}/file", tcp.last_endpoint.decode(), f"ipc://{short}/no/t"):
+        for endpoint in (
+            f"ipc://{short}/t",
+            f"ipc://{short}/file",
+            str(tcp.getsockopt_string(zmq.LAST_ENDPOINT)),
+            f"ipc://{short}/no/t",
+        ):
             with pytest.raises(ValueError, match="choose another"):
                 bind(zmq.ROUTER, endpoint, 1)
     assert (short / "file").read_text() == "precious"

@@ -127,7 +127,13 @@ def test_nobody_and_nonsense(serve: Serve) -> None:
 
 @pytest.mark.parametrize(
     ("url", "timeout_s", "name"),
-    [("localhost:30000", 1.0, "url"), ("ftp://x", 1.0, "url"), ("http://", 1.0, "url"), ("http://x", 0.0, "timeout_s")],
+    [
+        ("localhost:30000", 1.0, "url"),
+        ("ftp://x", 1.0, "url"),
+        ("http://", 1.0, "url"),
+        ("http://x:port", 1.0, "url"),
+        ("http://x", 0.0, "timeout_s"),
+    ],
 )
 def test_wrong_arguments_are_named(url: str, timeout_s: float, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):

@@ -193,7 +193,7 @@ class Engine(Protocol):
 
         Raises:
             ValueError: a batch size or requests that do not fit, or the engine has no plain or no traced sessions.
-            OSError: the server that an engine decodes on does not serve (`specrl.sglang.client.errors`).
+            OSError: the server that an engine decodes on does not serve (`specrl.sglang.client.http`).
         """
         ...
 

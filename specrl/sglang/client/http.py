@@ -86,7 +86,11 @@ class Client:
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0) -> None:
-        if not url.startswith(("http://", "https://")) or not httpx.URL(url).host:
+        try:
+            valid = url.startswith(("http://", "https://")) and bool(httpx.URL(url).host)
+        except httpx.InvalidURL:
+            valid = False
+        if not valid:
             raise ValueError(f"url must be http://host:port, but got {url!r}")
         if not timeout_s > 0.0:
             raise ValueError(f"timeout_s must be above 0, but got {timeout_s}")
@@ -134,7 +138,7 @@ class Client:
                 if data == "[DONE]":
                     return
                 if data:
-                    yield json.loads(data)
+                    yield self._parse(path, data)
                 self._left(path, limit)
         raise self._gone(path, "the connection was closed before the end")
 
@@ -192,10 +196,7 @@ class Client:
         text = parts.decode("utf-8", "replace")
         if response.status_code != 200:
             raise error_for_status(response.status_code, self.url + path, text)
-        try:
-            return json.loads(text) if text.strip() else None
-        except ValueError as error:
-            raise ServerFailed(f"{self.url}{path} must answer JSON, but got {text[:80]!r}; is it SGLang?") from error
+        return self._parse(path, text) if text.strip() else None
 
     @contextmanager
     def _send(
@@ -211,6 +212,12 @@ class Client:
             raise self._silent(path) from error
         except httpx.TransportError as error:
             raise self._gone(path, str(error) or type(error).__name__) from error
+
+    def _parse(self, path: str, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ServerFailed(f"{self.url}{path} must answer JSON, but got {text[:80]!r}; is it SGLang?") from error
 
     def _limit(self, timeout_s: float | None) -> float:
         return self._clock.now() + (self.timeout_s if timeout_s is None else timeout_s)

@@ -36,8 +36,9 @@ class Connection:
             raise ServerGone(f"the plugin must listen on {endpoint}, but nobody does; is its server running?")
         self._endpoint, self._check, self._clock = endpoint, check, WallClock()
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
-        self._socket.linger, self._socket.rcvhwm = 0, high_water_mark
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVHWM, high_water_mark)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(endpoint)
 
     def close(self) -> None:
