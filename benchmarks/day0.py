@@ -35,10 +35,11 @@ from torch import Tensor
 
 from specrl.agents.choosers.table import FixedPlan
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
-from specrl.agents.draft.sequences import Assembler, Sequence
+from specrl.agents.draft.sequences import Assembler, TrainingSequence
 from specrl.config import DraftConfig as NewDraft
 from specrl.config import MeasureConfig
 from specrl.core.batch_schedule import Phase
+from specrl.core.interfaces import DraftLearner
 from specrl.core.plan import Plan
 from specrl.core.round import Trace
 from specrl.core.statistics import probability_of_improvement
@@ -58,13 +59,14 @@ PLAN, PROBED, BATCH = Plan(5), Plan(3), 16
 MARKS = (1.5, 2.0, 2.5)
 WINDOW, EVERY, WORTH = 150, 100, 1.8  # rounds; requests between two probes; accept length from which a probe is made
 AURORA: dict[str, Any] = {
-    "learning_rate": 1e-4, "betas": (0.9, 0.999), "clip": 2.5, "passes": 5, "pass_decay": 0.8, "average": 0.0,
+    "learning_rate": 1e-4, "betas": (0.9, 0.999), "max_grad_norm": 2.5, "ttt_steps": 5, "ttt_decay": 0.8,
+    "ema_decay": 0.0,
 }  # fmt: skip
 OURS = "ours"
 RATES, SYNCS = (1e-2, 3e-3, 1e-3), (64, 200)  # that 'tuned' is chosen from, at first served every 16 requests
 
 
-class OncePerTrace:
+class OncePerTrace(DraftLearner):
     """Learns as the published recipes do: requests are taken in order, so many for each update, and then dropped.
 
     Args:
@@ -79,7 +81,7 @@ class OncePerTrace:
     ) -> None:
         self._learner, self._assembler = OnlineLearner(draft, embedding, config), Assembler()
         self._per_update, self._sync, self._reuse = per_update, sync, reuse
-        self._waiting: list[Sequence] = []
+        self._waiting: list[TrainingSequence] = []
         self._requests, self._serving = 0, (0, self._learner.weights()[1])
 
     def learn(self, traces: list[Trace]) -> Mapping[str, float]:
@@ -134,7 +136,7 @@ def run(arm: str, seed: int, requests: int, tuned: Mapping[str, float], *, probe
     began = time.process_time()
     probing_cpu = began
     while loop.requests < requests and len(reached) < len(MARKS) + probe:
-        recent.append(loop.step().accept_length)
+        recent.append(loop.step().round.accept_length)
         length = sum(recent) / len(recent)
         for mark in MARKS:
             if length >= mark and len(recent) == WINDOW:

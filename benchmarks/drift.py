@@ -86,7 +86,7 @@ def trained(shift: str, seed: int, before: int, after: int, kept: Path) -> tuple
         loop = loop_on(engine, learner, workload(then, "train"), seed + 100)
         for due in names:
             while loop.requests < int(due):
-                recent.append(loop.step().accept_length)
+                recent.append(loop.step().round.accept_length)
                 if loop.rounds % 30 == 0:
                     course.append([loop.requests, sum(recent) / len(recent)])
             probes.append({"requests": loop.requests, "learn_s": loop.learn_s})

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner, product_dtype
-from specrl.agents.draft.sequences import Sequence, collate
+from specrl.agents.draft.sequences import TrainingSequence, collate
 from specrl.core.clock import WallClock
 from specrl.core.statistics import abba, paired_speedup
 from specrl.measure.machine import keep_large_blocks
@@ -58,20 +58,20 @@ class PlainLearner:
         c = self.shape
         self.rotation = rope_table(c.rope, c.head_dim, c.max_position_embeddings)
 
-    def update(self, sequences: list[Sequence]) -> dict[str, float]:
+    def update(self, sequences: list[TrainingSequence]) -> dict[str, float]:
         """One step."""
         c = self.config
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(sequences)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), c.clip)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), c.max_grad_norm)
         self.optimizer.step()
         with torch.no_grad():
             for name, served in self.served.items():
-                served.lerp_(self.parameters[name], 1.0 - c.average)
+                served.lerp_(self.parameters[name], 1.0 - c.ema_decay)
         return {"loss": loss.item(), "gradient_norm": float(norm)}
 
-    def loss(self, sequences: list[Sequence]) -> Tensor:
+    def loss(self, sequences: list[TrainingSequence]) -> Tensor:
         """All passes at once."""
         c = self.config
         tokens, features, valid = collate(sequences)
@@ -86,14 +86,14 @@ class PlainLearner:
                 self.embedding[tokens[:, 1:]],
                 features[:, :-1].float(),
                 self.rotation,
-                c.passes,
+                c.ttt_steps,
             )
         loss = torch.zeros(())
         for k, drafted in enumerate(passes):
             here = inside.clone()
             here[:, :k] = False
             cross = -(p * torch.log_softmax(drafted.float(), -1)).sum(-1)
-            loss = loss + c.pass_decay**k * cross[here].mean()
+            loss = loss + c.ttt_decay**k * cross[here].mean()
         return loss
 
 
@@ -145,7 +145,7 @@ def plain_unroll(
     return logits
 
 
-def made_up(shape: DraftConfig, batch: int, length: int) -> tuple[Draft, Tensor, list[Sequence]]:
+def made_up(shape: DraftConfig, batch: int, length: int) -> tuple[Draft, Tensor, list[TrainingSequence]]:
     """Random weights and sequences: speed and memory do not depend on what they say."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -160,7 +160,7 @@ def made_up(shape: DraftConfig, batch: int, length: int) -> tuple[Draft, Tensor,
         logits = torch.empty(length, shape.vocab_size, dtype=torch.float16)
         for rows in logits.split(64):
             rows.copy_(torch.randn(rows.shape, generator=generator) * 2)
-        sequences.append(Sequence(tokens, features, logits, 1.0, 0))
+        sequences.append(TrainingSequence(tokens, features, logits, 1.0, 0))
     return Draft(shape, tensors), embedding, sequences
 
 
@@ -205,7 +205,7 @@ def main() -> None:
     args = parser.parse_args()
     shape, batch, length = SHAPES[args.shape]
     batch, length = args.batch or batch, args.length or length
-    config = LearnerConfig(dtype=args.dtype, passes=args.passes)
+    config = LearnerConfig(dtype=args.dtype, ttt_steps=args.passes)
     if args.memory:
         print(json.dumps(memory_of(args.memory, shape, batch, length, config)))
         return

@@ -26,11 +26,11 @@ import numpy as np
 
 from specrl.agents.choosers.table import FixedPlan
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
-from specrl.agents.draft.losses import PlanCost
-from specrl.agents.draft.sequences import Assembler, Sequence
+from specrl.agents.draft.sequences import Assembler, TrainingSequence
 from specrl.config import DraftConfig as NewDraft
 from specrl.config import MeasureConfig
 from specrl.core.batch_schedule import Phase
+from specrl.core.interfaces import PlanCost
 from specrl.core.plan import Plan
 from specrl.core.statistics import mean_interval, probability_of_improvement
 from specrl.decoding.engine import LocalEngine
@@ -56,7 +56,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "total_variation at 0.7": {"loss": "total_variation", "temperature": None},
     "lk at 0.7": {"loss": "lk", "temperature": None},
     "forward_kl + lk": {"loss": "forward_kl:0.5+lk:0.5", "temperature": None},
-    "forward_kl + rejected": {"rejected": 0.5},
+    "forward_kl + rejected": {"rejected_weight": 0.5},
     "accept_length": {"loss": "accept_length", "temperature": None},
     "seconds_saved": {"loss": "seconds_saved", "temperature": None},
     "seconds_saved, unit costs": {"loss": "seconds_saved", "temperature": None},
@@ -64,7 +64,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def recorded(target: Target, seed: int, requests: int) -> list[Sequence]:
+def recorded(target: Target, seed: int, requests: int) -> list[TrainingSequence]:
     """Traffic served with a draft that has learnt a little."""
     draft = NewDraft().load(target, seed=50 + seed)
     learner = OnlineLearner(draft, target.embedding, LearnerConfig(), seed=seed)
@@ -74,7 +74,7 @@ def recorded(target: Target, seed: int, requests: int) -> list[Sequence]:
         loop.step()
     loop.close()
     session = engine.start(_workload("train"), batch_size=16, seed=10_000 + seed, trace=True)
-    assembler, kept = Assembler(rejected=True), list[Sequence]()
+    assembler, kept = Assembler(keep_rejected=True), list[TrainingSequence]()
     while len(kept) < requests:
         session.round(SERVED)
         kept += assembler.add(session.drain())
@@ -95,12 +95,14 @@ def plan_costs(*, unit: bool) -> list[PlanCost]:
     ]
 
 
-def train(target: Target, seed: int, arm: str, traffic: list[Sequence], updates: int) -> tuple[Draft, list[float]]:
+def train(
+    target: Target, seed: int, arm: str, traffic: list[TrainingSequence], updates: int
+) -> tuple[Draft, list[float]]:
     """A draft learnt by one loss; and the mean odds of a first draft to stand, over each tenth of the updates."""
     draft = NewDraft().load(target, seed=seed)
     learner = OnlineLearner(draft, target.embedding, LearnerConfig(**ARMS[arm]), seed=seed)
     if "seconds_saved" in learner.config.loss:
-        learner.price(plan_costs(unit="unit" in arm))
+        learner.set_plan_costs(plan_costs(unit="unit" in arm))
     rng, alphas = np.random.default_rng(seed), []
     for _ in range(updates):
         drawn = [traffic[i] for i in rng.choice(len(traffic), 4, replace=False)]

@@ -1,4 +1,4 @@
-"""One timed environment at a time on a device: a lock file each, held during an episode."""
+"""A lock on a device: one timed environment decodes on it at a time."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # no POSIX system: nothing is refused there
+except ImportError:  # without POSIX file locks nothing is refused
     fcntl = None  # type: ignore[assignment]
 
 
-class Exclusive:
-    """The right to time rounds on a device; the user's other environments, of any process, are refused meanwhile.
+class DeviceLock:
+    """Exclusive use of a device for timed rounds, among all processes of the user.
 
-    Held from `take` to `give_back`, and no longer than this object or its process lives: the system itself lets go
-    of the lock of a process that was killed.
+    It is held from `acquire` to `release`. The operating system releases the lock of a process that ends.
 
     Args:
-        device: as torch names it.
-        folder: of the lock files; None: the system's for temporary files.
+        device: the device, by torch's name.
+        folder: folder of the lock files; None: the system's folder for temporary files.
     """
 
     def __init__(self, device: str, folder: Path | None = None) -> None:
@@ -29,11 +28,11 @@ class Exclusive:
         self._path = (folder or Path(tempfile.gettempdir())) / f"specrl-{user}-{device.replace(':', '')}.lock"
         self._file: int | None = None
 
-    def take(self) -> None:
-        """Hold the device from now on; nothing where it is held already.
+    def acquire(self) -> None:
+        """Hold the device; does nothing if this lock holds it already.
 
         Raises:
-            ValueError: another environment holds it.
+            ValueError: another environment holds the device.
         """
         if self._file is not None or fcntl is None:
             return
@@ -43,24 +42,23 @@ class Exclusive:
         except BlockingIOError:
             holder = os.pread(file, 32, 0).decode()
             os.close(file)
-            who = "another one of this process" if holder == str(os.getpid()) else f"one of process {holder or '?'}"
+            where = "in this process" if holder == str(os.getpid()) else f"in process {holder or '?'}"
             raise ValueError(
-                f"one timed environment at a time may decode on {self.device!r}, but {who} is in the middle of an "
-                "episode: in parallel they slow each other down, and rounds of one count as thinking of the other, so "
-                "neither reward is true; end or close that one, enter its off_the_clock() meanwhile, train in parallel "
-                "on 'SpecRL/Simulated-v0', or pass allow_parallel=True"
+                f"device {self.device!r} must be used by one timed environment at a time, but another one, {where}, "
+                "is in an episode; close it, enter its off_the_clock(), train in parallel on 'SpecRL/Simulated-v0', "
+                "or pass allow_parallel=True (rewards are then unreliable)"
             ) from None
         os.ftruncate(file, 0)
         os.pwrite(file, str(os.getpid()).encode(), 0)
         self._file = file
 
-    def give_back(self) -> None:
-        """Let others decode; idempotent."""
+    def release(self) -> None:
+        """Release the device; does nothing if this lock does not hold it."""
         if self._file is not None:
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # for copies of a forked process, too
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # releases copies in forked processes too
             os.close(self._file)
             self._file = None
 
     def __del__(self) -> None:
-        """An environment that nobody holds does not run."""
-        self.give_back()
+        """Release the device with the last reference."""
+        self.release()

@@ -1,4 +1,4 @@
-"""What an agent that drafts sees of each round, and how its answer is read."""
+"""Observations and actions of an agent that drafts, and drafts that the environment samples for it."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from specrl.core.interfaces import ProposalSession
 from specrl.core.round import Ints, Trace
 
 Arrays = dict[str, Any]  # of NumPy arrays
-_LARGEST = float(np.finfo(np.float32).max)  # a space without bounds is found fault with
+_LARGEST = float(np.finfo(np.float32).max)  # environment checkers want bounds
 
 
 class Prefill(NamedTuple):
-    """A request that came in: its prompt of T tokens, and the target's features at each of them.
+    """A new request: its prompt of T tokens, and the target's features at each of them.
 
-    The last feature is in the observation too, beside the token that the prefill sampled.
+    The last feature is also in the observation, with the token that the prefill sampled.
     """
 
     request_id: int
-    row: int  # where it stands in observations and actions
+    row: int  # of observations and actions
     tokens: Ints  # [T] int64
     features: NDArray[np.float32]  # [T, 3H]
 
 
-class Window:
-    """The tokens that each request committed since the agent last saw it, and the features that led to them.
+class ObservationWindow:
+    """The tokens that each request committed since the agent last saw it, and the features before them.
 
     Args:
-        rows: B, the most live requests.
+        rows: B, the largest number of live requests.
         num_steps: K, the longest draft.
         feature_size: 3H.
         vocab_size: V.
-        max_context: tokens a request may reach.
-        flat: every array as a vector.
+        max_context: largest number of tokens of a request.
+        flat: show every array as a vector.
     """
 
     def __init__(
@@ -70,23 +70,23 @@ class Window:
         shape = (array.size,) if self._flat else array.shape
         return spaces.Box(low, high, shape, dtype=array.dtype.type)
 
-    def take(self, session: ProposalSession, traces: Iterable[Trace]) -> tuple[Prefill, ...]:
-        """Note what the traces since the last call tell of the live requests; the requests that came in."""
+    def read(self, session: ProposalSession, traces: Iterable[Trace]) -> tuple[Prefill, ...]:
+        """Read the traces since the last call; returns the new requests."""
         ids, last = list(session.request_ids), list(session.last_tokens)
-        came = []
+        prefills = []
         for trace in traces:
             if trace.plan is not None:
                 for row, request in enumerate(trace.request_ids[: len(ids)].tolist()):
-                    if ids[row] == request:  # else it has ended
+                    if ids[row] == request:  # otherwise it has ended
                         count = int((trace.path[row] >= 0).sum())
                         tokens = [*trace.tokens[row, 1:count].tolist(), last[row]]
                         self._put(row, trace.features[row, :count], tokens, int(trace.positions[row]) + 1)
-            elif (request := int(trace.request_ids[0])) in ids:  # else it ended with its first token
+            elif (request := int(trace.request_ids[0])) in ids:  # otherwise it ended with its first token
                 row, features = ids.index(request), trace.features[0].float()
                 self._put(row, features[-1:], [last[row]], trace.tokens.shape[1])
                 prompt = trace.tokens[0].cpu().numpy()
-                came.append(Prefill(request, row, prompt, features.cpu().numpy()))
-        return tuple(came)
+                prefills.append(Prefill(request, row, prompt, features.cpu().numpy()))
+        return tuple(prefills)
 
     def _put(self, row: int, features: Tensor, tokens: list[int], position: int) -> None:
         a, count = self._arrays, len(tokens)
@@ -98,8 +98,8 @@ class Window:
         a["positions"][row, :count] = np.arange(position, position + count)
         a["last"][row] = tokens[-1]
 
-    def show(self, live: int) -> Arrays:
-        """The observation where the first `live` rows decode; the others are empty."""
+    def observation(self, live: int) -> Arrays:
+        """The observation with `live` requests in the first rows; the other rows are empty."""
         shown = {name: array.copy() for name, array in self._arrays.items()}
         shown["live"][:] = np.arange(len(shown["live"])) < live
         for name in ("features", "mask", "last"):
@@ -108,12 +108,12 @@ class Window:
         return {name: array.reshape(-1) for name, array in shown.items()} if self._flat else shown
 
 
-class Reader:
-    """Reads actions.
+class ActionDecoder:
+    """Turns actions into drafts.
 
     Args:
         rows, num_steps, vocab_size: B, K and V.
-        flat: a vector [B * K] in [0, V], V for none, instead of [B, K] in [-1, V).
+        flat: actions are vectors [B * K] in [0, V], where V stands for no draft, instead of [B, K] in [-1, V).
     """
 
     def __init__(self, rows: int, num_steps: int, vocab_size: int, flat: bool) -> None:
@@ -125,7 +125,7 @@ class Reader:
         self.space: spaces.Space[Any] = tokens
 
     def read(self, action: Any, live: int) -> Tensor:
-        """The drafts of the live requests: [live, s] int64, s the longest.
+        """The drafts of the live requests: [live, s] int64, s the length of the longest draft.
 
         Raises:
             ValueError: another shape or dtype, or a token out of range.
@@ -136,7 +136,7 @@ class Reader:
         return torch.from_numpy(np.where(ended, -1, tokens)[:, :steps])
 
     def _tokens(self, tokens: NDArray[Any]) -> Ints:
-        """[B, K] int64 with -1 for none."""
+        """[B, K] int64; -1: no draft."""
         rows, steps = self._shape
         shape = (rows * steps,) if self._flat else self._shape
         if tokens.shape != shape or tokens.dtype.kind not in "iu":
@@ -146,3 +146,67 @@ class Reader:
             raise ValueError(f"drafted tokens must be in [{low}, {high}], but got {tokens.min()}..{tokens.max()}")
         tokens = tokens.astype(np.int64)
         return np.where(tokens == self._vocab, -1, tokens).reshape(self._shape) if self._flat else tokens
+
+
+class SampledDrafts:
+    """The drafts that the environment drew for the next round, and the distributions it drew them from.
+
+    Rejection sampling keeps the target's distribution only if each draft is a sample of its q, and if the decision to
+    propose it does not depend on the sample. So all drafts that were drawn must be proposed.
+
+    Args:
+        num_steps: K, the longest draft.
+        vocab_size: V.
+        seed: of the samples.
+    """
+
+    def __init__(self, num_steps: int, vocab_size: int, seed: int) -> None:
+        self._num_steps, self._vocab = num_steps, vocab_size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._tokens: list[Tensor] = []  # [live] each
+        self._q: list[Tensor] = []  # [live, V] each
+
+    def draw(self, q: Any, live: int) -> Ints:
+        """Draw one more draft for each of the `live` requests (see `DraftTokensEnv.draw`)."""
+        probabilities = torch.as_tensor(q)
+        if probabilities.shape != (live, self._vocab) or probabilities.dtype != torch.float32:
+            given = f"{str(probabilities.dtype).removeprefix('torch.')} {list(probabilities.shape)}"
+            raise ValueError(f"q must be float32 [{live}, {self._vocab}], a row for each live request, but got {given}")
+        if len(self._tokens) == self._num_steps:
+            raise ValueError(f"a draft must have at most num_steps={self._num_steps} tokens, but one more was drawn")
+        sums = probabilities.sum(1)
+        if not (probabilities >= 0).all() or not (((sums - 1.0).abs() < 1e-3) | (sums == 0.0)).all():
+            found = f"values from {probabilities.min():g} and sums from {sums.min():g} to {sums.max():g}"
+            raise ValueError(
+                f"a row of q must be finite, at least 0 and sum to 1 (to 0 to end a draft), but got {found}"
+            )
+        ended = sums == 0.0
+        if self._tokens:
+            ended |= self._tokens[-1] < 0
+        noise = torch.empty_like(probabilities).exponential_(generator=self._generator).clamp_(min=1e-30)
+        tokens = torch.where(ended, -1, (probabilities / noise).argmax(1))  # the argmax is a sample (exponential race)
+        self._tokens.append(tokens)
+        self._q.append(probabilities.clone())
+        return tokens.numpy().copy()
+
+    def distributions(self, drafted: Tensor) -> Tensor | None:
+        """The distributions [live, s, V] float32 that these drafts [live, s] int64 were drawn from; None: no draws.
+
+        Raises:
+            ValueError: other drafts than those drawn.
+        """
+        if not self._tokens:
+            return None
+        drawn = torch.stack(self._tokens, 1)
+        steps = int((drawn >= 0).sum(1).max())
+        if not torch.equal(drawn[:, :steps], drafted):
+            raise ValueError(
+                f"the action must be the drafts that were drawn, {drawn[:, :steps].tolist()}, but got "
+                f"{drafted.tolist()}; give draw() a row of zeros to end a draft early"
+            )
+        return torch.stack(self._q, 1)[:, :steps]
+
+    def clear(self) -> None:
+        """Forget the drafts, after the round."""
+        self._tokens.clear()
+        self._q.clear()

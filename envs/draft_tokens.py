@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,76 +12,76 @@ import numpy as np
 from specrl.core.batch_schedule import batch_sizes
 from specrl.core.interfaces import ProposalSession, Workload
 from specrl.core.plain_cost import PlainCost
+from specrl.core.rollout import Rollout
 from specrl.core.round import Ints, Trace
 from specrl.decoding.engine import LocalEngine
 from specrl.decoding.propose import MAX_DRAFT_TOKENS
-from specrl.envs.draft_io import Arrays, Prefill, Reader, Window
-from specrl.envs.rewards import Outcome, make_reward
-from specrl.envs.sampled_drafts import Draws
+from specrl.envs.draft_io import ActionDecoder, Arrays, ObservationWindow, Prefill, SampledDrafts
+from specrl.envs.rewards import make_reward
 from specrl.envs.spec_decode import BatchSizes, read_batch_sizes
-from specrl.envs.timed_env import OnTheClock, check_episode, measure_plain, named_workload
+from specrl.envs.timed_env import TimedEnv, check_episode, named_workload
 from specrl.models.config import default_taps
 from specrl.models.target import load_target
 
 
-class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
+class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
     """Live speculative decoding in which the agent is the draft; every step is one round, rewarded by the clock.
 
-    The agent drafts in whatever way it likes, a network, a table or a guess, while the clock runs. B is the most live
-    requests of an episode, K `num_steps`, V the target's vocabulary, H its hidden size.
+    The agent may draft in any way: with a network, a table or a guess, while the clock runs. B is the largest number of
+    live requests in an episode, K is `num_steps`, V the target's vocabulary size, H its hidden size.
 
     ## Action space
-    `MultiDiscrete` [B, K] int64: the drafted tokens of each request, in [-1, V). A draft ends at its first -1, so
-    that all -1 is a round without speculation; rows of requests that do not live are not read. Drafts stand where the
-    target itself chooses them, so that the output is the target's own **whatever is drafted**: token by token at
-    temperature 0, in distribution above.
+    `MultiDiscrete` [B, K] int64: the drafted tokens of each request, in [-1, V). A draft ends at its first -1, so an
+    action of only -1 is a round without speculation. Rows without a live request are ignored. A draft is accepted if it
+    is the token that the target itself chooses, so the output is that of the target **for any drafts**: the same tokens
+    at temperature 0, the same distribution above.
 
     An agent that samples its drafts can do better: let the environment draw them, with `draw(q)` of
-    `env.unwrapped`, and propose what it drew. Such drafts are accepted by rejection sampling (Leviathan et al., 2023,
-    arXiv:2211.17192), which accepts more, Σ min(p, q) instead of Σ p·q, and leaves the output the target's own because
-    the drafts truly are samples of q.
+    `env.unwrapped`, and return what was drawn as the action. Such drafts are accepted by rejection sampling (Leviathan
+    et al., 2023, arXiv:2211.17192), which accepts Σ min(p, q) of them instead of Σ p·q. The output keeps the target's
+    distribution because the environment has drawn the drafts from q itself.
 
     ## Observation space
-    `Dict`: what a draft may see, since the agent last saw the request. Row i of a request are a token that was
-    committed and the features of the token before it (an EAGLE3 draft reads just these pairs).
+    `Dict` of what a draft may use, since the agent last saw each request. Each row of a request is a committed token
+    together with the target's features at the token before it, the pairs that an EAGLE3 draft reads.
 
     | Key | Shape, dtype | Observation |
     |-----|--------------|-------------|
     | features | [B, K + 1, 3H] float32 | the target's fused features at the token before each |
-    | tokens | [B, K + 1] int64 | committed tokens, oldest first: accepted drafts, then the target's own; else -1 |
-    | positions | [B, K + 1] int64 | their positions in the request, prompt included; else -1 |
-    | mask | [B, K + 1] int8 | 1 where there is such a token |
-    | last | [B] int64 | the last committed token, after which to draft |
-    | live | [B] int8 | 1 for the requests that decode |
+    | tokens | [B, K + 1] int64 | committed tokens, oldest first: accepted drafts, then the target's own; padding -1 |
+    | positions | [B, K + 1] int64 | their positions in the request, prompt included; padding -1 |
+    | mask | [B, K + 1] int8 | 1 for a token, 0 for padding |
+    | last | [B] int64 | the last committed token, which drafts continue |
+    | live | [B] int8 | 1 for rows with a live request |
 
-    With `flat=True`, as Stable-Baselines3 wants it, every array is a vector, and so is the action: [B * K] in [0, V],
+    With `flat=True`, which Stable-Baselines3 needs, every array is a vector, and so is the action: [B * K] in [0, V],
     where V stands for -1.
 
     ## Rewards
-    By name, as in `SpecRL/SpecDecode-v0` (`specrl.envs.rewards`): plain decoding of the same requests, t0, is measured
+    By name, as in `SpecRL/SpecDecode-v0` (`specrl.envs.rewards`). Plain decoding of the same requests, t0, is measured
     between rounds. Drafting is the time between the return of one step and the call of the next, `thinking_s`, and
-    counts in full; `drain`, `render` and what runs inside `off_the_clock()` do not count, nor does prefill. Reading
-    prompts (`info["prefills"]`) is prefill: do it inside `off_the_clock()`.
+    counts in full. `drain`, `render`, code inside `off_the_clock()` and prefill do not count. Reading prompts
+    (`info["prefills"]`) is prefill: do it inside `off_the_clock()`.
 
     ## Starting state
-    `reset(seed=...)` reproduces prompts, batch sizes and the first observation. Timings are real, so what follows is
-    not reproducible (`nondeterministic=True`).
+    `reset(seed=...)` reproduces prompts, batch sizes and the first observation. Rounds are timed on a real clock, so
+    later observations are not reproducible (`nondeterministic=True`).
 
     ## Episode end
-    Truncated after `max_rounds` rounds, or terminated when `max_tokens` tokens were committed; exactly one is given.
+    Truncated after `max_rounds` rounds, or terminated when `max_tokens` tokens are committed; give exactly one.
 
     ## Info
     As in `SpecRL/SpecDecode-v0` (`plan` is the longest chain of the round), and `request_ids` [live] int64 of the rows
-    to draft for next, `prefills`: a `specrl.envs.draft_io.Prefill` for each request that came in (also at reset).
+    to draft for next, and `prefills`: a `specrl.envs.draft_io.Prefill` for each new request (also at reset).
 
     ## Arguments
-        engine: 'local', or an engine ready-made: a `specrl.LocalEngine` with taps.
+        engine: 'local', or a `specrl.LocalEngine` with aux_layers.
         target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         taps: the three layers whose inputs are the features; None: SGLang's default for EAGLE3.
         num_steps: K, the longest draft.
         batch_size, temperature, reward, workload, prompt_tokens, max_new_tokens, ignore_eos, max_rounds, max_tokens,
             allow_parallel, render_mode: as in `SpecRL/SpecDecode-v0`.
-        flat: vectors for everything.
+        flat: one vector for each array.
         trace: keep traces for `drain`.
 
     ## Version history
@@ -129,80 +130,73 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
         config = self.engine.target.config
         rows = max(phase.batch_size for phase in (*self._phases, *self._drawn))
         self._rows, features = rows, len(self.engine.aux_layers) * config.hidden_size
-        self._window_of = (rows, num_steps, features, config.vocab_size, self.engine.max_context, flat)
-        self._window, self._draws_of = Window(*self._window_of), (num_steps, config.vocab_size)
-        self._reader = Reader(rows, num_steps, config.vocab_size, flat)
-        self.observation_space, self.action_space = self._window.space, self._reader.space
+        self._new_window = partial(
+            ObservationWindow, rows, num_steps, features, config.vocab_size, self.engine.max_context, flat
+        )
+        self._new_drafts = partial(SampledDrafts, num_steps, config.vocab_size)
+        self._window = self._new_window()
+        self._decoder = ActionDecoder(rows, num_steps, config.vocab_size, flat)
+        self.observation_space, self.action_space = self._window.space, self._decoder.space
         self.baseline = PlainCost()
         self._set_up(owned=owned, allow_parallel=allow_parallel)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Arrays, dict[str, Any]]:
-        """Begin an episode with fresh prompts; no options are known."""
+        """Begin an episode with new prompts; there are no options."""
         super().reset(seed=seed)
-        self._schedule = batch_sizes(self._begin(self.np_random, options))
+        phases = self._begin_episode(self.np_random, options)
         session = self.engine.start(
             self.workload,
-            batch_size=next(self._schedule),
+            batch_size=phases[0].batch_size,
             max_batch_size=self._rows,
             seed=int(self.np_random.integers(2**31)),
             trace=True,
         )
-        self._session, self._window, self._traces = session, Window(*self._window_of), list[Trace]()
-        self._draws = Draws(*self._draws_of, seed=int(self.np_random.integers(2**31)))
-        came = self._take(session)
-        self._agents_turn()
-        return self._window.show(session.batch_size), self._who(session, came)
+        self._session, self._window, self._traces = session, self._new_window(), list[Trace]()
+        self._drafts = self._new_drafts(seed=int(self.np_random.integers(2**31)))
+        self._rollout = Rollout(session, (), self.baseline, batch_sizes=batch_sizes(phases))
+        observation, info = self._observe(session)
+        self._start_agent_clock()
+        return observation, info
 
     def step(self, action: Any) -> tuple[Arrays, float, bool, bool, dict[str, Any]]:
         """Verify the drafts in one round.
 
         Raises:
-            ValueError: before `reset`, an action that is not in the space or not what was drawn, or another timed
-                environment is in the middle of an episode on the same device. Nothing is committed then.
+            ValueError: before `reset`, an action that is not in the space or differs from what was drawn, or another
+                timed environment is in an episode on the same device. Nothing is committed then.
         """
         session = self._running()
         thinking_s = self._thinking_s()
-        batch = session.batch_size
-        drafted = self._reader.read(action, batch)
-        distributions = self._draws.proposed(drafted)
-        if self._exclusive is not None:
-            self._exclusive.take()
-        context = sum(session.context_lengths) / batch
-        measure_plain(session, self.baseline, context)
-        done = session.round_with(drafted, distributions)
-        self._draws.clear()
-        t0 = self.baseline.estimate(batch, context)
-        outcome = Outcome(sum(done.tokens.tolist()), batch, done.seconds + thinking_s, t0.seconds)
-        reward, terminated, truncated, info = self._count(done, outcome, thinking_s, t0.standard_error)
-        came = self._take(session)
-        size = next(self._schedule)
-        if size != batch:
-            session.resize(size)
-            came += self._take(session)
-        info |= self._who(session, came) | {"batch_size": batch}
+        drafts = self._decoder.read(action, session.batch_size)
+        distributions = self._drafts.distributions(drafts)
+        self._acquire_device()
+        step = self._rollout.decode(lambda: session.round_with(drafts, distributions), thinking_s)
+        self._drafts.clear()
+        _, reward, terminated, truncated, info = self._count(step)
+        observation, requests = self._observe(session)
+        info |= {**requests, "batch_size": step.round.batch_size}
         if self.render_mode == "human":
             self.render()
-        observation = self._window.show(size)
-        self._agents_turn()
+        self._start_agent_clock()
         return observation, reward, terminated, truncated, info
 
     def draw(self, q: Any) -> Ints:
-        """Draw one more draft for each live request, to be proposed in the next step; on the clock.
+        """Draw one more draft for each live request, to propose in the next step; on the clock.
 
-        Call it up to K times between two steps: what an agent says of the second draft may depend on the first. All
-        that is drawn must then be the action.
+        Call it up to K times between two steps: the distribution of the second draft may depend on the first draft.
+        The next action must be all that was drawn.
 
         Args:
             q: [live, V] float32, array or tensor: each request's distribution of its next draft. A row of zeros ends
-                its draft. Proposing depends on q alone, never on what was drawn.
+                its draft. Whether to propose must not depend on what was drawn, only on q.
 
         Returns:
             [live] int64; -1 where a draft has ended.
 
         Raises:
-            ValueError: before `reset`, another shape or dtype, rows that are no distributions, or a draw too many.
+            ValueError: before `reset`, another shape or dtype, rows that are not distributions, or too many draws.
         """
-        return self._draws.draw(q, self._running().batch_size)
+        return self._drafts.draw(q, self._running().batch_size)
 
     def drain(self) -> list[Trace]:
         """Take the traces of the rounds so far; off the clock. Needs `trace=True`.
@@ -217,27 +211,33 @@ class DraftTokensEnv(OnTheClock[ProposalSession], gymnasium.Env[Arrays, Any]):
             traces, self._traces = self._traces, []
         return traces
 
-    def _take(self, session: ProposalSession) -> tuple[Prefill, ...]:
-        """Let the window read what happened; the requests that came in."""
+    def _observe(self, session: ProposalSession) -> tuple[Arrays, dict[str, Any]]:
+        """The observation before the next round, and the part of `info` about its requests."""
+        prefills, batch = self._read_traces(session), session.batch_size
+        self._rollout.prepare()
+        if session.batch_size != batch:
+            prefills += self._read_traces(session)
+        ids = np.array(session.request_ids, dtype=np.int64)
+        info = {"request_ids": ids, "prefills": prefills, "batch_size": session.batch_size}
+        return self._window.observation(session.batch_size), info
+
+    def _read_traces(self, session: ProposalSession) -> tuple[Prefill, ...]:
+        """Put what was committed into the window; returns the new requests."""
         traces = session.drain()
         if self._trace:
             self._traces += traces
-        return self._window.take(session, traces)
-
-    def _who(self, session: ProposalSession, came: tuple[Prefill, ...]) -> dict[str, Any]:
-        ids = np.array(session.request_ids, dtype=np.int64)
-        return {"request_ids": ids, "prefills": came, "batch_size": session.batch_size}
+        return self._window.read(session, traces)
 
 
 def _drafting_engine(
     engine: str | LocalEngine, target: str | Path, taps: tuple[int, ...] | None, max_context: int
 ) -> LocalEngine:
-    """The engine of that name, or the one given, which hands out features."""
+    """An engine that hands out features: the one given, or a new one by name."""
     if not isinstance(engine, str):
-        if not getattr(engine, "taps", ()):
-            raise ValueError("the engine must hand out features, but has no aux_layers; pass them to LocalEngine")
+        if not engine.aux_layers:
+            raise ValueError("engine must hand out features, but it has no aux_layers; pass them to LocalEngine")
         return engine
     if engine != "local":
-        raise ValueError(f"engine must be 'local' or a LocalEngine with taps, but got {engine!r}")
+        raise ValueError(f"engine must be 'local' or a LocalEngine with aux_layers, but got {engine!r}")
     model = load_target(target)
     return LocalEngine(model, max_context=max_context, aux_layers=taps or default_taps(model.config.num_layers))

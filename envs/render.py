@@ -1,4 +1,4 @@
-"""What an environment looks like to a person: one panel, as text or live in the terminal."""
+"""The panel that `render` shows, as text or live in the terminal."""
 
 from __future__ import annotations
 

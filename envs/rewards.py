@@ -1,107 +1,124 @@
-"""Rewards: what a round was worth, from its tokens, its seconds and the cost of plain decoding.
+"""Rewards of a round, from its tokens, its seconds and the cost of plain decoding.
 
-With N tokens committed in Δt seconds for B live requests and t0 the seconds of a plain round, plain decoding would
-have taken N·t0/B. A run's speedup is the ratio of sums S = Σ N·t0/B ÷ Σ Δt. Rewards whose sum does not belong to that
-ratio are offered by name for comparison; each says what it optimises instead.
+With N tokens committed in Δt seconds for B live requests, and t0 the seconds of a plain decoding step, plain decoding
+would have taken N·t0/B for these tokens. The speedup of a run is the ratio of sums S = Σ N·t0/B ÷ Σ Δt. Only
+'differential' optimises S in general; the others are offered for comparison, and each says what it optimises.
+
+Every reward takes the numbers of one environment as Python floats, or those of N environments as arrays [N].
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-_FORGET = 0.995  # per round, of the running speedup λ
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers = Any  # float, or [N] float64; plain floats are several times faster than NumPy scalars
+Skip = NDArray[np.bool_] | None  # [N]: environments whose round does not count; None: all count
+_FORGET = 0.995  # per round, of the sums behind the running speedup λ
+_NEARLY_ZERO = 1e-300  # makes 0 / 0 a 1, and changes no other sum
 
 
 class Outcome(NamedTuple):
-    """What a reward is computed from.
+    """The numbers of a round that rewards are computed from; floats or arrays [N].
 
     Args:
         tokens: N, committed for all requests together.
         batch_size: B, live requests.
-        seconds: Δt, the chooser's thinking included.
-        plain_s: t0, seconds of a plain round at this batch size and context.
+        seconds: Δt, the time that choosing the plan took included.
+        plain_s: t0, seconds of a plain decoding step at this batch size and context.
     """
 
-    tokens: int
-    batch_size: int
-    seconds: float
-    plain_s: float
+    tokens: Numbers
+    batch_size: Numbers
+    seconds: Numbers
+    plain_s: Numbers
 
     @property
-    def plain_total_s(self) -> float:
-        """N·t0/B: what plain decoding would have taken for these tokens."""
+    def plain_total_s(self) -> Numbers:
+        """N·t0/B, the seconds that plain decoding would have taken for these tokens."""
         return self.tokens * self.plain_s / self.batch_size
 
 
-Reward = Callable[[Outcome], float]
+class Reward(Protocol):
+    """A function of a round, which may remember earlier rounds."""
+
+    def __call__(self, outcome: Outcome, skip: Skip = None) -> Numbers:
+        """The reward of a round."""
+        ...
 
 
 class Differential:
     """r = (N·t0/B - λ·Δt) / t_ref, with λ the policy's own running speedup. The default.
 
-    Dinkelbach's method for ratio objectives, the average-reward form: a policy that maximises it maximises S,
-    whatever the horizon or discount. t_ref is the first t0 measured and never changes: a scale that moved with the
-    batch size would change the objective.
+    This is Dinkelbach's method (1967) for ratios, in its average-reward form: a policy that maximises it maximises S,
+    whatever the horizon or discount. t_ref is the first t0 and never changes, because a scale that depends on the batch
+    size would change the objective.
 
     Args:
-        forget: how much of λ's evidence is left after another round.
+        forget: share of the evidence for λ that is left after another round.
     """
 
     def __init__(self, forget: float = _FORGET) -> None:
         self._forget = forget
-        self._plain = self._spent = 0.0
-        self._reference: float | None = None
+        self._plain: Numbers = 0.0
+        self._spent: Numbers = 0.0
+        self._reference: Numbers = None
 
     @property
-    def speedup(self) -> float:
-        """λ, 1 before the first round."""
-        return self._plain / self._spent if self._spent else 1.0
+    def speedup(self) -> Numbers:
+        """λ; 1 before the first round."""
+        return (self._plain + _NEARLY_ZERO) / (self._spent + _NEARLY_ZERO)
 
-    def __call__(self, outcome: Outcome) -> float:
+    def __call__(self, outcome: Outcome, skip: Skip = None) -> Numbers:
         """The reward of a round; λ is updated after it."""
-        self._reference = self._reference or outcome.plain_s
+        if self._reference is None:
+            self._reference = 1.0 * outcome.plain_s  # a copy
         plain_s, seconds = outcome.plain_total_s, outcome.seconds
         value = (plain_s - self.speedup * seconds) / self._reference
-        self._plain = self._plain * self._forget + plain_s
-        self._spent = self._spent * self._forget + seconds
+        plain, spent = self._plain * self._forget + plain_s, self._spent * self._forget + seconds
+        if skip is not None:
+            plain, spent = np.where(skip, self._plain, plain), np.where(skip, self._spent, spent)
+        self._plain, self._spent = plain, spent
         return value
 
 
 class TimeSaved:
-    """r = (N·t0/B - Δt) / t_ref: its sum is plain time minus actual time.
+    """r = (N·t0/B - Δt) / t_ref, whose sum is the time saved over plain decoding.
 
-    Right only undiscounted and in episodes that end at a token budget (`max_tokens`); per round it favours long
-    rounds.
+    Use it undiscounted, and in episodes that end after `max_tokens` tokens only. In episodes of `max_rounds` rounds it
+    would favour long rounds.
     """
 
     def __init__(self) -> None:
-        self._reference: float | None = None
+        self._reference: Numbers = None
 
-    def __call__(self, outcome: Outcome) -> float:
+    def __call__(self, outcome: Outcome, skip: Skip = None) -> Numbers:
         """The reward of a round."""
-        self._reference = self._reference or outcome.plain_s
+        if self._reference is None:
+            self._reference = 1.0 * outcome.plain_s  # a copy
         return (outcome.plain_total_s - outcome.seconds) / self._reference
 
 
-def speedup(outcome: Outcome) -> float:
-    """N·t0/(B·Δt). Its mean optimises E[N·t0/Δt], in which short lucky rounds count as much as long ones."""
+def speedup(outcome: Outcome, skip: Skip = None) -> Numbers:
+    """N·t0/(B·Δt). Its mean optimises E[N·t0/Δt], which counts short lucky rounds as much as long ones."""
     return outcome.plain_total_s / outcome.seconds
 
 
-def log_speedup(outcome: Outcome) -> float:
-    """log N·t0/(B·Δt). Its mean optimises the geometric mean of the rounds' speedups, not the run's."""
-    return math.log(max(speedup(outcome), 1e-6))
+def log_speedup(outcome: Outcome, skip: Skip = None) -> Numbers:
+    """log N·t0/(B·Δt). Its mean optimises the geometric mean of the rounds' speedups, not the speedup of the run."""
+    return np.log(np.maximum(speedup(outcome), 1e-6))
 
 
-def tokens_per_second(outcome: Outcome) -> float:
-    """N/Δt. Its mean favours large batches where the batch size moves, and rounds over time."""
+def tokens_per_second(outcome: Outcome, skip: Skip = None) -> Numbers:
+    """N/Δt. Where the batch size varies, its mean favours large batches."""
     return outcome.tokens / outcome.seconds
 
 
-_MAKERS: dict[str, Callable[[], Reward]] = {
+_REWARDS: dict[str, Callable[[], Reward]] = {
     "differential": Differential,
     "time_saved": TimeSaved,
     "speedup": lambda: speedup,
@@ -111,13 +128,13 @@ _MAKERS: dict[str, Callable[[], Reward]] = {
 
 
 def make_reward(name: str) -> Reward:
-    """A fresh reward by name.
+    """A new reward by name, for one environment or for N.
 
     Raises:
-        ValueError: no such reward.
+        ValueError: there is no such reward.
     """
-    if name not in _MAKERS:
-        close = difflib.get_close_matches(str(name), _MAKERS, n=1)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"reward must be one of {', '.join(_MAKERS)}, but got {name!r}{meant}")
-    return _MAKERS[name]()
+    if name not in _REWARDS:
+        close = difflib.get_close_matches(str(name), _REWARDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"reward must be one of {', '.join(_REWARDS)}, but got {name!r}{hint}")
+    return _REWARDS[name]()

@@ -1,4 +1,4 @@
-"""`SpecRL/Simulated-v0`: the same task in simulation, at thousands of rounds a second, the same for the same seed."""
+"""`SpecRL/Simulated-v0`: the same task in simulation, at thousands of rounds a second and reproducible by seed."""
 
 from __future__ import annotations
 
@@ -9,36 +9,35 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from specrl.core.plain_cost import PlainCost
 from specrl.core.plan import Plan, parse_plans
 from specrl.envs.rewards import make_reward
 from specrl.envs.spec_decode import BatchSizes, SpecDecodeEnv, read_batch_sizes
 from specrl.simulation.engine import Requests, SimulatedEngine
 from specrl.simulation.profile import Profile, Shift, load_profile
 
-MAX_ROUNDS = 256  # of an episode, unless it is said otherwise
+MAX_ROUNDS = 256  # default length of an episode
 Lengths = int | tuple[int, int] | None
 
 
 class SimulatedEnv(SpecDecodeEnv):
-    """Speculative decoding as `SpecRL/SpecDecode-v0` has it, over a simulated engine instead of a live one.
+    """Speculative decoding as in `SpecRL/SpecDecode-v0`, on a simulated engine instead of a live one.
 
-    Action space, observation space, rewards, episode end and info are those of `SpecRL/SpecDecode-v0`; time is
-    virtual, so a chooser's thinking costs nothing. Where the profile says that results are late, the observation
-    lags by so many rounds; reward and info do not.
+    Action space, observation space, rewards, episode end and info are those of `SpecRL/SpecDecode-v0`. Time is virtual,
+    so choosing a plan takes no time. If results are late in the profile, the observation lags by that many rounds;
+    reward and info do not.
 
     ## Starting state
-    `reset(seed=...)` begins anew: everything that follows depends on the seed and the actions only. Without a seed,
-    the table of plain costs and the running speedup survive, as in the live environment.
+    `reset(seed=...)` forgets all measurements: everything that follows depends on the seed and the actions only.
+    Without a seed, the measured plain costs and the running speedup are kept, as in the live environment.
 
     ## Arguments
         profile: a `Profile`, the name of a shipped one (`specrl.simulation.profile.shipped_profiles`), or a .json file.
         batch_size, reward, action, max_tokens, render_mode: as in `SpecRL/SpecDecode-v0`.
-        plans: on offer; None: all that the profile knows at all of these batch sizes.
+        plans: the plans to choose from; None: all plans that the profile has at all of these batch sizes.
         prompt_tokens, max_new_tokens: of each request: a length, or the least and the greatest; None: the profile's.
-        max_rounds: length of an episode, 256 where `max_tokens` is not given either.
-        extrapolate: allow plans and batch sizes that the profile does not know.
-        shifts: of costs and acceptance within an episode.
+        max_rounds: length of an episode; 256 if neither `max_rounds` nor `max_tokens` is given.
+        extrapolate: allow plans and batch sizes that are not in the profile.
+        shifts: changes of costs and acceptance within an episode.
 
     ## Vectorised form
     `gymnasium.make_vec("SpecRL/Simulated-v0", num_envs=1024)`: see `specrl.envs.simulated_vector`.
@@ -81,11 +80,10 @@ class SimulatedEnv(SpecDecodeEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Begin an episode; with a seed, forget what was measured before."""
+        """Begin an episode; with a seed, forget all earlier measurements."""
         if seed is not None:
-            self.baseline = PlainCost()
-            self._zero.forget()
-            self._reward = make_reward(self._make_reward)
+            self.baseline = self._new_baseline()
+            self._reward = make_reward(self._reward_name)
         return super().reset(seed=seed, options=options)
 
 
@@ -99,10 +97,10 @@ def simulation(
     extrapolate: bool,
     shifts: Sequence[Shift],
 ) -> tuple[SimulatedEngine, Requests, tuple[Plan, ...]]:
-    """The engine, the requests and the plans on offer.
+    """The engine, the requests and the plans of a simulation.
 
     Raises:
-        ValueError: the profile does not know the batch sizes, or a plan is not to be had.
+        ValueError: a batch size or plan is not in the profile.
     """
     known = load_profile(profile)
     trace, drawn = read_batch_sizes(batch_size)

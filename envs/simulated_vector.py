@@ -15,41 +15,39 @@ from numpy.typing import NDArray
 
 from specrl.core.batch_schedule import batch_sizes
 from specrl.core.observation import vector_bounds
-from specrl.core.plain_cost import PlainCost
+from specrl.core.plain_cost import DENSE_INTERVAL, DENSE_SAMPLES, FIRST_SAMPLES, INTERVAL, WINDOW
 from specrl.core.plan import Plan
+from specrl.envs.rewards import Outcome, make_reward
 from specrl.envs.simulated import MAX_ROUNDS, Lengths, simulation
 from specrl.envs.spec_decode import BatchSizes, read_batch_sizes
+from specrl.envs.timed_env import check_episode
 from specrl.envs.vector_observer import VectorObserver
-from specrl.envs.vector_rewards import VectorOutcome, make_vector_reward
 from specrl.simulation.profile import Profile, Shift
 from specrl.simulation.vector import Rounds, VectorSimulator
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-_WINDOW, _EVERY, _EAGER, _EAGERLY = 48, 24, 8, 2  # when and over how many samples `PlainCost` measures
-_FIRST = 3  # plain steps measured when a batch size is met for the first time
-assert (PlainCost().window, PlainCost().every) == (_WINDOW, _EVERY)
 
 
 class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
-    """N environments of `SpecRL/Simulated-v0` (`specrl.envs.simulated.SimulatedEnv`, whose arguments it takes).
+    """N environments of `SpecRL/Simulated-v0` (`specrl.envs.simulated.SimulatedEnv`).
 
-    Spaces, rewards and episodes are those of the single form, and so is the distribution of what happens, but not the
-    random numbers. Three things are simpler: plain costs are a mean over recent samples (without hiccups, their growth
-    with context known) instead of a robust line through them, skills lie on a grid (`specrl.simulation.vector`), and
-    actions are 'discrete' only.
+    Spaces, rewards and episodes are those of the single form. Rounds have the same distribution, but not the same
+    random numbers. Three things are simpler: plain costs are a mean over recent samples (without hiccups, with a known
+    growth over context) instead of a robust line, the skills of requests lie on a grid (`specrl.simulation.vector`),
+    and `action` is always 'discrete'.
 
     `info` holds arrays over environments: `tokens`, `seconds`, `accept_length`, `batch_size`, `t0_s`, `plan` (its
     index), `episode_speedup`, `action_mask` [N, n].
 
     Args:
         num_envs: N.
-        autoreset_mode: NEXT_STEP resets environments whose episode ended in the next step, which ignores their action
-            and rewards 0; SAME_STEP at once: the observation is then the next episode's first, and
-            `info["final_obs"]` [N, D] the last one's, where `info["_final_obs"]` says so.
-        stagger: let the first episodes be of every length up to `max_rounds`, so that environments do not all begin
-            anew in the same step; learners that normalise what they see need that.
-        (others): as `SimulatedEnv`.
+        autoreset_mode: NEXT_STEP resets an environment in the step after its episode, which ignores the action and
+            gives reward 0. SAME_STEP resets it at once: the observation is then the first of the next episode, and
+            `info["final_obs"]` [N, D] holds the last of the old one where `info["_final_obs"]` is True.
+        stagger: give the first episodes all lengths up to `max_rounds`, so that environments are not all reset in the
+            same step; learners that normalise observations need that.
+        (others): as in `SimulatedEnv`.
 
     Raises:
         ValueError: an argument out of range.
@@ -78,9 +76,7 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, but got {num_envs}")
         if render_mode is not None:
-            raise ValueError(
-                f"render_mode must be None, since many environments have no panel, but got {render_mode!r}"
-            )
+            raise ValueError(f"render_mode must be None for vectorised environments, but got {render_mode!r}")
         if autoreset_mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
             raise ValueError(f"autoreset_mode must be NEXT_STEP or SAME_STEP, but got {autoreset_mode}")
         self._at_once = autoreset_mode == AutoresetMode.SAME_STEP
@@ -90,11 +86,7 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         )
         if max_rounds is None and max_tokens is None:
             max_rounds = MAX_ROUNDS
-        given = [limit for limit in (max_rounds, max_tokens) if limit is not None]
-        if len(given) > 1 or given[0] < 1:
-            raise ValueError(
-                f"max_rounds or max_tokens must be at least 1, and one of them only, but got {max_rounds}, {max_tokens}"
-            )
+        check_episode(max_rounds, max_tokens, reward)
         if stagger and max_rounds is None:
             raise ValueError("stagger needs episodes of max_rounds, but got max_tokens; leave one of them out")
         self._stagger = stagger
@@ -102,7 +94,7 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         if not self._mask.any():
             raise ValueError(f"the profile must offer one of the plans, but none of {', '.join(map(str, self.plans))}")
         self.num_envs, self.profile = num_envs, engine.profile
-        self._reward_name, self._reward = reward, make_vector_reward(reward, num_envs, max_tokens)
+        self._reward_name, self._reward = reward, make_reward(reward)
         self._max_rounds, self._max_tokens, self._delay = max_rounds, max_tokens, engine.result_delay
         trace, drawn = read_batch_sizes(batch_size)
         sizes = sorted({phase.batch_size for phase in (*trace, *drawn)})
@@ -124,13 +116,13 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Begin an episode everywhere; with a seed, forget what was measured before."""
+        """Begin an episode in every environment; with a seed, forget all earlier measurements."""
         super().reset(seed=seed)
         if options:
-            raise ValueError(f"reset knows no options, but got {', '.join(options)}; pass them to gym.make_vec")
+            raise ValueError(f"reset takes no options, but got {', '.join(options)}; pass them to gym.make_vec")
         if seed is not None or self._rng is None:
             self._rng = np.random.Generator(np.random.SFC64(int(self.np_random.integers(2**63))))
-            self._reward = make_vector_reward(self._reward_name, self.num_envs, self._max_tokens)
+            self._reward = make_reward(self._reward_name)
             self._t0 = np.zeros(self.num_envs * self._cells)  # at the profile's context
             self._samples = np.zeros(len(self._t0), dtype=np.int64)
             self._since = np.zeros(len(self._t0), dtype=np.int64)
@@ -157,20 +149,18 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
             ValueError: before `reset`, or an action that is not in the space or not in the mask.
         """
         if self._rng is None:
-            raise ValueError("an episode must have begun, but reset was never called; call reset() first")
+            raise ValueError("reset was never called; call reset() before step()")
         plan, rng, sessions = self._checked(actions), self._rng, self._sessions
         over = np.flatnonzero(self._over)
         size, live = sessions.size, sessions.live
         t0 = self._measure_plain()
         done = sessions.round(plan, rng)
-        plain_s = done.tokens * t0 / live
-        reward = self._reward(
-            VectorOutcome(done.tokens, live, done.seconds, t0, plain_s), self._over if len(over) else None
-        )
+        outcome = Outcome(done.tokens, live, done.seconds, t0)
+        reward: Floats = self._reward(outcome, self._over if len(over) else None)
         self._record(plan, size, live, done, t0)
         self._rounds += 1
         self._tokens += done.tokens
-        self._plain += plain_s
+        self._plain += outcome.plain_total_s
         self._spent += done.seconds
         info = {
             "tokens": done.tokens,
@@ -217,26 +207,26 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         return plan.astype(np.int64)
 
     def _measure_plain(self) -> Floats:
-        """Re-measure plain decoding where it is due, as `PlainCost` would; t0 [N] at the present context."""
+        """Measure plain decoding where `PlainCost` would; returns t0 [N] at the present context."""
         sessions, rng = self._sessions, self._rng
         assert rng is not None
         cell = self._env * self._cells + sessions.size
         since, samples = self._since.take(cell) + 1, self._samples.take(cell)
         self._since[cell] = since
-        due = np.flatnonzero((samples == 0) | (since >= np.where(samples < _EAGER, _EAGERLY, _EVERY)))
+        due = np.flatnonzero((samples == 0) | (since >= np.where(samples < DENSE_SAMPLES, DENSE_INTERVAL, INTERVAL)))
         if len(due):
             at, known = cell[due], samples[due]
-            drawn = [sessions.plain(due, rng) for _ in range(_FIRST if (known == 0).any() else 1)]
+            drawn = [sessions.plain(due, rng) for _ in range(FIRST_SAMPLES if (known == 0).any() else 1)]
             sample = np.where(known == 0, np.mean(drawn, axis=0), drawn[0])
-            taken = np.where(known == 0, _FIRST, 1)
+            taken = np.where(known == 0, FIRST_SAMPLES, 1)
             self._samples[at] = known + taken
             self._since[at] = 0
-            self._t0[at] += taken / np.minimum(known + taken, _WINDOW) * (sample - self._t0[at])
+            self._t0[at] += taken / np.minimum(known + taken, WINDOW) * (sample - self._t0[at])
         t0: Floats = self._t0.take(cell) * sessions.longer(len(self.plans))
         return t0
 
     def _record(self, plan: Ints, size: Ints, live: Ints, done: Rounds, t0: Floats) -> None:
-        """Let the observer see this round, or with late results the one that arrives now."""
+        """Show the observer this round, or the earlier one whose results arrive now."""
         if not self._delay:
             self._observer.record(plan, size, live, done, t0, None)
             return

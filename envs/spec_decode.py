@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from specrl.core.batch_schedule import Phase, batch_sizes, parse_traffic
 from specrl.core.interfaces import Engine, Session, Workload
-from specrl.core.observation import Observation, Observer, vector_bounds
-from specrl.core.plain_cost import PlainCost
+from specrl.core.observation import Observation, vector_bounds
 from specrl.core.plan import Plan, parse_plans
 from specrl.core.registry import make_engine
-from specrl.core.round import Round, Trace
+from specrl.core.rollout import Rollout, Step
+from specrl.core.round import Trace
 from specrl.envs.rewards import Outcome, make_reward
-from specrl.envs.timed_env import OnTheClock, PlanZero, check_episode, measure_plain, named_workload
+from specrl.envs.timed_env import PlanZeroBaseline, TimedEnv, check_episode, named_workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 BatchSizes = int | str | Sequence[int] | Sequence[Phase]
 
 
-class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]):
+class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
     """Live speculative decoding of a language model; every step is one round, rewarded by the clock.
 
     ## Action space
-    `Discrete(n)`: the index of one of the `plans` (num_steps/topk/num_draft_tokens; 0 proposes nothing).
-    `action_masks()` and `info["action_mask"]` [n] tell which the engine can run. With `action="multi_discrete"`,
-    `MultiDiscrete([number of num_steps, number of topk])`: the plan with those num_steps (ascending) and the nearest
-    topk on offer.
+    `Discrete(n)`: the index of one of the `plans` (num_steps/topk/num_draft_tokens; plan 0 proposes no drafts).
+    `action_masks()` and `info["action_mask"]` [n] show which plans the engine can run. With
+    `action="multi_discrete"`, `MultiDiscrete([number of num_steps, number of topk])`: the plan with this num_steps
+    (ascending) and the nearest topk.
 
     ## Observation space
-    `Box`, float32, from what any serving engine knows cheaply (`specrl.core.observation.Observation.vector`). K is the
-    largest num_steps of the n plans. Everything measured starts neutral.
+    `Box`, float32, of what any serving engine knows (`specrl.core.observation.Observation.vector`). K is the largest
+    num_steps of the n plans. All measured entries have a neutral value at first.
 
     | Num | Observation | Min | Max | Unit |
     |-----|-------------|-----|-----|------|
@@ -51,54 +51,56 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
     | 2 | recent correct drafts per round / K | 0 | 1 | |
     | 3 | rounds since the draft changed: log2(1 + rounds) / 20 | 0 | 1 | |
     | 4 | constant | 1 | 1 | |
-    | 5 … 4+K | recent survival P_k: rounds whose first k drafts stood | 0 | 1 | share |
+    | 5 … 4+K | recent survival P_k: share of rounds whose first k drafts were accepted | 0 | 1 | share |
     | 5+K … 4+K+n | recent cost of each plan at this batch size: log2(seconds / plain seconds) | -4 | 4 | octaves |
     | next n | whether that cost was measured | 0 | 1 | |
     | last n | the last round's plan, one-hot | 0 | 1 | |
 
     ## Rewards
     `reward="differential"` (default): (N·t0/B - λ·Δt) / t_ref. N tokens were committed in Δt seconds for B requests;
-    t0 is the cost of a plain round at this batch size and context, re-measured between rounds; λ is the running
-    speedup; t_ref the first t0. Others by name: `specrl.envs.rewards`. Δt includes the time between the return of
-    one step and the call of the next, so that a slow chooser pays for it; `drain`, `load_draft`, `render` and what
-    runs inside `off_the_clock()` do not count, nor does prefill.
+    t0 is the cost of a plain decoding step at this batch size and context, measured between rounds; λ is the running
+    speedup; t_ref is the first t0. Other rewards: `specrl.envs.rewards`. Δt includes the time between the return of
+    one step and the call of the next, which is the time that the agent takes to decide. `drain`, `load_draft`,
+    `render`, code inside `off_the_clock()` and prefill do not count.
 
     ## Starting state
-    `reset(seed=...)` reproduces prompts, batch sizes and the first observation. Timings are real, so what follows is
-    not reproducible (`nondeterministic=True`). The draft's weights and the table of plain costs survive a reset.
+    `reset(seed=...)` reproduces prompts, batch sizes and the first observation. Rounds are timed on a real clock, so
+    later observations are not reproducible (`nondeterministic=True`). The draft's weights and the measured plain costs
+    are kept.
 
     ## Episode end
-    Truncated after `max_rounds` rounds, or terminated when `max_tokens` tokens were committed; exactly one is given.
+    Truncated after `max_rounds` rounds, or terminated when `max_tokens` tokens are committed; give exactly one.
 
     ## Info
-    `tokens`, `seconds` and their split (`draft_s`, `verify_s`, `other_s`, `thinking_s`; `prefill_s` apart),
+    `tokens`, `seconds` and their parts (`draft_s`, `verify_s`, `other_s`, `thinking_s`), `prefill_s`,
     `accept_length`, `histogram` of correct drafts [num_steps + 1], `plan`, `draft_version`, `batch_size`, `t0_s`,
     `t0_error_s`, `episode_speedup` = ΣN·t0/B ÷ ΣΔt, `action_mask`, and the whole `round`. `plan0_s` and
-    `episode_speedup_over_plan0` are the same against rounds of plan 0, which keep the draft warm; absent before there
-    were any. Of an SGLang server that was found running, without `plain_url`, they are all there is: plan 0 stands in
-    for plain decoding in the reward, and `t0_s`, `t0_error_s` and `episode_speedup` are nan.
+    `episode_speedup_over_plan0` compare with rounds of plan 0 instead, in which the draft still reads the text; they
+    appear after the first such round. On an SGLang server that was running already, without `plain_url`, plain
+    decoding cannot be measured: rewards are then relative to plan 0, and `t0_s`, `t0_error_s` and `episode_speedup`
+    are nan.
 
     ## Arguments
         engine: 'local', 'sglang' (`specrl.sglang.client.factory`; launched, or `engine_options={"server": "http://...",
-            "plain_url": "http://..."}`: running servers with and without speculation), or an `Engine` ready-made
-            (target and draft are then its own).
+            "plain_url": "http://..."}`: running servers with and without speculation), or an `Engine`, which has its
+            own target and draft.
         target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: None: random initialisation; else an EAGLE3 directory or a `Draft`.
-        batch_size: live requests: a number; several, of which each episode draws one; or a trace within the episode,
-            '1x64,4x64' (batch size x rounds, repeated) or a sequence of `Phase`.
+        batch_size: live requests: a number; several, one of which each episode draws; or a schedule within the
+            episode, '1x64,4x64' (batch size x rounds, repeated) or a sequence of `Phase`.
         temperature: of sampling; 0 is greedy.
-        plans: on offer, separated by commas.
-        reward: by name.
+        plans: the plans to choose from, separated by commas.
+        reward: name of the reward.
         workload: 'stdlib', a .txt, .jsonl or directory, or a `Workload`.
         prompt_tokens, max_new_tokens, ignore_eos: of each request.
-        max_rounds, max_tokens: length of an episode; one of them.
+        max_rounds, max_tokens: length of an episode; exactly one of them.
         action: 'discrete' or 'multi_discrete'.
         use_rejection_sampling: as in `specrl.LocalEngine`.
         trace: keep traces for `drain`.
-        allow_parallel: let other timed environments of this user decode on the same device during an episode. By
-            default the second is refused, since neither's rewards would be true.
+        allow_parallel: allow other timed environments of this user on the same device during an episode. By default
+            they are refused, because environments that share a device slow each other down.
         render_mode: None, 'ansi' (text) or 'human' (a live panel in the terminal).
-        engine_options: for an engine by name.
+        engine_options: options of an engine that is given by name.
 
     ## Version history
     * v0: initial version
@@ -138,7 +140,7 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
         self.plans = parse_plans(plans)
         self.render_mode = render_mode
         self._phases, self._drawn = read_batch_sizes(batch_size)
-        self._make_reward = reward
+        self._reward_name = reward
         self._reward = make_reward(reward)
         self._max_rounds, self._max_tokens, self._trace = max_rounds, max_tokens, trace
         owned = isinstance(engine, str)
@@ -167,69 +169,59 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
         self._action_mask = self._mask if discrete else np.ones(sum(map(len, self._axes)), dtype=np.bool_)
         low, high = vector_bounds(self.plans)
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
-        self.baseline = PlainCost()
-        self._zero = PlanZero()
-        one_of_several = self._mask.sum() > 1 and self.engine.supports(Plan(0))
-        self._stand_in = self._zero if one_of_several else None
-        self._observer = Observer(self.plans)
-        self._late: deque[tuple[Round, float]] = deque()  # results on their way, on engines that overlap rounds
-        self._delay: int = getattr(self.engine, "result_delay", 0)
+        self.baseline = self._new_baseline()
+        self._result_delay: int = getattr(self.engine, "result_delay", 0)
         self._set_up(owned=owned, allow_parallel=allow_parallel)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Begin an episode with fresh prompts; no options are known."""
+        """Begin an episode with new prompts; there are no options."""
         super().reset(seed=seed)
-        phases = self._begin(self.np_random, options)
-        self._schedule = batch_sizes(phases)
-        self._batch_size = next(self._schedule)
+        phases = self._begin_episode(self.np_random, options)
         self._session = self.engine.start(
             self.workload,
-            batch_size=self._batch_size,
+            batch_size=phases[0].batch_size,
             max_batch_size=max(phase.batch_size for phase in phases),
             seed=int(self.np_random.integers(2**31)),
             trace=self._trace,
         )
-        self._observer.reset()
-        self._late.clear()
-        self._zero.begin()
-        self._agents_turn()
-        return self._observe().vector(), {"action_mask": self.action_masks(), "batch_size": self._batch_size}
+        self._rollout = Rollout(
+            self._session,
+            self.plans,
+            self.baseline,
+            batch_sizes=batch_sizes(phases),
+            result_delay=self._result_delay,
+        )
+        self._plan_zero_total_s = self._plan_zero_spent_s = 0.0
+        observation = self._rollout.observe().vector()
+        self._start_agent_clock()
+        return observation, {"action_mask": self.action_masks(), "batch_size": phases[0].batch_size}
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Run one round with the chosen plan.
+        """Decode one round with the chosen plan.
 
         Raises:
-            ValueError: before `reset`, an action that is not in the space or not in the mask, or another timed
-                environment is in the middle of an episode on the same device.
+            ValueError: before `reset`, an action that is not in the space or is masked, or another timed environment
+                is in an episode on the same device.
         """
-        session = self._running()
+        self._running()
         thinking_s = self._thinking_s()
         plan = self._plan(action)
-        context = self._context
-        if self._exclusive is not None:
-            self._exclusive.take()
-        measure_plain(session, self.baseline, context, self._stand_in)
-        done = session.round(plan)
-        t0 = self.baseline.estimate(self._batch_size, context)
-        outcome = Outcome(sum(done.tokens.tolist()), self._batch_size, done.seconds + thinking_s, t0.seconds)
-        reward, terminated, truncated, info = self._count(done, outcome, thinking_s, t0.standard_error)
-        info |= self._zero.compare(done, outcome) | {"action_mask": self._action_mask.copy()}
-        self._late.append((done, t0.seconds))
-        if len(self._late) > self._delay:
-            self._observer.record(*self._late.popleft())
-        self._batch_size = next(self._schedule)
-        if self._batch_size != session.batch_size:
-            session.resize(self._batch_size)
-        observation = self._observe().vector()
+        self._acquire_device()
+        step = self._rollout.step(plan, thinking_s)
+        for _ in self._rollout.arrived():
+            pass  # the observation includes it now
+        outcome, reward, terminated, truncated, info = self._count(step)
+        info |= self._over_plan_zero(step, outcome) | {"action_mask": self._action_mask.copy()}
+        observation = self._rollout.observe().vector()
         if self.render_mode == "human":
             self.render()
-        self._agents_turn()
+        self._start_agent_clock()
         return observation, reward, terminated, truncated, info
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Which plans the engine can run [n], as sb3-contrib asks for it; 'multi_discrete' allows every entry."""
+        """Which plans the engine can run [n], for sb3-contrib; all entries are True for 'multi_discrete'."""
         return self._action_mask.copy()
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
@@ -249,14 +241,26 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
             return self._running().drain()
 
     def observation(self) -> Observation:
-        """The current observation with its names, as plan choosers take it."""
+        """The current observation with names, as plan choosers take it."""
         self._running()
-        return self._observe()
+        return self._rollout.observe()
 
-    def _observe(self) -> Observation:
-        assert self._session is not None
-        self._context = sum(self._session.context_lengths) / self._batch_size
-        return self._observer.observe(self._batch_size, self._context)
+    def _new_baseline(self) -> PlanZeroBaseline:
+        """A new baseline; rounds of plan 0 may stand in for plain decoding if that leaves a choice of plans."""
+        return PlanZeroBaseline(may_stand_in=bool(self._mask.sum() > 1 and self.engine.supports(Plan(0))))
+
+    def _over_plan_zero(self, step: Step, outcome: Outcome) -> dict[str, float]:
+        """The comparison with rounds of plan 0 in `info`; nan for plain decoding if they stand in for it."""
+        self.baseline.record(step.round)
+        info = dict.fromkeys(("t0_s", "t0_error_s", "episode_speedup"), math.nan) if self.baseline.stands_in else {}
+        seconds = self.baseline.plan_zero_s(outcome.batch_size)
+        if seconds is not None:
+            info["plan0_s"] = seconds
+            self._plan_zero_total_s += outcome.tokens * seconds / outcome.batch_size
+            self._plan_zero_spent_s += outcome.seconds
+        if self._plan_zero_spent_s:
+            info["episode_speedup_over_plan0"] = self._plan_zero_total_s / self._plan_zero_spent_s
+        return info
 
     def _plan(self, action: Any) -> Plan:
         if isinstance(self.action_space, spaces.Discrete):
@@ -280,7 +284,7 @@ class SpecDecodeEnv(OnTheClock[Session], gymnasium.Env[NDArray[np.float32], Any]
 
 
 def read_batch_sizes(given: BatchSizes) -> tuple[tuple[Phase, ...], tuple[Phase, ...]]:
-    """A trace, and what episodes draw from (empty: they follow the trace)."""
+    """The schedule that episodes follow, or the batch sizes that each draws one of; the other one is empty."""
     if isinstance(given, str):
         return parse_traffic(given), ()
     if isinstance(given, (int, np.integer)):

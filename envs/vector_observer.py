@@ -1,4 +1,4 @@
-"""The recent averages of `specrl.core.observation.Observer`, of N environments at once."""
+"""`specrl.core.observation.Observer` for N environments at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from specrl.core.observation import MAX_COST
+from specrl.core.observation import (
+    AGE_OCTAVES,
+    BATCH_OCTAVES,
+    CONTEXT_OCTAVES,
+    COST_OCTAVES,
+    MEMORY,
+    MIN_COST_STEP,
+    Layout,
+)
 from specrl.core.plan import Plan
 from specrl.simulation.vector import Rounds
 
@@ -17,22 +25,23 @@ Ints = NDArray[np.int64]
 
 
 class VectorObserver:
-    """Keeps what N observations show, in the layout of `specrl.core.observation.Observation.vector`.
+    """Keeps the recent averages of N observations.
 
     Args:
-        plans: on offer, in the order of the actions.
-        sizes: batch sizes that occur.
+        plans: the plans to choose from, in the order of the actions.
+        sizes: the batch sizes that occur.
         count: N.
         memory: rounds after which an average has forgotten all but 1/e.
     """
 
-    def __init__(self, plans: Sequence[Plan], sizes: Sequence[int], count: int, memory: float = 50.0) -> None:
+    def __init__(self, plans: Sequence[Plan], sizes: Sequence[int], count: int, memory: float = MEMORY) -> None:
         self._plans, self._steps, self._count = len(plans), max(p.num_steps for p in plans), count
         self._keep = math.exp(-1.0 / memory)
+        self._layout = Layout.of(self._steps, self._plans)
         proposes = np.array([[p.num_steps > k for p in plans] for k in range(self._steps)]).reshape(self._steps, -1)
         self._proposes = proposes.astype(np.float32)  # [K, plans]
         self._fades = np.where(proposes, self._keep, 1.0).astype(np.float32)  # [K, plans]
-        self._log_size = np.log2(sizes).astype(np.float32) / np.float32(10.0)
+        self._log_size = np.log2(sizes).astype(np.float32) / np.float32(BATCH_OCTAVES)
         self._sizes = len(sizes)
         self._one_hot = np.eye(len(plans), dtype=np.float32)
         self._row = np.arange(count)
@@ -43,7 +52,7 @@ class VectorObserver:
         self._last, self._seen = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
 
     def reset(self, which: Ints | None) -> None:
-        """Forget everything of these environments (None: all)."""
+        """Forget all rounds of these environments (None: of all)."""
         at: slice | Ints = slice(None) if which is None else which
         for array in (self._correct, self._weight, self._last, self._seen):
             array[at] = 0
@@ -51,7 +60,7 @@ class VectorObserver:
         self._costs.reshape(self._count, -1)[at] = 0.0
 
     def record(self, plan: Ints, size: Ints, live: Ints, done: Rounds, plain_s: Floats, skip: Ints | None) -> None:
-        """Take a round of every environment but those to `skip`; arguments as they were before it."""
+        """Add a round of every environment except those to `skip`; the arguments are those before the round."""
         if skip is not None and len(skip):
             kept = [a[..., skip] for a in (self._correct, self._weight, self._last, self._seen)]
             sums = self._survived[:, skip], self._proposed[:, skip]
@@ -67,11 +76,10 @@ class VectorObserver:
             self._survived += done.reached * share.astype(np.float32)
             self._proposed *= fades
             self._proposed += self._proposes.take(plan, axis=1)
-        most = math.log2(MAX_COST)
-        ratio = np.clip(np.log2(np.maximum(done.seconds, 1e-9) / plain_s), -most, most)
+        ratio = np.clip(np.log2(np.maximum(done.seconds, 1e-9) / plain_s), -COST_OCTAVES, COST_OCTAVES)
         flat, cell = self._costs.reshape(-1), (self._row * self._sizes + size) * (2 * self._plans) + plan
         before, tried = flat.take(cell), flat.take(cell + self._plans)
-        flat[cell] = before + np.where(tried > 0, max(1.0 - keep, 0.1), 1.0) * (ratio - before)
+        flat[cell] = before + np.where(tried > 0, max(1.0 - keep, MIN_COST_STEP), 1.0) * (ratio - before)
         flat[cell + self._plans] = 1.0
         self._last = plan.copy()
         self._seen += 1
@@ -82,14 +90,15 @@ class VectorObserver:
 
     def observe(self, size: Ints, context: Floats) -> NDArray[np.float32]:
         """[N, 5 + K + 3 * plans] float32, as `Observation.vector`."""
-        steps, plans = self._steps, self._plans
-        out = np.empty((self._count, 5 + steps + 3 * plans), dtype=np.float32)
+        layout = self._layout
+        out = np.empty((self._count, layout.size), dtype=np.float32)
         out[:, 0] = self._log_size.take(size)
-        out[:, 1] = np.log2(np.maximum(context, 1.0)) / 20.0
-        out[:, 2] = self._correct / (np.maximum(self._weight, 1e-9) * max(steps, 1))
-        out[:, 3] = np.log2(np.maximum(self._seen, 1)) / 20.0  # no draft changes: it is as old as the episode
+        out[:, 1] = np.log2(np.maximum(context, 1.0)) / CONTEXT_OCTAVES
+        out[:, 2] = self._correct / (np.maximum(self._weight, 1e-9) * max(self._steps, 1))
+        out[:, 3] = np.log2(np.maximum(self._seen, 1)) / AGE_OCTAVES  # the draft never changes in simulation
         out[:, 4] = 1.0
-        out[:, 5 : 5 + steps] = (self._survived / np.maximum(self._proposed, 1e-9)).T
-        out[:, 5 + steps : 5 + steps + 2 * plans] = self._costs.take(self._row * self._sizes + size, axis=0)
-        out[:, 5 + steps + 2 * plans :] = self._one_hot.take(self._last, axis=0)
+        out[:, layout.survival] = (self._survived / np.maximum(self._proposed, 1e-9)).T
+        costs_and_tried = slice(layout.costs.start, layout.tried.stop)
+        out[:, costs_and_tried] = self._costs.take(self._row * self._sizes + size, axis=0)
+        out[:, layout.last_plan] = self._one_hot.take(self._last, axis=0)
         return out

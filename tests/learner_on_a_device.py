@@ -47,7 +47,7 @@ def learnt(traces: list[Trace], embedding: Tensor, **settings: Any) -> tuple[dic
     learner.take(traces)
     found = {f"first.{name}": value for name, value in learner.update(list(learner.replay)[:2]).items()}
     found |= learner.learn([])
-    again.load_state(*learner.state())
+    again.load_state_dict(learner.state_dict())
     again.take_sequences(learner.replay)
     for name, value in again.learn([]).items():
         found[f"again.{name}"] = value
@@ -65,7 +65,7 @@ def main() -> None:
     pretended_device.install()
     draft_learner.check_device = lambda device: None  # type: ignore[attr-defined]
     traces, embedding = traffic(), tiny_target().embedding
-    chain = {"loss": "accept_length:0.5+forward_kl", "temperature": None, "reduced": True, "rejected": 0.3}
+    chain = {"loss": "accept_length:0.5+forward_kl", "temperature": None, "reduced": True, "rejected_weight": 0.3}
     for settings, dtype, together in (({}, "bfloat16", True), (chain, "float32", False)):
         plain, known = learnt(traces, embedding, dtype="float32", **settings)
         assert plain["updates"] >= 2, plain

@@ -12,8 +12,8 @@ import pytest
 @pytest.fixture(autouse=True)
 def own_locks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Device locks that no other test, no other run of the tests and nothing else of this user's can hold."""
-    from specrl.envs import device_lock as exclusive
+    from specrl.envs import device_lock
 
     with tempfile.TemporaryDirectory(prefix="specrl") as folder:
-        monkeypatch.setattr(exclusive, "tempfile", SimpleNamespace(gettempdir=lambda: folder))
+        monkeypatch.setattr(device_lock, "tempfile", SimpleNamespace(gettempdir=lambda: folder))
         yield

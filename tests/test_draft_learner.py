@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 import specrl
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner, product_dtype
 from specrl.agents.draft.sequences import Assembler
-from specrl.core.interfaces import DraftLearner, Request
+from specrl.core.interfaces import Request
 from specrl.core.plan import Plan
 from specrl.core.round import Trace
 from specrl.models.draft import Draft, ServingDraft, new_draft
@@ -54,10 +55,6 @@ def assert_same(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Non
         assert torch.equal(tensor, others[name]), name
 
 
-def test_it_is_a_draft_learner() -> None:
-    assert isinstance(make(), DraftLearner)
-
-
 def test_learning_from_live_traffic_raises_the_accept_length() -> None:
     """From next to nothing after 48 requests; both numbers are deterministic but for the processor's arithmetic."""
     target = specrl.load_target("embedded")
@@ -72,7 +69,7 @@ def test_learning_from_live_traffic_raises_the_accept_length() -> None:
         return float(np.mean([session.round(Plan(3)).accept_length for _ in range(20)]))
 
     before = accept_length()
-    learner = OnlineLearner(draft, target.embedding, LearnerConfig(dtype="float32", average=0.9, batch_size=8))
+    learner = OnlineLearner(draft, target.embedding, LearnerConfig(dtype="float32", ema_decay=0.9, batch_size=8))
     session = engine.start(load_workload("stdlib", tokenizer, **settings), batch_size=16, seed=0, trace=True)
     metrics = []
     for _ in range(3):
@@ -112,13 +109,13 @@ def test_the_same_seed_learns_the_same_weights_and_another_does_not() -> None:
 def test_a_restored_learner_goes_on_as_if_never_interrupted() -> None:
     """Traffic is not part of the state; here what comes after fills the replay."""
     before, after = traffic(5, seed=1), traffic(4, seed=2)
-    learner = make(replay=4, updates_per_request=1.3)
+    learner = make(replay_capacity=4, updates_per_request=1.3)
     learner.learn(before)
-    tensors, numbers = learner.state()
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    text = json.dumps(numbers)
-    again = make(tiny(), seed=99, replay=4, updates_per_request=1.3)
-    again.load_state(tensors, json.loads(text))
+    state = learner.state_dict()
+    tensors = {name: tensor.clone() for name, tensor in state.pop("tensors").items()}
+    text = json.dumps(state)
+    again = make(tiny(), seed=99, replay_capacity=4, updates_per_request=1.3)
+    again.load_state_dict({**json.loads(text), "tensors": tensors})
     assert again.weights()[0] == learner.weights()[0] == 6
     assert_same(again.weights()[1], learner.weights()[1])
     metrics = [each.learn(after) for each in (learner, again)]
@@ -126,22 +123,22 @@ def test_a_restored_learner_goes_on_as_if_never_interrupted() -> None:
     assert learnt[0] == learnt[1] and learnt[0]["updates"] == 5.0  # 0.5 were owed
     assert_same(again.weights()[1], learner.weights()[1])
     assert learner.requests == again.requests == 9
-    assert_same(learner.state()[0], again.state()[0])
+    assert_same(learner.state_dict()["tensors"], again.state_dict()["tensors"])
 
 
 def test_the_state_of_a_learner_that_never_learnt_restores_too() -> None:
     learner, again = make(), make()
-    again.load_state(*learner.state())
+    again.load_state_dict(learner.state_dict())
     traces = traffic(3)
     assert learner.learn(traces) == again.learn(traces)
 
 
 def test_the_state_of_another_draft_is_refused() -> None:
-    tensors, numbers = make().state()
+    state = make().state_dict()
     with pytest.raises(ValueError, match=r"must fit its draft: lm_head.weight is \(5, 32\), but got \(10, 32\)"):
-        make(tiny(WORDS)).load_state(tensors, numbers)
+        make(tiny(WORDS)).load_state_dict(state)
     with pytest.raises(ValueError, match=r"must fit its draft: fc.weight is \(32, 96\), but got none"):
-        make().load_state({}, numbers)
+        make().load_state_dict({**state, "tensors": {}})
 
 
 def test_the_version_counts_updates_and_fractions_are_carried_on() -> None:
@@ -181,7 +178,7 @@ def test_everything_learns_but_the_embedding_and_the_vocabulary() -> None:
 
 def test_the_running_average_is_what_serves() -> None:
     traces = traffic(6)
-    latest, averaged = make(average=0.0), make(average=0.98)
+    latest, averaged = make(ema_decay=0.0), make(ema_decay=0.98)
     for learner in (latest, averaged):
         learner.learn(traces)
     name = "fc.weight"
@@ -241,7 +238,7 @@ def test_if_nothing_is_left_to_learn_from_nothing_changes() -> None:
 @pytest.mark.parametrize(("length", "new_tokens"), [(1, 1), (2, 1), (1, 2), (1, 3)])
 def test_the_shortest_requests_do_no_harm(length: int, new_tokens: int) -> None:
     """With `passes` beyond their length: each pass starts one slot later, and a slot needs the token after its own."""
-    learner = make(passes=7)
+    learner = make(ttt_steps=7)
     traces = traffic(3, length=length, new_tokens=new_tokens) if new_tokens > 1 else at_prefill(length)
     metrics = learner.learn(traces)
     known = length + new_tokens - 1  # tokens whose next is known
@@ -261,7 +258,7 @@ def at_prefill(length: int) -> list[Trace]:
 
 
 def test_a_short_request_among_longer_ones_does_not_shorten_theirs() -> None:
-    learner = make(passes=3, batch_size=4)
+    learner = make(ttt_steps=3, batch_size=4)
     sequences = Assembler().add([*traffic(3), *renumbered(at_prefill(2))])
     assert sorted(len(s.tokens) for s in sequences)[0] == 2
     metrics = learner.update(sequences)
@@ -269,28 +266,34 @@ def test_a_short_request_among_longer_ones_does_not_shorten_theirs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "value", "rule"),
     [
-        ({"learning_rate": 0.0}, "learner.learning_rate must be above 0, but got 0.0"),
-        ({"learning_rate": float("nan")}, "learner.learning_rate must be above 0, but got nan"),
-        ({"clip": -1.0}, "learner.clip must be above 0, but got -1.0"),
-        ({"updates_per_request": 0.0}, "learner.updates_per_request must be above 0, but got 0.0"),
-        ({"half_life": 0.0}, "learner.half_life must be above 0, but got 0.0"),
-        ({"batch_size": 0}, "learner.batch_size must be at least 1, but got 0"),
-        ({"passes": 0}, "learner.passes must be at least 1, but got 0"),
-        ({"replay": -3}, "learner.replay must be at least 1, but got -3"),
-        ({"average": 1.0}, r"learner.average must be in \[0, 1\), .* but got 1.0, 0.8 and 0.0"),
-        ({"pass_decay": 0.0}, r"pass_decay in \(0, 1\] .* but got 0.98, 0.0 and 0.0"),
-        ({"weight_decay": -0.1}, "weight_decay at least 0, but got 0.98, 0.8 and -0.1"),
-        ({"temperature": 0.0}, "learner.temperature must be above 0 or null .* but got 0.0"),
-        ({"betas": (0.9, 1.0)}, r"learner.betas must be in \[0, 1\), but got \(0.9, 1.0\)"),
-        ({"dtype": "float16"}, "learner.dtype must be 'auto', 'float32' or 'bfloat16', but got 'float16'"),
+        ("learning_rate", 0.0, "above 0"),
+        ("learning_rate", float("nan"), "above 0"),
+        ("max_grad_norm", -1.0, "above 0"),
+        ("updates_per_request", 0.0, "above 0"),
+        ("replay_half_life", 0.0, "above 0"),
+        ("stale_half_life", 0.0, "above 0 or null"),
+        ("temperature", 0.0, "above 0 or null"),
+        ("batch_size", 0, "at least 1"),
+        ("ttt_steps", 0, "at least 1"),
+        ("replay_capacity", -3, "at least 1"),
+        ("ema_decay", 1.0, "in [0, 1)"),
+        ("holdout_fraction", 1.0, "in [0, 1)"),
+        ("betas", (0.9, 1.0), "in [0, 1)"),
+        ("ttt_decay", 0.0, "in (0, 1]"),
+        ("request_sample_rate", 0.0, "in (0, 1]"),
+        ("weight_decay", -0.1, "at least 0"),
+        ("rejected_weight", float("inf"), "finite and at least 0"),
+        ("ttt_weights", (1.0, 2.0), "ttt_steps = 3"),
+        ("dtype", "float16", "'auto', 'float32' or 'bfloat16'"),
+        ("draft_sampling", "best", "'sampled' or 'greedy'"),
     ],
 )
-def test_wrong_settings_get_one_clear_line(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        LearnerConfig(**changes)
-    assert "\n" not in str(error.value)
+def test_settings_out_of_range_are_refused(name: str, value: Any, rule: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"learner.{name} must be {rule}")) as error:
+        LearnerConfig(**{name: value})
+    assert repr(value) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_is_taken_is_learnt_at_the_next_call() -> None:
@@ -316,7 +319,7 @@ def test_the_end_of_a_session_forgets_what_is_open_and_who_refused() -> None:
 
 
 def test_forgetting_leaves_weights_and_owes_nothing() -> None:
-    learner = make(held_out=0.5)
+    learner = make(holdout_fraction=0.5)
     learner.take(traffic(6))
     assert len(learner.replay) + len(learner.held_out) == 6 and len(learner.held_out) > 0
     learner.forget()
@@ -330,11 +333,11 @@ def test_a_gated_learner_comes_back_with_the_weights_that_were_good() -> None:
     learner, again = (OnlineLearner(tiny(), target.embedding, config, gated=True) for _ in range(2))
     good = learner.weights()[1]
     learner.learn(traffic(4))
-    again.load_state(*learner.state())
+    again.load_state_dict(learner.state_dict())
     assert_same(again.weights()[1], learner.weights()[1])
-    assert_same(again.good(), good)
+    assert_same(again.snapshot_weights(), good)
     again.roll_back()
     assert_same(again.weights()[1], good)
     again.learn(traffic(4, seed=2))
-    again.keep()
-    assert_same(again.good(), again.weights()[1])
+    again.snapshot()
+    assert_same(again.snapshot_weights(), again.weights()[1])

@@ -74,18 +74,18 @@ def test_the_head_and_its_loss_are_the_plain_ones_with_both_gradients(loss: str,
     rows, head, mixture = drawn(len(at), HIDDEN, seed=3), drawn(len(SAID), HIDDEN, seed=4), parse_loss(loss)
 
     ours_head = torch.full_like(head, 0.5)  # is added to
-    turned = head.t().contiguous() if pieces else None
-    done = head_loss(rows, head, targets, at, mixture, 0.3, ours_head, turned)
+    head_t = head.t().contiguous() if pieces else None
+    done = head_loss(rows, head, targets, at, mixture, 0.3, ours_head, head_t)
 
     plain_rows, plain_head = rows.clone().requires_grad_(), head.clone().requires_grad_()
     logq = torch.log_softmax(plain_rows @ plain_head.T / heat[at], -1)
     total = 0.3 * mixture(logq, p[at], tokens[at]).sum()
     total.backward()
     torch.testing.assert_close(done.loss, total.detach())
-    torch.testing.assert_close(done.of_rows, plain_rows.grad)
+    torch.testing.assert_close(done.grad_rows, plain_rows.grad)
     torch.testing.assert_close(ours_head - 0.5, plain_head.grad, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(done.alpha, acceptance(logq.detach().exp(), p[at]).mean())
-    assert float(done.of_rows.norm()) > 0.01
+    assert float(done.grad_rows.norm()) > 0.01
 
 
 @pytest.mark.parametrize("sampled", [True, False])
@@ -103,8 +103,8 @@ def test_steps_of_a_chain_are_the_plain_ones_with_both_gradients(sampled: bool, 
             step = sampled_step(q, p, tokens) if sampled else greedy_step(q, p, tokens, SHARPNESS)
         else:
             step = head_steps(rows, head, targets, at, sampled)
-        of_rows, of_head = torch.autograd.grad((torch.stack(list(step)) * slopes).sum(), [rows, head])
-        found.append([*(x.detach() for x in step), of_rows, of_head])
+        grad_rows, grad_head = torch.autograd.grad((torch.stack(list(step)) * slopes).sum(), [rows, head])
+        found.append([*(x.detach() for x in step), grad_rows, grad_head])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
@@ -116,10 +116,10 @@ def test_bfloat16_products_stay_close(loss: str, pieces: bool) -> None:
     rows, head = drawn(14, HIDDEN, seed=3), drawn(len(SAID), HIDDEN, seed=4)
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        of_head = torch.zeros_like(head)
-        done = head_loss(rows.to(dtype), head.to(dtype), targets, at, parse_loss(loss), 1 / 14, of_head)
-        assert done.of_rows.dtype == dtype and of_head.dtype == torch.float32
-        found.append([done.loss, done.alpha, done.of_rows.float(), of_head])
+        grad_head = torch.zeros_like(head)
+        done = head_loss(rows.to(dtype), head.to(dtype), targets, at, parse_loss(loss), 1 / 14, grad_head)
+        assert done.grad_rows.dtype == dtype and grad_head.dtype == torch.float32
+        found.append([done.loss, done.alpha, done.grad_rows.float(), grad_head])
     for name, got, want in zip(("loss", "alpha", "rows", "head"), *found, strict=True):
         assert float((got - want).norm() / want.norm()) < 0.03, name
 
@@ -147,13 +147,13 @@ def test_all_logits_are_never_held(loss: str, dtype: torch.dtype, monkeypatch: p
     logits, tokens = drawn(slots, words, seed=0), torch.arange(slots) % words
     targets = make_targets([logits], [1.0], [tokens], None, None)
     rows, head = drawn(slots, HIDDEN, seed=1).to(dtype), drawn(words, HIDDEN, seed=2).to(dtype)
-    at, of_head = torch.arange(slots), torch.zeros(words, HIDDEN)
+    at, grad_head = torch.arange(slots), torch.zeros(words, HIDDEN)
     with Largest() as largest:
         if loss == "accept_length":
             step = head_steps(rows.requires_grad_(), head.requires_grad_(), targets, at, True)
-            (step.stands + step.accepted).sum().backward()
+            (step.matched + step.accepted).sum().backward()
         else:
-            head_loss(rows, head, targets, at, parse_loss(loss), 1.0, of_head)
+            head_loss(rows, head, targets, at, parse_loss(loss), 1.0, grad_head)
     assert 0 < largest.numbers <= block < slots * words // 30
     with Largest() as plain:
         torch.log_softmax(rows.detach() @ head.detach().T, -1)

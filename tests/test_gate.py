@@ -8,9 +8,9 @@ import torch
 from tiny import Listed, prompts, tiny_draft, tiny_target
 from torch import Tensor
 
-from specrl.agents.draft.gate import Gate, expected_rounds, trial
+from specrl.agents.draft.gate import Gate, expected_rounds, judge_trial
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
-from specrl.agents.draft.sequences import Assembler, Sequence
+from specrl.agents.draft.sequences import Assembler, TrainingSequence
 from specrl.core.interfaces import Request
 from specrl.core.plan import Plan
 from specrl.decoding.engine import LocalEngine
@@ -20,13 +20,15 @@ SEEDS = range(5)
 
 @cache
 @torch.inference_mode(False)
-def sequences(seed: int = 1, temperature: float = 1.0, count: int = 32, rounds: int = 24) -> tuple[Sequence, ...]:
+def sequences(
+    seed: int = 1, temperature: float = 1.0, count: int = 32, rounds: int = 24
+) -> tuple[TrainingSequence, ...]:
     """What the target said, after prompts that no draft learnt from."""
     listed = [Request(p, rounds, temperature, ignore_eos=True) for p in prompts(count, 4, seed=seed)]
     engine = LocalEngine(tiny_target(), tiny_draft(), max_context=64)
     session = engine.start(Listed(listed), batch_size=count, seed=seed, trace=True)
     assembler = Assembler()
-    found: list[Sequence] = []
+    found: list[TrainingSequence] = []
     for _ in range(rounds):
         session.round(Plan(0))
         found += assembler.add(session.drain())
@@ -39,7 +41,7 @@ def gate(**changes: Any) -> Gate:
 
 def learnt(rate: float, updates: int = 30, **changes: Any) -> Mapping[str, Tensor]:
     """Candidate weights: the serving draft, learning on from fresh traffic at this rate."""
-    config = LearnerConfig(dtype="float32", learning_rate=rate, average=0.0, **changes)
+    config = LearnerConfig(dtype="float32", learning_rate=rate, ema_decay=0.0, **changes)
     learner = OnlineLearner(tiny_draft(), tiny_target().embedding, config)
     fresh = sequences(seed=2, count=64)
     for i in range(updates):
@@ -93,17 +95,17 @@ def test_expected_rounds_are_those_of_walking_the_tokens() -> None:
     """Two requests, one shorter; within 5 standard errors of 4,000 walks, so less than once in a million."""
     generator = torch.Generator().manual_seed(0)
     inside = torch.arange(7) < torch.tensor([[7], [4]])
-    stands = [torch.rand(2, 7, generator=generator) * inside for _ in range(3)]
-    for odds in stands:
+    matched = [torch.rand(2, 7, generator=generator) * inside for _ in range(3)]
+    for odds in matched:
         odds[torch.arange(2), torch.tensor([6, 3])] = 0.0  # not known
-    computed, rng = expected_rounds(stands, inside), np.random.default_rng(0)
+    computed, rng = expected_rounds(matched, inside), np.random.default_rng(0)
     for b, end in enumerate((7, 4)):
         walks = []
         for _ in range(4000):
             t = rounds = 0
             while t < end:
                 k = 0
-                while k < 3 and t + k < end and rng.random() < float(stands[k][b, t + k]):
+                while k < 3 and t + k < end and rng.random() < float(matched[k][b, t + k]):
                     k += 1
                 t, rounds = t + k + 1, rounds + 1
             walks.append(rounds)
@@ -174,7 +176,7 @@ def test_too_few_or_too_short_sequences_pass_nothing() -> None:
     assert gate().compare(*better, sequences()[:8]).passed
     verdict = gate().compare(*better, sequences()[:7])
     assert not verdict.passed and not verdict.harmful and verdict.interval is None
-    assert str(verdict) == "refused: 7 held-out sequences are fewer than the 8 needed"
+    assert str(verdict) == "refused: 7 held-out sequences are fewer than the required 8"
     short = sequences(seed=3, count=32, rounds=2)  # 4 tokens of a prompt, and 1 whose next is known
     assert "0 held-out" in gate(num_steps=4).compare(*better, short).reason
 
@@ -220,13 +222,13 @@ def speeds(ratio: float, pairs: int = 40, noise: float = 0.1, seed: int = 0) -> 
     [
         (1.1, True, False, "above 0.95"),
         (1.05, True, False, "above 0.95"),
-        (0.95, False, False, "not surely above 0.95"),
+        (0.95, False, False, "not significantly above 0.95"),
         (0.8, False, True, "below 0.95"),
     ],
 )
 def test_a_trial_judges_the_ratio_of_speeds(ratio: float, passed: bool, harmful: bool, says: str) -> None:
     """The standard error is 0.022; the seed is fixed."""
-    verdict = trial(*speeds(ratio), rng=np.random.default_rng(0))
+    verdict = judge_trial(*speeds(ratio), rng=np.random.default_rng(0))
     assert (verdict.passed, verdict.harmful) == (passed, harmful)
     assert verdict.interval is not None and abs(verdict.interval.value / ratio - 1) < 0.05
     assert verdict.reason.endswith(f"over 40 pairs, {says}")
@@ -236,37 +238,37 @@ def test_a_trial_of_a_draft_just_too_slow_passes_one_time_in_forty() -> None:
     """Of 400, 10 are expected and 25 come less than once in 10,000."""
     passed = 0
     for seed in range(400):
-        passed += trial(*speeds(0.95, pairs=12, seed=seed), rng=np.random.default_rng(seed)).passed
+        passed += judge_trial(*speeds(0.95, pairs=12, seed=seed), rng=np.random.default_rng(seed)).passed
     assert 1 <= passed <= 25
 
 
 def test_pairs_of_one_prompt_count_as_one() -> None:
     ours, theirs = speeds(1.2, pairs=8, noise=0.3)
     whole = np.repeat(np.arange(8), 6)
-    alone = trial(np.repeat(ours, 6), np.repeat(theirs, 6), rng=np.random.default_rng(0)).interval
-    grouped = trial(np.repeat(ours, 6), np.repeat(theirs, 6), groups=whole, rng=np.random.default_rng(0)).interval
+    alone = judge_trial(np.repeat(ours, 6), np.repeat(theirs, 6), rng=np.random.default_rng(0)).interval
+    grouped = judge_trial(np.repeat(ours, 6), np.repeat(theirs, 6), groups=whole, rng=np.random.default_rng(0)).interval
     assert alone is not None and grouped is not None and grouped.half_width > 1.8 * alone.half_width
 
 
 def test_too_few_pairs_pass_nothing() -> None:
-    verdict = trial(*speeds(2.0, pairs=7), rng=np.random.default_rng(0))
-    assert not verdict.passed and not verdict.harmful and "7 pairs are fewer than the 8" in verdict.reason
+    verdict = judge_trial(*speeds(2.0, pairs=7), rng=np.random.default_rng(0))
+    assert not verdict.passed and not verdict.harmful and "7 pairs are fewer than the required 8" in verdict.reason
 
 
 @pytest.mark.parametrize("speed", [0.0, float("nan"), float("inf"), -1.0])
 def test_a_candidate_without_a_speed_is_harmful(speed: float) -> None:
     ours, theirs = speeds(2.0)
     theirs[5] = speed
-    verdict = trial(ours, theirs, rng=np.random.default_rng(0))
+    verdict = judge_trial(ours, theirs, rng=np.random.default_rng(0))
     assert not verdict.passed and verdict.harmful
 
 
 def test_a_trial_needs_pairs() -> None:
     ours, theirs = speeds(1.0)
     with pytest.raises(ValueError, match="least >= 2 and pairs"):
-        trial(ours[1:], theirs, rng=np.random.default_rng(0))
+        judge_trial(ours[1:], theirs, rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match="least >= 2"):
-        trial(ours, theirs, least=1, rng=np.random.default_rng(0))
+        judge_trial(ours, theirs, least=1, rng=np.random.default_rng(0))
     ours[0] = 0.0
     with pytest.raises(ValueError, match="serving draft's speeds must be finite and above 0"):
-        trial(ours, theirs, rng=np.random.default_rng(0))
+        judge_trial(ours, theirs, rng=np.random.default_rng(0))

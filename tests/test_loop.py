@@ -7,34 +7,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny import TAPS, Drawn, Listed, tiny_draft, tiny_target
+from torch import Tensor
 
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.agents.choosers.table import FixedPlan
 from specrl.agents.draft.gate import Gate
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
-from specrl.agents.draft.losses import PlanCost
 from specrl.core.batch_schedule import Phase, parse_traffic
 from specrl.core.clock import VirtualClock
-from specrl.core.interfaces import Request, Workload
+from specrl.core.interfaces import PlanCost, Request, Workload
 from specrl.core.plan import Plan
 from specrl.core.round import Round, Trace
 from specrl.decoding.engine import LocalEngine
 from specrl.models.draft import Draft, new_draft
-from specrl.training.deploy import PAIRS, TURN, Better
-from specrl.training.loop import OnlineLoop, Stream
+from specrl.training.deploy import PAIRS, TURN, DeployIfBetter
+from specrl.training.loop import OnlineLoop, ResumableRequests
 from specrl.training.plan_costs import plan_costs
 
 PLAN = Plan(3)
 QUICK: dict[str, Any] = {
     "dtype": "float32",
     "batch_size": 8,
-    "passes": 2,
-    "held_out": 0.25,
-    "average": 0.9,
+    "ttt_steps": 2,
+    "holdout_fraction": 0.25,
+    "ema_decay": 0.9,
     "updates_per_request": 0.75,
 }
 
@@ -52,7 +51,7 @@ def new() -> Draft:
 
 
 class Lane:
-    """A loop whose updates must be better, and what it did."""
+    """A loop that deploys better drafts only, and its decisions."""
 
     def __init__(
         self,
@@ -67,15 +66,13 @@ class Lane:
         self.decisions: list[dict[str, Any]] = []
         gate = Gate(draft.config, target.embedding, least_gain=0.0)
         chooser = FixedPlan(PLAN)
-        self.updates = Better(self.engine, self.learner, gate, chooser.plans, on_decision=self.decisions.append)
-        self.loop = OnlineLoop(
-            self.engine, Drawn(), chooser, self.learner, [Phase(16)], sync_every=16, updates=self.updates
-        )
+        self.deploy = DeployIfBetter(self.engine, self.learner, gate, chooser.plans, on_decision=self.decisions.append)
+        self.loop = OnlineLoop(self.engine, Drawn(), chooser, self.learner, [Phase(16)], deploy=self.deploy)
         self.versions: list[int] = []
 
     def run(self, rounds: int) -> None:
         for _ in range(rounds):
-            self.versions.append(self.loop.step().draft_version)
+            self.versions.append(self.loop.step().round.draft_version)
 
     def looks(self, look: str) -> list[dict[str, Any]]:
         return [decision for decision in self.decisions if decision["look"] == look]
@@ -88,22 +85,23 @@ def test_a_better_draft_comes_to_serve() -> None:
         assert len(lane.versions) < 800
     lane.run(24)
     passed = [decision for decision in lane.looks("trial") if decision["passed"]]
-    assert lane.updates.version == passed[-1]["version"] > 0
+    assert lane.deploy.version == passed[-1]["version"] > 0
     serving = [version for version in lane.versions if version == passed[0]["version"]]
     assert len(serving) > PAIRS[0] * TURN  # longer than its turns of the trial
-    accept = Gate(lane.engine._serving.config, tiny_target().embedding)  # type: ignore[union-attr]
+    accept = Gate(new().config, tiny_target().embedding)
     held = list(lane.learner.held_out)
-    gain = accept.accept_lengths(lane.updates.serving(), held) - accept.accept_lengths(new().tensors, held)
+    gain = accept.accept_lengths(lane.deploy.weights(), held) - accept.accept_lengths(new().tensors, held)
     assert gain.mean() > 0.05
 
 
 class Broken(OnlineLearner):
-    """Its weights are not numbers after every call."""
+    """The weights that it hands out are not finite after its first update."""
 
-    def learn(self, traces: list[Trace]) -> Mapping[str, float]:
-        metrics = super().learn(traces)
-        self._served["fc.weight"][0, 0] = math.nan
-        return metrics
+    def weights(self) -> tuple[int, Mapping[str, Tensor]]:
+        version, weights = super().weights()
+        if self.updates:
+            weights["fc.weight"][0, 0] = math.nan
+        return version, weights
 
 
 def test_weights_that_are_not_numbers_never_serve() -> None:
@@ -112,20 +110,12 @@ def test_weights_that_are_not_numbers_never_serve() -> None:
     assert len(lane.decisions) >= 5 and all(decision["harmful"] for decision in lane.decisions)
     assert "fc.weight is not finite" in lane.decisions[0]["reason"]
     assert set(lane.versions) == {0} and lane.learner.counts()["rollbacks"] >= 5
-    assert all(torch.isfinite(weight).all() for weight in lane.updates.serving().values())
+    assert all(torch.isfinite(weight).all() for weight in lane.deploy.weights().values())
 
 
 def test_gradients_that_are_not_numbers_change_nothing() -> None:
     lane = Lane(tiny_draft())
-    objective = lane.learner._objective
-    right = objective.gradients
-
-    def wrong(parameters: Any, sequences: Any, *share: Any) -> dict[str, float]:
-        metrics = right(parameters, sequences, *share)
-        parameters["fc.weight"].grad.fill_(math.nan)
-        return metrics
-
-    objective.gradients = wrong  # type: ignore[method-assign, assignment]
+    lane.learner.parameters["fc.weight"].register_hook(lambda gradient: gradient * math.nan)
     lane.run(100)
     assert lane.learner.updates == 0 and lane.learner.counts()["bad_updates"] > 10
     assert set(lane.versions) == {0}
@@ -133,11 +123,11 @@ def test_gradients_that_are_not_numbers_change_nothing() -> None:
 
 
 def test_a_learning_rate_a_hundred_times_too_high_never_serves_longer_than_a_trial() -> None:
-    lane = Lane(tiny_draft(), learning_rate=0.5, average=0.0)
+    lane = Lane(tiny_draft(), learning_rate=0.5, ema_decay=0.0)
     lane.run(110)
     assert lane.decisions and not any(decision["passed"] for decision in lane.looks("trial"))
     assert any(decision["harmful"] for decision in lane.decisions) and lane.learner.counts()["rollbacks"] > 0
-    assert lane.updates.version == 0
+    assert lane.deploy.version == 0
     assert all(lane.versions.count(version) <= PAIRS[-1] * TURN for version in set(lane.versions) - {0})
 
 
@@ -157,7 +147,7 @@ def _renamed(trace: Trace) -> Trace:
 
 def test_poisoned_traces_convince_the_comparison_and_fail_the_trial() -> None:
     engine = Spoilt(tiny_target(), tiny_draft(), max_context=32, clock=Ticking())
-    lane = Lane(tiny_draft(), engine, learning_rate=2e-2, average=0.0)
+    lane = Lane(tiny_draft(), engine, learning_rate=2e-2, ema_decay=0.0)
     while not lane.looks("trial"):
         lane.run(1)
         assert len(lane.versions) < 1000
@@ -179,16 +169,14 @@ def test_in_a_trial_both_drafts_run_the_same_plans_and_the_chooser_sees_one() ->
     chooser.learn = lambda done: seen.append(done.draft_version)  # type: ignore[method-assign]
     chooser.choose = lambda observation: Plan(0)  # type: ignore[method-assign]
     gate = Gate(new().config, tiny_target().embedding, least_gain=0.0)
-    updates = Better(lane.engine, lane.learner, gate, chooser.plans)
-    loop = OnlineLoop(lane.engine, Drawn(), chooser, lane.learner, [Phase(16)], updates=updates)
-    tried: list[Round] = []
+    deploy = DeployIfBetter(lane.engine, lane.learner, gate, chooser.plans)
+    loop = OnlineLoop(lane.engine, Drawn(), chooser, lane.learner, [Phase(16)], deploy=deploy)
+    tried: list[Round] = []  # all other rounds have plan 0
     while len(tried) < 2 * TURN * PAIRS[0]:
-        trying, done = updates.trying, loop.step()
+        done = loop.step().round
         assert loop.rounds < 600
-        if trying:
+        if done.plan != Plan(0):
             tried.append(done)
-        else:
-            assert done.plan == Plan(0)
     assert {done.plan for done in tried} == {Plan(2)} and len({done.draft_version for done in tried}) == 2
     turns = [done.draft_version for done in tried[::TURN]][:4]
     assert turns[0] == turns[3] == 0 and turns[1] == turns[2] > 0
@@ -196,18 +184,18 @@ def test_in_a_trial_both_drafts_run_the_same_plans_and_the_chooser_sees_one() ->
 
 
 def test_without_held_out_sequences_there_is_no_gate() -> None:
-    with pytest.raises(ValueError, match="learner.held_out is 0"):
-        Lane(new(), held_out=0.0)
+    with pytest.raises(ValueError, match="learner.holdout_fraction must be above 0"):
+        Lane(new(), holdout_fraction=0.0)
 
 
 class Priced(OnlineLearner):
-    """Remembers what it was told."""
+    """Remembers the costs that were set."""
 
-    told: tuple[Sequence[PlanCost], float] = ((), 0.0)
+    set: tuple[Sequence[PlanCost], float] = ((), 0.0)
 
-    def price(self, costs: Sequence[PlanCost], speedup: float = 1.0) -> None:
-        self.told = costs, speedup
-        super().price(costs, speedup)
+    def set_plan_costs(self, costs: Sequence[PlanCost], speedup: float = 1.0) -> None:
+        self.set = costs, speedup
+        super().set_plan_costs(costs, speedup)
 
 
 @pytest.mark.parametrize("loss", ["seconds_saved", "forward_kl"])
@@ -219,7 +207,7 @@ def test_a_loss_in_seconds_is_told_what_they_cost(loss: str) -> None:
     loop = OnlineLoop(engine, Drawn(), chooser, learner, parse_traffic("8x12,2x6"), sync_every=16)
     for _ in range(144):
         loop.step()
-    costs, speedup = learner.told
+    costs, speedup = learner.set
     if loss == "forward_kl":
         assert not costs
         return
@@ -231,11 +219,10 @@ def test_a_loss_in_seconds_is_told_what_they_cost(loss: str) -> None:
         assert cost.round_s == pytest.approx(3 * 2.0**-10, rel=0.35)  # four looks at the clock, and the belief's prior
     assert 0.2 < speedup < 3.0 and loop.metrics["updates"] > 0
 
-    tally = loop.tallies[8]
-    (cost, _), fixed = plan_costs(FixedPlan(PLAN), loop.tallies)
-    assert (cost.num_steps, cost.share) == (3, tally.rounds) and cost.round_s == tally.round_s
-    sums = np.sum([t.sums() for t in loop.tallies.values()], 0)
-    assert fixed == pytest.approx(sums[0] / sums[1])
+    (cost, _), fixed = plan_costs(FixedPlan(PLAN), loop.recent)
+    assert (cost.num_steps, cost.share) == (3, loop.recent[8].rounds) and cost.round_s == loop.recent[8].total.round_s
+    totals = [stats.total for stats in loop.recent.values()]
+    assert fixed == pytest.approx(sum(t.plain_s for t in totals) / sum(t.seconds for t in totals))
 
 
 def test_a_request_that_opted_out_is_served_and_not_learnt_from() -> None:
@@ -252,8 +239,8 @@ def test_a_request_that_opted_out_is_served_and_not_learnt_from() -> None:
 
 def test_a_stream_goes_on_where_it_stopped_whatever_the_sessions() -> None:
     listed = Listed([Request((i,), 4) for i in range(1, 9)])
-    once = Stream(listed, seed=0)
+    once = ResumableRequests(listed, seed=0)
     first, again = once.requests(0), once.requests(1)
     taken = [next(first).prompt[0] for _ in range(3)] + [next(again).prompt[0] for _ in range(2)]
     assert taken == [1, 2, 3, 4, 5] and once.taken == 5
-    assert next(Stream(listed, seed=0, taken=5).requests(7)).prompt[0] == 6
+    assert next(ResumableRequests(listed, seed=0, taken=5).requests(7)).prompt[0] == 6

@@ -11,7 +11,6 @@ from torch import Tensor
 from specrl.agents.draft.losses import (
     CHAIN_LOSSES,
     SLOT_LOSSES,
-    PlanCost,
     Step,
     accept_length,
     acceptance,
@@ -22,6 +21,7 @@ from specrl.agents.draft.losses import (
     survival,
     top_k_of,
 )
+from specrl.core.interfaces import PlanCost
 
 SLOTS, WORDS, OUTSIDE = 5, 6, 3  # the target has 3 tokens that the draft cannot say
 TOKENS = torch.tensor([0, 5, -1, 2, 2])
@@ -134,7 +134,7 @@ def test_every_loss_is_known_by_its_name(name: str) -> None:
         ("", "must be one of forward_kl, .*seconds_saved.*but got ''"),
         ("kl", "must be one of .*but got 'kl'"),
         ("lk+", "must be one of .*but got 'lk\\+'"),
-        ("lk+lk", "named once .*but got 'lk' in 'lk\\+lk'"),
+        ("lk+lk", "appear once .*but got 'lk' in 'lk\\+lk'"),
         ("lk:0", "weight above 0, but got 'lk:0'"),
         ("lk:-1", "weight above 0"),
         ("lk:nan", "weight above 0"),
@@ -272,9 +272,9 @@ def test_the_surrogate_is_exact_for_sharpened_drafts_and_tends_to_the_best_token
 def test_a_step_of_a_token_that_the_draft_cannot_say_never_stands() -> None:
     q, p = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.2, 0.1]])
     for step in (sampled_step, greedy_step):
-        assert float(step(q, p, torch.tensor([-1])).stands) == 0.0
-    assert float(sampled_step(q, p, torch.tensor([0])).stands) == 1.0
-    assert float(sampled_step(q, p, torch.tensor([1])).stands) == pytest.approx(1.0)
+        assert float(step(q, p, torch.tensor([-1])).matched) == 0.0
+    assert float(sampled_step(q, p, torch.tensor([0])).matched) == 1.0
+    assert float(sampled_step(q, p, torch.tensor([1])).matched) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("theirs", [0.0, 1e-42, 1e-38])
@@ -282,7 +282,7 @@ def test_a_token_that_the_target_never_says_gives_no_wild_gradient(theirs: float
     """A request at another temperature may hold one."""
     scores = torch.tensor([[200.0, 0.0, -10.0]], requires_grad=True)
     step = sampled_step(torch.softmax(scores, -1), torch.tensor([[1.0, theirs, theirs]]), torch.tensor([1]))
-    (step.stands + step.accepted).sum().backward()
+    (step.matched + step.accepted).sum().backward()
     assert scores.grad is not None and bool(torch.isfinite(scores.grad).all())
 
 
@@ -314,7 +314,7 @@ def test_survival_walks_each_chain_from_its_start_and_counts_only_whole_ones() -
             total, count = 0.0, 0
             for s in range(6):
                 if bool(starts[b, s]) and s + k < 6 and bool(inside[b, s + k]):
-                    odds = math.prod(float(steps[i].stands[b, s + i]) for i in range(k))
+                    odds = math.prod(float(steps[i].matched[b, s + i]) for i in range(k))
                     total, count = total + odds * float(steps[k].accepted[b, s + k]), count + 1
             assert int(counts[b, k]) == count
             assert float(sums[b, k]) == pytest.approx(total)
@@ -403,5 +403,5 @@ def test_a_cost_out_of_range_is_refused(change: tuple[str, Any]) -> None:
 
 def test_seconds_saved_needs_a_share() -> None:
     for costs in ([], [PlanCost(1, 1, 1.0, 1.0, share=0.0)]):
-        with pytest.raises(ValueError, match="at least one plan's cost with a share above 0"):
+        with pytest.raises(ValueError, match="a plan with a share above 0"):
             seconds_saved(torch.tensor(SURVIVED), costs)

@@ -15,7 +15,6 @@ from specrl.agents.draft import unroll as unroll_module
 from specrl.agents.draft.config import LearnerConfig
 from specrl.agents.draft.fused_head import SHARPNESS
 from specrl.agents.draft.losses import (
-    PlanCost,
     Step,
     accept_length,
     acceptance,
@@ -27,8 +26,9 @@ from specrl.agents.draft.losses import (
     top_k_of,
 )
 from specrl.agents.draft.objective import Objective
-from specrl.agents.draft.sequences import Rejected, Sequence
+from specrl.agents.draft.sequences import RejectedDrafts, TrainingSequence
 from specrl.agents.draft.unroll import unroll
+from specrl.core.interfaces import PlanCost
 from specrl.models.draft import Draft
 from specrl.models.rope import rope_table
 
@@ -37,12 +37,12 @@ COSTS = (PlanCost(1, 0, 1.0, 1.0), PlanCost(1, 2, 1.0, 1.1), PlanCost(4, 3, 1.5,
 V, H = tiny_target().config.vocab_size, tiny_target().config.hidden_size
 
 
-def sequences(seed: int = 0, fallen: bool = True) -> list[Sequence]:
+def sequences(seed: int = 0, fallen: bool = True) -> list[TrainingSequence]:
     """Three requests of other lengths, temperatures and prompts, with drafts that fell."""
     generator = torch.Generator().manual_seed(seed)
     out = []
     for length, prompt, temperature, at in [(11, 3, 0.7, (0, 2, 5, 9, 10)), (7, 2, 0.0, (1, 4)), (4, 3, 1.3, ())]:
-        rejected = Rejected(
+        rejected = RejectedDrafts(
             torch.tensor(at, dtype=torch.int64),
             torch.randint(1, V, (len(at),), generator=generator),
             2 * torch.randn(len(at), V, generator=generator),
@@ -50,18 +50,18 @@ def sequences(seed: int = 0, fallen: bool = True) -> list[Sequence]:
         tokens = torch.randint(1, V, (length,), generator=generator)
         features = torch.randn(length, 3 * H, generator=generator)
         logits = 2 * torch.randn(length, V, generator=generator)
-        out.append(Sequence(tokens, features, logits, temperature, 0, prompt, rejected if fallen else None))
+        out.append(TrainingSequence(tokens, features, logits, temperature, 0, prompt, rejected if fallen else None))
     return out
 
 
-def plain_loss(parameters: dict[str, Tensor], draft: Draft, given: list[Sequence], c: LearnerConfig) -> Tensor:
+def plain_loss(parameters: dict[str, Tensor], draft: Draft, given: list[TrainingSequence], c: LearnerConfig) -> Tensor:
     """The loss as `LearnerConfig` says it, one sequence at a time."""
     shape, mixture = draft.config, parse_loss(c.loss)
     said = list(range(V)) if draft.target_ids is None else draft.target_ids.tolist()
     rotation = rope_table(shape.rope, shape.head_dim, 64)
     embedding = tiny_target().embedding
-    at_pass: list[list[Tensor]] = [[] for _ in range(c.passes)]
-    sums, counts, after = torch.zeros(c.passes), torch.zeros(c.passes), []
+    at_pass: list[list[Tensor]] = [[] for _ in range(c.ttt_steps)]
+    sums, counts, after = torch.zeros(c.ttt_steps), torch.zeros(c.ttt_steps), []
     for s in given:
         heat = c.temperature if c.temperature is not None else s.temperature or 1.0
         slots = len(s.tokens) - 1
@@ -69,32 +69,32 @@ def plain_loss(parameters: dict[str, Tensor], draft: Draft, given: list[Sequence
         p = torch.softmax(s.logits[1:] / heat, -1)[:, said]
         known = embedding[s.tokens[1:]][None], s.features[None, :-1], rotation
         steps = []
-        for k, logits in enumerate(unroll(parameters, shape, *known, min(c.passes, slots))):
+        for k, logits in enumerate(unroll(parameters, shape, *known, min(c.ttt_steps, slots))):
             logq = torch.log_softmax(logits[0] / heat, -1)
             if mixture.slot:
                 at_pass[k].append(mixture(logq[k:], p[k:], tokens[k:]))
             q = logq.exp()
-            step = sampled_step(q, p, tokens) if c.drafts == "sampled" else greedy_step(q, p, tokens, SHARPNESS)
-            steps.append(Step(step.stands[None], step.accepted[None]))
+            step = sampled_step(q, p, tokens) if c.draft_sampling == "sampled" else greedy_step(q, p, tokens, SHARPNESS)
+            steps.append(Step(step.matched[None], step.accepted[None]))
         starts = torch.arange(slots)[None] + 2 >= s.prompt_tokens
         found = survival(steps, starts, torch.ones_like(starts))
-        sums = sums + F.pad(found[0][0], (0, c.passes - len(steps)))
-        counts = counts + F.pad(found[1][0], (0, c.passes - len(steps)))
-        if c.rejected:
+        sums = sums + F.pad(found[0][0], (0, c.ttt_steps - len(steps)))
+        counts = counts + F.pad(found[1][0], (0, c.ttt_steps - len(steps)))
+        if c.rejected_weight:
             after += plain_after_rejection(parameters, draft, s, heat, c.rejected_top_k, said)
     total = torch.zeros(())
-    for weight, losses in zip(c.weights_of(c.passes), at_pass, strict=True):
+    for weight, losses in zip(c.step_weights(c.ttt_steps), at_pass, strict=True):
         total = total + (weight * torch.cat(losses).mean() if losses else 0.0)
     survived = sums / counts
     if "accept_length" in mixture.chain:
-        total = total - mixture.chain["accept_length"] * accept_length(survived, c.passes)
+        total = total - mixture.chain["accept_length"] * accept_length(survived, c.ttt_steps)
     if "seconds_saved" in mixture.chain:
         total = total - mixture.chain["seconds_saved"] * seconds_saved(survived, COSTS, speedup=1.2)
-    return total + (c.rejected * torch.stack(after).mean() if after else 0.0)
+    return total + (c.rejected_weight * torch.stack(after).mean() if after else 0.0)
 
 
 def plain_after_rejection(
-    parameters: dict[str, Tensor], draft: Draft, s: Sequence, heat: float, top_k: int, said: list[int]
+    parameters: dict[str, Tensor], draft: Draft, s: TrainingSequence, heat: float, top_k: int, said: list[int]
 ) -> list[Tensor]:
     """Forward KL after each draft that fell: the sequence is run once for each, with the draft in the token's place."""
     assert s.rejected is not None
@@ -115,11 +115,11 @@ def learnt(draft: Draft) -> dict[str, Tensor]:
     return {n: t.clone().requires_grad_() for n, t in draft.tensors.items() if t.is_floating_point()}
 
 
-def ours(draft: Draft, given: list[Sequence], c: LearnerConfig) -> tuple[dict[str, float], dict[str, Tensor]]:
+def ours(draft: Draft, given: list[TrainingSequence], c: LearnerConfig) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics and gradients."""
     objective, parameters = Objective(draft, tiny_target().embedding, c), learnt(draft)
-    objective.price(COSTS, 1.2)
-    metrics = objective.gradients(parameters, given)
+    objective.set_plan_costs(COSTS, 1.2)
+    metrics = objective.backward(parameters, given)
     return metrics, {name: x.grad for name, x in parameters.items() if x.grad is not None}
 
 
@@ -137,14 +137,14 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 SETTINGS: dict[str, dict[str, Any]] = {
     "forward_kl": {},
     "own temperatures": {"temperature": None},
-    "pass weights": {"pass_weights": (0.0, 1.0, 3.0, 0.5), "loss": "next_token"},
+    "pass weights": {"ttt_weights": (0.0, 1.0, 3.0, 0.5), "loss": "next_token"},
     "mixture": {"loss": "total_variation+lk:0.5+reverse_kl:0.2"},
-    "rejected": {"rejected": 0.4, "rejected_top_k": 2},
-    "rejected, own temperatures": {"rejected": 1.0, "rejected_top_k": 99, "temperature": None},
+    "rejected_weight": {"rejected_weight": 0.4, "rejected_top_k": 2},
+    "rejected, own temperatures": {"rejected_weight": 1.0, "rejected_top_k": 99, "temperature": None},
     "accept_length": {"loss": "accept_length"},
-    "greedy": {"loss": "accept_length:2", "drafts": "greedy"},
+    "greedy": {"loss": "accept_length:2", "draft_sampling": "greedy"},
     "seconds_saved": {"loss": "seconds_saved", "temperature": None},
-    "everything": {"loss": "lk:0.3+accept_length:0.5+seconds_saved:2", "rejected": 0.1, "temperature": 0.8},
+    "everything": {"loss": "lk:0.3+accept_length:0.5+seconds_saved:2", "rejected_weight": 0.1, "temperature": 0.8},
 }
 
 
@@ -154,7 +154,7 @@ def test_loss_and_gradients_are_the_plain_ones(
     settings: dict[str, Any], vocabulary: tuple[int, ...] | None, memory: str
 ) -> None:
     draft, given = lively_draft(vocabulary), sequences()
-    c = LearnerConfig(**{"dtype": "float32", "passes": 4, **settings})
+    c = LearnerConfig(**{"dtype": "float32", "ttt_steps": 4, **settings})
     metrics, grads = ours(draft, given, c)
     parameters = learnt(draft)
     loss = plain_loss(parameters, draft, given, c)
@@ -169,9 +169,9 @@ def test_loss_and_gradients_are_the_plain_ones(
 def test_gradients_are_added_to_those_there() -> None:
     draft, given, c = lively_draft(None), sequences(), LearnerConfig(dtype="float32")
     objective, parameters = Objective(draft, tiny_target().embedding, c), learnt(draft)
-    objective.gradients(parameters, given)
+    objective.backward(parameters, given)
     once = {name: x.grad.clone() for name, x in parameters.items() if x.grad is not None}
-    objective.gradients(parameters, given)
+    objective.backward(parameters, given)
     for name, parameter in parameters.items():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, 2 * once[name])
@@ -180,7 +180,7 @@ def test_gradients_are_added_to_those_there() -> None:
 @pytest.mark.parametrize("loss", ["forward_kl", "accept_length"])
 def test_alphas_are_the_mean_odds_that_a_sampled_draft_stands(loss: str) -> None:
     draft, (s, *_) = lively_draft(WORDS), sequences()
-    metrics, _ = ours(draft, [s], LearnerConfig(dtype="float32", passes=3, loss=loss))
+    metrics, _ = ours(draft, [s], LearnerConfig(dtype="float32", ttt_steps=3, loss=loss))
     shape = draft.config
     known = tiny_target().embedding[s.tokens[1:]][None], s.features[None, :-1]
     p = torch.softmax(s.logits[1:], -1)[:, list(WORDS)]
@@ -193,11 +193,11 @@ def test_alphas_are_the_mean_odds_that_a_sampled_draft_stands(loss: str) -> None
 def test_padding_changes_nothing() -> None:
     """A request learnt from beside a longer one has the gradient that it has alone."""
     draft, (long, short, _) = lively_draft(None), sequences()
-    c = LearnerConfig(dtype="float32", passes=3)
+    c = LearnerConfig(dtype="float32", ttt_steps=3)
     counts = [tuple(float(len(s.tokens) - 1 - k) for k in range(3)) for s in (long, short)]  # slots of each pass
-    alone = [ours(draft, [s], replace(c, pass_weights=n)) for s, n in zip((long, short), counts, strict=True)]
+    alone = [ours(draft, [s], replace(c, ttt_weights=n)) for s, n in zip((long, short), counts, strict=True)]
     both = tuple(sum(n) for n in zip(*counts, strict=True))
-    _, together = ours(draft, [long, short], replace(c, pass_weights=both))
+    _, together = ours(draft, [long, short], replace(c, ttt_weights=both))
     for name, grad in together.items():
         torch.testing.assert_close(grad, alone[0][1][name] + alone[1][1][name], atol=1e-3, rtol=1e-3, msg=name)
 
@@ -207,15 +207,15 @@ def test_seconds_saved_is_the_accept_length_until_prices_are_known() -> None:
     found = []
     for loss in ("seconds_saved", "accept_length"):
         objective = Objective(draft, tiny_target().embedding, LearnerConfig(dtype="float32", loss=loss))
-        found.append(objective.gradients(learnt(draft), given))
+        found.append(objective.backward(learnt(draft), given))
     assert found[0] == found[1] and -4.0 < found[0]["loss"] < -1.0
 
 
 def test_fewer_passes_where_all_are_short_and_nothing_rejected_is_no_loss() -> None:
-    short = replace(sequences()[2], rejected=Rejected(torch.tensor([0]), torch.tensor([1]), torch.zeros(1, V)))
-    settings: dict[str, Any] = {"dtype": "float32", "passes": 5}
+    short = replace(sequences()[2], rejected=RejectedDrafts(torch.tensor([0]), torch.tensor([1]), torch.zeros(1, V)))
+    settings: dict[str, Any] = {"dtype": "float32", "ttt_steps": 5}
     plain, _ = ours(lively_draft(None), [short], LearnerConfig(**settings))
-    metrics, _ = ours(lively_draft(None), [short], LearnerConfig(rejected=1.0, **settings))
+    metrics, _ = ours(lively_draft(None), [short], LearnerConfig(rejected_weight=1.0, **settings))
     assert plain == metrics
     assert set(metrics) == {"loss", "alpha_1", "alpha_2", "alpha_3"}
 
@@ -225,7 +225,7 @@ def test_fewer_passes_where_all_are_short_and_nothing_rejected_is_no_loss() -> N
 )
 def test_bfloat16_products_stay_close(loss: str) -> None:
     draft, given = lively_draft(WORDS), sequences()
-    settings: dict[str, Any] = {"loss": loss, "rejected": 0.2}
+    settings: dict[str, Any] = {"loss": loss, "rejected_weight": 0.2}
     metrics, grads = ours(draft, given, LearnerConfig(dtype="bfloat16", **settings))
     exact, wanted = ours(draft, given, LearnerConfig(dtype="float32", **settings))
     assert metrics["loss"] == pytest.approx(exact["loss"], rel=0.02)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from specrl.agents.draft.sequences import Rejected, Sequence
+from specrl.agents.draft.sequences import RejectedDrafts, TrainingSequence
 from specrl.cli import main
 from specrl.io.output import OutputDir
 from specrl.models.draft import load_draft
@@ -25,10 +25,10 @@ def _in_a_fresh_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
 
 
-def sequence(length: int, rejected: bool = False) -> Sequence:
+def sequence(length: int, rejected: bool = False) -> TrainingSequence:
     generator = torch.Generator().manual_seed(length)
-    fallen = Rejected(torch.tensor([2]), torch.tensor([7]), torch.randn(1, 9, generator=generator).half())
-    return Sequence(
+    fallen = RejectedDrafts(torch.tensor([2]), torch.tensor([7]), torch.randn(1, 9, generator=generator).half())
+    return TrainingSequence(
         torch.randint(0, 9, (length,), generator=generator),
         torch.randn(length, 6, generator=generator),
         torch.randn(length, 9, generator=generator).half(),
@@ -39,12 +39,12 @@ def sequence(length: int, rejected: bool = False) -> Sequence:
     )
 
 
-def assert_same(one: Sequence, other: Sequence) -> None:
-    for name in Sequence.__slots__:
+def assert_same(one: TrainingSequence, other: TrainingSequence) -> None:
+    for name in TrainingSequence.__slots__:
         a, b = getattr(one, name), getattr(other, name)
         if isinstance(a, torch.Tensor):
             assert a.dtype == b.dtype and torch.equal(a, b), name
-        elif isinstance(a, Rejected):
+        elif isinstance(a, RejectedDrafts):
             assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("positions", "tokens", "logits"))
         else:
             assert a == b, name
@@ -118,7 +118,7 @@ def test_a_draft_learns_from_a_record_without_serving(
         raise AssertionError("an engine was started")
 
     monkeypatch.setattr("specrl.decoding.engine.LocalEngine.start", never)
-    learn = "train offline traces --learner.passes 2 --learner.average 0.9 --learner.dtype float32"
+    learn = "train offline traces --learner.ttt_steps 2 --learner.ema_decay 0.9 --learner.dtype float32"
     assert main(f"{learn} --epochs 2 --output_dir run".split()) == 0
     assert main(f"{learn} --epochs 3 --resume --output_dir run".split()) == 0
     rows = list(csv.DictReader(Path("run/log.csv").read_text().splitlines()))
@@ -134,11 +134,11 @@ def test_a_draft_learns_from_a_record_without_serving(
     for line, message in {
         f"{learn} --target embedded-easy": "traces must be of the draft's target",
         f"{learn} --epochs 0": "needs an epoch",
-        f"{learn} --learner.rejected 0.5": "record with --rejected",
+        f"{learn} --learner.rejected_weight 0.5": "--rejected",
         f"{learn} --resume --output_dir none": "--resume needs a checkpoint",
-        f"{learn} --epochs 3 --resume --output_dir run": "ask for more",
+        f"{learn} --epochs 3 --resume --output_dir run": "--epochs must be above",
         f"{learn} --epochs 4 --seed 1 --resume --output_dir run": "must hold out the same sequences",
-        f"{learn} --epochs 4 --learner.held_out 0.3 --resume --output_dir run": "must hold out the same sequences",
+        f"{learn} --epochs 4 --learner.holdout_fraction 0.3 --resume --output_dir run": "must hold out the same",
         f"{learn} --draft.vocab_size 9": "draft.vocab_size",
         "train offline .": "has none; 'specrl record'",
         f"record {SHORT} --output_dir traces": "to a new directory",
@@ -158,5 +158,5 @@ def test_rejected_drafts_are_recorded_where_asked_for() -> None:
     assert traces.about["plan"] == "3/1/4"
     rejected = [found.rejected for found in traces.read(range(len(traces)))]
     assert sum(len(each.positions) for each in rejected if each is not None) > 8
-    learn = "train offline traces --learner.passes 2 --learner.rejected 0.5 --output_dir again"
+    learn = "train offline traces --learner.ttt_steps 2 --learner.rejected_weight 0.5 --output_dir again"
     assert main(learn.split()) == 0

@@ -14,14 +14,22 @@ from test_loop import Ticking, new
 from tiny import Drawn, tiny_target
 
 from specrl.agents.draft.learner import LearnerConfig
+from specrl.core.rollout import Step
 from specrl.io.output import OutputDir
+from specrl.training.checkpoint import load_checkpoint, save_checkpoint
 from specrl.training.config import CheckpointConfig
 from specrl.training.logger import Reporter
 from specrl.training.online import serve
 from specrl.training.run import Run
 
 EVERY = {"always": 30, "better": 125}  # requests between checkpoints
-LEARNER: dict[str, Any] = {"dtype": "float32", "passes": 2, "replay": 40, "sample": 0.9, "rejected": 0.1}
+LEARNER: dict[str, Any] = {
+    "dtype": "float32",
+    "ttt_steps": 2,
+    "replay_capacity": 40,
+    "request_sample_rate": 0.9,
+    "rejected_weight": 0.1,
+}
 
 
 def run(path: Path, stretches: int, update: Any, *, resume: bool = False, rounds: list[Any] | None = None) -> Run:
@@ -34,7 +42,7 @@ def run(path: Path, stretches: int, update: Any, *, resume: bool = False, rounds
         plans="0,1/1/2,3/1/4,2/2/4",
         chooser="adaptive",
         traffic="8x12,2x7",
-        learner=LearnerConfig(**LEARNER, held_out=0.4 if update == "better" else 0.0),
+        learner=LearnerConfig(**LEARNER, holdout_fraction=0.4 if update == "better" else 0.0),
         sync_every=10,
         max_context=32,
         seed=3,
@@ -43,9 +51,13 @@ def run(path: Path, stretches: int, update: Any, *, resume: bool = False, rounds
         clock=Ticking(),
     )
     if rounds is not None:
-        started.loop.on_round = lambda done, plain_s: rounds.append(
-            (str(done.plan), done.tokens.tolist(), done.seconds, done.draft_version, plain_s)
-        )
+        kept = rounds
+
+        def keep(step: Step) -> None:
+            done = step.round
+            kept.append((str(done.plan), done.tokens.tolist(), done.seconds, done.draft_version, step.plain.seconds))
+
+        started.loop.on_step.append(keep)
     report = Reporter(started, OutputDir(path), every_s=1e9, print_line=lambda line: None)
     serve(
         started,
@@ -88,5 +100,18 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(tmp_path: Path, update:
 
 def test_a_run_goes_on_with_the_updates_it_had(tmp_path: Path) -> None:
     run(tmp_path, 1, "always")
-    with pytest.raises(ValueError, match="with the updates it had, but got --update better"):
+    with pytest.raises(ValueError, match="must deploy as before, --update always, but got better"):
         run(tmp_path, 2, "better", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"), [("format", 3, "--draft"), ("kind", "offline", "of online training")]
+)
+def test_a_checkpoint_of_another_format_or_kind_is_refused(
+    tmp_path: Path, name: str, value: object, match: str
+) -> None:
+    save_checkpoint(tmp_path / "checkpoint", "online", {}, {})
+    path = tmp_path / "checkpoint" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ValueError, match=match):
+        load_checkpoint(tmp_path / "checkpoint", "online")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from itertools import cycle, islice
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from specrl.agents.choosers.table import PlanTable
+from specrl.cli import main
 from specrl.core.observation import Observation
 from specrl.core.plain_cost import PlainCost
 from specrl.core.plan import Plan, parse_plans
 from specrl.core.rollout import Rollout
 from specrl.core.round import Round
-from specrl.core.round_stats import RoundStats
+from specrl.core.round_stats import BLOCK, RECENT_BLOCKS, WINDOW, RecentStats, RoundStats, StatsByWindow
 from specrl.simulation.engine import Requests, SimulatedEngine, SimulatedSession
+from specrl.testing.agent import made_up_round
+from specrl.training.logger import read_windows
 
 PLANS = parse_plans("0,1/1/2,3/1/4")
 PROFILE = "embedded-fp32"
@@ -87,3 +94,54 @@ def test_statistics_merge_to_those_of_all_rounds() -> None:
     assert merged.seconds == pytest.approx(everything.seconds)
     assert merged.speedup == pytest.approx(everything.speedup)
     assert merged.accept_length == everything.accept_length == 1 + sum(everything.accepted) / 48
+
+
+def test_a_row_counts_the_drafts_accepted_at_each_position() -> None:
+    stats = RoundStats()
+    stats.add(made_up_round(Plan(3), 4, [0, 1, 3, 3], seconds=0.002), plain_s=0.01)
+    stats.add(made_up_round(Plan(3), 4, [2, 0, 0, 0], seconds=0.004), plain_s=0.01)
+    row = stats.row()
+    assert [row[f"accepted_{k}"] for k in (1, 2, 3)] == [4, 3, 2]
+    assert (row["rounds"], row["requests"], row["tokens"]) == (2, 8, 17)
+    assert row["verify_s"] == pytest.approx(0.006) and row["plain_s"] == pytest.approx(17 / 4 * 0.01)
+
+
+def test_windows_are_split_by_batch_size_and_plan_and_taken_once() -> None:
+    windows = StatsByWindow()
+    for batch, plan in ((2, Plan(3)), (1, Plan(3)), (1, Plan(0))):
+        windows.add(made_up_round(plan, batch), 0.25)
+    rows = windows.take_rows()
+    assert [(row["batch_size"], row["plan"]) for row in rows] == [(1, "0"), (1, "3/1/4"), (2, "3/1/4")]
+    assert windows.take_rows() == []
+    for _ in range(WINDOW + 1):
+        windows.add(made_up_round(Plan(3), 1), 0.25)
+    assert [row["rounds"] for row in windows.take_rows()] == [WINDOW, 1]
+
+
+def test_recent_statistics_have_intervals_that_contain_their_values() -> None:
+    recent, rng = RecentStats(), np.random.default_rng(0)
+    for n in range((RECENT_BLOCKS + 3) * BLOCK):
+        assert (recent.intervals() is None) == (n < 8 * BLOCK)
+        seconds = 0.002 + 0.001 * rng.random()
+        recent.add(made_up_round(Plan(3), 2, rng.integers(0, 4, 2).tolist(), seconds), 0.003, 1e-4)
+    found = recent.intervals()
+    assert found is not None
+    speedup, accept_length = found
+    assert speedup.value == pytest.approx(recent.speedup) and speedup.low < recent.speedup < speedup.high
+    assert accept_length.value == pytest.approx(recent.accept_length) and 0.0 < accept_length.half_width < 0.5
+    assert recent.total.rounds == RECENT_BLOCKS * BLOCK and recent.rounds == (RECENT_BLOCKS + 3) * BLOCK
+    again = RecentStats()
+    again.load_state_dict(json.loads(json.dumps(recent.state_dict())))
+    assert again.total == recent.total and again.intervals() == found
+
+
+def test_a_resumed_run_continues_its_windows(tmp_path: Path) -> None:
+    line = "train --max_new_tokens 16 --prompt_tokens 24 --traffic 4x8,1x4 --learn false --tensorboard false"
+    line += f" --checkpoint_every 4 --output_dir {tmp_path}"
+    assert main([*line.split(), "--requests", "8"]) == 0
+    first = list(csv.DictReader((tmp_path / "windows.csv").read_text().splitlines()))
+    assert main([*line.split(), "--requests", "12", "--resume"]) == 0
+    rows = list(csv.DictReader((tmp_path / "windows.csv").read_text().splitlines()))
+    assert len(rows) > len(first) and [r["draft_s"] for r in rows[: len(first)]] == [r["draft_s"] for r in first]
+    assert all(float(row["verify_s"]) > 0 and int(row["requests"]) >= int(row["rounds"]) for row in rows)
+    assert len(read_windows(tmp_path, 8)) == len(first) and read_windows(tmp_path, 0) == []

@@ -12,10 +12,9 @@ import pytest
 from chooser_worlds import CODER_NEXT, EMBEDDED, SHIFTS, TABLES, Script, Table
 
 from specrl.agents.choosers.adaptive import AdaptiveChooser
+from specrl.agents.choosers.rules import ThresholdStopping, ThroughputRule
 from specrl.agents.choosers.sglang_rule import DEFAULTS, SGLangRule
 from specrl.agents.choosers.table import ClairvoyantLength, FixedPlan, best_table
-from specrl.agents.choosers.threshold import ThresholdStopping
-from specrl.agents.choosers.throughput_rule import ThroughputRule
 from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observer
 from specrl.core.plan import Plan, parse_plans

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import specrl
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
-from specrl.agents.draft.sequences import Assembler, Replay, Sequence, collate
+from specrl.agents.draft.sequences import Assembler, Replay, TrainingSequence, collate
 from specrl.core.interfaces import Request
 from specrl.core.plan import Plan, parse_plans
 from specrl.core.round import Completion, Trace
@@ -42,7 +42,7 @@ def draft(target: Target) -> Draft:
     session = start(target, draft, batch_size=16, seed=5)
     for _ in range(40):
         session.round(Plan(0))
-    config = LearnerConfig(updates_per_request=1.0, batch_size=8, average=0.5, dtype="float32")
+    config = LearnerConfig(updates_per_request=1.0, batch_size=8, ema_decay=0.5, dtype="float32")
     learner = OnlineLearner(draft, target.embedding, config)
     learner.learn(session.drain())
     return Draft(draft.config, learner.weights()[1])
@@ -165,9 +165,9 @@ def test_a_token_that_never_comes_is_no_fault() -> None:
     assert len(Assembler().add([prefill(torch.zeros(1, 3, 6), logits)])) == 1
 
 
-def numbered(length: int) -> Sequence:
+def numbered(length: int) -> TrainingSequence:
     """A sequence that is known by its length."""
-    return Sequence(torch.arange(length) + 1, torch.ones(length, 6), torch.ones(length, 4), 1.0, 0)
+    return TrainingSequence(torch.arange(length) + 1, torch.ones(length, 6), torch.ones(length, 4), 1.0, 0)
 
 
 def drawn(replay: Replay, count: int, times: int) -> Counter[int]:

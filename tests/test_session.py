@@ -95,7 +95,7 @@ def served() -> Served:
     plain = [done[i] for i in range(48)]
     session = engine.start(Listed(requests), batch_size=16, seed=0, trace=True)
     assert decode(session, 48, always(Plan(0)))[0] == done
-    config = LearnerConfig(updates_per_request=1.25, batch_size=8, passes=2, average=0.9, dtype="float32")
+    config = LearnerConfig(updates_per_request=1.25, batch_size=8, ttt_steps=2, ema_decay=0.9, dtype="float32")
     learner = OnlineLearner(full, target.embedding, config)
     learner.learn(session.drain())
     learnt = Draft(full.config, learner.weights()[1])

@@ -16,7 +16,7 @@ from tiny import Listed, prompts, tiny_target
 
 import specrl
 from specrl.core.interfaces import Request
-from specrl.envs.device_lock import Exclusive
+from specrl.envs.device_lock import DeviceLock
 from specrl.envs.simulated import SimulatedEnv
 from specrl.envs.simulated_vector import SimulatedVectorEnv
 from specrl.envs.spec_decode import SpecDecodeEnv
@@ -193,7 +193,7 @@ def test_the_vectorised_form_is_deterministic_and_in_its_spaces() -> None:
         ({"max_rounds": 5, "max_tokens": 5}, "one of (max_rounds and max_tokens|them)"),
         ({"max_rounds": 0}, "at least 1"),
         ({"reward": "speed"}, "reward must be one of .*did you mean 'speedup'"),
-        ({"reward": "time_saved"}, "only in episodes of max_tokens"),
+        ({"reward": "time_saved"}, "episodes of max_tokens"),
         ({"max_new_tokens": (9, 3)}, "max_new_tokens must be a length or two"),
         ({"render_mode": "rgb"}, "render_mode must be None"),
     ],
@@ -213,7 +213,7 @@ def test_wrong_calls_of_the_vectorised_form_get_one_clear_line() -> None:
     for actions in (np.zeros(3, dtype=np.int64), np.zeros(2), np.array([0, 9]), np.array([-1, 0])):
         with pytest.raises(ValueError, match="actions must be"):
             vector.step(actions)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="reset knows no options"):
+    with pytest.raises(ValueError, match="options"):
         vector.reset(options={"x": 1})
 
 
@@ -228,11 +228,11 @@ def live(**changes: Any) -> SpecDecodeEnv:
 def test_timed_environments_refuse_to_run_in_parallel_and_say_why() -> None:
     first, second = live(), live()
     first.step(0)
-    with pytest.raises(ValueError, match="'cpu', but another one of this process is in the middle of an episode"):
+    with pytest.raises(ValueError, match="'cpu' must be used by one .* another one, in this process"):
         second.step(0)
     with first.off_the_clock():
         second.step(0)
-    with pytest.raises(ValueError, match="neither reward is true; .*allow_parallel=True"):
+    with pytest.raises(ValueError, match="allow_parallel=True"):
         first.step(0)
     live(allow_parallel=True).step(0)
     second.close()
@@ -257,8 +257,8 @@ def test_live_environments_of_one_vector_environment_are_refused() -> None:
 
 def test_another_process_is_named_and_its_death_frees_the_device(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from specrl.envs.device_lock import Exclusive; "
-        f"e = Exclusive('cuda:0', pathlib.Path({str(tmp_path)!r})); e.take(); print('held', flush=True); "
+        "import sys, pathlib; from specrl.envs.device_lock import DeviceLock; "
+        f"e = DeviceLock('cuda:0', pathlib.Path({str(tmp_path)!r})); e.acquire(); print('held', flush=True); "
         "sys.stdin.read()"
     )
     root = Path(specrl.__file__).parent.parent
@@ -266,16 +266,16 @@ def test_another_process_is_named_and_its_death_frees_the_device(tmp_path: Path)
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True
     )
     assert holder.stdout is not None and holder.stdin is not None and holder.stdout.readline() == "held\n"
-    own = Exclusive("cuda:0", tmp_path)
-    with pytest.raises(ValueError, match=f"one of process {holder.pid} is in the middle"):
-        own.take()
-    Exclusive("cuda:1", tmp_path).take()
+    own = DeviceLock("cuda:0", tmp_path)
+    with pytest.raises(ValueError, match=f"in process {holder.pid}"):
+        own.acquire()
+    DeviceLock("cuda:1", tmp_path).acquire()
     holder.kill()
     holder.wait()
     holder.stdin.close()
     holder.stdout.close()
-    own.take()
-    own.take()
+    own.acquire()
+    own.acquire()
     assert next(tmp_path.glob("*cuda0.lock")).read_text() == str(os.getpid())
-    own.give_back()
-    own.give_back()
+    own.release()
+    own.release()

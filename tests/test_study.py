@@ -19,7 +19,7 @@ import optuna
 import pytest
 
 from specrl.cli import main
-from specrl.envs.device_lock import Exclusive
+from specrl.envs.device_lock import DeviceLock
 from specrl.measure.plain import PlainSetting
 from specrl.studies.config import STUDIES, Study, make_study, read_study
 from specrl.studies.optimize import open_study, optimize
@@ -40,7 +40,7 @@ LIVE: dict[str, Any] = {
         "workload.prompt_tokens": 16,
         "serving.batch_schedule": "4x8",
         "serving.weight_sync_interval": 4,
-        "learner.passes": 1,
+        "learner.ttt_steps": 1,
     },
     "search": {"learner.learning_rate": {"float": [0.001, 0.01], "log": True}},
     "budget": {"requests": 4, "batch_sizes": [2], "blocks": 2},
@@ -94,8 +94,8 @@ def instant(study: Study, params: Mapping[str, Any], directory: Path, on_block: 
         ({"search": {}}, "search"),
         ({"search": {"learner.learning_rat": {"float": [0.1, 1]}}}, "learning_rat"),
         ({"search": {"output_dir": {"int": [1, 2]}}}, "output_dir"),
-        ({"search": {"learner.passes": {"float": [1, 4]}}}, "search.learner.passes: .*must be"),
-        ({"search": {"learner.passes": {"int": [0, 4]}}}, "learner.passes must be at least 1"),
+        ({"search": {"learner.ttt_steps": {"float": [1, 4]}}}, "search.learner.ttt_steps: .*must be"),
+        ({"search": {"learner.ttt_steps": {"int": [0, 4]}}}, "learner.ttt_steps must be at least 1"),
         ({"search": {"learner.loss": {"categorical": ["forward_kl", "kl"]}}}, "search.learner.loss"),
         ({"search": {"serving.chooser": {"plans": "1/1/2,3/1/7"}}}, "search.serving.chooser: .*'3/1/4'"),
         ({"search": {"seed": {"int": [8, 4]}}}, "search.seed: .*low <= high"),
@@ -264,12 +264,12 @@ def test_a_live_study_trains_measures_exports_and_locks_its_device(capsys: pytes
     assert main(f"train --config {run}/config.yaml --resume --serving.requests 12 --output_dir {run}".split()) == 0
 
     assert "jobs must be 1" in error("study --spec learner --jobs 2", capsys)
-    holder = Exclusive("cpu")
-    holder.take()
+    holder = DeviceLock("cpu")
+    holder.acquire()
     assert "'cpu' is in use" in error("study --output_dir out --trials 3", capsys)
     with pytest.raises(ValueError, match="in use by another study"):
         run_trial(spec, {"learner.learning_rate": 0.005}, Path("trial"))
-    holder.give_back()
+    holder.release()
 
 
 def test_a_level_counts_requests_or_prunes_the_trial() -> None:

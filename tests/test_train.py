@@ -23,7 +23,7 @@ from specrl.models.target import load_target
 
 SHORT = (
     "--workload.max_new_tokens 16 --workload.prompt_tokens 24 --serving.batch_schedule 4x8,1x4 "
-    "--serving.weight_sync_interval 4 --learner.passes 2"
+    "--serving.weight_sync_interval 4 --learner.ttt_steps 2"
 )
 CHANGES = "--serving.requests 12 --checkpoint 4"
 
@@ -146,11 +146,11 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_whole() -> 
 
 
 WRONG = {
-    "--learner.passes 0": "learner.passes must be at least 1",
+    "--learner.ttt_steps 0": "learner.ttt_steps must be at least 1",
     "--learner.learning_rate -1": "learner.learning_rate must be above 0",
-    "--learner.average 1.0": "learner.average must be in [0, 1)",
+    "--learner.ema_decay 1.0": "learner.ema_decay must be in [0, 1)",
     "--learner.dtype fp8": "--learner.dtype must be one of 'auto', 'float32', 'bfloat16'",
-    "--lerner.passes 2": "did you mean '--learner.passes'?",
+    "--lerner.ttt_steps 2": "did you mean '--learner.ttt_steps'?",
     "--serving.plans 3/1/7": "write '3/1/4'",
     "--serving.plans 3,3": "plans must differ",
     "--serving.plans 90": "at most 64 tokens",
@@ -214,12 +214,12 @@ def test_a_stream_of_parts_a_vocabulary_and_metrics(capsys: pytest.CaptureFixtur
 
 
 def test_only_better_drafts_serve_where_asked_for() -> None:
-    better = "--serving.deploy better --learner.held_out 0.5 --serving.chooser 2/1/3"
+    better = "--serving.deploy better --learner.holdout_fraction 0.5 --serving.chooser 2/1/3"
     better += " --serving.requests 40 --checkpoint 100 --log.tensorboard false"
     line = f"train {SHORT} {better} --output_dir run"
     assert main(line.split()) == 0
     decisions = list(csv.DictReader(Path("run/gate.csv").read_text().splitlines()))
-    assert "fewer than the 8 needed" in decisions[0]["reason"]
+    assert "fewer than the required 8" in decisions[0]["reason"]
     assert {row["look"] for row in decisions} <= {"held-out", "trial"}
     counts = [int(row["requests"]) for row in decisions]
     assert counts == sorted(counts) and counts[-1] <= served("run")

@@ -19,7 +19,7 @@ from specrl.models.draft import Draft, load_draft, new_draft
 from specrl.sglang.plugin.traces import TraceQueue
 from specrl.training.server_learner import ServerAddress, ServerLearner, learn_from_server
 
-CONFIG = LearnerConfig(batch_size=2, passes=1, dtype="float32")
+CONFIG = LearnerConfig(batch_size=2, ttt_steps=1, dtype="float32")
 
 
 class Traffic:

@@ -83,7 +83,7 @@ def tiny_draft(updates: int = 60) -> Draft:
     session = engine.start(Listed(listed), batch_size=128, seed=0, trace=True)
     for _ in range(31):
         session.round(Plan(0))
-    config = LearnerConfig(updates_per_request=updates / 128, batch_size=32, average=0.9, dtype="float32")
+    config = LearnerConfig(updates_per_request=updates / 128, batch_size=32, ema_decay=0.9, dtype="float32")
     learner = OnlineLearner(draft, target.embedding, config)
     learner.learn(session.drain())
     return Draft(draft.config, learner.weights()[1])

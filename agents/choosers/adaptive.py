@@ -1,60 +1,53 @@
-"""Our plan chooser: survival pooled over batch sizes, costs per batch size and plan, posterior sampling."""
+"""The adaptive plan chooser: survival pooled over batch sizes, costs by batch size and plan, posterior sampling."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from specrl.agents.choosers.costs import Costs
 from specrl.agents.choosers.survival import Survival
+from specrl.core.interfaces import PlanChooser, PlanEstimate
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan
 from specrl.core.round import Round
 
-_WELL_KNOWN = 50.0  # rounds after which nothing but a change speaks for trying a plan again
-_PATIENCE = 600  # rounds, times the plans, after which one as well known is tried again where it may yet be best
-_PLAUSIBLE = 0.8  # a plan below this share of the best one's speed is not looked at again
-_SETTLED = 0.03  # log standard deviation of a cost below which sampling it calms down
-_HOLD = 8  # rounds that one sample decides
-_IDLE = 200  # rounds without drafts after which one is made, to see how they fare by now
-_BUYS = 3  # rounds that one request's draft keeps that from
+_WELL_KNOWN = 50.0  # rounds after which only a change is a reason to try a plan again
+_PATIENCE = 600  # rounds, times the number of plans, after which such a plan is tried again if it may be best
+_PLAUSIBLE = 0.8  # a plan below this share of the best plan's speed is not tried again
+_SETTLED = 0.03  # log standard deviation of a cost below which it is sampled with less than its spread
+_HOLD = 8  # rounds that a sampled plan is kept
+_IDLE = 200  # rounds without drafts after which drafting is tried again
+_BUYS = 3  # rounds by which one request's draft delays that
 
 
-@dataclass(frozen=True, slots=True)
-class PlanEstimate:
-    """What is believed of a plan at a batch size; `speed` is tokens per second and request."""
-
-    plan: Plan
-    accept_length: float
-    seconds: float
-    speed: float
-    tried: float
-
-
-class AdaptiveChooser:
+class AdaptiveChooser(PlanChooser):
     """Chooses the plan with the most tokens per second, E[τ] / T(B, plan), by posterior sampling.
 
-    At a given batch size that ratio is what every objective of the ratio form comes to. Acceptance and cost are
-    sampled from what is believed of them (Thompson, 1933), so plans are tried as long as they may be best; a cost known
-    to some per cent is sampled with less than its spread, because telling apart what hardly differs is not worth the
-    rounds. A sample decides some rounds at its batch size, because leaving plan 0 is dear: the first speculative round
-    after plan 0, or after a change of batch size, pays for the draft's catch-up. That round counts for survival but not
-    for the plan's cost; by how much it is dearer is learned too, and held against plans that would leave plan 0.
+    At a given batch size, every objective that is a ratio of tokens to seconds is maximised by this plan. Acceptance
+    and costs are sampled from their posteriors (Thompson, 1933), so plans are tried as long as they may be best. A cost
+    that is known to within a few per cent is sampled with less than its spread, because telling nearly equal plans
+    apart is not worth the rounds.
 
-    Changes are noticed by `Survival` and `Costs`. To give them something to notice, a plan that was not seen for long
-    is tried again, sooner where two standard deviations of its cost might make it best; so is drafting where plan 0 has
-    ruled for long.
+    Each posterior sample is kept for several rounds at its batch size, because switching from plan 0 to drafting has a
+    one-off cost: the first speculative round after plan 0, or after a change of batch size, pays for the draft's
+    catch-up. That round counts for survival but not for the plan's cost. The catch-up cost is learnt too, and reduces
+    the value of plans that would follow plan 0.
+
+    `Survival` and `Costs` detect changes. So that changes are seen, a plan that has not run for long is tried again,
+    sooner if two standard deviations of its cost might make it best, and drafting is tried again after many rounds of
+    plan 0.
 
     Args:
-        plans: to choose from.
+        plans: the plans to choose from.
         seed: of the sampling.
-        revisit: rounds, at any batch size, after which a plan that was not seen is tried again, at first only where it
-            is as good as the best, and after twice as many where it reaches 80 % of it: costs and acceptance mostly
-            move at all batch sizes alike, so one look where it is cheap tells of all.
+        revisit: rounds, at any batch size, after which a plan that has not run is tried again: at first only if it is
+            as good as the best plan, after twice as many rounds if it has 80 % of the best plan's speed. Costs and
+            acceptance mostly change at all batch sizes together, so one trial at a batch size where it is cheap is
+            enough.
 
     Raises:
         ValueError: no plans.
@@ -68,10 +61,10 @@ class AdaptiveChooser:
         self._rng = np.random.default_rng(seed)
         self._revisit = revisit
         self._last: tuple[int, Plan] | None = None
-        self._catch_up = 0.0  # seconds that the first speculative round after plan 0 takes longer, over a round's
+        self._catch_up = 0.0  # extra seconds of the first speculative round after plan 0, as a share of a round's
         self._held: dict[int, tuple[Plan, int]] = {}  # batch size -> plan, rounds left
         self._changes = 0
-        self._idle = 0  # rounds without drafts, less those that drafts have bought
+        self._idle = 0  # rounds without drafts, less those that drafts delayed
 
     def choose(self, observation: Observation) -> Plan:
         """The plan for the next round."""
@@ -87,7 +80,7 @@ class AdaptiveChooser:
         return plan
 
     def _sample(self, batch: int) -> tuple[Plan, int]:
-        """A plan by what is believed now, and for how many rounds."""
+        """A plan sampled from the posterior, and the number of rounds to keep it."""
         costs = self.costs
         untried = [plan for plan in self.plans if costs.visits(batch, plan) < 2 and self._worth(batch, plan)]
         if untried:
@@ -115,7 +108,7 @@ class AdaptiveChooser:
     def _worth(self, batch: int, plan: Plan) -> bool:
         """Whether an untried plan might still beat the best tried one, at three standard deviations.
 
-        After one round it always may, for that round may have been a hiccup.
+        After one round it always may, because that round may have been an outlier.
         """
         if self.costs.visits(batch, plan) == 1:
             return True
@@ -124,7 +117,7 @@ class AdaptiveChooser:
         return len(tried) == len(self.plans) or speeds[plan] + doubt > max(speeds[p] for p in tried)
 
     def _due(self, batch: int, plan: Plan, behind: float) -> bool:
-        """Whether a plan that is no more chosen, `behind` the best in log speed, should be looked at again."""
+        """Whether a plan that is not chosen any more, `behind` the best one in log speed, should be tried again."""
         overdue = self.costs.unseen_anywhere(plan) / self._revisit - 1.0
         if behind < -math.log(_PLAUSIBLE) * min(overdue, 1.0):
             return True
@@ -132,7 +125,7 @@ class AdaptiveChooser:
         return self.costs.unseen(batch, plan) > patience and behind < 2.0 * self.costs.log_seconds(batch, plan)[1]
 
     def _tried(self, batch: int) -> Sequence[Plan]:
-        """Plans that ran at least twice at a batch size; all, if none did."""
+        """Plans that ran at least twice at a batch size; all plans if none did."""
         return [plan for plan in self.plans if self.costs.visits(batch, plan) >= 2] or self.plans
 
     def _speeds(self, batch: int) -> dict[Plan, float]:
@@ -141,7 +134,7 @@ class AdaptiveChooser:
         return {p: math.log(n) - self.costs.log_seconds(batch, p)[0] for p, n in zip(self.plans, lengths, strict=True)}
 
     def learn(self, done: Round) -> None:
-        """Take a finished round."""
+        """Learn from a finished round."""
         self.survival.learn(done)
         self._idle = self._idle + 1 if done.plan.num_steps == 0 else max(0, self._idle - _BUYS * done.batch_size)
         last, self._last = self._last, (done.batch_size, done.plan)
@@ -154,20 +147,19 @@ class AdaptiveChooser:
             self._catch_up += 0.1 * (longer - self._catch_up)
 
     def best(self, batch_size: int) -> Plan:
-        """The plan believed best now, among those tried at this batch size (all, if none was)."""
+        """The plan with the highest expected speed now, among those that ran at this batch size (all if none did)."""
         return max(self._tried(batch_size), key=self._speeds(batch_size).__getitem__)
 
     def estimates(self, batch_size: int) -> list[PlanEstimate]:
-        """What is believed of every plan at a batch size."""
-        out = []
-        for plan in self.plans:
-            length, seconds = self.survival.accept_length(plan), math.exp(self.costs.log_seconds(batch_size, plan)[0])
-            tried = self.costs.tried(batch_size, plan)
-            out.append(PlanEstimate(plan, length, seconds, length / seconds, tried))
+        """The expected accept length and seconds of every plan at a batch size."""
+        costs, out = self.costs, []
+        for plan, length in zip(self.plans, self.survival.accept_lengths(self.plans), strict=True):
+            seconds = math.exp(costs.log_seconds(batch_size, plan)[0])
+            out.append(PlanEstimate(plan, length, seconds, costs.tried(batch_size, plan)))
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, JSON-able."""
+        """The state, JSON-able."""
         return {
             "survival": self.survival.state_dict(),
             "costs": self.costs.state_dict(),
@@ -180,7 +172,7 @@ class AdaptiveChooser:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
         self.survival.load_state_dict(state["survival"])
         self.costs.load_state_dict(state["costs"])
         self._rng.bit_generator.state = state["rng"]

@@ -1,9 +1,9 @@
 """Bandits over plans, one per group of batch sizes: bucketed ε-greedy, UCB1 and EXP3. NumPy only.
 
-They know nothing of how plans are related: each arm is learned on its own. A round's reward is tokens per second and
-request. UCB1 and EXP3 want rewards in [0, 1]: v / (v + m) with m the mean of all v of the group so far, which needs no
-scale from outside; 1/2 is the group's mean. They then maximise the mean of a function of per-round ratios, which is
-not the ratio of sums that a run is judged by.
+Each plan is an arm of its own; the relation between plans is not used. The reward of a round is tokens per second and
+request, v. UCB1 and EXP3 need rewards in [0, 1] and use v / (v + m), with m the mean of all v in the group so far, so
+that 1/2 is the mean of the group. They maximise the mean of a function of per-round ratios, not the ratio of sums that
+is the speedup of a run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan
 from specrl.core.round import Round
@@ -35,16 +36,17 @@ def _checked(plans: Sequence[Plan], groups: Sequence[int]) -> tuple[tuple[Plan, 
     return tuple(plans), tuple(sorted(groups))
 
 
-class MedianGreedy:
-    """Bucketed ε-greedy on medians (BEG-MAB of TLT; Hu et al., 2025, arXiv 2511.16665, section 5).
+class MedianGreedy(PlanChooser):
+    """Bucketed ε-greedy on medians (BEG-MAB of TLT; Hu et al., 2025, arXiv:2511.16665, section 5).
 
-    Reward of a round: median accept length of its plan over all groups, times requests, over seconds. With probability
-    ε a plan at random, else the one whose rewards in the window have the highest median; one without any comes first.
+    The reward of a round is the median accept length of its plan over all groups, times requests, over seconds. With
+    probability ε the plan is random, otherwise the one with the highest median reward in the window; a plan without
+    rewards comes first.
 
     Args:
-        plans: on offer.
-        tiers: lower bound of the batch size -> plans that it may run (TLT lets large batches verify fewer tokens);
-            None: all plans everywhere.
+        plans: the plans to choose from.
+        tiers: lower bound of the batch size -> plans that are allowed (TLT lets large batches verify fewer tokens);
+            None: all plans at all batch sizes.
         epsilon: ε.
         window: rewards kept for each plan of a group.
         groups: of batch sizes.
@@ -82,7 +84,7 @@ class MedianGreedy:
         return max(allowed, key=lambda plan: self._scores[group, plan])
 
     def learn(self, done: Round) -> None:
-        """Take a finished round."""
+        """Learn from a finished round."""
         lengths, key = self._lengths[done.plan], (_group(self._groups, done.batch_size), done.plan)
         lengths.append(done.accept_length)
         self._rewards[key].append(float(np.median(lengths)) * done.batch_size / done.seconds)
@@ -91,7 +93,7 @@ class MedianGreedy:
 
 @dataclass(slots=True)
 class _Arms:
-    """What is known of the plans of one group of batch sizes."""
+    """The sums and counts of the plans at one group of batch sizes."""
 
     sums: list[float]
     counts: list[float]
@@ -107,14 +109,14 @@ class _Arms:
         return speed / (speed + self.speed)
 
 
-class UCB1:
+class UCB1(PlanChooser):
     """The arm with the highest x̄_j + scale · sqrt(2 ln n / n_j) (Auer, Cesa-Bianchi and Fischer, 2002, figure 1).
 
     Args:
-        plans: on offer.
+        plans: the plans to choose from.
         groups: of batch sizes.
-        scale: of the bonus; 1 is the paper's. Rewards of plans differ by some hundredths, so that 1 explores long.
-        seed: unused, so that all bandits are made alike.
+        scale: of the bonus; 1 in the paper. Rewards of plans differ by a few hundredths, so 1 explores for long.
+        seed: not used; all bandits have the same arguments.
     """
 
     def __init__(
@@ -136,20 +138,20 @@ class UCB1:
         return self.plans[bounds.index(max(bounds))]
 
     def learn(self, done: Round) -> None:
-        """Take a finished round."""
+        """Learn from a finished round."""
         arms = self._arms[_group(self._groups, done.batch_size)]
         at = self.plans.index(done.plan)
         arms.sums[at] += arms.reward(done)
         arms.counts[at] += 1.0
 
 
-class EXP3:
+class EXP3(PlanChooser):
     """Exponential weights for rewards chosen by an adversary (Auer, Cesa-Bianchi, Freund and Schapire, 2002, figure 1).
 
     p_j = (1 - γ) w_j / Σw + γ / K, and after reward x of arm j: w_j ← w_j exp(γ x / (p_j K)).
 
     Args:
-        plans: on offer.
+        plans: the plans to choose from.
         groups: of batch sizes.
         gamma: γ in (0, 1].
         seed: of the choices.
@@ -182,7 +184,7 @@ class EXP3:
         return self.plans[at]
 
     def learn(self, done: Round) -> None:
-        """Take a finished round, and the probability that its plan was chosen with, however long ago that was."""
+        """Learn from a finished round, by the probability with which its plan was chosen."""
         arms = self._arms[_group(self._groups, done.batch_size)]
         at = self.plans.index(done.plan)
         chosen = next((entry for entry in arms.waiting if entry[0] == at), None)

@@ -191,7 +191,7 @@ class Costs:
         return ratio, variance, spread
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, JSON-able."""
+        """The state, JSON-able."""
         cells = [
             [b, str(p), c.mean, c.weight, c.seen, c.odd, c.above, c.below, c.run, c.length, c.visits]
             for (b, p), c in self._cells.items()
@@ -199,7 +199,7 @@ class Costs:
         return {"rounds": self.rounds, "changes": self.changes, "variance": self._variance, "cells": cells}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
         self.rounds, self.changes, self._variance = state["rounds"], state["changes"], state["variance"]
         self._cells = {(b, Plan.parse(p)): Cell(*numbers) for b, p, *numbers in state["cells"]}
         self._seen = {plan: max(c.seen for (_, p), c in self._cells.items() if p == plan) for _, plan in self._cells}

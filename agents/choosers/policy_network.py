@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan, parse_plans
-from specrl.core.round import Round
 
 Array = NDArray[np.float32]
 WEIGHTS, DESCRIPTION = "policy.safetensors", "policy.json"
@@ -103,7 +103,7 @@ class PolicyNetwork:
         return hidden, State(hidden, cell)
 
 
-class NetworkChooser:
+class NetworkChooser(PlanChooser):
     """Chooses the plan that a learned policy scores highest. NumPy only.
 
     Args:
@@ -151,15 +151,12 @@ class NetworkChooser:
         actions: NDArray[np.int64] = np.where(self.allowed, scores, -np.inf).argmax(1)
         return actions, state
 
-    def learn(self, done: Round) -> None:
-        """Nothing: what it sees of finished rounds is in the observation."""
-
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered, JSON-able."""
+        """The LSTM state, JSON-able."""
         return {"hidden": self._state.hidden.tolist(), "cell": self._state.cell.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
         shape = self._state.hidden.shape
         parts = (np.array(state[name], dtype=np.float32).reshape(shape) for name in ("hidden", "cell"))
         self._state = State(*parts)

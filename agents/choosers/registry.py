@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.agents.choosers.bandits import EXP3, UCB1, MedianGreedy
+from specrl.agents.choosers.rules import ThresholdStopping, ThroughputRule
 from specrl.agents.choosers.sglang_rule import SGLangRule
 from specrl.agents.choosers.table import FixedPlan, best_table
-from specrl.agents.choosers.threshold import ThresholdStopping
-from specrl.agents.choosers.throughput_rule import ThroughputRule
 from specrl.core.interfaces import PlanChooser
 from specrl.core.plan import Plan
 

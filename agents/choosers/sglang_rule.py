@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan
 from specrl.core.round import Round
@@ -84,7 +85,7 @@ class Tier:
         return steps[at]
 
 
-class SGLangRule:
+class SGLangRule(PlanChooser):
     """SGLang's adaptive rule as a plan chooser, on chains.
 
     Args:
@@ -138,7 +139,7 @@ class SGLangRule:
         return self.best(observation.batch_size)
 
     def learn(self, done: Round) -> None:
-        """Take a finished round; like the original, without asking which plan it ran."""
+        """Learn from a finished round, whichever plan it ran, as the original does."""
         self._tier(done.batch_size).update(done.correct_drafts.tolist())
 
 

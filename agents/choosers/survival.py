@@ -61,7 +61,7 @@ class Survival:
         return "chain" if plan.is_chain else f"tree/{plan.topk}/{plan.num_draft_tokens}"
 
     def learn(self, done: Round) -> None:
-        """Take a finished round."""
+        """Learn from a finished round."""
         changed = self._version is not None and done.draft_version != self._version
         keep = self._keep if done.plan.num_steps else self._keep_idle
         for counts in self._counts.values():
@@ -156,7 +156,7 @@ class Survival:
         return np.array(a), np.array(b)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, JSON-able."""
+        """The state, JSON-able."""
         return {
             "counts": {name: counts.tolist() for name, counts in self._counts.items()},
             "watches": {
@@ -168,7 +168,7 @@ class Survival:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
         self._counts = {name: np.array(counts, dtype=np.float64) for name, counts in state["counts"].items()}
         self._watches = {
             name: Watch(above, below, None if run is None else np.array(run, dtype=np.float64))

@@ -1,16 +1,16 @@
-"""Choosers that do not learn: one plan, one per batch size, and bounds that know costs or luck. NumPy only."""
+"""Choosers that do not learn: one plan, one plan per batch size, and an upper bound. NumPy only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan
-from specrl.core.round import Round
 
 
-class PlanTable:
+class PlanTable(PlanChooser):
     """One plan per batch size, by lower bound: a batch size takes the entry of the largest bound it reaches.
 
     Args:
@@ -35,15 +35,9 @@ class PlanTable:
         """The plan for the next round."""
         return self.best(observation.batch_size)
 
-    def learn(self, done: Round) -> None:
-        """Nothing."""
-
     def state_dict(self) -> dict[str, Any]:
         """The table, JSON-able: {"1": "3/1/4", ...}."""
         return {str(bound): str(plan) for bound, plan in self._table.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing: a table does not change."""
 
 
 class FixedPlan(PlanTable):
@@ -69,20 +63,19 @@ def best_table(costs: Mapping[int, Mapping[Plan, float]], accept_lengths: Mappin
     return PlanTable({b: max(known, key=lambda p: accept_lengths[p] / known[p]) for b, known in costs.items()})
 
 
-class ClairvoyantLength:
-    """A bound, not a chooser to serve with: it is told how many drafts of each request will stand.
+class ClairvoyantLength(PlanChooser):
+    """An upper bound: it knows in advance how many drafts of each request will be accepted.
 
-    Takes the chain with the most N - λ·T: tokens committed less the seconds at the rate λ = ΣN / ΣT that it has had at
-    this batch size (Dinkelbach, 1967), per request. Only a simulation can tell it, and no agent that sees what engines
-    know before a round can do as well.
+    It takes the chain with the highest N - λ·T, tokens committed minus seconds at the rate λ = ΣN / ΣT that it has had
+    at this batch size (Dinkelbach, 1967), per request. Only a simulation knows the future, so no agent can do better.
 
     Args:
-        plans: on offer; those that are no chain are never chosen.
-        costs: T, batch size -> plan -> seconds; a batch size without an entry takes that of the largest bound reached.
-        foresee: gives, for the round to be chosen, each request's correct drafts under the longest chain.
+        plans: the plans to choose from; plans that are not chains are never chosen.
+        costs: T, batch size -> plan -> seconds; a batch size without an entry takes that of the next smaller one.
+        foresee: returns each request's correct drafts in the next round under the longest chain.
 
     Raises:
-        ValueError: no chain on offer, or no costs.
+        ValueError: no chain among the plans, or no costs.
     """
 
     def __init__(
@@ -109,6 +102,3 @@ class ClairvoyantLength:
         best = values.index(max(values))
         self._earned[bound] = tokens + gains[best], seconds + costs[self.plans[best]]
         return self.plans[best]
-
-    def learn(self, done: Round) -> None:
-        """Nothing: it knows."""

@@ -1,7 +1,7 @@
-"""An EAGLE3 draft that acts on `SpecRL/DraftTokens-v0`: from an observation to drafts, and what they were sampled from.
+"""An EAGLE3 draft that acts on `SpecRL/DraftTokens-v0`.
 
-It keeps a cache of its own, row by row. Slot t of a request holds (features of token t, token t + 1), so the rows of an
-observation fill the slots before their tokens' positions, and drafting goes on from the last of them.
+It has a KV cache with one row for each request. Slot t of a request holds (features of token t, token t + 1), so the
+tokens of an observation fill the slots before their positions, and drafting continues after the last one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from specrl.models.target import Target
 
 
 class Prompt(Protocol):
-    """A request that came in: `info["prefills"]` holds them."""
+    """A new request (see `info["prefills"]`)."""
 
     @property
     def row(self) -> int:
-        """Where it stands."""
+        """Row of observations and actions."""
         ...
 
     @property
@@ -41,14 +41,14 @@ Draw = Callable[[Tensor], NDArray[np.int64]]
 
 
 class DraftActor:
-    """A draft that answers observations.
+    """A draft that turns observations into drafts.
 
     Args:
         draft: its weights.
-        target: whose embedding it shares.
+        target: the target, whose embedding it shares.
         rows, num_steps: B and K of the environment.
-        max_context: tokens a request may reach.
-        temperature: that drafts are sampled at; 0: the best ones.
+        max_context: largest number of tokens of a request.
+        temperature: of sampling drafts; 0: the most likely tokens.
         seed: of the samples.
     """
 
@@ -70,12 +70,12 @@ class DraftActor:
         self._generator = torch.Generator(target.device).manual_seed(seed)
 
     def load(self, weights: Mapping[str, Tensor], *, version: int) -> None:
-        """Act by these weights from now on (SGLang's names); what was read so far stays as it was read."""
+        """Use these weights from now on (SGLang's names); the cache is kept."""
         self.serving.load(weights, version=version)
 
     @torch.inference_mode()
     def read(self, prompts: Iterable[Prompt]) -> None:
-        """Read the prompts of requests that came in (inside `off_the_clock()`: it is prefill)."""
+        """Read the prompts of new requests (inside `off_the_clock()`, because it is prefill)."""
         device = self.serving.device
         for prompt in prompts:
             count = len(prompt.tokens) - 1
@@ -94,17 +94,17 @@ class DraftActor:
         Args:
             observation: of the environment, not flat.
             num_steps: of this round, at most K; None: K.
-            draw: samples in the actor's place, from q [b, V] tokens [b]: the environment's `draw`.
+            draw: samples tokens [b] from q [b, V] instead of the actor: the environment's `draw`.
 
         Returns:
-            tokens [B, K] int64, -1 where none, and q [B, K, V] float32 that they were sampled from (one-hot where they
-            are the best), on the CPU.
+            tokens [B, K] int64 (-1: none), and the distributions q [B, K, V] float32 that they were sampled from
+            (one-hot at temperature 0), on the CPU.
         """
         device, steps = self.serving.device, self._num_steps if num_steps is None else num_steps
         live = int(observation["live"].sum())
         counts = observation["mask"][:live].sum(1).astype(np.int64)  # [b]
         width, first = int(counts.max()), observation["positions"][:live, 0] - 1
-        slots = torch.from_numpy(first[:, None] + np.arange(width)).to(device)  # past a request's own: written over
+        slots = torch.from_numpy(first[:, None] + np.arange(width)).to(device)  # padding is overwritten later
         tokens = torch.from_numpy(observation["tokens"][:live, :width]).clamp(min=0).to(device)
         hidden = self.serving.fuse(self._features(observation["features"][:live, :width]))
         length = int(first.max()) + width
@@ -112,23 +112,23 @@ class DraftActor:
         at = torch.from_numpy(counts).to(device)
         state, free = hidden[torch.arange(live, device=device), at - 1], slots[:, 0] + at  # [b, H], [b]
         drafted = torch.full((self._rows, self._num_steps), -1)
-        odds = torch.zeros(self._rows, self._num_steps, self._vocab)
+        probabilities = torch.zeros(self._rows, self._num_steps, self._vocab)
         length = int((first + counts).max())
         for step in range(steps):
             chosen, q = self._choose(state, draw)
-            drafted[:live, step], odds[:live, step] = chosen.cpu(), q.cpu()
+            drafted[:live, step], probabilities[:live, step] = chosen.cpu(), q.cpu()
             if step + 1 < steps:
                 length += 1
                 state = self.serving.decode(
                     chosen[:, None], state[:, None], self._cache, free[:, None] + step, length=length
                 )[:, 0]
-        return drafted, odds
+        return drafted, probabilities
 
     def _features(self, features: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(features).to(self.serving.device, self.serving.dtype)
 
     def _choose(self, state: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
-        """Tokens [b] int64 of the target's vocabulary, and q [b, V]."""
+        """Drafts [b] int64 as target ids, and q [b, V]."""
         logits, ids = self.serving.logits(state), self.serving.target_ids
         if self._temperature:
             q = torch.softmax(logits / self._temperature, -1)
@@ -140,5 +140,5 @@ class DraftActor:
             return torch.from_numpy(draw(q.cpu())).to(q.device), q
         if not self._temperature:
             return q.argmax(-1), q
-        race = torch.empty_like(q).exponential_(generator=self._generator)  # the first to arrive is a sample of q
-        return (q / race).argmax(-1), q
+        noise = torch.empty_like(q).exponential_(generator=self._generator)
+        return (q / noise).argmax(-1), q  # the argmax is a sample of q (exponential race)

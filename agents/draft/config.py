@@ -1,4 +1,4 @@
-"""The settings of the online learner, checked when they are made."""
+"""The settings of the online learner."""
 
 from __future__ import annotations
 
@@ -17,122 +17,110 @@ class LearnerConfig:
 
     Args:
         learning_rate: of AdamW.
-        weight_decay: of AdamW, on matrices.
+        weight_decay: of AdamW, on matrices only.
         betas: of AdamW.
-        clip: largest gradient norm.
+        max_grad_norm: gradients are clipped to this norm.
         batch_size: sequences per update.
-        passes: length of the training-time test, at least 1.
-        pass_decay: weight of pass k is pass_decay ** k,
-        pass_weights: unless they are given here, one for each pass.
-        loss: 'forward_kl', 'reverse_kl', 'next_token', 'total_variation', 'lk' (a slot each), 'accept_length' or
-            'seconds_saved' (a chain of `passes` drafts; by itself it teaches a random draft nothing, for drafting
-            does not pay yet), or a mixture such as 'forward_kl:0.7+lk:0.3'; their formulas stand in
-            `specrl.agents.draft.losses`.
-        drafts: how drafts are proposed and accepted, for the losses of a chain: 'sampled' (rejection sampling) or
-            'greedy' (the draft's best token, under target-only acceptance: a surrogate). They are unbiased where
-            `temperature` is that of the requests (null, if they differ).
-        rejected: weight of what the target says after drafts that it rejected, forward KL on its `rejected_top_k`
-            most likely tokens; 0: rejected drafts are not kept.
-        rejected_top_k: tokens of that distribution that are learnt from.
-        updates_per_request: updates for every finished request.
-        temperature: at which target and draft distributions are compared; None: each request's own (1 if greedy).
-        average: decay per update of the weights' running average, which is what serves; 0: the latest weights.
-        replay: sequences kept.
-        half_life: how many requests back the weight of a draw halves.
-        stale_half_life: how many draft versions back it halves as well; null: staleness is only reported.
-        sample: the share of requests that is learnt from or held out, by a hash of their ids.
-        held_out: the share of those that is never learnt from, for a gate; the last 64 are kept.
-        patience: updates in a row with a loss or gradient that is not finite after which the last good weights return.
-        dtype: of the matrix products; 'auto' is bfloat16 where the processor or GPU has such products, else float32.
-            Weights and optimiser state are float32 always.
-        device: where it learns, and keeps the replay: 'cpu' or a CUDA device; null: where the target is, in turns with
-            serving.
+        ttt_steps: steps of the training-time test (EAGLE-3, arXiv:2503.01840), at least 1.
+        ttt_decay: the loss of step k has the weight ttt_decay ** k,
+        ttt_weights: unless these are given, one for each step.
+        loss: 'forward_kl', 'reverse_kl', 'next_token', 'total_variation', 'lk' (losses of single tokens),
+            'accept_length' or 'seconds_saved' (losses of a chain of `ttt_steps` drafts, which have no gradient for an
+            untrained draft; combine them with 'forward_kl'), or a mixture such as 'forward_kl:0.7+lk:0.3'. See
+            `specrl.agents.draft.losses` for the formulas.
+        draft_sampling: how drafts are proposed and accepted in the losses of a chain: 'sampled' (rejection sampling) or
+            'greedy' (the draft's most likely token, accepted if it is the target's: a surrogate). These losses are
+            unbiased if `temperature` is that of the requests (null if requests differ).
+        rejected_weight: weight of the loss on the target's distribution after rejected drafts: forward KL on its
+            `rejected_top_k` most likely tokens. 0: rejected drafts are not kept.
+        rejected_top_k: tokens of that distribution to learn from.
+        updates_per_request: updates for each finished request.
+        temperature: temperature at which target and draft distributions are compared; null: each request's own (1 for
+            greedy requests).
+        ema_decay: decay per update of the moving average of the weights, which is served; 0: the latest weights serve.
+        replay_capacity: sequences in the replay buffer.
+        replay_half_life: number of requests after which the probability of being drawn halves.
+        stale_half_life: number of draft versions after which it halves as well; null: staleness is only reported.
+        request_sample_rate: share of requests to learn from or hold out, by a hash of their ids.
+        holdout_fraction: share of those that is held out to compare drafts; the last 64 are kept.
+        max_bad_updates: updates in a row with a loss or gradient that is not finite, before the last good weights are
+            restored.
+        dtype: dtype of matrix products; 'auto' is bfloat16 if the processor or GPU supports it, else float32. Weights
+            and optimiser state are always float32.
+        device: device of the learner and its replay buffer, 'cpu' or a CUDA device; null: that of the target.
 
     Raises:
-        ValueError: a number out of range, or another dtype.
+        ValueError: a number out of range, or an unknown loss or dtype.
     """
 
     learning_rate: float = 5e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     batch_size: int = 4
-    passes: int = 3
-    pass_decay: float = 0.8
-    pass_weights: tuple[float, ...] | None = None
+    ttt_steps: int = 3
+    ttt_decay: float = 0.8
+    ttt_weights: tuple[float, ...] | None = None
     loss: str = "forward_kl"
-    drafts: Literal["sampled", "greedy"] = "sampled"
-    rejected: float = 0.0
+    draft_sampling: Literal["sampled", "greedy"] = "sampled"
+    rejected_weight: float = 0.0
     rejected_top_k: int = 8
     updates_per_request: float = 1.5
     temperature: float | None = 1.0
-    average: float = 0.98
-    replay: int = 512
-    half_life: float = 64.0
+    ema_decay: float = 0.98
+    replay_capacity: int = 512
+    replay_half_life: float = 64.0
     stale_half_life: float | None = None
-    sample: float = 1.0
-    held_out: float = 0.0
-    patience: int = 3
+    request_sample_rate: float = 1.0
+    holdout_fraction: float = 0.0
+    max_bad_updates: int = 3
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip", "updates_per_request", "half_life"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"learner.{name} must be above 0, but got {getattr(self, name)}")
-        for name in ("batch_size", "passes", "replay", "rejected_top_k", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"learner.{name} must be at least 1, but got {getattr(self, name)}")
-        if not 0 <= self.average < 1 or not 0 < self.pass_decay <= 1 or not self.weight_decay >= 0:
-            raise ValueError(
-                "learner.average must be in [0, 1), pass_decay in (0, 1] and weight_decay at least 0, but got "
-                f"{self.average}, {self.pass_decay} and {self.weight_decay}"
-            )
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(
-                f"learner.temperature must be above 0 or null (each request's own), but got {self.temperature}"
-            )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"learner.betas must be in [0, 1), but got {self.betas}")
-        if self.pass_weights is not None and (
-            len(self.pass_weights) != self.passes or not all(0 <= w < math.inf for w in self.pass_weights)
-        ):
-            raise ValueError(
-                f"learner.pass_weights must be {self.passes} numbers of at least 0, one for each pass, but got "
-                f"{self.pass_weights}"
-            )
-        if not 0 < self.sample <= 1 or not 0 <= self.held_out < 1 or not 0 <= self.rejected < math.inf:
-            raise ValueError(
-                "learner.sample must be in (0, 1], held_out in [0, 1) and rejected at least 0, but got "
-                f"{self.sample}, {self.held_out} and {self.rejected}"
-            )
-        if self.stale_half_life is not None and not self.stale_half_life > 0:
-            raise ValueError(f"learner.stale_half_life must be above 0 or null, but got {self.stale_half_life}")
-        if self.drafts not in ("sampled", "greedy"):
-            raise ValueError(f"learner.drafts must be 'sampled' or 'greedy', but got {self.drafts!r}")
+        def require(name: str, rule: str, holds: bool) -> None:
+            if not holds:
+                raise ValueError(f"learner.{name} must be {rule}, but got {getattr(self, name)!r}")
+
+        for name in ("learning_rate", "max_grad_norm", "updates_per_request", "replay_half_life"):
+            require(name, "above 0", getattr(self, name) > 0)
+        for name in ("batch_size", "ttt_steps", "replay_capacity", "rejected_top_k", "max_bad_updates"):
+            require(name, "at least 1", getattr(self, name) >= 1)
+        for name in ("temperature", "stale_half_life"):
+            require(name, "above 0 or null", getattr(self, name) is None or getattr(self, name) > 0)
+        for name in ("ema_decay", "holdout_fraction"):
+            require(name, "in [0, 1)", 0 <= getattr(self, name) < 1)
+        for name in ("ttt_decay", "request_sample_rate"):
+            require(name, "in (0, 1]", 0 < getattr(self, name) <= 1)
+        require("weight_decay", "at least 0", self.weight_decay >= 0)
+        require("rejected_weight", "finite and at least 0", 0 <= self.rejected_weight < math.inf)
+        require("betas", "in [0, 1)", all(0 <= beta < 1 for beta in self.betas))
+        if self.ttt_weights is not None:
+            fits = len(self.ttt_weights) == self.ttt_steps and all(0 <= w < math.inf for w in self.ttt_weights)
+            require("ttt_weights", f"ttt_steps = {self.ttt_steps} finite numbers of at least 0", fits)
+        require("draft_sampling", "'sampled' or 'greedy'", self.draft_sampling in ("sampled", "greedy"))
+        require("dtype", "'auto', 'float32' or 'bfloat16'", self.dtype in ("auto", "float32", "bfloat16"))
         try:
             parse_loss(self.loss)
         except ValueError as error:
             raise ValueError(f"learner.loss: {error}") from error
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"learner.dtype must be 'auto', 'float32' or 'bfloat16', but got {self.dtype!r}")
 
-    def weights_of(self, passes: int) -> tuple[float, ...]:
-        """Weights of the first `passes` passes."""
-        if self.pass_weights is not None:
-            return self.pass_weights[:passes]
-        return tuple(self.pass_decay**k for k in range(passes))
+    def step_weights(self, steps: int) -> tuple[float, ...]:
+        """Weights of the first `steps` steps of the training-time test."""
+        if self.ttt_weights is not None:
+            return self.ttt_weights[:steps]
+        return tuple(self.ttt_decay**k for k in range(steps))
 
 
 def product_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
-    """The dtype of matrix products that `name` stands for on a device of this machine."""
+    """The dtype of matrix products for a config's `dtype` on a device of this machine."""
     if name == "auto":
         return torch.bfloat16 if _has_bfloat16(torch.device(device)) else torch.float32
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are native there."""
+    """Whether a device computes products in bfloat16 natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     native = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -1,32 +1,33 @@
-"""What a draft may minimise: losses of one slot, mixtures of them, and the accept length of a whole chain.
+"""Losses of a draft: losses of single tokens, mixtures of them, and losses of a whole chain.
 
-Letters: p the target's distribution, q the draft's, both at one temperature; α = Σ_v min(p_v, q_v) the odds that a
-draft sampled from q stands (Leviathan et al., 2023, arXiv:2211.17192, corollary 3.6); P_k the odds that the first k
-stand. A loss of one slot takes
+Notation: p is the target's distribution, q the draft's, both at one temperature; α = Σ_v min(p_v, q_v) is the
+probability that a draft sampled from q is accepted (Leviathan et al., 2023, arXiv:2211.17192, corollary 3.6); P_k is
+the probability that the first k drafts are accepted. A loss of single tokens takes
 
     logq  [N, Vd]  log q, over the draft's vocabulary, with gradients
-    p     [N, Vd]  p on the same tokens, not normalised anew: its sum is the mass that the draft can say
-    token [N]      int64, what came next, as a draft id; -1: outside the draft's vocabulary
+    p     [N, Vd]  p on the same tokens, not normalised again: its sum is the mass in the draft's vocabulary
+    token [N]      int64, the next token as a draft id; -1: not in the draft's vocabulary
 
-and gives [N]. **Mass outside the draft's vocabulary**, where q is 0: total variation, LK and accept length count it
-as lost, which it is. KL(p‖q) would be infinite, so its sum is over the draft's vocabulary alone, as if p were
-normalised there and the slot weighted by the mass inside; the next token's cross-entropy is its one-sample form and
-leaves such tokens out. KL(q‖p) differs by a constant, whether p is normalised anew or not.
+and returns [N]. **Mass outside the draft's vocabulary**, where q is 0: total variation, LK and accept length count it
+as rejected. KL(p‖q) would be infinite, so its sum is over the draft's vocabulary only, as if p were normalised there
+and the token weighted by the mass inside; the cross-entropy of the next token is its one-sample form and ignores such
+tokens. KL(q‖p) with p normalised again or not differs by a constant.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from specrl.core.interfaces import PlanCost
+
 SlotLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-_FLOOR = 1e-8  # of p inside a logarithm: a token that the target never says costs 18 nats, not infinity
-_TINY = 1e-30  # of α inside a logarithm, and of p to divide by
+_FLOOR = 1e-8  # of p inside a logarithm: an impossible token costs 18 nats, not infinity
+_TINY = 1e-30  # lower bound of α inside a logarithm, and of divisors
 
 
 def acceptance(q: Tensor, p: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ def acceptance(q: Tensor, p: Tensor) -> Tensor:
 
 
 def forward_kl(logq: Tensor, p: Tensor, token: Tensor) -> Tensor:
-    """-Σ p log q = KL(p‖q) + H(p): the target's entropy, which no weight of the draft changes, is left in."""
+    """-Σ p log q = KL(p‖q) + H(p); the target's entropy H(p) does not depend on the draft."""
     return -(p * logq).sum(-1)
 
 
@@ -45,18 +46,18 @@ def reverse_kl(logq: Tensor, p: Tensor, token: Tensor) -> Tensor:
 
 
 def next_token(logq: Tensor, p: Tensor, token: Tensor) -> Tensor:
-    """-log q(x) of the token x that came next; 0 where it is outside the draft's vocabulary."""
+    """-log q(x) of the next token x; 0 if it is not in the draft's vocabulary."""
     known = token >= 0
     return -logq.gather(-1, token.clamp_min(0)[:, None])[:, 0] * known
 
 
 def total_variation(logq: Tensor, p: Tensor, token: Tensor) -> Tensor:
-    """TV(p, q) = ½ Σ |p - q| over the target's whole vocabulary = 1 - α."""
+    """TV(p, q) = ½ Σ |p - q| over the target's vocabulary = 1 - α."""
     return 1.0 - acceptance(logq.exp(), p)
 
 
 def lk(logq: Tensor, p: Tensor, token: Tensor) -> Tensor:
-    """-log α (LK losses, arXiv:2602.23881): total variation, with the gradient divided by α."""
+    """-log α (LK losses, arXiv:2602.23881): its gradient is that of total variation divided by α."""
     return -acceptance(logq.exp(), p).clamp_min(_TINY).log()
 
 
@@ -71,13 +72,13 @@ CHAIN_LOSSES = ("accept_length", "seconds_saved")
 
 
 class Mixture(NamedTuple):
-    """Weights of the losses by name; a chain's are of the whole training-time test, not of a slot."""
+    """Weights of the losses by name: of losses of single tokens (`slot`), and of losses of a whole chain."""
 
     slot: dict[str, float]
     chain: dict[str, float]
 
     def __call__(self, logq: Tensor, p: Tensor, token: Tensor) -> Tensor:
-        """The weighted sum of the slot losses: [N]."""
+        """The weighted sum of the losses of single tokens: [N]."""
         (name, weight), *rest = self.slot.items()
         total = SLOT_LOSSES[name](logq, p, token)
         total = total if weight == 1.0 else weight * total
@@ -87,7 +88,7 @@ class Mixture(NamedTuple):
 
 
 def parse_loss(text: str) -> Mixture:
-    """Read 'forward_kl' or 'forward_kl:0.7+lk:0.3' (weights are 1 unless given, and used as they are).
+    """Parse 'forward_kl' or 'forward_kl:0.7+lk:0.3'; weights are 1 unless given, and are not normalised.
 
     Raises:
         ValueError: an unknown name, one named twice, or a weight that is not finite and above 0.
@@ -97,14 +98,14 @@ def parse_loss(text: str) -> Mixture:
         name, colon, number = (piece.strip() for piece in part.partition(":"))
         if name not in SLOT_LOSSES and name not in CHAIN_LOSSES:
             known = ", ".join([*SLOT_LOSSES, *CHAIN_LOSSES])
-            raise ValueError(f"a loss must be one of {known}, or some with weights as 'lk:0.3+…', but got {text!r}")
+            raise ValueError(f"a loss must be one of {known}, or a mixture such as 'lk:0.3+…', but got {text!r}")
         try:
             weight = float(number) if colon else 1.0
         except ValueError:
             weight = math.nan
         if not 0.0 < weight < math.inf or name in weights:
             raise ValueError(
-                f"a loss must be named once and have a finite weight above 0, but got {part!r} in {text!r}"
+                f"each loss must appear once and have a finite weight above 0, but got {part!r} in {text!r}"
             )
         weights[name] = weight
     slot = {name: weight for name, weight in weights.items() if name in SLOT_LOSSES}
@@ -112,21 +113,21 @@ def parse_loss(text: str) -> Mixture:
 
 
 def top_k_of(p: Tensor, k: int) -> Tensor:
-    """The k most likely tokens of p [N, Vd], normalised anew, the rest 0: what is learnt after a rejected token."""
+    """The k most likely tokens of p [N, Vd], normalised, the rest 0: the target after a rejected draft."""
     best = p.topk(min(k, p.shape[-1]), -1)
     kept = torch.zeros_like(p).scatter_(-1, best.indices, best.values)
     return kept / kept.sum(-1, keepdim=True).clamp_min(_TINY)
 
 
 class Step(NamedTuple):
-    """One draft of a chain, on the path that the target took; both of one shape, in [0, 1]."""
+    """One draft of a chain along the target's own tokens; both fields have one shape and values in [0, 1]."""
 
-    stands: Tensor  # the odds, given that the target's x came next, that x was drafted and accepted (see `survival`)
-    accepted: Tensor  # the odds that whatever is drafted here is accepted
+    matched: Tensor  # probability that the target's next token was drafted and accepted (see `survival`)
+    accepted: Tensor  # probability that the draft is accepted, whatever it is
 
 
 def sampled_step(q: Tensor, p: Tensor, token: Tensor) -> Step:
-    """A draft sampled from q under rejection sampling, exactly: min(1, q(x) / p(x)) and α.
+    """A draft sampled from q, with rejection sampling: min(1, q(x) / p(x)) and α, exactly.
 
     Args:
         q, p: [N, Vd] probabilities.
@@ -134,16 +135,16 @@ def sampled_step(q: Tensor, p: Tensor, token: Tensor) -> Step:
     """
     at = token.clamp_min(0)[:, None]
     ours, theirs = q.gather(-1, at)[:, 0], p.gather(-1, at)[:, 0]
-    can = (token >= 0) & (theirs > _TINY)  # less is a token of another temperature: 1 / p would not be finite
-    stands = (ours / torch.where(can, theirs, 1.0)).clamp_max(1.0) * can
-    return Step(stands, acceptance(q, p))
+    can = (token >= 0) & (theirs > _TINY)  # the token may come from another temperature, where p is 0
+    matched = (ours / torch.where(can, theirs, 1.0)).clamp_max(1.0) * can
+    return Step(matched, acceptance(q, p))
 
 
 def greedy_step(q: Tensor, p: Tensor, token: Tensor, sharpness: float = math.inf) -> Step:
-    """The draft's best token d under target-only acceptance: 1[x = d] and p(d), exactly, at infinite sharpness.
+    """The draft's most likely token d, accepted if the target chooses it: 1[x = d] and p(d) at infinite sharpness.
 
-    A finite sharpness β is the differentiable surrogate: a draft sampled from s = q^β / Σ q^β and accepted where the
-    target itself chooses it, s(x) and Σ s p. It is the exact value for such drafts, and tends to that of d as β grows.
+    A finite sharpness β gives a differentiable surrogate: a draft sampled from s = q^β / Σ q^β and accepted if the
+    target chooses it, s(x) and Σ s p. It converges to the values of d as β grows.
     """
     if sharpness == math.inf:
         s = torch.zeros_like(q).scatter_(-1, q.argmax(-1, keepdim=True), 1.0)
@@ -153,90 +154,61 @@ def greedy_step(q: Tensor, p: Tensor, token: Tensor, sharpness: float = math.inf
 
 
 def survival(steps: Sequence[Step], starts: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ over the starting slots of each request of the estimates of P_k, and their number: [B, K] and [B, K].
+    """The sums over starting slots of estimates of P_k, and the number of estimates: [B, K] and [B, K].
 
     P_k = Σ_x Π_{i≤k} min(p_i, q_i)(x_i) = E_{x~p}[Π_{i<k} min(1, q_i(x_i) / p_i(x_i)) · α_k]. Draft i of the chain
-    that starts at slot s is pass i - 1 of the training-time test at slot s + i - 1. The mean is unbiased where the
-    tokens were sampled from p, at the temperature of p. The product of the α_i along that path is not: for
-    p = (.5, .5), q = (.9, .1), α_2 = (1, 0) it is .3, and P_2 is .5.
+    that starts at slot s is step i - 1 of the training-time test at slot s + i - 1. The mean is unbiased if the tokens
+    were sampled from p, at the temperature of p. The product of the α_i along the path is biased: for p = (.5, .5),
+    q = (.9, .1), α_2 = (1, 0) it is .3, but P_2 is .5.
 
     Args:
-        steps: of pass 0 .. K - 1, each [B, T].
-        starts: [B, T] bool, slots from which a chain may start: their next token was sampled from p.
-        inside: [B, T] bool, slots that p and q are of; padding, on the right, is outside.
+        steps: of step 0 .. K - 1 of the training-time test, each [B, T].
+        starts: [B, T] bool, slots where a chain may start: their next token was sampled from p.
+        inside: [B, T] bool, slots that are not padding; padding is on the right.
     """
     reach, valid = starts.to(steps[0].accepted.dtype), starts & inside
     sums, counts = [], []
     for k, step in enumerate(steps):
         if k:
-            reach, valid = _later(reach * steps[k - 1].stands), _later(valid) & inside
+            reach, valid = _later(reach * steps[k - 1].matched), _later(valid) & inside
         sums.append(torch.where(valid, reach * step.accepted, 0.0).sum(-1))
         counts.append(valid.sum(-1))
     return torch.stack(sums, -1), torch.stack(counts, -1)
 
 
 def _later(x: Tensor) -> Tensor:
-    """[B, T] moved one slot later, zeros before."""
+    """[B, T] shifted by one slot, with zeros at the start."""
     return torch.nn.functional.pad(x[:, :-1], (1, 0))
 
 
-@dataclass(frozen=True, slots=True)
-class PlanCost:
-    """What a chain of `num_steps` costs at a batch size, and how often the traffic is there.
-
-    Args:
-        batch_size: live requests.
-        num_steps: of the plan; 0 proposes nothing.
-        plain_s: t₀(B), seconds of a plain round without any draft.
-        round_s: T(B, plan), seconds of a round.
-        share: of the rounds that run this plan at this batch size; any scale.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    batch_size: int
-    num_steps: int
-    plain_s: float
-    round_s: float
-    share: float = 1.0
-
-    def __post_init__(self) -> None:
-        good = all(math.isfinite(x) and x > 0 for x in (self.plain_s, self.round_s)) and 0 <= self.share < math.inf
-        if not good or self.batch_size < 1 or self.num_steps < 0:
-            raise ValueError(
-                f"a plan's cost needs seconds above 0 and counts and a share of at least 0, but got {self}"
-            )
-
-
 def accept_length(survived: Tensor, num_steps: int) -> Tensor:
-    """E[τ] = 1 + Σ_{k ≤ num_steps} P_k of `survived [K]`; steps beyond K count as never reached."""
+    """E[τ] = 1 + Σ_{k ≤ num_steps} P_k of `survived [K]`; P_k is 0 beyond K."""
     return 1.0 + survived[:num_steps].sum()
 
 
 def seconds_saved(survived: Tensor, costs: Sequence[PlanCost], *, speedup: float = 1.0, best: bool = True) -> Tensor:
-    """Σ_B share · (t₀(B) · E[τ] - λ · T(B, plan)) ÷ Σ_B share · t₀(B): plain rounds saved per round.
+    """Σ_B share · (t0(B) · E[τ] - λ · T(B, plan)) ÷ Σ_B share · t0(B): plain decoding steps saved per round.
 
-    T does not depend on the draft's weights: at fixed plans the clock enters through the weights of the P_k alone.
-    With `best`, each batch size runs the plan of its greatest term, and by the envelope theorem the gradient is that
-    at this plan. λ = 1 gives seconds saved per round, which favours long rounds; λ = the run's own speedup
-    ΣN·t₀/B ÷ ΣΔt makes it the objective itself (Dinkelbach, 1967).
+    T does not depend on the draft's weights, so costs only set the weights of the P_k. With `best`, each batch size
+    runs the plan with the largest term, and by the envelope theorem the gradient is that of this plan. λ = 1 gives
+    seconds saved per round, which favours long rounds; with λ = the speedup of the run, ΣN·t0/B ÷ ΣΔt, maximising it
+    maximises the speedup (Dinkelbach, 1967).
 
-    Where plan 0 is the best one, as it is while a draft is random, the gradient with `best` is zero: such a draft
-    learns nothing. Begin with another loss, mix one in, or leave `best` off.
+    If plan 0 is the best one, as for an untrained draft, the gradient with `best` is zero. Start with another loss, use
+    a mixture, or set `best` to False.
 
     Args:
         survived: [K], P_k.
-        costs: of the plans on offer at each batch size; with `best`, a batch size weighs what its plans do together.
+        costs: of the plans at each batch size; with `best`, a batch size has the sum of the shares of its plans.
         speedup: λ.
-        best: the best plan of each batch size; else each plan by its own share.
+        best: use the best plan of each batch size; otherwise each plan by its own share.
 
     Raises:
         ValueError: no costs, or none with a share.
     """
     whole = sum(cost.share * cost.plain_s for cost in costs)
     if not whole > 0:
-        raise ValueError(f"seconds saved need at least one plan's cost with a share above 0, but got {list(costs)}")
+        raise ValueError(f"costs must hold a plan with a share above 0, but got {list(costs)}")
     total = torch.zeros((), dtype=survived.dtype)
     for batch in dict.fromkeys(cost.batch_size for cost in costs):
         here = [cost for cost in costs if cost.batch_size == batch]

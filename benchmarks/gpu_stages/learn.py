@@ -78,8 +78,8 @@ def learn(
         "learning_s_per_request": loop.learn_s / served,
         "picks": {str(batch): str(plan) for batch, plan in run.table().items()},
         "live": {
-            str(batch): {"rounds": tally.rounds, "speedup": tally.speedup, "accept_length": tally.accept_length}
-            for batch, tally in sorted(loop.tallies.items())
+            str(batch): {"rounds": stats.rounds, "speedup": stats.speedup, "accept_length": stats.accept_length}
+            for batch, stats in sorted(loop.recent.items())
         },
         "course": run.log,
     }

@@ -20,7 +20,6 @@ from specrl.decoding.engine import LocalEngine
 from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft
 from specrl.training.config import ServingConfig
-from specrl.training.deploy import Always
 from specrl.training.loop import OnlineLoop
 
 _SEED_STEP = 1_000_003  # between the seeds of two engines
@@ -111,11 +110,11 @@ class EngineActor:
             if serving.chooser == "adaptive"
             else FixedPlan(Plan.parse(serving.chooser))
         )
-        assembler = Assembler(sample=config.sample, seed=seed, rejected=config.rejected > 0)
+        assembler = Assembler(
+            sample_rate=config.request_sample_rate, seed=seed, keep_rejected=config.rejected_weight > 0
+        )
         pending, first = settings.max_pending_calls, (published.version, weights)
         self._learner = RemoteLearner(handle, number, first, assembler, max_pending_calls=pending)
-        updates = Always(engine, self._learner)
-        updates.offer()
         self._loop = OnlineLoop(
             engine,
             settings.workload(),
@@ -124,9 +123,7 @@ class EngineActor:
             parse_traffic(serving.batch_schedule),
             sync_every=serving.weight_sync_interval,
             seed=seed,
-            updates=updates,
         )
-        self._learner.opted_out = self._loop.stream.refusing
 
     def serve(self, requests: int) -> EngineReport:
         """Serve until this many more requests have finished."""
@@ -141,8 +138,8 @@ class EngineActor:
 
         loop = self._loop
         batches = {
-            batch: BatchReport(str(self._chooser.best(batch)), tally.speedup, tally.accept_length, tally.rounds)
-            for batch, tally in sorted(loop.tallies.items())
+            batch: BatchReport(str(self._chooser.best(batch)), stats.speedup, stats.accept_length, stats.rounds)
+            for batch, stats in sorted(loop.recent.items())
         }
         return EngineReport(
             engine=self._number,

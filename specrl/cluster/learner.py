@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
-from specrl.agents.draft.sequences import Sequence as Traced
+from specrl.agents.draft.sequences import TrainingSequence as Traced
 from specrl.core.clock import WallClock
 from specrl.models.draft import load_draft
 from specrl.models.target import load_target
@@ -112,18 +112,19 @@ class LearnerActor:
         """Write a checkpoint, then publish its weights."""
         import ray
 
-        tensors, numbers = self._learner.state()
-        state = {"target": self._target, "learner": numbers, "taken": self._taken, "restored": self._restored}
-        save_checkpoint(self._checkpoint, tensors, state)
+        learner = self._learner.state_dict()
+        tensors = learner.pop("tensors")
+        state = {"target": self._target, "learner": learner, "taken": self._taken, "restored": self._restored}
+        save_checkpoint(self._checkpoint, "cluster", tensors, state)
         self._version, weights = self._learner.weights()
         self._weights = ray.put(to_bytes(weights))
         self._unpublished = 0
 
     def _restore(self) -> None:
-        tensors, state, _ = load_checkpoint(self._checkpoint)
+        tensors, state, _ = load_checkpoint(self._checkpoint, "cluster")
         if state["target"] != self._target:
             raise ValueError(f"a learner's checkpoint must be of {self._target!r}, but got {state['target']!r}")
-        self._learner.load_state(tensors, state["learner"])
+        self._learner.load_state_dict({**state["learner"], "tensors": tensors})
         self._taken.update(state["taken"])
         self._restored = int(state["restored"]) + 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safetensors.torch import load
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from specrl.agents.draft.sequences import Assembler
 from specrl.cluster.learner import Published, SentTraces
+from specrl.core.interfaces import DraftLearner
 from specrl.core.round import Trace
 
 
-class RemoteLearner:
-    """A `specrl.core.interfaces.DraftLearner` that hands traces to a `LearnerActor`.
+class RemoteLearner(DraftLearner):
+    """A draft learner that hands traces to a `LearnerActor`.
 
     While `max_pending_calls` calls are not answered, further finished requests are dropped and counted. Answers name
     the newest weights, which serve once they have arrived here. If the learner is killed, only the requests of pending
@@ -31,7 +32,6 @@ class RemoteLearner:
         sent: requests that the learner has taken.
         dropped: requests that finished while too many calls were pending.
         lost: requests of calls that a killed learner did not answer.
-        opted_out: requests that must not be learned from, by id; the loop fills it.
 
     Raises:
         ValueError: `max_pending_calls` below 1.
@@ -53,14 +53,11 @@ class RemoteLearner:
         self._version, self._weights = first
         self._pending: dict[Any, int] = {}  # reference of an answer: requests of the call
         self._arriving: tuple[int, Any] | None = None  # version and reference of weights on their way here
-        self.opted_out: list[int] = []
         self.sent = self.dropped = self.lost = 0
         self.metrics: dict[str, float] = {}
 
     def learn(self, traces: list[Trace]) -> Mapping[str, float]:
         """Hand over the requests that these traces finish, or drop them."""
-        self._assembler.opt_out(self.opted_out)
-        self.opted_out.clear()
         finished = [sequence for sequence in self._assembler.add(traces) if len(sequence.tokens) > 1]
         self.poll()
         if finished and len(self._pending) >= self._max_pending_calls:
@@ -69,6 +66,10 @@ class RemoteLearner:
             call = self._learner.learn.remote(self._engine, SentTraces.pack(finished))
             self._pending[call] = len(finished)
         return {**self.metrics, **self.counts()}
+
+    def opt_out(self, requests: Iterable[int]) -> None:
+        """Hand over nothing of these requests, by id."""
+        self._assembler.opt_out(requests)
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:
         """Version and weights that arrived last."""

@@ -35,7 +35,7 @@ def record(
         workload: the requests.
         batch_size: requests decoded together.
         requests: number of requests to serve; one with "learn": false is not recorded.
-        rejected: record rejected draft tokens too, with the target's distribution after them (for learner.rejected).
+        rejected: record rejected drafts too, with the target's distribution after them (for learner.rejected_weight).
         shard_sequences: sequences per shard.
         seed: of requests and sampling.
         output_dir: a new directory for the traces; by default runs/record-<time>.

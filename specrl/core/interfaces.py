@@ -1,8 +1,9 @@
-"""The seam between decoding and everything that decides or learns: engines and their sessions."""
+"""The protocols of the package: what decodes (engines, sessions), what chooses plans, what learns drafts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -206,9 +207,63 @@ class Engine(Protocol):
         ...
 
 
-@runtime_checkable
+@dataclass(frozen=True, slots=True)
+class PlanEstimate:
+    """What a chooser believes about a plan at one batch size.
+
+    Attributes:
+        plan: the plan.
+        accept_length: expected tokens per request and round.
+        seconds: expected seconds of a round.
+        tried: how much evidence there is; 0: the plan never ran at this batch size.
+    """
+
+    plan: Plan
+    accept_length: float
+    seconds: float
+    tried: float
+
+    @property
+    def speed(self) -> float:
+        """Expected tokens per second and request."""
+        return self.accept_length / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class PlanCost:
+    """The cost of a chain of `num_steps` drafts at a batch size, for losses that count seconds.
+
+    Args:
+        batch_size: live requests.
+        num_steps: drafts of the plan; 0 is plain decoding with the draft in place.
+        plain_s: t0(B), seconds of a plain decoding step.
+        round_s: T(B, plan), seconds of a round.
+        share: how often this plan runs at this batch size, on any scale.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    batch_size: int
+    num_steps: int
+    plain_s: float
+    round_s: float
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        good = all(math.isfinite(x) and x > 0 for x in (self.plain_s, self.round_s)) and 0 <= self.share < math.inf
+        if not good or self.batch_size < 1 or self.num_steps < 0:
+            raise ValueError(
+                f"a plan's cost needs seconds above 0 and counts and a share of at least 0, but got {self}"
+            )
+
+
 class PlanChooser(Protocol):
-    """Chooses the plan of each round. NumPy only: the same code runs inside a serving engine."""
+    """Chooses the plan of each round. NumPy only: the same code runs inside a serving engine.
+
+    Environments and evaluation need `plans`, `choose` and `learn` only. Training calls the other methods too; inherit
+    from this class to get their defaults.
+    """
 
     plans: tuple[Plan, ...]
 
@@ -217,18 +272,63 @@ class PlanChooser(Protocol):
         ...
 
     def learn(self, done: Round) -> None:
-        """Take a finished round, maybe some rounds after the next ones were chosen."""
-        ...
+        """Learn from a finished round; later rounds may have been chosen already. Default: nothing is learnt."""
+        return None
+
+    def best(self, batch_size: int) -> Plan | None:
+        """The plan that is best now at a batch size. Default: None, not known."""
+        return None
+
+    def estimates(self, batch_size: int) -> list[PlanEstimate]:
+        """What is believed about each plan at a batch size. Default: nothing."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as JSON-able values. Default: there is none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`. Default: there is nothing to restore."""
+        return None
 
 
-@runtime_checkable
 class DraftLearner(Protocol):
-    """Learns draft weights from traces."""
+    """Learns draft weights from traces. Inherit from it: all methods but `learn` and `weights` have defaults.
+
+    Attributes:
+        wants_plan_costs: whether the loss counts seconds, so that `set_plan_costs` should be called.
+    """
+
+    wants_plan_costs: bool = False
 
     def learn(self, traces: list[Trace]) -> Mapping[str, float]:
-        """Take traces and learn; metrics by name."""
+        """Learn from traces; returns metrics by name."""
         ...
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:
-        """Version and weights to serve, by SGLang's names."""
+        """The version and the weights to serve, by SGLang's names."""
         ...
+
+    def take(self, traces: Iterable[Trace]) -> None:
+        """Keep traces for the next call of `learn`. Default: they are dropped."""
+        return None
+
+    def opt_out(self, requests: Iterable[int]) -> None:
+        """Learn nothing from these requests, by id. Default: ignored."""
+        return None
+
+    def end_session(self) -> None:
+        """The session is over: requests in flight never finish, and ids start again. Default: nothing is done."""
+        return None
+
+    def set_plan_costs(self, costs: Sequence[PlanCost], speedup: float = 1.0) -> None:
+        """Set the cost of each plan and the present speedup, for a loss that counts seconds. Default: ignored."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state: tensors by name under 'tensors', all other values JSON-able. Default: there is none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`. Default: there is nothing to restore."""
+        return None

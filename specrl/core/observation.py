@@ -1,7 +1,7 @@
-"""What a chooser of plans sees: a few numbers that any serving engine knows when it decides. Python and NumPy only.
+"""The observation of a plan chooser: a few numbers that any serving engine knows. Python and NumPy only.
 
-The same code runs in the environments and inside a serving engine. Everything measured starts neutral, so that
-the first observation of an episode depends on the seed alone.
+The same code runs in the environments and inside a serving engine. All measured entries have a neutral value at first,
+so the first observation of an episode depends on the seed alone.
 """
 
 from __future__ import annotations
@@ -16,20 +16,44 @@ from numpy.typing import NDArray
 from specrl.core.plan import Plan
 from specrl.core.round import Round
 
+MEMORY = 50.0  # rounds after which an average has forgotten all but 1/e
+MIN_COST_STEP = 0.1  # smallest weight of a new cost in its average
 MAX_CONTEXT = 1 << 20
-MAX_COST = 16.0  # relative to plain; beyond it a plan is hopeless, whatever it accepts
+MAX_COST = 16.0  # a round's seconds over plain decoding's; larger ratios are clipped
 MAX_AGE = (1 << 20) - 1
-_MOST = math.log2(MAX_COST)
+BATCH_OCTAVES, CONTEXT_OCTAVES, AGE_OCTAVES = 10.0, 20.0, 20.0  # log2 of the values that are shown as 1
+COST_OCTAVES = math.log2(MAX_COST)
+
+
+class Layout(NamedTuple):
+    """The parts of `Observation.vector`; the five entries before them describe the batch.
+
+    Attributes:
+        size: entries in all.
+        survival, costs, tried, last_plan: slices of the parts.
+    """
+
+    size: int
+    survival: slice
+    costs: slice
+    tried: slice
+    last_plan: slice
+
+    @classmethod
+    def of(cls, steps: int, plans: int) -> Layout:
+        """The layout for a largest num_steps of `steps` and a number of plans."""
+        ends = [5, 5 + steps, *(5 + steps + (part + 1) * plans for part in range(3))]
+        return cls(ends[-1], *(slice(*ends[i : i + 2]) for i in range(4)))
 
 
 class Observation(NamedTuple):
-    """What is known before a round: numbers for function approximators, under names for everyone else.
+    """What is known before a round, as numbers for function approximators and under names.
 
     Attributes:
         batch_size: live requests, 1 .. 1024.
         context: mean tokens known per live request.
-        values: what `vector` holds.
-        steps: K, the largest num_steps on offer.
+        values: the entries of `vector`.
+        steps: K, the largest num_steps of the plans.
     """
 
     batch_size: int
@@ -38,7 +62,7 @@ class Observation(NamedTuple):
     steps: int
 
     def vector(self) -> NDArray[np.float32]:
-        """[5 + K + 3 * plans] float32, every entry in [0, 1] but log-ratios of cost, which are in [-4, 4].
+        """[5 + K + 3 * plans] float32; log-ratios of costs are in [-4, 4], all other entries in [0, 1].
 
         In order: log2(batch) / 10, log2(context) / 20, (accept_length - 1) / K, log2(1 + draft_age) / 20,
         constant 1, survival [K], log2(costs) [plans], tried [plans], one-hot last plan [plans].
@@ -53,53 +77,51 @@ class Observation(NamedTuple):
     @property
     def draft_age(self) -> int:
         """Rounds since the draft's weights changed; starts at 0."""
-        return round(2.0 ** (20.0 * self.values[3])) - 1
+        return round(2.0 ** (AGE_OCTAVES * self.values[3])) - 1
 
     @property
     def survival(self) -> tuple[float, ...]:
-        """K values: recent share of rounds whose first k drafts stood, among those that proposed k; starts at 0."""
-        return tuple(self.values[5 : 5 + self.steps])
+        """K values: of recent rounds that proposed k drafts, the share that accepted them; starts at 0."""
+        return tuple(self.values[self._layout.survival])
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """By plan, recent seconds of its round over plain decoding's, at this batch size; starts at 1."""
-        return tuple(2.0**octaves for octaves in self._by_plan(0))
+        """For each plan, recent seconds of its rounds over plain decoding's at this batch size; starts at 1."""
+        return tuple(2.0**octaves for octaves in self.values[self._layout.costs])
 
     @property
     def tried(self) -> tuple[float, ...]:
-        """By plan, 1 where that cost was measured at this batch size, else 0."""
-        return tuple(self._by_plan(1))
+        """For each plan, 1 if its cost was measured at this batch size, else 0."""
+        return tuple(self.values[self._layout.tried])
 
     @property
     def last_plan(self) -> int:
         """Index of the last round's plan; starts at 0."""
-        return self._by_plan(2).index(1.0)
+        return self.values[self._layout.last_plan].index(1.0)
 
-    def _by_plan(self, part: int) -> list[float]:
-        first = 5 + self.steps
-        count = (len(self.values) - first) // 3
-        return self.values[first + part * count : first + (part + 1) * count]
+    @property
+    def _layout(self) -> Layout:
+        return Layout.of(self.steps, (len(self.values) - 5 - self.steps) // 3)
 
 
 def vector_bounds(plans: Sequence[Plan]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Lowest and highest values of `Observation.vector` for these plans."""
-    steps, count = max((plan.num_steps for plan in plans), default=0), len(plans)
-    low = np.zeros(5 + steps + 3 * count, dtype=np.float32)
+    layout = Layout.of(max((plan.num_steps for plan in plans), default=0), len(plans))
+    low = np.zeros(layout.size, dtype=np.float32)
     high = np.ones_like(low)
-    costs = slice(5 + steps, 5 + steps + count)
-    low[costs], high[costs] = -np.log2(MAX_COST), np.log2(MAX_COST)
+    low[layout.costs], high[layout.costs] = -COST_OCTAVES, COST_OCTAVES
     return low, high
 
 
 class Observer:
-    """Keeps the recent averages that an observation shows.
+    """Keeps the recent averages of an observation.
 
     Args:
-        plans: on offer, in the order of the actions.
+        plans: the plans to choose from, in the order of the actions.
         memory: rounds after which an average has forgotten all but 1/e.
     """
 
-    def __init__(self, plans: Sequence[Plan], memory: float = 50.0) -> None:
+    def __init__(self, plans: Sequence[Plan], memory: float = MEMORY) -> None:
         if not memory >= 1.0:
             raise ValueError(f"memory must be at least 1 round, but got {memory}")
         self.plans = tuple(plans)
@@ -109,7 +131,7 @@ class Observer:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: neutral averages."""
+        """Forget all rounds."""
         self._correct = self._weight = 0.0  # discounted sums: mean correct drafts, rounds
         self._survived = [0.0] * self._steps
         self._proposed = [0.0] * self._steps
@@ -117,9 +139,10 @@ class Observer:
         self._last, self._age, self._version = 0, 0, -1
 
     def record(self, done: Round, plain_s: float) -> None:
-        """Take a finished round and the plain cost t0 (seconds a round) at its batch size and context.
+        """Add a finished round; `plain_s`: t0, seconds of a plain decoding step at its batch size and context.
 
-        In plain Python: this runs between rounds of a few milliseconds, where NumPy on a dozen numbers is slower.
+        This is plain Python because it runs between rounds of a few milliseconds, and NumPy is slower on a dozen
+        numbers.
         """
         keep, correct = self._keep, done.correct_drafts.tolist()
         share = 1.0 / len(correct)
@@ -132,25 +155,25 @@ class Observer:
                 reached -= correct.count(k)
                 self._survived[k] = self._survived[k] * keep + reached * share
                 self._proposed[k] = self._proposed[k] * keep + 1.0
-        ratio = min(max(math.log2(max(done.seconds, 1e-9) / plain_s), -_MOST), _MOST)
-        costs, tried = self._of(len(correct))
+        ratio = min(max(math.log2(max(done.seconds, 1e-9) / plain_s), -COST_OCTAVES), COST_OCTAVES)
+        costs, tried = self._costs_at(len(correct))
         index = self._index[done.plan]
-        costs[index] += (max(1.0 - keep, 0.1) if tried[index] else 1.0) * (ratio - costs[index])
+        costs[index] += (max(1.0 - keep, MIN_COST_STEP) if tried[index] else 1.0) * (ratio - costs[index])
         tried[index] = 1.0
         self._age = min(self._age + 1, MAX_AGE) if done.draft_version == self._version else 0
         self._last, self._version = index, done.draft_version
 
     def observe(self, batch_size: int, context: float) -> Observation:
-        """What is known before the next round of `batch_size` requests at mean `context` tokens."""
-        costs, tried = self._of(batch_size)
+        """The observation before a round of `batch_size` requests with `context` tokens on average."""
+        costs, tried = self._costs_at(batch_size)
         steps = self._steps
         last = [0.0] * len(costs)
         last[self._last] = 1.0
         values = [
-            math.log2(batch_size) / 10.0,
-            math.log2(max(context, 1.0)) / 20.0,
+            math.log2(batch_size) / BATCH_OCTAVES,
+            math.log2(max(context, 1.0)) / CONTEXT_OCTAVES,
             self._correct / (self._weight * steps) if self._weight and steps else 0.0,
-            math.log2(1.0 + self._age) / 20.0,
+            math.log2(1.0 + self._age) / AGE_OCTAVES,
             1.0,
             *[s / p if p else 0.0 for s, p in zip(self._survived, self._proposed, strict=True)],
             *costs,
@@ -159,7 +182,7 @@ class Observer:
         ]
         return Observation(batch_size, context, values, steps)
 
-    def _of(self, batch_size: int) -> tuple[list[float], list[float]]:
+    def _costs_at(self, batch_size: int) -> tuple[list[float], list[float]]:
         found = self._costs.get(batch_size)
         if found is None:
             found = self._costs[batch_size] = [0.0] * len(self.plans), [0.0] * len(self.plans)

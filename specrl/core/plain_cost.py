@@ -1,7 +1,7 @@
-"""The rolling cost of plain decoding, t0(batch size, context): what every speedup is counted against.
+"""The rolling cost of plain decoding, t0(batch size, context), which every speedup is measured against.
 
-Kept per batch size as a robust line over context (t0 grows with the context that attention reads), from the most
-recent samples only, so that it follows a machine that becomes slower or faster.
+For each batch size, t0 is a robust line over context (attention reads more with more context). Only recent samples
+count, so the estimate follows a machine that becomes slower or faster.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import numpy as np
 from specrl.core.interfaces import Session
 from specrl.core.round import PlainSample
 
-_FIRST_SAMPLES = 3  # plain steps measured when a batch size is met for the first time
-_EAGER = 8  # samples that are taken densely at a new batch size
+WINDOW = 48  # samples kept for each batch size
+INTERVAL = 24  # rounds between two samples
+FIRST_SAMPLES = 3  # samples taken at once at a new batch size
+DENSE_SAMPLES = 8  # below so many samples, the next one is taken after `DENSE_INTERVAL` rounds
+DENSE_INTERVAL = 2
 
 
 class PlainEstimate(NamedTuple):
-    """Seconds of a plain round, its standard error, and the samples it rests on."""
+    """Seconds of a plain decoding step, their standard error, and the number of samples behind them."""
 
     seconds: float
     standard_error: float
@@ -38,24 +41,28 @@ class _Cell:
 
 
 class PlainCost:
-    """t0(batch size, context) from samples taken between rounds.
+    """t0(batch size, context) from samples taken between rounds (a `specrl.core.rollout.Baseline`).
 
     Args:
-        window: samples kept per batch size.
+        window: samples kept for each batch size, at least 4.
         every: rounds between two samples once there are enough; fewer before.
 
     Raises:
         ValueError: a window below 4, or every below 1.
     """
 
-    def __init__(self, window: int = 48, every: int = 24) -> None:
+    def __init__(self, window: int = WINDOW, every: int = INTERVAL) -> None:
         if window < 4 or every < 1:
             raise ValueError(f"window must be at least 4 and every at least 1, but got {window} and {every}")
         self.window, self.every = window, every
         self._cells: dict[int, _Cell] = {}
 
     def add(self, sample: PlainSample) -> None:
-        """Take a measured plain step."""
+        """Add a measured plain step.
+
+        Raises:
+            ValueError: its seconds are not finite and above 0.
+        """
         if not (math.isfinite(sample.seconds) and sample.seconds > 0):
             raise ValueError(f"a plain step must take a finite time above 0, but got {sample.seconds} s")
         cell = self._cells.get(sample.batch_size)
@@ -73,19 +80,23 @@ class PlainCost:
         """
         batch = session.batch_size
         self.tick(batch, context)
-        if not self.due(batch, context):
-            return
-        for _ in range(1 if self.known(batch) else _FIRST_SAMPLES):
-            sample = session.measure_plain()
-            if sample is None:
-                raise ValueError(
-                    "the engine must measure plain decoding between rounds, but it does not; use 'local', or 'sglang' "
-                    "with baseline='alternate', or plain_url= for a running server"
-                )
-            self.add(sample)
+        if self.due(batch, context):
+            for _ in range(1 if self.known(batch) else FIRST_SAMPLES):
+                self.add(self.measure(session))
+
+    def measure(self, session: Session) -> PlainSample:
+        """One sample of plain decoding on the live requests of a session.
+
+        Raises:
+            ValueError: the engine does not measure plain decoding between rounds.
+        """
+        sample = session.measure_plain()
+        if sample is None:
+            raise no_plain_measurement()
+        return sample
 
     def tick(self, batch_size: int, context: float) -> None:
-        """A round at this batch size is about to run."""
+        """Count a round at this batch size, which is about to run."""
         if batch_size in self._cells:
             self._cells[batch_size].since += 1
 
@@ -94,11 +105,11 @@ class PlainCost:
         return batch_size in self._cells
 
     def due(self, batch_size: int, context: float) -> bool:
-        """Whether to measure again before the next round: every other round at first, then every `every`."""
+        """Whether to measure before the next round: every second round at first, then every `every` rounds."""
         cell = self._cells.get(batch_size)
         if cell is None:
             return True
-        return cell.since >= (2 if len(cell.seconds) < _EAGER else self.every)
+        return cell.since >= (DENSE_INTERVAL if len(cell.seconds) < DENSE_SAMPLES else self.every)
 
     def estimate(self, batch_size: int, context: float) -> PlainEstimate:
         """t0 at this batch size and mean context.
@@ -117,16 +128,24 @@ class PlainCost:
         return PlainEstimate(max(seconds, 0.5 * level), error, len(cell.seconds))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, JSON-able."""
+        """The samples, JSON-able."""
         cells = {str(b): {"contexts": list(c.contexts), "seconds": list(c.seconds)} for b, c in self._cells.items()}
         return {"window": self.window, "every": self.every, "cells": cells}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
         self._cells = {
             int(batch): _Cell(deque(cell["contexts"], maxlen=self.window), deque(cell["seconds"], maxlen=self.window))
             for batch, cell in state["cells"].items()
         }
+
+
+def no_plain_measurement() -> ValueError:
+    """The error for an engine that does not measure plain decoding between rounds."""
+    return ValueError(
+        "the engine must measure plain decoding between rounds, but it does not; use 'local', or 'sglang' with "
+        "baseline='alternate', or plain_url= for a running server"
+    )
 
 
 def _fit(contexts: np.ndarray, seconds: np.ndarray) -> tuple[float, float, float, float]:
@@ -139,20 +158,20 @@ def _fit(contexts: np.ndarray, seconds: np.ndarray) -> tuple[float, float, float
     centre, level = float(x.mean()), float(y.mean())
     moved = x - centre
     slope = 0.0
-    if _tells_slope(x):
+    if _has_slope(x):
         slope = max(float((moved * (y - level)).sum() / (moved**2).sum()), 0.0)
     residual = y - level - slope * moved
     return level, slope, centre, float(np.sqrt((residual**2).sum() / max(len(y) - 1, 1) / len(y)))
 
 
-def _tells_slope(contexts: np.ndarray) -> bool:
-    """Whether there are enough contexts, and different enough, to fit a slope."""
+def _has_slope(contexts: np.ndarray) -> bool:
+    """Whether the contexts are many and different enough to fit a slope."""
     return len(contexts) >= 8 and bool(np.ptp(contexts) > 0.2 * max(float(contexts.mean()), 1.0))
 
 
 def _median_slope(contexts: np.ndarray, seconds: np.ndarray) -> float:
-    """Median slope between samples far apart, at least 0: spikes hardly move it (Theil, 1950; Sen, 1968)."""
-    if not _tells_slope(contexts):
+    """Median slope between samples far apart, at least 0; robust to spikes (Theil, 1950; Sen, 1968)."""
+    if not _has_slope(contexts):
         return 0.0
     apart = contexts - contexts[:, None]  # [n, n]
     far = apart > 0.2 * np.ptp(contexts)

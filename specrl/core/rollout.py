@@ -7,7 +7,7 @@ one that is evaluated and the one that serves run in the same loop.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Protocol
@@ -94,15 +94,26 @@ class Rollout:
         self._ready = False  # the session has the batch size of the next round
         self._context = 0.0
 
+    def prepare(self) -> None:
+        """Resize the session to the batch size of the next round. `observe` and `step` do it too."""
+        if self._ready:
+            return
+        batch = next(self._batch_sizes)
+        if batch != self.session.batch_size:
+            self.session.resize(batch)
+        lengths = self.session.context_lengths
+        self._context = sum(lengths) / len(lengths)
+        self._ready = True
+
     @property
     def context(self) -> float:
         """Mean number of known tokens per live request before the next round."""
-        self._prepare()
+        self.prepare()
         return self._context
 
     def observe(self) -> Observation:
         """The observation before the next round, at the batch size of that round."""
-        self._prepare()
+        self.prepare()
         return self.observer.observe(self.session.batch_size, self._context)
 
     def step(self, plan: Plan, thinking_s: float = 0.0) -> Step:
@@ -111,14 +122,22 @@ class Rollout:
         Raises:
             ValueError: the session cannot run the plan, or the baseline cannot be measured.
         """
-        self._prepare()
-        batch, context = self.session.batch_size, self._context
-        self.baseline.update(self.session, context)
-        done = self.session.round(plan)
-        self._ready = False
-        step = Step(plan, done, self.baseline.estimate(batch, context), thinking_s)
+        step = self.decode(lambda: self.session.round(plan), thinking_s)
         self._late.append(step)
         return step
+
+    def decode(self, decode_round: Callable[[], Round], thinking_s: float = 0.0) -> Step:
+        """Decode one round in another way, such as with given drafts; it does not count for the observation.
+
+        Raises:
+            ValueError: the baseline cannot be measured, or `decode_round` raises it.
+        """
+        self.prepare()
+        batch, context = self.session.batch_size, self._context
+        self.baseline.update(self.session, context)
+        done = decode_round()
+        self._ready = False
+        return Step(done.plan, done, self.baseline.estimate(batch, context), thinking_s)
 
     def arrived(self) -> Iterator[Step]:
         """The steps whose results are known by now, each once; the observation includes them from then on."""
@@ -137,14 +156,3 @@ class Rollout:
             for known in self.arrived():
                 chooser.learn(known.round)
             yield step
-
-    def _prepare(self) -> None:
-        """Resize the session to the batch size of the next round."""
-        if self._ready:
-            return
-        batch = next(self._batch_sizes)
-        if batch != self.session.batch_size:
-            self.session.resize(batch)
-        lengths = self.session.context_lengths
-        self._context = sum(lengths) / len(lengths)
-        self._ready = True

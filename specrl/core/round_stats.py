@@ -6,15 +6,23 @@ grouped into windows or blocks, and the groups are resampled.
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
 
 from specrl.core.round import Round
+from specrl.core.statistics import Interval, ratio_of_sums
 
 WINDOW = 64  # rounds of a window of live traffic
+BLOCK = 16  # rounds of a block; neighbouring rounds are alike, so intervals resample blocks
+RECENT_BLOCKS = 25  # blocks of the recent statistics
+_MIN_BLOCKS = 8  # blocks that an interval needs
+_PARTS = ("draft_s", "verify_s", "other_s")
+_SUMS = ("rounds", "requests", "tokens", "tokens_per_request", "plain_s", *_PARTS, "thinking_s", "prefill_s")
 
 
 @dataclass(slots=True)
@@ -55,7 +63,8 @@ class RoundStats:
             plain_s: seconds of a plain decoding step at its batch size and context.
             thinking_s: seconds that choosing its plan took.
         """
-        batch, tokens, steps = done.batch_size, int(done.tokens.sum()), done.plan.num_steps
+        correct, tokens, steps = done.correct_drafts.tolist(), sum(done.tokens.tolist()), done.plan.num_steps
+        batch = len(correct)
         self.rounds += 1
         self.requests += batch
         self.tokens += tokens
@@ -68,17 +77,16 @@ class RoundStats:
         self.prefill_s += done.prefill_s
         if steps:
             self._lengthen(steps)
-            reached = done.histogram()[::-1].cumsum()[::-1].tolist()  # requests with at least 0, 1, .. correct drafts
+            reached = batch  # requests whose first `position` drafts were accepted
             for position in range(steps):
+                reached -= correct.count(position)
                 self.proposed[position] += batch
-                self.accepted[position] += reached[position + 1]
+                self.accepted[position] += reached
 
     def merge(self, other: RoundStats) -> None:
         """Add the rounds of another statistic."""
-        for name in ("rounds", "requests", "tokens", "tokens_per_request", "plain_s", "draft_s", "verify_s", "other_s"):
+        for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.thinking_s += other.thinking_s
-        self.prefill_s += other.prefill_s
         self._lengthen(len(other.proposed))
         for position, (proposed, accepted) in enumerate(zip(other.proposed, other.accepted, strict=True)):
             self.proposed[position] += proposed
@@ -113,80 +121,90 @@ class RoundStats:
     def row(self) -> dict[str, object]:
         """The sums as a row of a CSV file; accepted_1 is the count of the first draft position."""
         row: dict[str, object] = {"rounds": self.rounds, "requests": self.requests, "tokens": self.tokens}
-        row |= {name: round(getattr(self, name), 7) for name in ("plain_s", "draft_s", "verify_s", "other_s")}
+        row |= {name: round(getattr(self, name), 7) for name in ("plain_s", *_PARTS)}
         return row | {f"accepted_{position}": count for position, count in enumerate(self.accepted, 1)}
 
 
-@dataclass(slots=True)
-class RoundSums:
-    """Rounds of one plan, added up."""
+class RecentStats:
+    """The most recent rounds, as blocks of `BLOCK` rounds.
 
-    rounds: int = 0
-    verified: int = 0  # requests x rounds
-    tokens: int = 0  # committed and kept, of all requests
-    plain_s: float = 0.0  # that plain decoding would have taken for these tokens; 0 where nobody knows
-    draft_s: float = 0.0
-    verify_s: float = 0.0
-    other_s: float = 0.0
-    stood: list[int] = field(default_factory=list)  # [num_steps], requests x rounds whose drafts stood to position k
-
-    def add(self, done: Round, plain_s: float = 0.0) -> None:
-        """Take a round; `plain_s`: a plain step at its batch size and context."""
-        self.rounds += 1
-        self.verified += done.batch_size
-        tokens = int(done.tokens.sum())
-        self.tokens += tokens
-        self.plain_s += tokens / done.batch_size * plain_s
-        self.draft_s += done.draft_s
-        self.verify_s += done.verify_s
-        self.other_s += done.other_s
-        if len(self.stood) < done.plan.num_steps:
-            self.stood += [0] * (done.plan.num_steps - len(self.stood))
-        reached = done.histogram()[::-1].cumsum()[::-1].tolist()  # with at least 0, 1, .. correct drafts
-        for position in range(done.plan.num_steps):
-            self.stood[position] += reached[position + 1]
-
-    def row(self) -> dict[str, object]:
-        """As a row of CSV: 'stood_1' is the first draft's."""
-        row: dict[str, object] = {"rounds": self.rounds, "verified": self.verified, "tokens": self.tokens}
-        row |= {name: round(getattr(self, name), 7) for name in ("plain_s", "draft_s", "verify_s", "other_s")}
-        return row | {f"stood_{position}": count for position, count in enumerate(self.stood, 1)}
-
-
-class Windows:
-    """Sums of live rounds by batch size and plan, of at most `WINDOW` rounds each.
-
-    Args:
-        then: is handed every round too.
+    Attributes:
+        rounds: number of all rounds added, older ones included.
     """
 
-    def __init__(self, then: Callable[[Round, float], None] | None = None) -> None:
-        self._then, self._sums = then, dict[tuple[int, str], list[RoundSums]]()
+    def __init__(self) -> None:
+        self.rounds = 0
+        self._blocks: deque[RoundStats] = deque(maxlen=RECENT_BLOCKS)
 
-    def take(self, done: Round, plain_s: float) -> None:
-        """Take a round and the seconds of a plain step there."""
-        stretches = self._sums.setdefault((done.batch_size, str(done.plan)), [RoundSums()])
-        if stretches[-1].rounds == WINDOW:
-            stretches.append(RoundSums())
-        stretches[-1].add(done, plain_s)
-        if self._then is not None:
-            self._then(done, plain_s)
+    def add(self, done: Round, plain_s: float, thinking_s: float = 0.0) -> None:
+        """Add one round (see `RoundStats.add`)."""
+        if self.rounds % BLOCK == 0:
+            self._blocks.append(RoundStats())
+        self._blocks[-1].add(done, plain_s, thinking_s)
+        self.rounds += 1
 
-    def rows(self, requests: int) -> list[dict[str, object]]:
-        """What came in since the last call, `requests` served by now."""
-        out = [
-            {"requests": requests, "batch_size": batch, "plan": plan, **sums.row()}
-            for (batch, plan), stretches in sorted(self._sums.items())
-            for sums in stretches
+    @property
+    def total(self) -> RoundStats:
+        """The sums over the recent rounds: the last 385 to 400."""
+        total = RoundStats()
+        for block in self._blocks:
+            total.merge(block)
+        return total
+
+    @property
+    def speedup(self) -> float:
+        """Recent speedup over plain decoding; nan without rounds."""
+        return self.total.speedup
+
+    @property
+    def accept_length(self) -> float:
+        """Recent mean tokens per request and verification, the bonus token included; nan without rounds."""
+        return self.total.accept_length
+
+    def intervals(self) -> tuple[Interval, Interval] | None:
+        """95 % intervals of speedup and accept length, by resampling blocks; None: fewer than 8 full blocks.
+
+        They show how much rounds vary. An error of the plain cost, which all rounds share, is not included.
+        """
+        if self.rounds < _MIN_BLOCKS * BLOCK:
+            return None
+        sums = [(b.plain_s, b.seconds, b.requests + sum(b.accepted), b.requests) for b in self._blocks]
+        plain_s, seconds, tokens, requests = np.array(sums, dtype=np.float64).T
+        speedup, accept_length = (
+            ratio_of_sums(top, bottom, resamples=1000, rng=np.random.default_rng(0))
+            for top, bottom in ((plain_s, seconds), (tokens, requests))
+        )
+        return speedup, accept_length
+
+    def state_dict(self) -> dict[str, Any]:
+        """The blocks, JSON-able."""
+        return {"rounds": self.rounds, "blocks": [asdict(block) for block in self._blocks]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`."""
+        self.rounds = state["rounds"]
+        self._blocks = deque((RoundStats(**block) for block in state["blocks"]), maxlen=RECENT_BLOCKS)
+
+
+class StatsByWindow:
+    """Statistics of live rounds by batch size and plan, in windows of at most `WINDOW` rounds."""
+
+    def __init__(self) -> None:
+        self._windows: dict[tuple[int, str], list[RoundStats]] = {}
+
+    def add(self, done: Round, plain_s: float, thinking_s: float = 0.0) -> None:
+        """Add one round (see `RoundStats.add`)."""
+        windows = self._windows.setdefault((done.batch_size, str(done.plan)), [RoundStats()])
+        if windows[-1].rounds == WINDOW:
+            windows.append(RoundStats())
+        windows[-1].add(done, plain_s, thinking_s)
+
+    def take_rows(self) -> list[dict[str, object]]:
+        """A row for each window since the last call, with its batch size and plan; they are forgotten then."""
+        rows = [
+            {"batch_size": batch, "plan": plan, **window.row()}
+            for (batch, plan), windows in sorted(self._windows.items())
+            for window in windows
         ]
-        self._sums.clear()
-        return out
-
-
-def read_windows(directory: Path, requests: int) -> list[dict[str, object]]:
-    """The rows of a directory's windows.csv up to `requests` served: what a resumed run goes on from."""
-    path = directory / "windows.csv"
-    if requests == 0 or not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [dict(row) for row in csv.DictReader(file) if int(row["requests"]) <= requests]
+        self._windows.clear()
+        return rows

@@ -47,6 +47,12 @@ MOVED_OPTIONS: dict[str, tuple[str, ...]] = {
     "learner.clip": ("learner.max_grad_norm",),
     "learner.replay": ("learner.replay_capacity",),
     "learner.half_life": ("learner.replay_half_life",),
+    "learner.pass_weights": ("learner.ttt_weights",),
+    "learner.sample": ("learner.request_sample_rate",),
+    "learner.held_out": ("learner.holdout_fraction",),
+    "learner.drafts": ("learner.draft_sampling",),
+    "learner.rejected": ("learner.rejected_weight",),
+    "learner.patience": ("learner.max_bad_updates",),
 }
 
 # Command: old option: command that has it now.

@@ -17,7 +17,7 @@ import torch
 from specrl.agents.draft.config import LearnerConfig
 from specrl.config import DraftConfig, TargetConfig, WorkloadConfig
 from specrl.core.plan import Plan
-from specrl.core.round import Round
+from specrl.core.rollout import Step
 from specrl.io.output import OutputDir
 from specrl.measure.arms import local_arms
 from specrl.measure.paired import SessionPool, start_arms, take_turns
@@ -140,20 +140,20 @@ class _Watch:
         self.loop, self.levels = run.loop, levels
         self.reached: dict[str, float] = {}
         self.pause_s = self._learned_s = 0.0
-        self.loop.on_round = self._add
+        self.loop.on_step.append(self._add)
 
     def end_pause(self) -> None:
         """Count the seconds of learning since the last round as one pause."""
         self.pause_s = max(self.pause_s, self.loop.learn_s - self._learned_s)
         self._learned_s = self.loop.learn_s
 
-    def _add(self, done: Round, plain_s: float) -> None:
+    def _add(self, step: Step) -> None:
         self.end_pause()
-        loop, tallies = self.loop, self.loop.tallies.values()
+        loop, recent = self.loop, self.loop.recent.values()
         for name, level in self.levels.items():
             key = LEVELS[name]
-            if key not in self.reached and min(tally.rounds for tally in tallies) >= MIN_ROUNDS:
-                if float(np.exp(np.mean(np.log([getattr(tally, name) for tally in tallies])))) >= level:
+            if key not in self.reached and min(stats.rounds for stats in recent) >= MIN_ROUNDS:
+                if float(np.exp(np.mean(np.log([getattr(stats, name) for stats in recent])))) >= level:
                     self.reached[key] = loop.requests if name == "accept_length" else loop.serve_s + loop.learn_s
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from specrl.core.statistics import Interval, mean_interval
-from specrl.envs.device_lock import Exclusive
+from specrl.envs.device_lock import DeviceLock
 from specrl.io.output import OutputDir
 from specrl.measure.machine import environment
 from specrl.studies.config import Study, read_study
@@ -96,9 +96,9 @@ def device_lock(study: Study) -> Iterator[None]:
     if study.device is None:
         yield
         return
-    lock = Exclusive(study.device)
+    lock = DeviceLock(study.device)
     try:
-        lock.take()
+        lock.acquire()
     except ValueError as error:
         raise ValueError(
             f"a timed trial needs its device alone, but {study.device!r} is in use by another study or environment; "
@@ -107,4 +107,4 @@ def device_lock(study: Study) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.give_back()
+        lock.release()

@@ -1,6 +1,6 @@
-"""What every plan chooser must hold to; run these on your own: `for check in CHECKS: check(make)`.
+"""Checks that every plan chooser must pass: `for check in CHECKS: check(make)`.
 
-`make` takes a tuple of plans and gives a fresh chooser. A check raises AssertionError with what was wrong.
+`make` takes a tuple of plans and returns a new chooser. A failed check raises AssertionError with the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PLANS = parse_plans("0,1/1/2,2/1/3,3/1/4,3/2/6")
 def made_up_round(
     plan: Plan, batch_size: int, correct: Sequence[int] | None = None, seconds: float = 2e-3, draft_version: int = 0
 ) -> Round:
-    """A round for tests: `correct` drafts of each request (none by default), all of `seconds` spent verifying."""
+    """A round for tests, with the correct drafts of each request (default: 0) and all seconds spent on verifying."""
     right = np.zeros(batch_size, dtype=np.int64) if correct is None else np.asarray(correct, dtype=np.int64)
     return Round(
         plan=plan,
@@ -37,25 +37,27 @@ def made_up_round(
 
 
 def check_is_a_chooser(make: Make) -> None:
-    """It has the parts of the protocol."""
-    assert isinstance(make(PLANS), PlanChooser), "it must have plans, choose and learn"
+    """It has the attributes that environments and evaluation need."""
+    chooser = make(PLANS)
+    missing = [name for name in ("plans", "choose", "learn") if not hasattr(chooser, name)]
+    assert not missing, f"it must have plans, choose and learn, but has no {', '.join(missing)}"
 
 
 def check_chooses_among_its_plans(make: Make) -> None:
-    """From the first round on, at any batch size."""
+    """It chooses one of its plans from the first round on, at any batch size."""
     chooser, observer = make(PLANS), Observer(PLANS)
     for batch in (1, 3, 32, 1024):
         for _ in range(20):
             plan = chooser.choose(observer.observe(batch, 100.0))
-            assert plan in PLANS, f"chose {plan}, which is not on offer"
-            assert plan in chooser.plans, f"chose {plan}, which is not in its plans"
+            assert plan in PLANS, f"it chose {plan}, which is not among the plans given"
+            assert plan in chooser.plans, f"it chose {plan}, which is not in its own plans"
             done = made_up_round(plan, batch)
             chooser.learn(done)
             observer.record(done, 2e-3)
 
 
 def check_takes_results_late(make: Make) -> None:
-    """Rounds may be learnt after the next ones were chosen."""
+    """It may learn from a round after the next ones were chosen."""
     chooser, observer = make(PLANS), Observer(PLANS)
     waiting = [made_up_round(chooser.choose(observer.observe(4, 100.0)), 4) for _ in range(3)]
     for _ in range(50):
@@ -64,14 +66,14 @@ def check_takes_results_late(make: Make) -> None:
 
 
 def check_takes_one_plan_only(make: Make) -> None:
-    """A single plan leaves no choice."""
+    """It chooses the only plan if there is one only."""
     only = (Plan(2),)
     chooser = make(only)
     assert chooser.choose(Observer(only).observe(1, 10.0)) == only[0], "the only plan must be chosen"
 
 
 def check_survives_hiccups(make: Make) -> None:
-    """Rounds that took no time or a hundred times as long change nothing about what it may choose."""
+    """Rounds that take no time or a hundred times as long do not break it."""
     chooser, observer = make(PLANS), Observer(PLANS)
     for seconds in (1e-9, 2e-3, 0.2, 2e-3, 20.0):
         plan = chooser.choose(observer.observe(2, 50.0))

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: safetensors and JSON in one directory that appears whole or not at all."""
+"""Checkpoints of training: safetensors and JSON in one directory, which is replaced atomically."""
 
 from __future__ import annotations
 
@@ -14,21 +14,29 @@ from torch import Tensor
 from specrl.io.output import to_json
 from specrl.models.checkpoint import recover, save_tensors, write_atomic
 
-_STATE, _TENSORS = "state.json", "learner.safetensors"
-_REPLAY = "replay.safetensors"
-_FORMAT = 3
+FORMAT = 4  # version of the format; other versions are refused
+_STATE, _TENSORS, _REPLAY = "state.json", "learner.safetensors", "replay.safetensors"
 
 
 def save_checkpoint(
     directory: Path,
+    kind: str,
     tensors: Mapping[str, Tensor],
     state: Mapping[str, object],
     replay: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Replace the checkpoint in `directory` by this one; the old one stands until the new one is complete."""
+    """Replace the checkpoint in `directory`; the old one is kept until the new one is complete.
+
+    Args:
+        directory: of the checkpoint.
+        kind: the kind of training, such as 'online' or 'offline'; it can only be resumed by the same kind.
+        tensors: of the learner.
+        state: all other state, JSON-able.
+        replay: sequences of the replay buffer.
+    """
 
     def write(into: Path) -> None:
-        (into / _STATE).write_text(to_json({"format": _FORMAT, **state}, indent=1) + "\n")
+        (into / _STATE).write_text(to_json({"format": FORMAT, "kind": kind, **state}, indent=1) + "\n")
         if tensors:
             save_tensors(into / _TENSORS, tensors, {"format": "pt"})
         if replay:
@@ -38,35 +46,52 @@ def save_checkpoint(
 
 
 class Checkpoint(NamedTuple):
-    """What `save_checkpoint` was given."""
+    """The arguments of `save_checkpoint`."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
-    replay: dict[str, Tensor]  # empty where it was not kept
+    replay: dict[str, Tensor]  # empty if it was not saved
 
 
-def load_checkpoint(directory: Path) -> Checkpoint:
+def load_checkpoint(directory: Path, kind: str) -> Checkpoint:
     """The checkpoint in `directory`.
 
     Raises:
-        ValueError: there is none, or it is not one that this version wrote.
+        ValueError: there is none, it is damaged, or it has another format or kind.
+    """
+    state = load_state(directory, kind)
+    try:
+        tensors, replay = (
+            load_file(directory / name) if (directory / name).exists() else {} for name in (_TENSORS, _REPLAY)
+        )
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {str(directory)!r} must hold safetensors, but is damaged: {error}") from error
+    return Checkpoint(tensors, state, replay)
+
+
+def load_state(directory: Path, kind: str) -> dict[str, Any]:
+    """The state of the checkpoint in `directory`, without its tensors.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it has another format or kind.
     """
     recover(directory)
     path = directory / _STATE
     if not path.exists():
-        raise ValueError(
-            f"--resume needs a checkpoint, but there is none in {str(directory)!r}; start without --resume"
-        )
+        raise ValueError(f"--resume needs a checkpoint, but {str(directory)!r} holds none; start without --resume")
     try:
         state = json.loads(path.read_text())
-        tensors, replay = (
-            load_file(directory / name) if (directory / name).exists() else {} for name in (_TENSORS, _REPLAY)
-        )
-    except (ValueError, SafetensorError) as error:
+    except ValueError as error:
+        raise ValueError(f"checkpoint {str(path)!r} must be JSON, but is not: {error}") from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
         raise ValueError(
-            f"a checkpoint must be JSON and safetensors, but {str(directory)!r} is not: {error}"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        got = state.get("format") if isinstance(state, dict) else state
-        raise ValueError(f"a checkpoint must be of format {_FORMAT}, but got {got!r}; start without --resume")
-    return Checkpoint(tensors, state, replay)
+            f"checkpoint {str(directory)!r} must have format {FORMAT}, but has {found}; it was written by another "
+            f"version, so start without --resume, from the draft that it learnt: --draft {directory.parent / 'draft'}"
+        )
+    if state["kind"] != kind:
+        raise ValueError(
+            f"checkpoint {str(directory)!r} must be of {kind} training, but is of {state['kind']} training; resume it "
+            "with the options that it was started with"
+        )
+    return dict(state)

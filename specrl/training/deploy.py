@@ -1,107 +1,114 @@
-"""When learnt weights serve: always, or only when they are better.
+"""When learnt draft weights serve: always, or only if they are better.
 
-`Always` serves what the learner has after every call, as the learner's own guard lets it. `Better` serves a candidate
-after two looks: its accept length on held-out recent sequences must surely be the greater (`Gate.compare`), and then
-its speed on the live traffic, in short turns with the draft that serves, must surely not be less (`trial`). Turns last
-`TURN` rounds, and a trial is judged after 8, 16 and 32 pairs of them, so that a bad draft serves half of 512 rounds at
-most, and half of 128 where it is plainly worse.
+`DeployAlways` serves the newest weights after every call of the learner; the learner itself refuses updates that are
+not finite. `DeployIfBetter` serves a candidate after two tests: its accept length on recent held-out sequences must be
+significantly greater (`Gate.compare`), and in a live trial, in which it takes turns with the draft that serves, its
+speed must not be significantly lower (`judge_trial`). A turn has `TURN` rounds, and a trial is judged after 8, 16 and
+32 pairs of turns. So a bad draft serves in half of 512 rounds at most, and in half of 128 if it is clearly worse.
 
-What is worse is rolled back. Where the held-out sequences promised a gain that the traffic denies, they are not what
-is served: they are thrown away, and the next trial waits, longer after every refusal in a row.
+Worse weights are rolled back. If a trial refuses a candidate that the held-out sequences approved, these sequences do
+not represent the traffic: they are deleted, and the next trial waits, twice as long after every further refusal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from specrl.agents.draft.gate import Gate, Verdict, trial
+from specrl.agents.draft.gate import Gate, Verdict, judge_trial
 from specrl.agents.draft.learner import OnlineLearner
-from specrl.core.interfaces import DraftLearner, Engine
+from specrl.core.interfaces import DraftLearner, Engine, PlanChooser
+from specrl.core.observation import Observation
 from specrl.core.plan import Plan
+from specrl.core.rollout import Rollout, Step
 from specrl.core.round import Round
+from specrl.core.round_stats import RoundStats
 
-TURN = 8  # rounds that one draft serves before the other has its turn
-PAIRS = (8, 16, 32)  # of turns, after which a trial is judged
-LONGEST_WAIT = 64  # calls of the learner, after refusals in a row
-RECENT = 32  # held-out sequences that are compared on
+TURN = 8  # rounds that one draft serves before the other one's turn
+PAIRS = (8, 16, 32)  # pairs of turns after which a trial is judged
+MAX_WAIT = 64  # calls of the learner between two trials, after refusals in a row
+RECENT = 32  # held-out sequences that drafts are compared on
+
+Trial = Generator[Step, None, None]  # the rounds of a trial
 
 
-class Updates(Protocol):
-    """What the loop asks of a policy."""
+def no_trial() -> Trial:
+    """A trial without rounds."""
+    yield from ()
 
-    @property
-    def trying(self) -> bool:
-        """A trial is under way: the learner waits."""
+
+class DeployPolicy(Protocol):
+    """Decides when the learner's weights serve."""
+
+    def after_learning(self, rollout: Rollout, chooser: PlanChooser) -> Trial:
+        """Deploy the learner's weights now, never, or after a live trial; called after every call of the learner.
+
+        Returns:
+            The rounds of the trial, decoded by `rollout` as they are iterated; empty if there is no trial. An iterator
+            that is closed ends its trial without a decision.
+        """
         ...
 
-    def prepare(self) -> None:
-        """Load what is to serve in the next round."""
-        ...
-
-    def plan(self, batch_size: int, chosen: Plan) -> Plan:
-        """The plan of the next round."""
-        ...
-
-    def took(self, done: Round, plain_s: float) -> bool:
-        """Take a round; whether the chooser may learn from it."""
-        ...
-
-    def offer(self) -> None:
-        """The learner has learnt."""
-        ...
-
-    def serving(self) -> Mapping[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         """The weights that serve, by SGLang's names."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """The name of the policy under 'policy', and its state without weights, JSON-able."""
+        ...
 
-class Always:
-    """The learner's newest weights serve."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`, after the learner's state was restored."""
+        ...
 
-    trying = False
+
+class DeployAlways(DeployPolicy):
+    """Serves the learner's newest weights, from the beginning."""
 
     def __init__(self, engine: Engine, learner: DraftLearner) -> None:
         self._engine, self._learner = engine, learner
+        self._deploy()
 
-    def prepare(self) -> None:
-        """Nothing: it is loaded."""
-
-    def plan(self, batch_size: int, chosen: Plan) -> Plan:
-        """The chooser's."""
-        return chosen
-
-    def took(self, done: Round, plain_s: float) -> bool:
-        """Every round is the chooser's."""
-        return True
-
-    def offer(self) -> None:
-        """Serve what the learner has."""
+    def _deploy(self) -> None:
         version, weights = self._learner.weights()
         if version != self._engine.draft_version:
             self._engine.load_draft(weights, version=version)
 
-    def serving(self) -> Mapping[str, Tensor]:
-        """The learner's weights."""
+    def after_learning(self, rollout: Rollout, chooser: PlanChooser) -> Trial:
+        """Serve the learner's newest weights; there is no trial."""
+        self._deploy()
+        return no_trial()
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The learner's newest weights."""
         return self._learner.weights()[1]
 
+    def state_dict(self) -> dict[str, Any]:
+        """The name of the policy."""
+        return {"policy": "always"}
 
-class Better:
-    """A candidate serves when it is surely better on held-out sequences and surely no slower on the live traffic.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Serve the restored weights."""
+        self._deploy()
+
+
+class DeployIfBetter(DeployPolicy):
+    """Serves a candidate that is better on held-out sequences and no slower in a live trial.
 
     Args:
-        engine: that serves.
-        learner: made with `gated=True`, and with a `held_out` share above 0.
-        gate: that compares on held-out sequences.
-        plans: of the chooser. Where it would not draft, the shortest of them that does is run in a trial.
-        seed: of the trial's bootstrap.
+        engine: serves the draft.
+        learner: made with `gated=True` and with a `holdout_fraction` above 0.
+        gate: compares drafts on held-out sequences.
+        plans: of the chooser. If it chooses plan 0 in a trial, the shortest plan with drafts runs instead.
+        seed: of the bootstrap in a trial.
         on_decision: called with every decision: version, look, passed, harmful and reason.
 
     Attributes:
-        version: of the weights that serve.
+        version: version of the weights that serve.
     """
 
     def __init__(
@@ -114,150 +121,135 @@ class Better:
         seed: int = 0,
         on_decision: Callable[[dict[str, object]], None] = lambda decision: None,
     ) -> None:
-        if not learner.config.held_out:
+        if not learner.config.holdout_fraction:
             raise ValueError(
-                "a gate needs sequences to compare on, but learner.held_out is 0; set it, to 0.125 perhaps"
+                "learner.holdout_fraction must be above 0 to compare drafts, but got 0; set it to 0.125, perhaps"
             )
-        self._engine, self._learner, self._gate, self._seed, self._tell = engine, learner, gate, seed, on_decision
+        self._engine, self._learner, self._gate = engine, learner, gate
+        self._seed, self._on_decision = seed, on_decision
         self._drafting = min((plan for plan in plans if plan.num_steps), key=lambda p: p.num_steps, default=None)
         self.version, self._weights = learner.weights()
-        self._looked, self._refused, self._wait = self.version, 0, 0
-        self._trial: _Trial | None = None
+        self._judged, self._refused, self._wait = self.version, 0, 0  # version, trials in a row, calls to wait
 
-    @property
-    def trying(self) -> bool:
-        """Whether a trial is under way."""
-        return self._trial is not None
-
-    def serving(self) -> Mapping[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         """The weights that passed last."""
         return self._weights
 
-    def offer(self) -> None:
-        """Look at the learner's weights, and begin a trial if they pass."""
-        version, candidate = self._learner.weights()
+    def after_learning(self, rollout: Rollout, chooser: PlanChooser) -> Trial:
+        """Compare the learner's weights with those that serve; returns the rounds of a trial if they pass."""
         if self._wait:
             self._wait -= 1
-            return
-        if version == self._looked:
-            return
-        self._looked = version
+            return no_trial()
+        if self._learner.version == self._judged:
+            return no_trial()
+        version, candidate = self._learner.weights()
         verdict = self._gate.compare(self._weights, candidate, list(self._learner.held_out)[-RECENT:])
-        self._decide(version, "held-out", verdict)
+        self._report(version, "held-out", verdict)
+        if verdict.passed and self._drafting is not None:
+            return self._trial(version, candidate, rollout, chooser)
+        self._judged = version
         if verdict.harmful:
-            self._back()
-        if verdict.passed and self._drafting is None:
-            self._accept(version, candidate)
-        elif verdict.passed:
-            self._trial = _Trial(version, candidate)
-
-    def prepare(self) -> None:
-        """In a trial: load the draft whose turn it is."""
-        if self._trial is not None:
-            self._serve(self._trial.candidate_serves)
-
-    def plan(self, batch_size: int, chosen: Plan) -> Plan:
-        """The chooser's; in a trial, the same for both turns of a pair, and one that drafts."""
-        if self._trial is None:
-            return chosen
-        assert self._drafting is not None
-        return self._trial.plans.setdefault(batch_size, chosen if chosen.num_steps else self._drafting)
-
-    def took(self, done: Round, plain_s: float) -> bool:
-        """Take a round; the chooser learns from those of the draft that serves."""
-        if self._trial is None:
-            return True
-        of_candidate = self._trial.candidate_serves
-        self._trial.add(done, plain_s)
-        if len(self._trial.speeds) in PAIRS and self._trial.rounds % (2 * TURN) == 0:
-            self._judge(self._trial)
-        return not of_candidate
-
-    def abandon(self) -> None:
-        """End a trial without a word, so that the candidate is looked at again."""
-        if self._trial is not None:
-            self._trial, self._looked = None, self.version
-            self._serve(False)
-
-    def _judge(self, tried: _Trial) -> None:
-        serving, candidate = np.array(tried.speeds).T
-        rng = np.random.default_rng([self._seed, tried.version])
-        verdict = trial(serving, candidate, least=PAIRS[0], rng=rng)
-        if not (verdict.passed or verdict.harmful or len(serving) == PAIRS[-1]):
-            return
-        self._trial = None
-        self._decide(tried.version, "trial", verdict)
+            self._roll_back()
         if verdict.passed:
-            self._accept(tried.version, tried.weights)
-            return
-        self._serve(False)
-        self._refused += 1
-        self._wait = min(2**self._refused, LONGEST_WAIT)
-        if verdict.harmful:
-            self._learner.forget()
-            self._back()
+            self._accept(version, candidate)
+        return no_trial()
+
+    def _trial(self, version: int, candidate: Mapping[str, Tensor], rollout: Rollout, chooser: PlanChooser) -> Trial:
+        """Let both drafts serve in turns; the order of the turns changes from pair to pair."""
+        assert self._drafting is not None
+        paired = _PairedChooser(chooser, self._drafting, self.version)
+        rounds = rollout.play(paired, self._engine.clock)
+        speeds: list[tuple[float, float]] = []  # over plain decoding; of the draft that serves, of the candidate
+        try:
+            while True:
+                paired.start_pair()
+                pair = RoundStats(), RoundStats()
+                for turn in (False, True) if len(speeds) % 2 == 0 else (True, False):
+                    self._load(*((version, candidate) if turn else (self.version, self._weights)))
+                    for step in islice(rounds, TURN):
+                        pair[turn].add(step.round, step.plain.seconds)
+                        if pair[0].rounds == pair[1].rounds == TURN:
+                            speeds.append((pair[0].speedup, pair[1].speedup))
+                            if len(speeds) in PAIRS and self._decide(version, candidate, speeds):
+                                yield step
+                                return
+                        yield step
+        finally:
+            self._load(self.version, self._weights)
+
+    def _decide(self, version: int, candidate: Mapping[str, Tensor], speeds: list[tuple[float, float]]) -> bool:
+        """Judge a trial; returns whether it is over."""
+        serving_speeds, candidate_speeds = np.array(speeds).T
+        rng = np.random.default_rng([self._seed, version])
+        verdict = judge_trial(serving_speeds, candidate_speeds, least=PAIRS[0], rng=rng)
+        if not (verdict.passed or verdict.harmful or len(speeds) == PAIRS[-1]):
+            return False
+        self._judged = version
+        self._report(version, "trial", verdict)
+        if verdict.passed:
+            self._accept(version, candidate)
+        else:
+            self._refused += 1
+            self._wait = min(2**self._refused, MAX_WAIT)
+            if verdict.harmful:
+                self._learner.forget()
+                self._roll_back()
+        self._load(self.version, self._weights)
+        return True
 
     def _accept(self, version: int, weights: Mapping[str, Tensor]) -> None:
         self.version, self._weights, self._refused = version, weights, 0
-        self._learner.keep()
-        self._serve(False)
+        self._learner.snapshot()
+        self._load(version, weights)
 
-    def _back(self) -> None:
+    def _roll_back(self) -> None:
         self._learner.roll_back()
-        self._looked = self._learner.version
+        self._judged = self._learner.version
 
-    def _serve(self, candidate: bool) -> None:
-        """Load the candidate's weights, or those that serve, unless they are loaded."""
-        version, weights = self.version, self._weights
-        if candidate and self._trial is not None:
-            version, weights = self._trial.version, self._trial.weights
+    def _load(self, version: int, weights: Mapping[str, Tensor]) -> None:
         if self._engine.draft_version != version:
             self._engine.load_draft(weights, version=version)
 
-    def _decide(self, version: int, look: str, verdict: Verdict) -> None:
-        self._tell(
-            {
-                "version": version,
-                "look": look,
-                "passed": verdict.passed,
-                "harmful": verdict.harmful,
-                "reason": str(verdict),
-            }
-        )
+    def _report(self, version: int, look: str, verdict: Verdict) -> None:
+        decision = {"version": version, "look": look, "passed": verdict.passed, "harmful": verdict.harmful}
+        self._on_decision({**decision, "reason": str(verdict)})
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be known to go on, JSON-able, but the weights (see `OnlineLearner.state`)."""
-        return {"version": self.version, "looked": self._looked, "refused": self._refused, "wait": self._wait}
+        """The state without weights, which are the learner's snapshot."""
+        counts = {"judged": self._judged, "refused": self._refused, "wait": self._wait}
+        return {"policy": "better", "version": self.version, **counts}
 
-    def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-        """Go on from a `state_dict` and the weights that served then."""
-        self.version, self._looked = state["version"], state["looked"]
-        self._refused, self._wait, self._weights = state["refused"], state["wait"], dict(weights)
-        self._serve(False)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`, and serve the learner's snapshot."""
+        self.version, self._weights = state["version"], self._learner.snapshot_weights()
+        self._judged, self._refused, self._wait = state["judged"], state["refused"], state["wait"]
+        self._load(self.version, self._weights)
 
 
-class _Trial:
-    """Two drafts in turns; the order of a pair's turns changes from pair to pair."""
+class _PairedChooser(PlanChooser):
+    """A chooser in a trial: both turns of a pair run the same plans, with drafts; it learns from one draft's rounds.
 
-    def __init__(self, version: int, weights: Mapping[str, Tensor]) -> None:
-        self.version, self.weights = version, weights
-        self.rounds = 0
-        self.plans: dict[int, Plan] = {}  # of this pair, by batch size
-        self.speeds: list[tuple[float, float]] = []  # serving, candidate; over plain decoding
-        self._sums = np.zeros((2, 2))  # [serving, candidate][plain seconds, seconds] of this pair
+    Args:
+        chooser: that chooses otherwise.
+        drafting: the plan to run when it chooses plan 0.
+        version: of the draft whose rounds it learns from.
+    """
 
-    @property
-    def candidate_serves(self) -> bool:
-        """Whether the next round is the candidate's."""
-        pair, turn = divmod(self.rounds // TURN, 2)
-        return pair % 2 != turn
+    def __init__(self, chooser: PlanChooser, drafting: Plan, version: int) -> None:
+        self.plans = chooser.plans
+        self._chooser, self._drafting, self._version = chooser, drafting, version
+        self._plans: dict[int, Plan] = {}  # of this pair, by batch size
 
-    def add(self, done: Round, plain_s: float) -> None:
-        """Take a round."""
-        self._sums[int(self.candidate_serves)] += float(done.tokens.sum()) / done.batch_size * plain_s, done.seconds
-        self.rounds += 1
-        if self.rounds % (2 * TURN) == 0:
-            serving, candidate = (self._sums[:, 0] / self._sums[:, 1]).tolist()
-            self.speeds.append((serving, candidate))
-            self._sums[:] = 0.0
-            self.plans.clear()
+    def start_pair(self) -> None:
+        """Choose new plans in the next round."""
+        self._plans.clear()
+
+    def choose(self, observation: Observation) -> Plan:
+        """The plan of this pair at the batch size."""
+        plan = self._chooser.choose(observation)
+        return self._plans.setdefault(observation.batch_size, plan if plan.num_steps else self._drafting)
+
+    def learn(self, done: Round) -> None:
+        """Let the chooser learn from a round of the draft that serves."""
+        if done.draft_version == self._version:
+            self._chooser.learn(done)

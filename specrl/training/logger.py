@@ -1,41 +1,42 @@
-"""What a training run says: a line now and then, log.csv and kin, and metrics for TensorBoard or Weights & Biases."""
+"""The output of a training run: printed lines, log.csv, windows.csv, gate.csv, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from specrl.core.round_stats import Windows, read_windows
+from specrl.core.rollout import Step
+from specrl.core.round_stats import StatsByWindow
 from specrl.io.output import OutputDir, show
-from specrl.training.drift_watch import RECENT
 from specrl.training.run import Run
 
 _COUNTS = ("open", "held", "dropped", "skipped", "passed_over", "opted_out", "bad_updates", "rollbacks")
 
 
 class Sink(Protocol):
-    """Where numbers go."""
+    """A place that metrics are written to."""
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
-        """Take finite numbers by name; `step` is requests served."""
+        """Write finite numbers by name; `step` is the number of requests served."""
         ...
 
     def close(self) -> None:
-        """Write what waits."""
+        """Flush and close."""
         ...
 
 
 class TensorBoard:
-    """Numbers as scalars in a directory that `tensorboard --logdir` reads; made when the first ones come."""
+    """Scalars in a directory for `tensorboard --logdir`, which is created with the first numbers."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._writer: Any = None
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
-        """Take numbers by name."""
+        """Write numbers by name."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -44,13 +45,13 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what waits."""
+        """Flush and close."""
         if self._writer is not None:
             self._writer.close()
 
 
 class WeightsAndBiases:
-    """Numbers as a run of a project of Weights & Biases; WANDB_MODE=offline keeps them on this machine.
+    """A run in a project of Weights & Biases; WANDB_MODE=offline keeps it on this machine.
 
     Raises:
         ValueError: the package is not installed.
@@ -65,32 +66,32 @@ class WeightsAndBiases:
         self._run: Any = None
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
-        """Take numbers by name."""
+        """Write numbers by name."""
         self._run = self._run or self._begin()
         self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
-        """Write what waits."""
+        """Flush and close."""
         if self._run is not None:
             self._run.finish()
 
 
 def sinks(directory: OutputDir, *, tensorboard: bool, wandb: str | None) -> list[Sink]:
-    """Those asked for."""
+    """The sinks that were asked for."""
     found: list[Sink] = [WeightsAndBiases(wandb, directory.path)] if wandb else []
     return [*found, TensorBoard(directory.path / "tensorboard")] if tensorboard else found
 
 
 class Reporter:
-    """A line every few seconds, for people, and log.csv, for programs; lines for alarms of drift, too.
+    """Logs a training run: a printed line and a row of log.csv every few seconds, and the decisions of the gate.
 
     Args:
-        run: that is reported on.
-        directory: for log.csv and gate.csv.
+        run: the training run.
+        directory: for log.csv, windows.csv and gate.csv.
         every_s: seconds between two lines.
-        print_line: where lines go.
-        sinks: where the row's numbers go too.
-        part: which part of its stream the run is in; None: it has no parts.
+        print_line: prints a line.
+        sinks: further places for the numbers of a row.
+        part: returns the part of its stream that a request belongs to, by the request's number; None: no parts.
     """
 
     def __init__(
@@ -108,34 +109,36 @@ class Reporter:
         self._clock = run.engine.clock
         self._began = self._last = self._clock.now()
         self._reported = -1  # rounds at the last line
-        self._decisions, self._alarms = len(run.decisions), len(run.loop.drift.alarms)
-        self._windows = Windows(run.loop.on_round)
-        run.loop.on_round = self._windows.take
-        self._rows = read_windows(directory.path, run.served)  # of earlier runs that this one goes on from
+        self._decisions = len(run.decisions)
+        self._windows = StatsByWindow()
+        self._window_rows = read_windows(directory.path, run.served)  # of the run that this one continues
+        run.loop.on_step.append(self._add)
+
+    def _add(self, step: Step) -> None:
+        self._windows.add(step.round, step.plain.seconds, step.thinking_s)
 
     @property
     def seconds(self) -> float:
-        """Since the run began, earlier runs that it goes on from included."""
+        """Seconds of the run, including the runs that it continues."""
         return self.run.seconds_before + self._clock.now() - self._began
 
     def maybe(self) -> None:
-        """Report if it is time to, and what a gate decided in any case."""
-        self._decided()
-        self._drifted()
+        """Report new decisions, and write a line if it is time to."""
+        self._report_decisions()
         if self._clock.now() - self._last >= self.every_s:
             self.line()
 
     def last(self) -> None:
-        """Report at the end, unless it was done a moment ago, and close the sinks."""
+        """Write a last line, unless there was one a moment ago, and close the sinks."""
         if not self.run.log or self._clock.now() - self._last > 0.2 * self.every_s:
             self.line()
         for sink in self._sinks:
             sink.close()
 
     def line(self) -> None:
-        """Report now, unless nothing happened since."""
+        """Write a line now, unless no round ran since the last one."""
         run, loop = self.run, self.run.loop
-        self._decided()
+        self._report_decisions()
         if loop.rounds == self._reported:
             return
         self._last, self._reported = self._clock.now(), loop.rounds
@@ -151,24 +154,23 @@ class Reporter:
         metrics = dict(loop.metrics)
         if run.learner is not None:
             metrics |= run.learner.counts()
-        row |= {"first_draft": loop.drift.level, "drift_alarms": len(loop.drift.alarms)}
         row |= {"alpha": metrics.get("alpha_1", math.nan), "loss": metrics.get("loss", math.nan)}
         row |= {name: metrics.get(name, math.nan) for name in ("staleness", "tokens_per_s", *_COUNTS) if run.learner}
         parts = []
-        for batch, tally in sorted(loop.tallies.items()):
-            plan = run.chooser.best(batch)
+        for batch, stats in sorted(loop.recent.items()):
+            plan, total = run.chooser.best(batch), stats.total
             row |= {
                 f"plan_{batch}": str(plan),
-                f"speedup_{batch}": tally.speedup,
-                f"accept_length_{batch}": tally.accept_length,
+                f"speedup_{batch}": total.speedup,
+                f"accept_length_{batch}": total.accept_length,
             }
-            for name, interval in zip(("speedup", "accept_length"), tally.intervals() or (), strict=False):
+            for name, interval in zip(("speedup", "accept_length"), stats.intervals() or (), strict=False):
                 row |= {f"{name}_{batch}_low": interval.low, f"{name}_{batch}_high": interval.high}
-            parts.append(f"batch {batch}: {plan} {tally.speedup:.2f}x, {tally.accept_length:.2f} tokens")
+            parts.append(f"batch {batch}: {plan} {total.speedup:.2f}x, {total.accept_length:.2f} tokens")
         run.log.append(row)
         self.directory.write_csv("log.csv", run.log)
-        self._rows += self._windows.rows(run.served)
-        self.directory.write_csv("windows.csv", self._rows)
+        self._window_rows += [{"served": run.served, **window} for window in self._windows.take_rows()]
+        self.directory.write_csv("windows.csv", self._window_rows)
         numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         for sink in self._sinks:
             sink.write(numbers, run.served)
@@ -178,21 +180,8 @@ class Reporter:
             f"{row['seconds']:5.0f} s  {run.served:5d} requests{where}  alpha {alpha:.2f}  |  " + "  |  ".join(parts)
         )
 
-    def _drifted(self) -> None:
-        """drift.csv, and a line for every alarm."""
-        alarms = self.run.loop.drift.alarms
-        if len(alarms) == self._alarms:
-            return
-        for alarm in alarms[self._alarms :]:
-            self.print(
-                f"drift: after {alarm['requests']:.0f} requests first drafts stand less often, "
-                f"{alarm['before']:.0%} before and {alarm['after']:.0%} over the last {RECENT}"
-            )
-        self._alarms = len(alarms)
-        self.directory.write_csv("drift.csv", [dict(alarm) for alarm in alarms])
-
-    def _decided(self) -> None:
-        """gate.csv, and a line for what passed a trial or was refused as harmful or after a trial."""
+    def _report_decisions(self) -> None:
+        """Write gate.csv, and print decisions of trials and on harmful drafts."""
         if len(self.run.decisions) == self._decisions:
             return
         for decision in self.run.decisions[self._decisions :]:
@@ -201,3 +190,12 @@ class Reporter:
                 self.print(f"draft {decision['version']}, {decision['look']}: {decision['reason']}")
         self._decisions = len(self.run.decisions)
         self.directory.write_csv("gate.csv", self.run.decisions)
+
+
+def read_windows(directory: Path, served: int) -> list[dict[str, object]]:
+    """The rows of a directory's windows.csv up to `served` requests, which a resumed run continues."""
+    path = directory / "windows.csv"
+    if served == 0 or not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [dict(row) for row in csv.DictReader(file) if int(row["served"]) <= served]

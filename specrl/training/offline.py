@@ -2,71 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from specrl.agents.draft.gate import Gate
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.agents.draft.sequences import TrainingSequence
 from specrl.core.clock import WallClock
 from specrl.io.output import OutputDir, show
 from specrl.measure.machine import environment
 from specrl.models.draft import Draft
 from specrl.models.target import Target
-from specrl.training.epochs import read_state, read_tensors, save_epoch
+from specrl.training.checkpoint import load_checkpoint, load_state, save_checkpoint
 from specrl.training.trace_files import Traces
 
-HELD_OUT, MOST = 0.1, 64  # share of the sequences that is not learnt from, and how many of them are judged on
-
-
-class Part(Protocol):
-    """This process's part of learning that several share.
-
-    Attributes:
-        leads: whether it judges and writes; one of them does.
-    """
-
-    leads: bool
-
-    def join(self, learner: OnlineLearner) -> None:
-        """Let a learner learn with the others."""
-        ...
-
-    def mine(self, numbers: Sequence[int], lengths: Sequence[int]) -> list[int]:
-        """Of a batch's sequences, by number, those that are read here; told once before every update."""
-        ...
-
-    def to_whole(self, tensor: Tensor) -> Tensor:
-        """One of the learner's tensors, of which this process may keep a shard; asked for by all at once."""
-        ...
-
-    def to_part(self, tensor: Tensor) -> Tensor:
-        """What this process keeps of such a tensor."""
-        ...
-
-
-class Alone:
-    """A process that shares with none."""
-
-    leads = True
-
-    def join(self, learner: OnlineLearner) -> None:
-        """Nobody to join."""
-
-    def mine(self, numbers: Sequence[int], lengths: Sequence[int]) -> list[int]:
-        """All of them."""
-        return list(numbers)
-
-    def to_whole(self, tensor: Tensor) -> Tensor:
-        """Itself."""
-        return tensor
-
-    def to_part(self, tensor: Tensor) -> Tensor:
-        """All of it."""
-        return tensor
+HOLDOUT_FRACTION = 0.1  # share of the sequences that is held out, unless the config has one
+MAX_COMPARED = 64  # held-out sequences that accept lengths are computed on
+_KIND = "offline"
 
 
 def learn_from(
@@ -81,99 +36,119 @@ def learn_from(
     num_steps: int = 3,
     seed: int = 0,
     print_line: Callable[[str], None] = show,
-    share: Part = Alone(),  # noqa: B008  (has no state)
     resume: bool = False,
 ) -> list[dict[str, object]]:
     """Learn `draft` from recorded sequences, each once an epoch; writes draft/, log.csv and checkpoint/ after each.
 
-    With a `share`, other processes do the same at the same time and each reads its part of every batch; the one that
-    leads judges and writes. With `resume` it goes on after the last epoch in checkpoint/, with as many processes as
-    there are now.
+    Args:
+        traces: the recorded sequences.
+        model: the target.
+        draft: the draft to start from.
+        config: how to learn.
+        directory: for results.
+        target: name of the target.
+        epochs: passes through the traces, those before a resumption included.
+        num_steps: number of drafts at which accept lengths are computed.
+        seed: of the order of sequences.
+        print_line: prints a line.
+        resume: continue after the last epoch in checkpoint/.
 
     Returns:
-        A row per epoch, the first, 0, before any: updates, loss, alpha, and the accept length on held-out sequences
-        of a chain of `num_steps`.
+        A row for each epoch, from 0 (no updates): updates, loss, alpha, and the accept length on held-out sequences.
 
     Raises:
         ValueError: traces of another target, too few of them, or fewer than one epoch; nothing to resume.
     """
-    about = traces.about
     ours = {"target": target, "vocab_size": model.config.vocab_size, "taps": list(draft.config.taps)}
-    if wrong := {name: about.get(name) for name, value in ours.items() if about.get(name) != value}:
+    if wrong := {name: traces.about.get(name) for name, value in ours.items() if traces.about.get(name) != value}:
         raise ValueError(f"traces must be of the draft's target, {ours}, but got {wrong}; name that target, or record")
     if epochs < 1 or len(traces) < 4:
         raise ValueError(f"learning from traces needs an epoch and 4 sequences, but got {epochs} and {len(traces)}")
-    if config.rejected and not about.get("rejected"):
-        raise ValueError("learner.rejected needs rejected drafts, which these traces lack; record with --rejected")
+    if config.rejected_weight and not traces.about.get("rejected"):
+        raise ValueError(
+            "learner.rejected_weight must be 0 for traces without rejected drafts; record them with --rejected"
+        )
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(traces)).tolist()
-    apart = max(2, round((config.held_out or HELD_OUT) * len(traces)))
-    held_out = [
-        s for s in traces.read(order[: min(apart, MOST)]) if len(s.tokens) > max(s.prompt_tokens, num_steps + 1)
-    ]
-    if not held_out:
-        raise ValueError(f"held-out sequences must have more than {num_steps + 1} tokens, but all are shorter")
-    learnt = np.array(order[apart:])
+    held_out_count = max(2, round((config.holdout_fraction or HOLDOUT_FRACTION) * len(traces)))
+    held_out = _comparable(traces, order[: min(held_out_count, MAX_COMPARED)], num_steps)
+    learnt = np.array(order[held_out_count:])
     learner = OnlineLearner(draft, model.embedding, config, seed=seed)
-    share.join(learner)
-    judge = Gate(draft.config, model.embedding, num_steps=num_steps, sampled=config.drafts == "sampled", seed=seed)
-    clock, rows, done = WallClock(), list[dict[str, Any]](), -1
-    began, kept = clock.now(), directory.path / "checkpoint"
+    sampled = config.draft_sampling == "sampled"
+    gate = Gate(draft.config, model.embedding, num_steps=num_steps, sampled=sampled, seed=seed)
+    clock, rows, last_epoch = WallClock(), list[dict[str, Any]](), -1
+    began, checkpoint = clock.now(), directory.path / "checkpoint"
     if resume:
         state = check_resumable(directory, traces, config, epochs=epochs, seed=seed)
-        rows, done = state["rows"], state["epoch"]
-        learner.load_state({name: share.to_part(tensor) for name, tensor in read_tensors(kept)}, state["learner"])
+        rows, last_epoch = state["rows"], state["epoch"]
+        learner.load_state_dict({**state["learner"], "tensors": load_checkpoint(checkpoint, _KIND).tensors})
         began -= rows[-1]["seconds"]
     for epoch in range(epochs + 1):
-        if epoch <= done:
-            rng.shuffle(learnt)  # as it was: every epoch's order follows from the seed
-            continue
-        seen: list[dict[str, float]] = []
-        for start in range(0, len(learnt) if epoch else 0, config.batch_size):
-            numbers = [n for n in learnt[start : start + config.batch_size].tolist() if traces.length(n) > 1]
-            mine = share.mine(numbers, [traces.length(n) for n in numbers])
-            if numbers and (metrics := learner.update(list(traces.read(mine)))):
-                seen.append(metrics)
-        rng.shuffle(learnt)
-        weights = {name: share.to_whole(tensor) for name, tensor in learner.weights()[1].items()}
-        if share.leads:
-            length = float(judge.accept_lengths(weights, held_out).mean())
-            row: dict[str, Any] = {"epoch": epoch, "updates": learner.updates, "accept_length": length}
-            row |= {name: _mean(seen, key) for name, key in (("loss", "loss"), ("alpha", "alpha_1"))}
+        if epoch > last_epoch:
+            metrics = _learn_epoch(learner, traces, learnt.tolist()) if epoch else []
+            weights = learner.weights()[1]
+            length = float(gate.accept_lengths(weights, held_out).mean())
+            means = {name: _mean(metrics, key) for name, key in (("loss", "loss"), ("alpha", "alpha_1"))}
+            row = {"epoch": epoch, "updates": learner.updates, "accept_length": length, **means}
             rows.append({**row, "seconds": round(clock.now() - began, 1)})
             directory.write_csv("log.csv", rows)
             Draft(draft.config, weights).save(directory.path / "draft")
-            judged = f"accept length {length:.3f} on {len(held_out)} held out"
-            print_line(f"epoch {epoch:3d}  {learner.updates:6d} updates  {judged}")
-        tensors, state_of = learner.state()
-        now = {"epoch": epoch, **_split(traces, config, seed), "rows": rows, "learner": state_of}
-        save_epoch(kept, tensors, now, share.to_whole, leads=share.leads)
-    if share.leads:
-        directory.write_json("learner.json", asdict(config))
-        directory.write_json("environment.json", environment())
+            print_line(
+                f"epoch {epoch:3d}  {learner.updates:6d} updates  accept length {length:.3f} on {len(held_out)} "
+                "held-out sequences"
+            )
+            learner_state = learner.state_dict()
+            tensors = learner_state.pop("tensors")
+            split = _split(traces, config, seed)
+            save_checkpoint(
+                checkpoint, _KIND, tensors, {"epoch": epoch, **split, "rows": rows, "learner": learner_state}
+            )
+        rng.shuffle(learnt)  # also in resumed epochs: the order of each epoch depends on the seed only
+    directory.write_json("learner.json", asdict(config))
+    directory.write_json("environment.json", environment())
     return rows
+
+
+def _comparable(traces: Traces, numbers: list[int], num_steps: int) -> list[TrainingSequence]:
+    """The sequences of these numbers that are long enough to compare drafts on."""
+    found = [s for s in traces.read(numbers) if len(s.tokens) > max(s.prompt_tokens, num_steps + 1)]
+    if not found:
+        raise ValueError(f"held-out sequences must have more than {num_steps + 1} tokens, but all are shorter")
+    return found
+
+
+def _learn_epoch(learner: OnlineLearner, traces: Traces, order: list[int]) -> list[dict[str, float]]:
+    """One update for every batch of sequences; returns the metrics of good updates."""
+    metrics = []
+    size = learner.config.batch_size
+    for start in range(0, len(order), size):
+        numbers = [number for number in order[start : start + size] if traces.length(number) > 1]
+        batch = [sequence.to(learner.device) for sequence in traces.read(numbers)]
+        if batch and (found := learner.update(batch)):
+            metrics.append(found)
+    return metrics
 
 
 def check_resumable(
     directory: OutputDir, traces: Traces, config: LearnerConfig, *, epochs: int, seed: int
 ) -> dict[str, Any]:
-    """What checkpoint/ says of the epochs that were learnt.
+    """The state of the checkpoint in `directory`.
 
     Raises:
-        ValueError: there is none, it has held out other sequences, or no epoch is left.
+        ValueError: there is none, it held out other sequences, or no epoch is left.
     """
-    state, ours = read_state(directory.path / "checkpoint"), _split(traces, config, seed)
+    state, ours = load_state(directory.path / "checkpoint", _KIND), _split(traces, config, seed)
     if wrong := {name: state.get(name) for name, value in ours.items() if state.get(name) != value}:
         raise ValueError(f"--resume must hold out the same sequences, by {ours}, but the checkpoint has {wrong}")
     if state["epoch"] >= epochs:
-        raise ValueError(f"--epochs counts those that are learnt, {state['epoch']}, but got {epochs}; ask for more")
+        raise ValueError(f"--epochs must be above the {state['epoch']} epochs that were learnt, but got {epochs}")
     return state
 
 
 def _split(traces: Traces, config: LearnerConfig, seed: int) -> dict[str, Any]:
-    """What sequences are held out by, and in what order the others are learnt."""
-    return {"seed": seed, "sequences": len(traces), "held_out": config.held_out}
+    """The values that determine which sequences are held out, and the order of the others."""
+    return {"seed": seed, "sequences": len(traces), "holdout_fraction": config.holdout_fraction}
 
 
-def _mean(seen: list[dict[str, float]], key: str) -> float:
-    return float(np.mean([metrics[key] for metrics in seen])) if seen else float("nan")
+def _mean(metrics: list[dict[str, float]], key: str) -> float:
+    return float(np.mean([found[key] for found in metrics])) if metrics else float("nan")

@@ -76,11 +76,11 @@ def serve(run: Run, report: Reporter, directory: OutputDir, *, requests: int, ch
         report.maybe()
         if run.served - saved >= checkpoint.interval or run.served >= requests:
             saved = run.served
-            run.loop.rest()
+            run.loop.end_session()
             report.line()
             run.save(directory.path, seconds=report.seconds, replay=checkpoint.keep_replay_buffer)
             if run.served < requests:
-                run.loop.begin()
+                run.loop.start_session()
     report.last()
 
 

@@ -9,6 +9,7 @@ from specrl.config import DraftConfig, MeasureConfig, TargetConfig, WorkloadConf
 from specrl.core.clock import WallClock
 from specrl.core.interfaces import Workload
 from specrl.core.plan import Plan
+from specrl.core.rollout import Step
 from specrl.io.output import OutputDir, hint, show, table
 from specrl.measure.arms import local_arms
 from specrl.measure.machine import environment, torch_threads
@@ -170,9 +171,10 @@ class _RawRounds:
 
     def __init__(self, loop: OnlineLoop) -> None:
         self.rows: list[dict[str, object]] = []
-        loop.on_round = self._add
+        loop.on_step.append(self._add)
 
-    def _add(self, done, plain_s: float) -> None:  # type: ignore[no-untyped-def]
+    def _add(self, step: Step) -> None:
+        done = step.round
         self.rows.append(
             {
                 "batch_size": done.batch_size,
@@ -184,7 +186,7 @@ class _RawRounds:
                 "verify_s": round(done.verify_s, 7),
                 "other_s": round(done.other_s, 7),
                 "prefill_s": round(done.prefill_s, 7),
-                "plain_s": round(plain_s, 7),
+                "plain_s": round(step.plain.seconds, 7),
                 "draft_version": done.draft_version,
             }
         )

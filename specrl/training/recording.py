@@ -13,7 +13,7 @@ from specrl.io.output import OutputDir, progress
 from specrl.measure.machine import environment
 from specrl.models.config import default_taps
 from specrl.models.draft import load_draft
-from specrl.training.loop import Stream
+from specrl.training.loop import ResumableRequests
 from specrl.training.trace_files import ShardWriter
 
 
@@ -58,16 +58,16 @@ def record_traces(
         "rejected": rejected,
         "environment": environment(),
     }
-    stream = Stream(workload.open(target.name, "train", ignore_eos=False), seed)
+    stream = ResumableRequests(workload.open(target.name, "train", ignore_eos=False), seed)
     writer = ShardWriter(directory, about, shard_sequences)
     engine = LocalEngine(model, loaded, max_context=workload.max_context, aux_layers=() if loaded is not None else taps)
     session = engine.start(stream, batch_size=min(batch_size, requests), seed=seed, trace=True)
-    assembler, left, recorded, tokens = Assembler(rejected=rejected), requests, 0, 0
+    assembler, left, recorded, tokens = Assembler(keep_rejected=rejected), requests, 0, 0
     with progress("recording", requests) as done:
         while left:
             left = max(0, left - len(session.round(plan).finished))
-            assembler.opt_out(stream.refusing)
-            stream.refusing.clear()
+            assembler.opt_out(stream.opted_out)
+            stream.opted_out.clear()
             found = assembler.add(session.drain())[: requests - recorded]
             recorded += len(found)
             tokens += sum(len(sequence.tokens) for sequence in found)

@@ -92,10 +92,8 @@ class ServerLearner:
         self._traces: list[Trace] = []  # not learned from yet
         self._finished = 0  # requests that finished in them
         if resume is not None:
-            tensors, state, _ = load_checkpoint(resume)
-            if state.get("engine") != "sglang":
-                raise ValueError("resume must be a checkpoint of a run with --engine sglang, but got another one")
-            self.learner.load_state(tensors, state["learner"])
+            tensors, state, _ = load_checkpoint(resume, "server")
+            self.learner.load_state_dict({**state["learner"], "tensors": tensors})
             self.requests = int(state["requests"])
         self._client = Client(server.url, api_key=server.api_key, timeout_s=10.0)
         self._swap()
@@ -126,11 +124,10 @@ class ServerLearner:
             self._swap()
 
     def save(self, directory: Path) -> None:
-        """Write directory/checkpoint, to resume from; traces that wait are not saved."""
-        tensors, numbers = self.learner.state()
-        save_checkpoint(
-            directory / "checkpoint", tensors, {"engine": "sglang", "requests": self.requests, "learner": numbers}
-        )
+        """Write directory/checkpoint, to resume from; traces and sequences to learn from are not saved."""
+        state = self.learner.state_dict()
+        tensors = state.pop("tensors")
+        save_checkpoint(directory / "checkpoint", "server", tensors, {"requests": self.requests, "learner": state})
 
     def row(self) -> dict[str, object]:
         """A line of log.csv."""

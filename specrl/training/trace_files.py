@@ -11,8 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from specrl.agents.draft.sequences import Rejected
-from specrl.agents.draft.sequences import Sequence as Traced
+from specrl.agents.draft.sequences import RejectedDrafts
+from specrl.agents.draft.sequences import TrainingSequence as Traced
 from specrl.io.output import OutputDir
 from specrl.models.checkpoint import save_tensors
 
@@ -40,7 +40,7 @@ def unpack(i: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> Tr
     rejected = {name: tensors[f"{i}.rejected.{name}"] for name in _REJECTED} if note["rejected"] else None
     fields: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in _TENSORS}
     fields |= {name: note[name] for name in _NUMBERS}
-    return Traced(**fields, rejected=None if rejected is None else Rejected(**rejected))
+    return Traced(**fields, rejected=None if rejected is None else RejectedDrafts(**rejected))
 
 
 class ShardWriter:

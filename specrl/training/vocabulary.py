@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from specrl.agents.draft.vocabulary import Vocabulary, coverage, top_tokens
 from specrl.config import DraftConfig
 from specrl.core.interfaces import Workload
 from specrl.core.plan import Plan
@@ -19,6 +19,36 @@ from specrl.training.checkpoint import load_checkpoint
 
 REQUESTS = 96  # decoded plainly to count tokens
 _BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The most frequent tokens, for `new_draft(vocabulary=...)`."""
+
+    ids: Tensor  # [Vd] int64, ascending
+    coverage: float  # share of the counted tokens; see `coverage` for other tokens
+    seen: int  # different tokens counted; if fewer than Vd, the lowest other ids fill the rest
+
+
+def top_tokens(counts: Tensor, size: int) -> Vocabulary:
+    """The `size` most frequent tokens of `counts [V]`; ties go to the lower ids.
+
+    Raises:
+        ValueError: a size out of [1, V], or no tokens counted.
+    """
+    total = int(counts.sum())
+    if not 1 <= size <= len(counts):
+        raise ValueError(f"a draft vocabulary must have 1 to {len(counts)} tokens, but got {size}")
+    if total == 0:
+        raise ValueError("a draft vocabulary needs counted tokens, but got none")
+    ids = counts.argsort(descending=True, stable=True)[:size].sort().values
+    return Vocabulary(ids, int(counts[ids].sum()) / total, int((counts > 0).sum()))
+
+
+def coverage(ids: Tensor, counts: Tensor) -> float:
+    """The share of the tokens in `counts [V]` that are in the vocabulary; nan if no token was counted."""
+    total = int(counts.sum())
+    return int(counts[ids].sum()) / total if total else float("nan")
 
 
 def make_draft(
@@ -47,7 +77,7 @@ def make_draft(
     """
     size, ids = draft.vocab_size, None
     if size is not None and checkpoint is not None:
-        ids = load_checkpoint(checkpoint).tensors.get("vocabulary", torch.arange(model.config.vocab_size))
+        ids = load_checkpoint(checkpoint, "online").tensors.get("vocabulary", torch.arange(model.config.vocab_size))
         if len(ids) != size:
             raise ValueError(f"draft.vocab_size must be the checkpoint's, {len(ids)}, but got {size}")
     elif size is not None:

@@ -17,7 +17,7 @@ from specrl.models.draft import Draft, new_draft
 from specrl.models.target import load_target
 from specrl.training.config import ServingConfig
 
-LEARNER = LearnerConfig(dtype="float32", batch_size=8, passes=2, updates_per_request=0.5, learning_rate=1e-2)
+LEARNER = LearnerConfig(dtype="float32", batch_size=8, ttt_steps=2, updates_per_request=0.5, learning_rate=1e-2)
 
 
 def write_target(directory: Path) -> str:

@@ -115,7 +115,7 @@ def test_engines_on_both_nodes_feed_a_learner_that_is_killed_and_restarts(tmp_pa
 
     before, kept = -1, 0
     while (said := ray.get(trainer.learner.newest.remote()).version) != before:  # it may still learn what it was sent
-        before, kept = said, load_checkpoint(out.path / CHECKPOINT).state["learner"]["updates"]
+        before, kept = said, load_checkpoint(out.path / CHECKPOINT, "cluster").state["learner"]["updates"]
     assert kept == before > 0
     ray.kill(trainer.learner, no_restart=False)
     requests = 160

@@ -47,7 +47,7 @@ def learn_draft(target: Target, requests: int = 128) -> Draft:
     engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
     listed = [Request(prompt, NEW, ignore_eos=True) for prompt in prompts(requests, "train")]
     session = engine.start(Listed(listed), batch_size=32, seed=0, trace=True)
-    learner = OnlineLearner(draft, target.embedding, LearnerConfig(batch_size=8, passes=3, dtype="float32"))
+    learner = OnlineLearner(draft, target.embedding, LearnerConfig(batch_size=8, ttt_steps=3, dtype="float32"))
     while learner.requests < requests:
         session.round(Plan(0))
         learner.learn(session.drain())

@@ -1,8 +1,4 @@
-"""The throughput-aware rule: tokens per second from a window of acceptance and costs profiled once. NumPy only.
-
-Proposed to SGLang (sgl-project/sglang pull request 28045, open when this was written), for chains:
-score(s) = (1 + Σ_{k<=s} P_k) / cost(B, s).
-"""
+"""Rules for the number of draft steps, as baselines: confidence-threshold stopping and throughput. NumPy only."""
 
 from __future__ import annotations
 
@@ -10,33 +6,79 @@ import bisect
 from collections import deque
 from collections.abc import Mapping, Sequence
 
+from specrl.agents.choosers.survival import Survival
+from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan
 from specrl.core.round import Round
 
 
-class ThroughputRule:
-    """Takes the chain with the highest score, if it beats the present one by more than `hysteresis`.
+class ThresholdStopping(PlanChooser):
+    """Confidence-threshold stopping: the longest chain whose last draft is accepted with at least this probability.
 
-    P_k is the mean of the last `window` rounds that proposed k drafts, over all batch sizes; one never seen follows
-    geometrically from those before it. The costs are what a profile at start-up measured and never change. It explores
-    nothing but what the extrapolation makes it hope for.
+    The original stops drafting when the draft's own probability of its token falls below a threshold: Kangaroo (Liu et
+    al., 2024, arXiv:2404.18911: η = 0.6), `assistant_confidence_threshold` of transformers (0.4), `p_min` of llama.cpp
+    (0.75). It needs an engine that sees q(x_k) within a round and stops each request on its own.
 
-    Plan 0 is beyond the proposal, which drafts always. Where it is on offer it scores 1 / cost here, and every `probe`
-    rounds of it the shortest chain runs once: the windows would stand still otherwise, and plan 0 would be final.
+    A plan holds for a whole batch and is fixed before its first draft, so this is an approximation: the confidence at
+    position k is replaced by a_k, the recent share of drafts at k that were accepted, given that those before were. For
+    a calibrated draft a_k is its mean confidence there. A position that was not reached recently is assumed to be as
+    good as the one before it, so one more step is tried from time to time. Like the original it always drafts, ignores
+    time, and chooses no tree.
 
     Args:
-        plans: on offer; those that are no chain are never chosen.
+        plans: the plans to choose from.
+        threshold: in (0, 1).
+        memory: rounds after which evidence has faded to 1/e.
+
+    Raises:
+        ValueError: no chain among the plans, or a threshold out of range.
+    """
+
+    def __init__(self, plans: Sequence[Plan], *, threshold: float = 0.4, memory: float = 50.0) -> None:
+        chains = sorted(plan for plan in plans if plan.is_chain)
+        self.plans = tuple(plan for plan in chains if plan.num_steps > 0) or tuple(chains)
+        if not self.plans:
+            raise ValueError(f"stopping needs a chain (topk=1), but got {', '.join(map(str, plans)) or 'no plan'}")
+        if not 0.0 < threshold < 1.0:
+            raise ValueError(f"threshold must be in (0, 1), but got {threshold}; transformers takes 0.4")
+        self._threshold, self._survival = threshold, Survival(memory)
+
+    def choose(self, observation: Observation) -> Plan:
+        """The plan for the next round."""
+        steps = self._survival.steps_above(self._threshold, self.plans[-1].num_steps)
+        return max((plan for plan in self.plans if plan.num_steps <= steps), default=self.plans[0])
+
+    def learn(self, done: Round) -> None:
+        """Learn from a finished round."""
+        self._survival.learn(done)
+
+
+class ThroughputRule(PlanChooser):
+    """Tokens per second from recent acceptance and costs that were profiled once, for chains.
+
+    score(s) = (1 + Σ_{k<=s} P_k) / cost(B, s). The chain with the highest score replaces the present one if it is
+    better by more than `hysteresis`. Proposed to SGLang (sgl-project/sglang pull request 28045, open at the time of
+    writing).
+
+    P_k is the mean over the last `window` rounds that proposed k drafts, at all batch sizes; a position that was never
+    reached is extrapolated geometrically. The costs come from a profile at start-up and never change.
+
+    The original always drafts. Here plan 0 may be one of the plans: it scores 1 / cost, and after every `probe` rounds
+    of it the shortest chain runs once, so that the windows are updated.
+
+    Args:
+        plans: the plans to choose from; plans that are not chains are never chosen.
         costs: batch size -> plan -> seconds of a round; a batch size between two takes the larger one's.
         window: rounds that P_k is the mean of.
         update_interval: rounds between decisions.
         hysteresis: share by which a plan must be better to replace the present one.
-        forget: as proposed, positions beyond the present plan are forgotten when it shrinks. After one step only P_1 is
-            known then and P_2 = P_1 assumed, so that the rule springs back; without, it keeps the old windows.
+        forget: when the plan gets shorter, forget the positions beyond it, as in the original. With one step only P_1
+            is known then, and P_2 = P_1 is assumed. False: keep the old windows.
         probe: rounds of plan 0 between two drafts.
 
     Raises:
-        ValueError: no chain is on offer, a cost is missing, or a number is out of range.
+        ValueError: no chain among the plans, a cost is missing, or a number is out of range.
     """
 
     def __init__(
@@ -107,7 +149,7 @@ class ThroughputRule:
         return lengths
 
     def learn(self, done: Round) -> None:
-        """Take a finished round: acceptance only."""
+        """Learn the acceptance of a finished round."""
         correct, batch = done.correct_drafts.tolist(), done.batch_size
         reached = batch
         for k in range(min(done.plan.num_steps, len(self._windows))):
