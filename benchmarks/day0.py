@@ -45,7 +45,7 @@ from specrl.core.round import Trace
 from specrl.core.statistics import probability_of_improvement
 from specrl.decoding.engine import LocalEngine
 from specrl.measure.machine import environment, keep_large_blocks
-from specrl.measure.paired import ArmConfig, measure
+from specrl.measure.paired import Arm, measure
 from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft
 from specrl.models.target import load_target
@@ -163,7 +163,7 @@ def speedup_now(target: Any, shape: DraftConfig, learner: Any) -> dict[str, floa
     """Speedup of the draft that serves, at batch 1 on held-out prompts."""
     draft = Draft(shape, dict(learner.weights()[1]))
     fast, plain = LocalEngine(target, draft, max_context=PROMPT + NEW), LocalEngine(target, max_context=PROMPT + NEW)
-    arms = [ArmConfig("plain", plain, None), ArmConfig("draft", fast, PROBED)]
+    arms = [Arm("plain", plain, None), Arm("draft", fast, PROBED)]
     until = MeasureConfig(precision=0.03, seconds=10.0)
     found = measure(arms, _workload("held_out"), batch_size=1, block_tokens=NEW, until=until, seed=7)[1].speedup
     fast.close()

@@ -35,7 +35,7 @@ from specrl.core.plan import Plan
 from specrl.core.statistics import Interval, mean_interval, paired_speedup
 from specrl.decoding.engine import LocalEngine
 from specrl.measure.machine import environment, keep_large_blocks
-from specrl.measure.paired import ArmConfig, ArmResult, measure, seconds_per_token
+from specrl.measure.paired import Arm, ArmResult, measure, seconds_per_token
 from specrl.models.draft import Draft, load_draft
 from specrl.models.target import Target, load_target
 from specrl.training.loop import OnlineLoop
@@ -117,10 +117,10 @@ def name_of(shift: str, seed: int) -> str:
 def compare(target: Target, frozen: Draft, now: Draft, traffic: str, seconds: float) -> dict[str, Any]:
     """Both drafts and plain decoding at batch 1, in turns."""
     plain = LocalEngine(target, max_context=PROMPT + NEW)
-    arms = [ArmConfig("plain", plain, None)]
+    arms = [Arm("plain", plain, None)]
     for name, draft in (("frozen", frozen), ("adapting", now)):
         engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
-        arms += [ArmConfig(f"{name} {plan}", engine, plan) for plan in TIMED]
+        arms += [Arm(f"{name} {plan}", engine, plan) for plan in TIMED]
     until = MeasureConfig(precision=0.005, seconds=seconds)
     prompts = workload(traffic, "held_out")
     results = measure(arms, prompts, batch_size=1, block_tokens=NEW, until=until, seed=11)

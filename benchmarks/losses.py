@@ -35,7 +35,7 @@ from specrl.core.plan import Plan
 from specrl.core.statistics import mean_interval, probability_of_improvement
 from specrl.decoding.engine import LocalEngine
 from specrl.measure.machine import environment, keep_large_blocks
-from specrl.measure.paired import ArmConfig, measure
+from specrl.measure.paired import Arm, measure
 from specrl.models.draft import Draft, load_draft
 from specrl.models.target import Target, load_target
 from specrl.simulation.profile import load_profile
@@ -136,8 +136,8 @@ def run(seed: int, updates: int, requests: int, seconds: float, kept: Path) -> d
     engines = {arm: LocalEngine(target, draft, max_context=PROMPT + NEW) for arm, draft in drafts.items()}
     rows = []
     for batch in BATCHES:
-        arms = [ArmConfig("plain", plain, None)]
-        arms += [ArmConfig(arm, engine, TIMED) for arm, engine in engines.items()]
+        arms = [Arm("plain", plain, None)]
+        arms += [Arm(arm, engine, TIMED) for arm, engine in engines.items()]
         until = MeasureConfig(precision=0.01, seconds=seconds)
         found = measure(arms, _workload("held_out"), batch_size=batch, block_tokens=NEW, until=until, seed=seed)
         for each in found[1:]:

@@ -11,7 +11,7 @@ from specrl.cli import main
 from specrl.commands.bench import bench
 from specrl.config import MeasureConfig
 from specrl.core.plan import Plan
-from specrl.measure.paired import PLAIN, ArmConfig, measure
+from specrl.measure.paired import PLAIN, Arm, measure
 from specrl.simulation.engine import Requests, SimulatedEngine
 from specrl.simulation.profile import Cost, Profile
 from tools.fit_profiles import FOLDER, read_table
@@ -107,7 +107,7 @@ def test_an_arm_stops_when_its_own_interval_is_narrow() -> None:
     costs = [Cost(1, plan, 1e-3, jitter) for plan, jitter in ((None, 0.1), (Plan(1), 0.1), (Plan(2), 1.0))]
     profile = Profile("made up", {"kind": "made up", "source": "a test"}, tuple(costs), {"chain": (20.0, 20.0)})
     engine, widths = SimulatedEngine(profile), list[float]()
-    arms = [ArmConfig(PLAIN, engine, None), ArmConfig("sure", engine, Plan(1)), ArmConfig("wild", engine, Plan(2))]
+    arms = [Arm(PLAIN, engine, None), Arm("sure", engine, Plan(1)), Arm("wild", engine, Plan(2))]
     results = measure(
         arms, Requests((8, 8), (24, 24)), batch_size=1, block_tokens=24, until=MeasureConfig(0.5, 1e9), stop_each=True,
         on_block=lambda _, widest: widths.append(widest),

@@ -14,7 +14,7 @@ from specrl.commands.compare import compare
 from specrl.config import MeasureConfig
 from specrl.core.plan import Plan
 from specrl.measure.compare import DraftedRun, compare_benches, mean_difference, paired_row, read_drafted
-from specrl.measure.paired import PLAIN, ArmConfig, measure
+from specrl.measure.paired import PLAIN, Arm, measure
 from specrl.models.draft import new_draft
 from specrl.models.target import load_target
 from specrl.simulation.engine import Requests, SimulatedEngine
@@ -43,7 +43,7 @@ def test_the_ratio_of_two_arms_is_paired() -> None:
     # Both arms have the same random numbers, so their ratio is exactly that of their costs.
     profile = load_profile("aurora-minimax-m2.1")
     slow, fast = SimulatedEngine(profile), SimulatedEngine(quicker(profile, 0.8))
-    arms = [ArmConfig("A", slow, Plan(3)), ArmConfig("B", fast, Plan(3)), ArmConfig(PLAIN, slow, None)]
+    arms = [Arm("A", slow, Plan(3)), Arm("B", fast, Plan(3)), Arm(PLAIN, slow, None)]
     results = measure(
         arms, Requests((8, 8), (64, 64)), batch_size=8, block_tokens=64, until=MeasureConfig(0.9, 1e9), stop_each=True
     )

@@ -107,11 +107,11 @@ def test_requests_that_end_at_prefill_are_handed_out_and_endless_ones_refused() 
     session = SimulatedEngine(made_up()).start(Requests((4, 4), (1, 3)), batch_size=2, seed=0)
     done = [c for _ in range(40) for c in session.round(Plan(0)).finished]
     assert sorted({len(c.tokens) for c in done}) == [1, 2, 3]
-    with pytest.raises(ValueError, match="requests that outlive their first token"):
+    with pytest.raises(ValueError, match="raise max_new_tokens"):
         SimulatedEngine(made_up()).start(Requests((4, 4), (1, 1)), batch_size=2, seed=0)
     with pytest.raises(ValueError, match="prompt_tokens must be a length or two"):
         Requests((0, 4), (8, 8))
-    with pytest.raises(ValueError, match="a profile is of one draft"):
+    with pytest.raises(ValueError, match="a profile has one draft"):
         SimulatedEngine(made_up()).load_draft({}, version=1)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from specrl.config import DraftConfig, EngineConfig, TargetConfig, WorkloadConfig, check_batch_sizes
 from specrl.core.plan import parse_plans
 from specrl.io.output import OutputDir, show, table
+from specrl.measure.arms import open_engine
 from specrl.measure.machine import environment
 from specrl.measure.recording import profile_rows, record_blocks
 from specrl.simulation.fit import fit_recording
@@ -67,16 +68,7 @@ def profile(
         raise ValueError(f"seconds must be above 0, but got {seconds}")
     offered = parse_plans(plans or (PLANS if engine.is_local else CHAINS))
     prompts = workload.open(target.name, "held_out")
-    model = target.load() if engine.is_local else None
-    decoder = engine.open(
-        target,
-        draft.path if model is None else draft.load(model),
-        plans=offered,
-        max_context=workload.max_context,
-        model=model,
-        use_rejection_sampling=use_rejection_sampling,
-        plain_in_lockstep=True,
-    )
+    decoder = open_engine(engine, target, draft, workload, offered, use_rejection_sampling=use_rejection_sampling)
     try:
         facts = decoder.facts() | ({} if engine.is_local else {"flags": list(engine.flag_words)})
         blocks = record_blocks(decoder, prompts, sizes, offered, seconds=seconds, seed=seed)

@@ -18,6 +18,7 @@ from specrl.evaluation.regret import CycleSpeedups, cycle_speedups
 from specrl.evaluation.scores import Score, score, speedup_interval
 from specrl.evaluation.simulation import ChooserSimulation
 from specrl.evaluation.trajectory import PLAIN, PlanSeconds, Trajectory, block_speedups, plan_seconds
+from specrl.measure.arms import open_engine
 from specrl.simulation.profile import Profile, Shift
 
 Advance = Callable[[float], None]  # is called with the number of runs that were done since the last call
@@ -186,14 +187,6 @@ def open_live(
 ) -> LiveBackend:
     """A live backend on prompts held out from training."""
     prompts = workload.open(target.name, "held_out")
-    model = target.load() if engine.is_local else None
-    opened = engine.open(
-        target,
-        draft.path if model is None else draft.load(model),
-        plans=plans,
-        max_context=workload.max_context,
-        model=model,
-        plain_in_lockstep=True,
-    )
+    opened = open_engine(engine, target, draft, workload, plans)
     name = "live" if engine.is_local else f"live-{engine.name}"
     return LiveBackend(opened, prompts, plans, phases, cycles, name=name)

@@ -11,15 +11,15 @@ from specrl.core.interfaces import Engine, Workload
 from specrl.core.plan import Plan
 from specrl.decoding.engine import LocalEngine
 from specrl.io.output import show
-from specrl.measure.paired import AA_CONTROL, PLAIN, ArmConfig
+from specrl.measure.paired import AA_CONTROL, PLAIN, Arm
 from specrl.measure.plain import PlainSetting, fastest_plain
 from specrl.models.draft import Draft
 from specrl.models.target import Target
 
-MakeArms = Callable[[Workload, int], list[ArmConfig]]  # prompts and batch size -> arms, plain decoding first
+MakeArms = Callable[[Workload, int], list[Arm]]  # prompts and batch size -> arms, plain decoding first
 
 
-def engine_arms(engine: Engine, plans: Sequence[Plan], *, control: bool) -> list[ArmConfig]:
+def engine_arms(engine: Engine, plans: Sequence[Plan], *, control: bool) -> list[Arm]:
     """Plain decoding and plans of one engine.
 
     Args:
@@ -28,7 +28,7 @@ def engine_arms(engine: Engine, plans: Sequence[Plan], *, control: bool) -> list
         control: add the A/A arm.
     """
     plain = [PLAIN, *([AA_CONTROL] if control else [])]
-    return [ArmConfig(name, engine, None) for name in plain] + [ArmConfig(str(p), engine, p) for p in plans]
+    return [Arm(name, engine, None) for name in plain] + [Arm(str(p), engine, p) for p in plans]
 
 
 def local_arms(
@@ -41,7 +41,7 @@ def local_arms(
     use_rejection_sampling: bool = True,
     control: bool = False,
     block_sizes: Mapping[str, float] | None = None,
-) -> list[ArmConfig]:
+) -> list[Arm]:
     """Plain decoding in its fastest setting, and drafts with their plans, on local engines.
 
     Args:
@@ -52,21 +52,52 @@ def local_arms(
         max_context: most tokens of a request.
         use_rejection_sampling: see `specrl.LocalEngine`.
         control: add the A/A arm.
-        block_sizes: of arms by name, see `ArmConfig`; 1 for others.
+        block_sizes: of arms by name, see `Arm`; 1 for others.
     """
     if fastest.dtype != str(model.dtype).removeprefix("torch."):
         baseline = replace(target, dtype=fastest.dtype).load(device=model.device)
     else:
         baseline = model
     plain = LocalEngine(baseline, max_context=max_context)
-    arms = [ArmConfig(name, plain, None, fastest.threads) for name in [PLAIN, *([AA_CONTROL] if control else [])]]
+    arms = [Arm(name, plain, None, fastest.threads) for name in [PLAIN, *([AA_CONTROL] if control else [])]]
     engines = {
         id(draft): LocalEngine(model, draft, max_context=max_context, use_rejection_sampling=use_rejection_sampling)
         for draft, _ in drafted.values()
     }
     for name, (draft, plan) in drafted.items():
-        arms.append(ArmConfig(name, engines[id(draft)], plan, fastest.threads, (block_sizes or {}).get(name, 1.0)))
+        arms.append(Arm(name, engines[id(draft)], plan, fastest.threads, (block_sizes or {}).get(name, 1.0)))
     return arms
+
+
+def open_engine(
+    engine: EngineConfig,
+    target: TargetConfig,
+    draft: DraftConfig,
+    workload: WorkloadConfig,
+    plans: Sequence[Plan],
+    *,
+    use_rejection_sampling: bool = True,
+) -> Engine:
+    """Open an engine that measures plain decoding as well; close it after use.
+
+    Raises:
+        ValueError: plans or a draft that the engine cannot run, or settings of a new draft with SGLang.
+    """
+    model = target.load() if engine.is_local else None
+    if model is None:
+        show("launching SGLang with speculation, and without")
+        for name in ("vocab_size", "intermediate_size"):
+            if (size := getattr(draft, name)) is not None:
+                raise ValueError(f"draft.{name} is for the local engine, but got {size} with {engine.name!r}")
+    return engine.open(
+        target,
+        draft.path if model is None else draft.load(model),
+        plans=plans,
+        max_context=workload.max_context,
+        model=model,
+        use_rejection_sampling=use_rejection_sampling,
+        plain_in_lockstep=True,
+    )
 
 
 @contextmanager
@@ -84,8 +115,7 @@ def open_arms(
     The local engine finds the fastest setting of plain decoding for each batch size first.
     """
     if not engine.is_local:
-        show("launching SGLang with speculation, and without")
-        served = engine.open(target, draft.path, plans=plans, max_context=workload.max_context, plain_in_lockstep=True)
+        served = open_engine(engine, target, draft, workload, plans)
         try:
             yield lambda prompts, batch: engine_arms(served, plans, control=True)
         finally:
@@ -94,7 +124,7 @@ def open_arms(
     model = target.load()
     drafted = draft.load(model)
 
-    def make(prompts: Workload, batch: int) -> list[ArmConfig]:
+    def make(prompts: Workload, batch: int) -> list[Arm]:
         fastest = fastest_plain(replace(target, device=model.device), prompts, batch)
         show(f"batch {batch}: fastest plain decoding in {fastest.dtype} with {fastest.threads} threads")
         return local_arms(

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from specrl.config import DraftConfig, EngineConfig, MeasureConfig, TargetConfig, WorkloadConfig
-from specrl.core.clock import WallClock
+from specrl.core.clock import Clock, WallClock
+from specrl.core.interfaces import Workload
 from specrl.core.plan import Plan
-from specrl.measure.arms import engine_arms, open_arms
-from specrl.measure.paired import AA_CONTROL, ArmResult, measure
+from specrl.measure.arms import MakeArms, engine_arms, open_arms
+from specrl.measure.paired import AA_CONTROL, Arm, ArmResult, measure
 from specrl.simulation.engine import Requests, SimulatedEngine
 
 Cells = Mapping[float | None, Sequence[ArmResult]]  # by temperature; None: a simulation
@@ -29,22 +30,10 @@ def bench_engine(
     seed: int = 0,
 ) -> Cells:
     """Measure on the local engine or on SGLang servers, on prompts held out from training."""
-    cells: dict[float | None, list[ArmResult]] = {}
     prompts = {t: replace(workload, temperature=t).open(target.name, "held_out") for t in temperatures}
-    with open_arms(engine, target, draft, workload, plans, use_rejection_sampling=use_rejection_sampling) as make_arms:
-        for temperature, requests in prompts.items():
-            cells[temperature] = []
-            for batch in batch_sizes:
-                cells[temperature] += measure(
-                    make_arms(requests, batch),
-                    requests,
-                    batch_size=batch,
-                    block_tokens=workload.max_new_tokens,
-                    until=until,
-                    stop_each=True,
-                    seed=seed,
-                )
-    return cells
+    new_tokens = workload.max_new_tokens
+    with open_arms(engine, target, draft, workload, plans, use_rejection_sampling=use_rejection_sampling) as make:
+        return {t: _measure_all(make, p, batch_sizes, new_tokens, until, seed) for t, p in prompts.items()}
 
 
 def bench_profile(
@@ -64,20 +53,40 @@ def bench_profile(
         until: when to stop; its seconds are of this machine, not simulated ones.
         seed: of the random numbers.
     """
-    profile, results = engine.profile, list[ArmResult]()
-    for batch in batch_sizes or profile.batch_sizes:
+    profile = engine.profile
+
+    def make(requests: Workload, batch: int) -> list[Arm]:
         covered = plans or tuple(plan for plan in profile.plans if profile.covers(plan, batch))
+        return engine_arms(engine, covered, control=False)
+
+    requests = Requests((profile.prompt_tokens,) * 2, (profile.max_new_tokens,) * 2)
+    sizes = batch_sizes or profile.batch_sizes
+    return {None: _measure_all(make, requests, sizes, profile.max_new_tokens, until, seed, WallClock())}
+
+
+def _measure_all(
+    make_arms: MakeArms,
+    prompts: Workload,
+    batch_sizes: Sequence[int],
+    new_tokens: int,
+    until: MeasureConfig,
+    seed: int,
+    clock: Clock | None = None,
+) -> list[ArmResult]:
+    """Measure arms at every batch size; `clock` measures the time, by default the first engine's."""
+    results: list[ArmResult] = []
+    for batch in batch_sizes:
         results += measure(
-            engine_arms(engine, covered, control=False),
-            Requests((profile.prompt_tokens,) * 2, (profile.max_new_tokens,) * 2),
+            make_arms(prompts, batch),
+            prompts,
             batch_size=batch,
-            block_tokens=profile.max_new_tokens,
+            block_tokens=new_tokens,
             until=until,
             stop_each=True,
-            budget_clock=WallClock(),
+            budget_clock=clock,
             seed=seed,
         )
-    return {None: results}
+    return results
 
 
 def warnings(cells: Cells) -> list[str]:

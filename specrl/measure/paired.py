@@ -30,26 +30,6 @@ _SLICES = 4  # of a block; even, so that every block is decoded as often forth a
 _MIN_BLOCKS, _MIN_BLOCKS_TO_STOP = 6, 12  # that are always measured, and before an interval may end a measurement
 
 
-@dataclass(frozen=True, slots=True)
-class ArmConfig:
-    """One way to decode.
-
-    Args:
-        name: of the arm.
-        engine: its engine.
-        plan: of every round; None: plain decoding.
-        threads: torch threads while the arm runs; None: unchanged.
-        block_size: tokens of its blocks relative to those of other arms. Accept lengths vary between requests much
-            more than plain decoding does, so more tokens of a speculative arm narrow its interval more.
-    """
-
-    name: str
-    engine: Engine
-    plan: Plan | None
-    threads: int | None = None
-    block_size: float = 1.0
-
-
 class SessionPool:
     """Opens the sessions of a measurement.
 
@@ -92,36 +72,50 @@ class SessionPool:
 
 @dataclass(slots=True)
 class Arm:
-    """An arm's session, and its measurements so far.
+    """One way to decode, and its measurements so far.
+
+    Args:
+        name: of the arm.
+        engine: its engine.
+        plan: of every round; None: plain decoding.
+        threads: torch threads while the arm runs; None: unchanged.
+        block_size: tokens of its blocks relative to those of other arms. Accept lengths vary between requests much
+            more than plain decoding does, so more tokens of a speculative arm narrow its interval more.
 
     Attributes:
-        config: what it decodes with.
-        session: its session.
         blocks: the n-th is paired with the n-th of the first arm.
         round_s: seconds of every counted round.
         request_tps: tokens per second of every finished request.
     """
 
-    config: ArmConfig
-    session: Session
-    blocks: list[RoundStats] = field(default_factory=list)
-    round_s: list[float] = field(default_factory=list)
-    request_tps: list[float] = field(default_factory=list)
-    _live: dict[int, tuple[int, float]] = field(default_factory=dict)  # request -> tokens, seconds
+    name: str
+    engine: Engine
+    plan: Plan | None
+    threads: int | None = None
+    block_size: float = 1.0
+    blocks: list[RoundStats] = field(init=False, default_factory=list)
+    round_s: list[float] = field(init=False, default_factory=list)
+    request_tps: list[float] = field(init=False, default_factory=list)
+    _session: Session = field(init=False, repr=False)
+    _live: dict[int, tuple[int, float]] = field(init=False, repr=False)  # request -> tokens, seconds
+
+    def open(self, sessions: SessionPool) -> None:
+        """Open the session."""
+        self._session, self._live = sessions.open(self.engine, plain=self.plan is None), {}
 
     def warm_up(self) -> None:
         """Decode rounds that are not counted."""
-        with torch_threads(self.config.threads):
+        with torch_threads(self.threads):
             for _ in range(_WARM_UP_ROUNDS):
-                self.session.round(self.config.plan or Plan(0))
+                self._session.round(self.plan or Plan(0))
 
     def run(self, tokens: float) -> None:
         """Decode until the last block has at least `tokens` tokens, after one round that is not counted."""
-        block, plan = self.blocks[-1], self.config.plan or Plan(0)
-        with torch_threads(self.config.threads):
-            self._follow(self.session.round(plan))  # its caches are as the arm before left them
+        block, plan = self.blocks[-1], self.plan or Plan(0)
+        with torch_threads(self.threads):
+            self._follow(self._session.round(plan))  # its caches are as the arm before left them
             while block.tokens < tokens:
-                done = self.session.round(plan)
+                done = self._session.round(plan)
                 block.add(done)
                 self.round_s.append(done.seconds)
                 self._follow(done)
@@ -183,7 +177,7 @@ class ArmResult:
 
 
 def measure(
-    configs: Sequence[ArmConfig],
+    arms: Sequence[Arm],
     workload: Workload,
     *,
     batch_size: int,
@@ -197,7 +191,7 @@ def measure(
     """Measure arms against the first one until every interval is narrow enough.
 
     Args:
-        configs: of the arms; usually plain decoding first.
+        arms: new ones; usually plain decoding first.
         workload: prompts, the same for every arm.
         batch_size: live requests.
         block_tokens: tokens of a block per request.
@@ -208,9 +202,9 @@ def measure(
         budget_clock: measures `until.seconds`; None: the first engine's clock.
         on_block: called after each pass with the seconds spent and the widest half-width.
     """
-    clock = budget_clock or configs[0].engine.clock
-    pool = SessionPool(workload, batch_size=batch_size, seed=seed)
-    arms = start_arms(configs, pool)
+    clock = budget_clock or arms[0].engine.clock
+    sessions = SessionPool(workload, batch_size=batch_size, seed=seed)
+    start_arms(arms, sessions)
     began, order, widest = clock.now(), list(arms), float("inf")
     with progress(f"batch {batch_size}", until.seconds) as advance:
         while len(arms[0].blocks) < _MIN_BLOCKS or (widest > until.precision and clock.now() - began < until.seconds):
@@ -224,16 +218,16 @@ def measure(
             advance(spent, "" if widest == float("inf") else f"±{widest:.3f}, wanted ±{until.precision:g}")
             if on_block is not None:
                 on_block(spent, widest)
-    pool.close()
+    sessions.close()
     return [_result(arms[0], arm, batch_size, seed) for arm in arms]
 
 
-def start_arms(configs: Sequence[ArmConfig], pool: SessionPool) -> list[Arm]:
-    """Open the session of every arm, and warm it up."""
-    arms = [Arm(config, pool.open(config.engine, plain=config.plan is None)) for config in configs]
+def start_arms(arms: Sequence[Arm], sessions: SessionPool) -> None:
+    """Open the sessions of all arms, then warm them up."""
+    for arm in arms:
+        arm.open(sessions)
     for arm in arms:
         arm.warm_up()
-    return arms
 
 
 def take_turns(arms: list[Arm], tokens: float) -> None:
@@ -242,7 +236,7 @@ def take_turns(arms: list[Arm], tokens: float) -> None:
         arm.blocks.append(RoundStats())
     for part in range(1, _SLICES + 1):
         for arm in arms:
-            arm.run(tokens * arm.config.block_size * part / _SLICES)
+            arm.run(tokens * arm.block_size * part / _SLICES)
         arms.reverse()
 
 
@@ -258,16 +252,16 @@ def speedup(reference: Arm, arm: Arm, seed: int = 0) -> Interval:
 
 
 def _result(reference: Arm, arm: Arm, batch_size: int, seed: int) -> ArmResult:
-    config, total = arm.config, RoundStats()
+    total = RoundStats()
     for block in arm.blocks:
         total.merge(block)
     tps = np.array(arm.request_tps or [np.nan])
     p05, p50, p95 = np.percentile(tps, [5, 50, 95]).tolist()
     ms = 1e3 / total.rounds
     return ArmResult(
-        name=config.name,
+        name=arm.name,
         batch_size=batch_size,
-        plan=PLAIN if config.plan is None else str(config.plan),
+        plan=PLAIN if arm.plan is None else str(arm.plan),
         count=len(arm.request_tps),
         mean_tps=float(tps.mean()),
         p50_tps=p50,

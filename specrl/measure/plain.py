@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -35,89 +36,6 @@ class PlainSetting:
         return self.batch_size / self.step_s
 
 
-class PlainTimer:
-    """Times plain decoding in every setting, in turns, so that a drift of the machine affects all equally.
-
-    Args:
-        target: the model; its dtype is not used.
-        workload: prompts.
-        dtypes: of the model.
-        threads: torch threads.
-        batch_sizes: live requests.
-    """
-
-    def __init__(
-        self,
-        target: TargetConfig,
-        workload: Workload,
-        *,
-        dtypes: Sequence[DTypeName],
-        threads: Sequence[int],
-        batch_sizes: Sequence[int],
-    ) -> None:
-        engines = {dtype: LocalEngine(replace(target, dtype=dtype).load()) for dtype in dtypes}
-        self.clock = engines[dtypes[0]].clock
-        self._sessions = {
-            (dtype, batch): engines[dtype].start(workload, batch_size=batch, seed=0, plain=True)
-            for dtype in dtypes
-            for batch in batch_sizes
-        }
-        self._order = [(dtype, count, batch) for dtype, batch in self._sessions for count in threads]
-        self._seconds: dict[tuple[DTypeName, int, int], list[float]] = {setting: [] for setting in self._order}
-
-    def run_pass(self) -> None:
-        """Time a block of every setting, in the reverse order of the pass before."""
-        for setting in self._order:
-            dtype, threads, batch = setting
-            session = self._sessions[dtype, batch]
-            with torch_threads(threads):
-                seconds = [session.round(Plan(0)).seconds for _ in range(_UNCOUNTED_ROUNDS + _BLOCK_ROUNDS)]
-            self._seconds[setting] += seconds[_UNCOUNTED_ROUNDS:]
-        self._order.reverse()
-
-    def drop_slow(self) -> int:
-        """Drop the settings that are much slower than the fastest one; returns how many are left."""
-        medians = {setting: float(np.median(self._seconds[setting])) for setting in self._order}
-        self._order = [setting for setting in self._order if medians[setting] <= _TOO_SLOW * min(medians.values())]
-        return len(self._order)
-
-    def settings(self) -> list[PlainSetting]:
-        """The settings that were not dropped."""
-        return [
-            PlainSetting(*setting, step_s=float(np.median(seconds)))
-            for setting, seconds in self._seconds.items()
-            if setting in self._order
-        ]
-
-    def close(self) -> None:
-        """Close all sessions."""
-        for session in self._sessions.values():
-            session.close()
-
-
-def fastest_plain(target: TargetConfig, workload: Workload, batch_size: int, *, rounds: int = 240) -> PlainSetting:
-    """The setting of {dtype, threads} in which plain decoding is fastest here, by interleaved medians.
-
-    On a shared machine the faster of two similar settings changes within seconds, so a short look is not enough.
-    Settings that are much slower are dropped after six blocks.
-
-    Args:
-        target: the model; its dtype is not used.
-        workload: prompts.
-        batch_size: live requests.
-        rounds: timed in each setting that is not dropped, in blocks of ten.
-    """
-    on_gpu = default_device(target.device).startswith("cuda")
-    threads = (1,) if on_gpu else tuple(sorted({1, usable_cores()}))
-    timer = PlainTimer(target, workload, dtypes=DTYPES, threads=threads, batch_sizes=(batch_size,))
-    for passes in range(max(1, rounds // _BLOCK_ROUNDS)):
-        if passes == _LOOK_AFTER and timer.drop_slow() == 1:
-            break
-        timer.run_pass()
-    timer.close()
-    return min(timer.settings(), key=lambda setting: setting.step_s)
-
-
 def time_plain(
     target: TargetConfig,
     workload: Workload,
@@ -125,18 +43,69 @@ def time_plain(
     dtypes: Sequence[DTypeName],
     threads: Sequence[int],
     batch_sizes: Sequence[int],
-    seconds: float,
+    seconds: float = math.inf,
+    rounds: int | None = None,
+    drop_slow: bool = False,
 ) -> list[PlainSetting]:
-    """Time plain decoding in every setting for `seconds`, at least one block each."""
-    timer = PlainTimer(target, workload, dtypes=dtypes, threads=threads, batch_sizes=batch_sizes)
-    began = timer.clock.now()
-    with progress("timing plain decoding", seconds) as advance:
-        timer.run_pass()
-        while (spent := timer.clock.now() - began) < seconds:
-            advance(spent)
-            timer.run_pass()
-    timer.close()
-    return timer.settings()
+    """Time plain decoding in every setting, in turns, there and back, so that a drift affects all equally.
+
+    Args:
+        target: the model; its dtype is not used.
+        workload: prompts.
+        dtypes: of the model.
+        threads: torch threads.
+        batch_sizes: live requests.
+        seconds: at most, of all settings together; each is timed for one block at least.
+        rounds: at most, of each setting.
+        drop_slow: drop settings that are much slower than the fastest one after six blocks, and stop if one is left.
+    """
+    engines = {dtype: LocalEngine(replace(target, dtype=dtype).load()) for dtype in dtypes}
+    sessions = {
+        (dtype, batch): engines[dtype].start(workload, batch_size=batch, seed=0, plain=True)
+        for dtype in dtypes
+        for batch in batch_sizes
+    }
+    order = [(dtype, count, batch) for dtype, batch in sessions for count in threads]
+    found: dict[tuple[DTypeName, int, int], list[float]] = {setting: [] for setting in order}
+    clock, passes, blocks = engines[dtypes[0]].clock, 0, math.inf if rounds is None else max(1, rounds // _BLOCK_ROUNDS)
+    with progress("timing plain decoding", min(seconds, blocks)) as advance:
+        began = clock.now()
+        while passes == 0 or (passes < blocks and clock.now() - began < seconds):
+            if drop_slow and passes == _LOOK_AFTER:
+                medians = {setting: float(np.median(found[setting])) for setting in order}
+                order = [setting for setting in order if medians[setting] <= _TOO_SLOW * min(medians.values())]
+                if len(order) == 1:
+                    break
+            for setting in order:
+                with torch_threads(setting[1]):
+                    session = sessions[setting[0], setting[2]]
+                    timed = [session.round(Plan(0)).seconds for _ in range(_UNCOUNTED_ROUNDS + _BLOCK_ROUNDS)]
+                found[setting] += timed[_UNCOUNTED_ROUNDS:]
+            order.reverse()
+            passes += 1
+            advance(clock.now() - began if rounds is None else passes)
+    for session in sessions.values():
+        session.close()
+    return [PlainSetting(*setting, step_s=float(np.median(found[setting]))) for setting in found if setting in order]
+
+
+def fastest_plain(target: TargetConfig, workload: Workload, batch_size: int, *, rounds: int = 240) -> PlainSetting:
+    """The setting of {dtype, threads} in which plain decoding is fastest here, by interleaved medians.
+
+    On a shared machine the faster of two similar settings changes within seconds, so a short look is not enough.
+
+    Args:
+        target: the model; its dtype is not used.
+        workload: prompts.
+        batch_size: live requests.
+        rounds: timed in each setting, except for much slower ones.
+    """
+    on_gpu = default_device(target.device).startswith("cuda")
+    threads = (1,) if on_gpu else tuple(sorted({1, usable_cores()}))
+    settings = time_plain(
+        target, workload, dtypes=DTYPES, threads=threads, batch_sizes=(batch_size,), rounds=rounds, drop_slow=True
+    )
+    return min(settings, key=lambda setting: setting.step_s)
 
 
 def check_fastest(settings: Sequence[PlainSetting], batch_size: int) -> Finding:

@@ -32,26 +32,17 @@ def result_rows(results: Sequence[ArmResult]) -> list[dict[str, object]]:
     """A row for each arm, the columns of published tables first."""
     out: list[dict[str, object]] = []
     for r in results:
-        s = r.speedup
+        parts = {} if r.speedup is None else {n: round(getattr(r.speedup, n), 4) for n in ("value", "low", "high")}
         out.append(
             {
                 "batch_size": r.batch_size,
                 "plan": r.plan if r.name in (PLAIN, r.plan) else f"{r.plan} ({r.name})",
-                "mean_tps": r.mean_tps,
-                "p50_tps": r.p50_tps,
-                "p05_tps": r.p05_tps,
-                "p95_tps": r.p95_tps,
-                "total_tps": r.total_tps,
-                "count": r.count,
-                "speedup": None if s is None else round(s.value, 4),
-                "low": None if s is None else round(s.low, 4),
-                "high": None if s is None else round(s.high, 4),
+                **{n: getattr(r, n) for n in ("mean_tps", "p50_tps", "p05_tps", "p95_tps", "total_tps", "count")},
+                "speedup": parts.get("value"),
+                "low": parts.get("low"),
+                "high": parts.get("high"),
                 "accept_length": round(r.accept_length, 3),
-                "round_ms": r.round_ms,
-                "draft_ms": r.draft_ms,
-                "verify_ms": r.verify_ms,
-                "other_ms": r.other_ms,
-                "prefill_s": r.prefill_s,
+                **{n: getattr(r, n) for n in ("round_ms", "draft_ms", "verify_ms", "other_ms", "prefill_s")},
             }
         )
     return out

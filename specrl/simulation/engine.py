@@ -29,7 +29,7 @@ _SKILL = 0xFFFFFFFF  # the position whose uniform number is the request's skill
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """A workload of requests without text: least and greatest length of prompt and of output, drawn uniformly."""
+    """A workload of requests without text; lengths of prompts and outputs are uniform between two bounds."""
 
     prompt_tokens: tuple[int, int]
     max_new_tokens: tuple[int, int]
@@ -50,7 +50,7 @@ class Requests:
 
 
 class SimulatedRound(Round):
-    """A round that equals another of the same numbers, so that determinism can be checked."""
+    """A round that equals another round with the same numbers, to test determinism."""
 
     __slots__ = ()
     __hash__ = None  # type: ignore[assignment]
@@ -64,19 +64,19 @@ class SimulatedRound(Round):
 
 
 class SimulatedEngine(Engine):
-    """Rounds drawn from a profile (see `specrl.core.interfaces.Engine`); deterministic by the seed of a session.
+    """Rounds drawn from a profile (see `specrl.core.interfaces.Engine`); a session's seed determines all of them.
 
-    Whether a draft stands depends on the seed, the request and the position of its token only, and the noise of a
-    round on the seed and the round's number, so that plans are compared on common random numbers. Requests end with
-    `max_new_tokens`; their token ids are all 0, there are no traces, and prefill takes no time.
+    Whether a draft is accepted depends only on the seed, the request and the position of its token, and the noise of a
+    round only on the seed and the number of the round. Plans are therefore compared with common random numbers.
+    Requests end with `max_new_tokens`; their token ids are all 0, there are no traces, and prefill takes no time.
 
     Args:
         profile: a `Profile`, the name of a shipped one, or a .json file.
-        batch_sizes: least and greatest batch size that it will be asked for: `supports` then says whether a plan's
-            costs are known over all of them; None: at any.
-        extrapolate: run plans and batch sizes that the profile does not know; `extrapolated` tells which.
-        shifts: of costs and acceptance, in the course of a session.
-        clock: that its rounds move; None: a new one.
+        batch_sizes: smallest and largest batch size in use; `supports` then requires a plan's costs for all of them;
+            None: for any of them.
+        extrapolate: run plans and batch sizes without costs in the profile too; see `extrapolated`.
+        shifts: changes of costs and acceptance during a session.
+        clock: is advanced by the rounds; None: a new one.
     """
 
     def __init__(
@@ -100,34 +100,34 @@ class SimulatedEngine(Engine):
 
     @property
     def clock(self) -> VirtualClock:
-        """The clock that its rounds move."""
+        """The clock that rounds advance."""
         return self._clock
 
     @property
     def draft_version(self) -> int:
-        """Always 0: a profile is of one draft."""
+        """Always 0: a profile has one draft."""
         return 0
 
     @property
     def result_delay(self) -> int:
-        """Rounds by which results are late when the next plan is chosen."""
+        """Rounds by which results arrive late."""
         return self.profile.delay
 
     def supports(self, plan: Plan) -> bool:
-        """Whether the profile has the plan's costs (at the engine's batch sizes), or can guess them where it may."""
+        """Whether the profile has the plan's costs at the engine's batch sizes, or may extrapolate them."""
         if self.extrapolate:
             return self.profile.can_extrapolate(plan)
         return plan in self.profile.plans and (self.batch_sizes is None or self.profile.covers(plan, *self.batch_sizes))
 
     def extrapolated(self, plan: Plan, batch_size: int) -> bool:
-        """Whether such a round is a guess beyond what the profile knows."""
+        """Whether the costs of such a round are extrapolated."""
         return not self.profile.covers(plan, batch_size)
 
     def cost(self, batch_size: int, plan: Plan | None) -> Cost:
         """The cost of a plan (None: plain) at a batch size.
 
         Raises:
-            ValueError: it is not known, and not to be extrapolated.
+            ValueError: the profile does not have it, and may not extrapolate it.
         """
         key = (batch_size, plan)
         if key not in self._costs:
@@ -144,7 +144,7 @@ class SimulatedEngine(Engine):
         plain: bool = False,
         trace: bool = False,
     ) -> SimulatedSession:
-        """Admit `batch_size` requests; there is nothing to trace."""
+        """Start a session of `batch_size` requests; there are no traces."""
         most = batch_size if max_batch_size is None else max_batch_size
         session = SimulatedSession(
             self, workload.requests(seed), batch_size=batch_size, max_batch_size=most, seed=seed, plain=plain
@@ -153,12 +153,12 @@ class SimulatedEngine(Engine):
         return session
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
-        """Refuse.
+        """Refuse: a profile has one draft.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("a profile is of one draft, so none can be loaded; learn drafts on a live engine ('local')")
+        raise ValueError("a profile has one draft, so none can be loaded; train drafts on a live engine ('local')")
 
     def close(self) -> None:
         """Close every session; idempotent."""
@@ -270,7 +270,7 @@ class SimulatedSession(Session):
         )
 
     def measure_plain(self) -> PlainSample:
-        """Draw the seconds of a plain step now; the session's own numbers stay as they are."""
+        """Draw the seconds of a plain step now; the session's random numbers do not change."""
         self._check_open()
         cost, context = self._engine.cost(self.batch_size, None), float(np.mean(self.context_lengths))
         seconds = self._mean_seconds(cost, context) * self._hiccup(cost, self._probe)
@@ -278,7 +278,7 @@ class SimulatedSession(Session):
         return PlainSample(self.batch_size, context, seconds)
 
     def foresee(self, plan: Plan) -> NDArray[np.int64]:
-        """Correct drafts [B] int64 that a round of `plan` would have now; nothing changes. For bounds, not choosers."""
+        """Correct drafts [B] int64 of a round of `plan` if it ran now; the session does not change. For bounds only."""
         self._check_open()
         noise, drift = self._noise.bit_generator.state, self._drift
         correct = self._accept(plan, np.array(self.context_lengths))
@@ -334,7 +334,7 @@ class SimulatedSession(Session):
         return jitter * (1.0 + extra if rng.random() < profile.hiccup_share else 1.0)
 
     def _admit(self) -> _Live:
-        """Take requests until one outlives its first token, which prefill yields."""
+        """Take requests until one does not end with its first token, which prefill generates."""
         for _ in range(_MOST_AT_PREFILL):
             request = next(self._requests)
             number, self._served = self._served, self._served + 1
@@ -344,13 +344,13 @@ class SimulatedSession(Session):
                 return _Live(number, request, skill, request.max_new_tokens - 1)
             self._ended_at_prefill.append(Completion(number, request.prompt, (0,)))
         raise ValueError(
-            f"a session needs requests that outlive their first token, but got {_MOST_AT_PREFILL} in a row that ended "
-            "with it; raise max_new_tokens above 1"
+            f"a session needs requests of more than one token, but got {_MOST_AT_PREFILL} in a row that ended with it; "
+            "raise max_new_tokens above 1"
         )
 
 
 def _uniform(seed: np.uint64, request: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Numbers in [0, 1) that depend on seed, request and position only (SplitMix64; Steele et al., OOPSLA 2014)."""
+    """Numbers in [0, 1) that are a function of seed, request and position (SplitMix64; Steele et al., OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         x = seed * np.uint64(0x9E3779B97F4A7C15) + request.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
         x = _mixed(x) + position.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)

@@ -1,9 +1,9 @@
 """Thousands of simulated sessions at once: the rounds of `specrl.simulation.engine`, drawn for all of them in NumPy.
 
-Skills lie on a grid of log-odds (a quarter of their standard deviation apart, rounded at random so that the mean is
-kept), and a draw of 10 bits per request decides how many of its drafts stand: one look-up per request and round. The
-looked-up word packs the tokens and, for each k, whether k or more drafts stood, in lanes wide enough to be summed
-over a batch; so one sum yields all counts.
+Skills are on a grid of log-odds (a quarter of their standard deviation apart, rounded at random so that the mean is
+kept), and a draw of 10 bits per request decides how many of its drafts are accepted: one look-up per request and round.
+The word in the table packs the tokens and, for each k, whether k or more drafts were accepted, in bit fields wide
+enough to be summed over a batch, so that one sum gives all counts.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Rounds(NamedTuple):
     """One round of each of N sessions."""
 
     tokens: Ints  # [N] int64, committed and kept
-    correct: Ints  # [N] int64, drafts that stood, summed over the batch
-    reached: NDArray[np.int64]  # [K, N] int64, requests whose first k drafts stood
+    correct: Ints  # [N] int64, accepted drafts, summed over the batch
+    reached: NDArray[np.int64]  # [K, N] int64, requests whose first k drafts were accepted
     seconds: Floats  # [N] float64
 
 
@@ -38,10 +38,10 @@ class VectorSimulator:
     """N sessions of one engine.
 
     Args:
-        engine: that gives costs, acceptance and shifts.
-        requests: their lengths.
-        plans: on offer; a round's plan is an index into them.
-        sizes: batch sizes that occur, ascending; a session's is an index into them.
+        engine: gives costs, acceptance and shifts.
+        requests: lengths of the requests.
+        plans: that are offered; a round's plan is an index into them.
+        sizes: batch sizes, ascending; a session's is an index into them.
         count: N.
     """
 

@@ -122,15 +122,16 @@ class LiveTrial:
             plan = table[nearest] if budget.plan is None else Plan.parse(budget.plan)
             fastest = _fastest(self.target, workload, batch)
             drafted, context = {"learned": (run.learned, plan)}, workload.max_context
-            pool = SessionPool(prompts, batch_size=batch, seed=0)
-            plain, learned = start_arms(local_arms(self.target, model, drafted, fastest, max_context=context), pool)
+            sessions = SessionPool(prompts, batch_size=batch, seed=0)
+            plain, learned = local_arms(self.target, model, drafted, fastest, max_context=context)
+            start_arms([plain, learned], sessions)
             try:
                 for _ in range(budget.blocks):
                     take_turns([plain, learned], batch * workload.max_new_tokens)
                     speedup = float(plain.seconds_per_token[-1] / learned.seconds_per_token[-1])
                     yield speedup, learned.blocks[-1].accept_length
             finally:
-                pool.close()
+                sessions.close()
 
 
 class _Watch:
