@@ -28,12 +28,12 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "quickstart": Command("specrl.commands.quickstart:quickstart", "train a draft and measure its speedup, in minutes"),
-    "train": Command("specrl.commands.train:train", "train a draft, and a plan per batch size, while serving"),
-    "train offline": Command("specrl.commands.train_offline:train_offline", "train a draft from recorded traces"),
+    "train": Command("specrl.commands.train.online:train", "train a draft, and a plan per batch size, while serving"),
+    "train offline": Command("specrl.commands.train.offline:train_offline", "train a draft from recorded traces"),
     "train server": Command(
-        "specrl.commands.train_server:train_server", "train a draft from the traffic of a running SGLang server"
+        "specrl.commands.train.server:train_server", "train a draft from the traffic of a running SGLang server"
     ),
-    "train ray": Command("specrl.commands.train_ray:train_ray", "train a draft while serving on a Ray cluster"),
+    "train ray": Command("specrl.commands.train.ray:train_ray", "train a draft while serving on a Ray cluster"),
     "record": Command("specrl.commands.record:record", "serve requests and record traces"),
     "export": Command("specrl.commands.export:export", "write the result of a run as a directory that SGLang serves"),
     "import": Command("specrl.commands.import_draft:import_draft", "convert a published EAGLE3 draft"),

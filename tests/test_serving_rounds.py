@@ -237,10 +237,8 @@ def test_waiting_for_a_round_ends(short: Path) -> None:
 
 
 def test_reports_that_do_not_fit_are_dropped_and_counted(short: Path) -> None:
-    with (
-        turning(Paper(make_hooks(short, 0.0, max_waiting=4))) as paper,
-        zmq.Context.instance().socket(zmq.DEALER) as slow,
-    ):
+    slow: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    with turning(Paper(make_hooks(short, 0.0, max_waiting=4))) as paper, slow:
         slow.linger, slow.rcvhwm, slow.rcvtimeo = 0, 1, 60_000
         slow.connect(f"ipc://{short}/r")
         slow.send_json({"kind": "hello"})

@@ -22,8 +22,9 @@ from specrl.cli import main
 from specrl.envs.device_lock import DeviceLock
 from specrl.measure.plain import PlainSetting
 from specrl.studies.config import STUDIES, Study, make_study, read_study
+from specrl.studies.goals import Measured, NotReached, OnBlock
 from specrl.studies.optimize import open_study, optimize
-from specrl.studies.trial import Measured, NotReached, OnBlock, run_trial
+from specrl.studies.trial import run_trial
 
 CHOOSER: dict[str, Any] = {
     "trial": "simulated",

@@ -9,7 +9,8 @@ from typing import Any
 
 from specrl.cluster.connect import DEVICE, connected, need_resource
 from specrl.studies.config import Study
-from specrl.studies.trial import Measured, OnBlock, RunTrial, run_trial
+from specrl.studies.goals import Measured, OnBlock
+from specrl.studies.trial import RunTrial, run_trial
 
 RETRIES = 2  # of a trial whose worker was killed
 

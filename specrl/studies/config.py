@@ -13,46 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from specrl.core.plan import parse_plans
 from specrl.io.options import Options, did_you_mean
 from specrl.io.output import to_json
+from specrl.studies.goals import BY_BLOCK, LEVELS, Budget
+from specrl.studies.live import LiveTrial
+from specrl.studies.simulated import SimulatedTrial
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-    from specrl.studies.live import LiveTrial
-    from specrl.studies.simulated import SimulatedTrial
-
 STUDIES = Path(__file__).parent
-BY_BLOCK = ("speedup", "accept_length", "share", "end", "regret")  # objectives that are measured block by block
-LEVELS = {"accept_length": "requests_to_accept_length", "speedup": "seconds_to_speedup"}  # level: objective
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Requests, rounds and blocks of one trial.
-
-    Args:
-        requests: live: requests to serve and learn from.
-        batch_sizes: live: at which the result is measured against plain decoding, on held-out prompts.
-        blocks: live: paired blocks measured at each batch size.
-        plan: live: the plan to measure; by default the one chosen for each batch size while serving.
-        rounds: simulated: rounds of each simulation.
-        seeds: simulated: simulations on each profile, with the same random numbers in every trial.
-    """
-
-    requests: int = 400
-    batch_sizes: tuple[int, ...] = (1, 4)
-    blocks: int = 12
-    plan: str | None = None
-    rounds: int = 1200
-    seeds: int = 6
-
-    def __post_init__(self) -> None:
-        if min(self.requests, self.rounds, *self.batch_sizes) < 1 or min(self.blocks, self.seeds) < 2:
-            raise ValueError(
-                "budget must have requests, rounds and batch_sizes of at least 1, blocks and seeds of at least 2, but "
-                f"got {asdict(self)}"
-            )
-        if self.plan is not None:
-            parse_plans(self.plan)
 
 
 @dataclass(frozen=True)
@@ -111,9 +79,6 @@ class Study:
     @property
     def kind(self) -> type[LiveTrial] | type[SimulatedTrial]:
         """The class of its trials; its fields are the parameters that a study may search or fix."""
-        from specrl.studies.live import LiveTrial
-        from specrl.studies.simulated import SimulatedTrial
-
         return LiveTrial if self.trial == "train" else SimulatedTrial
 
     @property

@@ -23,8 +23,7 @@ from specrl.measure.arms import local_arms
 from specrl.measure.paired import SessionPool, start_arms, take_turns
 from specrl.measure.plain import PlainSetting, fastest_plain
 from specrl.models.target import Target, default_device
-from specrl.studies.config import LEVELS, Study
-from specrl.studies.trial import Measured, NotReached, OnBlock
+from specrl.studies.goals import LEVELS, Goals, Measured, NotReached, OnBlock
 from specrl.training.config import CheckpointConfig, ServingConfig
 from specrl.training.logger import Reporter
 from specrl.training.online import serve
@@ -61,7 +60,7 @@ class LiveTrial:
         """The device that its rounds are timed on, as torch names it."""
         return default_device(self.target.device)
 
-    def measure(self, study: Study, out: OutputDir, on_block: OnBlock | None = None) -> Measured:
+    def measure(self, study: Goals, out: OutputDir, on_block: OnBlock | None = None) -> Measured:
         """Serve and learn, then measure the learned draft and plans against plain decoding.
 
         Args:
@@ -113,7 +112,7 @@ class LiveTrial:
             found.add(name, samples)
         return found
 
-    def _blocks(self, study: Study, run: Run, model: Target) -> Iterator[tuple[float, float]]:
+    def _blocks(self, study: Goals, run: Run, model: Target) -> Iterator[tuple[float, float]]:
         """Speedup and accept length of each block: plain decoding and the result in turns on the same prompts."""
         budget, workload, table = study.budget, self.workload, run.table()
         prompts = workload.open(self.target.name, "held_out")

@@ -15,7 +15,8 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from specrl.studies.config import Study
-from specrl.studies.trial import NotReached, RunTrial, measure_trial
+from specrl.studies.goals import NotReached
+from specrl.studies.trial import RunTrial, measure_trial
 
 if TYPE_CHECKING:
     import optuna

@@ -18,8 +18,7 @@ from specrl.evaluation.backends import SimulatedBackend
 from specrl.evaluation.simulation import LOAD, parse_shifts
 from specrl.io.output import OutputDir
 from specrl.simulation.profile import load_profile, shipped_profiles
-from specrl.studies.config import Study
-from specrl.studies.trial import Measured, OnBlock
+from specrl.studies.goals import Goals, Measured, OnBlock
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class SimulatedTrial:
     shifts: str = ""
     adaptive: AdaptiveSettings = AdaptiveSettings()
 
-    def measure(self, study: Study, out: OutputDir, on_block: OnBlock | None = None) -> Measured:
+    def measure(self, study: Goals, out: OutputDir, on_block: OnBlock | None = None) -> Measured:
         """Simulate every profile `budget.seeds` times; a block is one simulation.
 
         Returns:

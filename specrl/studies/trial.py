@@ -4,50 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from specrl.core.statistics import Interval, mean_interval
 from specrl.envs.device_lock import DeviceLock
 from specrl.io.output import OutputDir
 from specrl.measure.machine import environment
 from specrl.studies.config import Study, read_study
-
-OnBlock = Callable[[int, float], None]
-
-
-class NotReached(Exception):
-    """The trial did not reach a level that an objective of the study waits for."""
-
-
-@dataclass(slots=True)
-class Measured:
-    """The measurements of a trial.
-
-    Every trial of a study measures the same blocks: live, the same prompts in turns with plain decoding; in simulation,
-    the same random numbers. Trials are therefore compared block by block.
-
-    Attributes:
-        values: by name, in the units of `docs/studies.md`.
-        intervals: 95 %, of the values that are measured in blocks.
-        blocks: [n] each, of the same values; logarithms of speedups, other values as they are.
-    """
-
-    values: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, Interval] = field(default_factory=dict)
-    blocks: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, name: str, samples: list[float]) -> None:
-        """Add a value that is measured in blocks: the mean of `samples`, or the geometric mean of speedups."""
-        mean = mean_interval(samples, rng=np.random.default_rng(0))
-        if name == "speedup":
-            with np.errstate(over="ignore"):
-                mean = Interval(*np.exp([mean.value, mean.low, mean.high]).tolist())
-        self.values[name], self.intervals[name], self.blocks[name] = mean.value, mean, samples
-
+from specrl.studies.goals import Measured, OnBlock
 
 RunTrial = Callable[[Study, Mapping[str, Any], Path, OnBlock | None], Measured]
 

@@ -12,8 +12,8 @@ from typing import Any
 from specrl.cluster.studies import trial_runner
 from specrl.core.clock import WallClock
 from specrl.studies.config import Study, make_study
+from specrl.studies.goals import Measured, NotReached, OnBlock
 from specrl.studies.optimize import open_study, optimize
-from specrl.studies.trial import Measured, NotReached, OnBlock
 
 SIMULATED = {
     "trial": "simulated",
