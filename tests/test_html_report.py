@@ -27,16 +27,15 @@ def serving(directory: Path, lines: int = 12) -> Path:
         for batch in (1, 4):
             row |= {f"plan_{batch}": "2/1/3", f"speedup_{batch}": 1 + n / 100, f"accept_length_{batch}": 1 + n / 10}
             row |= {f"speedup_{batch}_low": 0.9, f"speedup_{batch}_high": 1.5} if n > 1 else {}
-            for plan, accepted in (("0", {}), ("2/1/3", {"stood_1": 40 * batch + n, "stood_2": 20 * batch})):
-                sums = {"rounds": 64, "verified": 64 * batch, "tokens": 120 * batch, "plain_s": 0.08 + n / 1e3}
+            for plan, accepted in (("0", {}), ("2/1/3", {"accepted_1": 40 * batch + n, "accepted_2": 20 * batch})):
+                sums = {"rounds": 64, "requests": 64 * batch, "tokens": 120 * batch, "plain_s": 0.08 + n / 1e3}
                 sums |= {"draft_s": 0.016, "verify_s": 0.032, "other_s": 0.016}
-                windows.append({"requests": 16 * n, "batch_size": batch, "plan": plan, **sums, **accepted})
+                windows.append({"served": 16 * n, "batch_size": batch, "plan": plan, **sums, **accepted})
         log.append(row)
     out.write_csv("log.csv", log)
     out.write_csv("windows.csv", windows)
     gate = {"version": 3, "look": "trial", "passed": True, "harmful": False, "reason": "passed <b> & co"}
     out.write_csv("gate.csv", [{**gate, "requests": 48}, {**gate, "passed": False, "harmful": True, "requests": 90}])
-    out.write_csv("drift.csv", [{"requests": 100.0, "before": 0.6, "after": 0.4}])
     out.write_json("plans.json", {"plans": {"1": "2/1/3", "4": "0"}})
     out.write_json("environment.json", {"cpu": "Abacus", "cores": 2, "commit": "0123456789abcdef"})
     out.write_text("config.yaml", "target: {name: embedded, dtype: null}\nseed: 3\n")
@@ -72,7 +71,7 @@ def sections(html: str) -> dict[str, str]:
         (
             "train",
             {"learning": 2, "speedups": 1, "acceptance": 1, "breakdown": 1},
-            ["Drift alarms", "harmful", "Abacus"],
+            ["harmful", "Abacus"],
         ),
         ("bench", {"speedups": 1, "acceptance": 1, "breakdown": 1}, ["simulated", "1/1/2"]),
         ("evaluate", {"regret": 1}, ["adaptive", "sglang-same", "share of the best table"]),

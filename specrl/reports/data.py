@@ -30,8 +30,7 @@ _MEASURED = ("batch_size", "plan", "speedup", "low", "high", "accept_length", "r
 _REQUIRED_COLUMNS = {
     "log.csv": ("seconds",),
     "gate.csv": ("requests", "version", "look", "passed", "harmful", "reason"),
-    "drift.csv": ("requests", "before", "after"),
-    "windows.csv": ("requests", "batch_size", "plan", "rounds", "plain_s", "draft_s", "verify_s"),
+    "windows.csv": ("served", "batch_size", "plan", "rounds", "plain_s", "draft_s", "verify_s"),
     "measured.csv": _MEASURED,
     "bench.csv": _MEASURED,
     "blocks.csv": ("batch_size", "lane", "block", "tokens"),
@@ -85,7 +84,6 @@ class RunData:
     environment: Mapping[str, Any]
     log: Sequence[Row]
     gate: Sequence[Row]
-    drift: Sequence[Row]
     plans: Mapping[int, str]  # chosen, by batch size
     results: Sequence[PlanResult]
     leaderboard: Sequence[Row]
@@ -144,7 +142,7 @@ def _read_run(path: Path, name: str) -> RunData:
         _read_csv(path / "blocks.csv"),
         "simulated" if isinstance(bench, dict) and bench.get("profile") else "measured",
     )
-    results += _live([row for row in _read_csv(path / "windows.csv") if row["requests"] > half])
+    results += _live([row for row in _read_csv(path / "windows.csv") if row["served"] > half])
     if "profile.json" in found:
         results += _of_profile(path / "profile.json")
     return RunData(
@@ -155,7 +153,6 @@ def _read_run(path: Path, name: str) -> RunData:
         environment=_environment(path),
         log=log,
         gate=_read_csv(path / "gate.csv"),
-        drift=_read_csv(path / "drift.csv"),
         plans={int(batch): str(plan) for batch, plan in plans.items()},
         results=results,
         leaderboard=_read_csv(path / "evaluate.csv"),
@@ -243,14 +240,14 @@ def _summary(rows: Iterable[Row]) -> dict[str, Any]:
     if not stretches:
         return {}
 
-    def column(*names: str) -> list[float]:  # by its first name that a row has
-        return [next((row[name] for name in names if row.get(name) is not None), 0.0) for row in stretches]
+    def column(name: str) -> list[float]:
+        return [row.get(name) or 0.0 for row in stretches]
 
-    rounds, requests = column("rounds"), column("verified", "requests")  # requests: summed over rounds
+    rounds, requests = column("rounds"), column("requests")  # requests: summed over rounds
     part_ms = {part: [1e3 * seconds for seconds in column(f"{part}_s")] for part in PARTS}
     keys = {key for row in stretches for key, value in row.items() if value is not None}
-    positions = sum(key.startswith(("accepted_", "stood_")) for key in keys)
-    accepted = [column(f"accepted_{k}", f"stood_{k}") for k in range(1, positions + 1)]
+    positions = sum(key.startswith("accepted_") for key in keys)
+    accepted = [column(f"accepted_{k}") for k in range(1, positions + 1)]
     return {
         "accept_length": _ratio([sum(counts) for counts in zip(requests, *accepted, strict=True)], requests),
         "round_ms": _ratio([sum(parts) for parts in zip(*part_ms.values(), strict=True)], rounds),

@@ -116,7 +116,6 @@ def paint_learning(
     quantity: str,
     logs: Sequence[Sequence[Row]],
     gate: Sequence[Row] = (),
-    drift: Sequence[Row] = (),
 ) -> None:
     """Draw a quantity over the requests of a run, with a line for each batch size and marks for events.
 
@@ -126,7 +125,6 @@ def paint_learning(
         quantity: 'speedup' or 'accept_length'.
         logs: of all runs that are shown side by side; the vertical axis has room for their values.
         gate: rows of gate.csv.
-        drift: rows of drift.csv.
     """
     for batch in batch_sizes(log):
         keys = (f"{quantity}_{batch}{end}" for end in ("", "_low", "_high"))
@@ -143,8 +141,6 @@ def paint_learning(
         look: Any = {"marker": marker, "ls": "", "ms": 5, "transform": axes.get_xaxis_transform()}
         if at:
             axes.plot(at, [0.03 if at is new else 0.09] * len(at), color=_INK, label=kind, **look)
-    for n, row in enumerate(drift):
-        axes.axvline(row["requests"], color=_LINES[3], lw=1.2, ls=":", label="" if n else "drift alarm")
     axes.grid(True)
     _legend_above(axes, 3)
 

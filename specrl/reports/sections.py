@@ -84,7 +84,7 @@ def _learning(run: RunData, runs: Sequence[RunData]) -> Content:
         return
     for quantity, label in (("accept_length", "Accept length"), ("speedup", "Speedup")):
         logs = [other.log for other in runs]
-        svg = figures.draw_svg(figures.paint_learning, run.log, quantity, logs, run.gate, run.drift)
+        svg = figures.draw_svg(figures.paint_learning, run.log, quantity, logs, run.gate)
         yield Drawing(svg, f"{label} over the last 400 rounds at each batch size, by requests served.")
     columns: dict[str, Callable[[Row], object]] = {
         "requests": lambda row: f"{row['requests']:,.0f}",
@@ -104,12 +104,6 @@ def _learning(run: RunData, runs: Sequence[RunData]) -> Content:
         "reason": partial(_field, "reason"),
     }
     yield from _table(f"Decisions of the gate of {run.name}", run.gate, gate)
-    drift: Columns[Row] = {
-        "requests": lambda row: f"{row['requests']:.0f}",
-        "first draft tokens accepted, before": lambda row: f"{row['before']:.1%}",
-        "after (64 requests)": lambda row: f"{row['after']:.1%}",
-    }
-    yield from _table(f"Drift alarms of {run.name}", run.drift, drift)
 
 
 def _field(key: str, row: Row) -> object:
