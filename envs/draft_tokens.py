@@ -20,7 +20,7 @@ from specrl.envs.draft_io import ActionDecoder, Arrays, ObservationWindow, Prefi
 from specrl.envs.rewards import make_reward
 from specrl.envs.spec_decode import BatchSizes, read_batch_sizes
 from specrl.envs.timed_env import TimedEnv, check_episode, named_workload
-from specrl.models.config import default_taps
+from specrl.models.config import default_aux_layers
 from specrl.models.target import load_target
 
 
@@ -77,7 +77,7 @@ class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
     ## Arguments
         engine: 'local', or a `specrl.LocalEngine` with aux_layers.
         target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
-        taps: the three layers whose inputs are the features; None: SGLang's default for EAGLE3.
+        aux_layers: the three layers whose inputs are the features; None: SGLang's default for EAGLE3.
         num_steps: K, the longest draft.
         batch_size, temperature, reward, workload, prompt_tokens, max_new_tokens, ignore_eos, max_rounds, max_tokens,
             allow_parallel, render_mode: as in `SpecRL/SpecDecode-v0`.
@@ -97,7 +97,7 @@ class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
         *,
         engine: str | LocalEngine = "local",
         target: str | Path = "embedded",
-        taps: tuple[int, ...] | None = None,
+        aux_layers: tuple[int, ...] | None = None,
         num_steps: int = 4,
         batch_size: BatchSizes = 4,
         temperature: float = 0.7,
@@ -123,7 +123,7 @@ class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
         self._max_rounds, self._max_tokens, self._trace = max_rounds, max_tokens, trace
         self._reward = make_reward(reward)
         owned = isinstance(engine, str)
-        self.engine = _drafting_engine(engine, target, taps, prompt_tokens + max_new_tokens)
+        self.engine = _drafting_engine(engine, target, aux_layers, prompt_tokens + max_new_tokens)
         if isinstance(workload, (str, Path)):
             workload = named_workload(workload, target, prompt_tokens, max_new_tokens, temperature, ignore_eos)
         self.workload: Workload = workload
@@ -230,7 +230,7 @@ class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
 
 
 def _drafting_engine(
-    engine: str | LocalEngine, target: str | Path, taps: tuple[int, ...] | None, max_context: int
+    engine: str | LocalEngine, target: str | Path, aux_layers: tuple[int, ...] | None, max_context: int
 ) -> LocalEngine:
     """An engine that hands out features: the one given, or a new one by name."""
     if not isinstance(engine, str):
@@ -240,4 +240,6 @@ def _drafting_engine(
     if engine != "local":
         raise ValueError(f"engine must be 'local' or a LocalEngine with aux_layers, but got {engine!r}")
     model = load_target(target)
-    return LocalEngine(model, max_context=max_context, aux_layers=taps or default_taps(model.config.num_layers))
+    return LocalEngine(
+        model, max_context=max_context, aux_layers=aux_layers or default_aux_layers(model.config.num_layers)
+    )

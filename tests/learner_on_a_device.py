@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pretended_device
 import torch
-from tiny import TAPS, Listed, prompts, tiny_target
+from tiny import AUX_LAYERS, Listed, prompts, tiny_target
 from torch import Tensor
 
 import specrl
@@ -25,7 +25,7 @@ _TENSORS = ("tokens", "features", "logits", "parents", "path")
 
 def traffic() -> list[Trace]:
     """Traces of four requests, with rounds that drafted."""
-    draft = new_draft(tiny_target(), intermediate_size=16, taps=TAPS)
+    draft = new_draft(tiny_target(), intermediate_size=16, aux_layers=AUX_LAYERS)
     engine = specrl.LocalEngine(tiny_target(), draft, max_context=32)
     listed = [Request(prompt, 5, 1.0, ignore_eos=True) for prompt in prompts(4, 4)]
     session = engine.start(Listed(listed), batch_size=4, seed=0, trace=True)
@@ -41,7 +41,7 @@ def moved(traces: list[Trace], device: torch.device) -> list[Trace]:
 def learnt(traces: list[Trace], embedding: Tensor, **settings: Any) -> tuple[dict[str, float], OnlineLearner]:
     """A first update, further ones, and those of a learner that the state was handed to."""
     words = torch.arange(0, 10, 2) if settings.pop("reduced", False) else None
-    draft = new_draft(tiny_target(), vocabulary=words, intermediate_size=16, taps=TAPS)
+    draft = new_draft(tiny_target(), vocabulary=words, intermediate_size=16, aux_layers=AUX_LAYERS)
     config = LearnerConfig(batch_size=2, updates_per_request=0.5, **settings)
     learner, again = (OnlineLearner(draft, embedding, config) for _ in range(2))
     learner.take(traces)
@@ -56,7 +56,7 @@ def learnt(traces: list[Trace], embedding: Tensor, **settings: Any) -> tuple[dic
 
 def judged(learner: OnlineLearner, embedding: Tensor) -> list[float]:
     """What the gate makes of the weights that the learner hands out."""
-    shape = new_draft(tiny_target(), intermediate_size=16, taps=TAPS).config
+    shape = new_draft(tiny_target(), intermediate_size=16, aux_layers=AUX_LAYERS).config
     gate = Gate(shape, embedding, num_steps=2)
     return [float(length) for length in gate.accept_lengths(learner.weights()[1], list(learner.replay))]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from models_help import LLAMA3, YARN, write_config
 
-from specrl.models.config import DraftConfig, TargetConfig, default_taps
+from specrl.models.config import DraftConfig, TargetConfig, default_aux_layers
 from specrl.models.hf_config import read_draft_config, read_target_config, write_draft_config
 from specrl.models.rope import RopeConfig
 
@@ -30,7 +30,7 @@ LLAMA: dict[str, Any] = {
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
 DRAFT = DraftConfig(64, 24, 32, 32, 48, 4, 2, 8, 1e-5, RopeConfig(10000.0), 128, (2, 4, 5))
-TAPS = "eagle_aux_hidden_state_layer_ids"
+LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
 def read(directory: Path, config: dict[str, Any]) -> TargetConfig:
@@ -210,7 +210,7 @@ def test_a_draft_has_the_keys_that_sglang_reads(draft: dict[str, Any], tmp_path:
         "hidden_act": "silu",
         "rope_theta": 1e4,
         "tie_word_embeddings": False,
-        "eagle_config": {"use_aux_hidden_state": True, TAPS: [1, 3, 4]},  # one less than the layers whose input is read
+        "eagle_config": {"use_aux_hidden_state": True, LAYERS: [1, 3, 4]},  # one less than the layers whose input is read
     }
     others = {"target_hidden_size": None, "norm_before_residual": False, "num_fc_norms": 0, "eos_token_id": [2, 3]}
     eagle = {**draft["eagle_config"], "use_last_layernorm": True, "parallel_draft_step": 1}
@@ -232,21 +232,21 @@ def test_a_draft_has_the_keys_that_sglang_reads(draft: dict[str, Any], tmp_path:
         *(("draft_vocab_size", value) for value in (None, 65, "24")),
         ("target_hidden_size", 0),
         *(("eagle_config", value) for value in (None, [1, 3, 4])),
-        *(("eagle_config", {TAPS: layers}) for layers in ([1, 3], [1, 3, 3], [3, 1, 4], [-1, 3, 4], ["1", 3, 4])),
-        *(("eagle_config", {TAPS: [1, 3, 4], key: False}) for key in ("use_aux_hidden_state", "use_last_layernorm")),
-        *(("eagle_config", {TAPS: [1, 3, 4], key: True}) for key in ("norm_before_fc", "surprise")),
+        *(("eagle_config", {LAYERS: layers}) for layers in ([1, 3], [1, 3, 3], [3, 1, 4], [-1, 3, 4], ["1", 3, 4])),
+        *(("eagle_config", {LAYERS: [1, 3, 4], key: False}) for key in ("use_aux_hidden_state", "use_last_layernorm")),
+        *(("eagle_config", {LAYERS: [1, 3, 4], key: True}) for key in ("norm_before_fc", "surprise")),
     ],
 )
 def test_drafts_that_are_not_computed_are_refused_by_key(
     key: str, value: Any, draft: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=rf"config.json.*\b({key}|taps)\b.*must be") as caught:
+    with pytest.raises(ValueError, match=rf"config.json.*\b({key}|aux_layers)\b.*must be") as caught:
         read_draft_config(write_config(tmp_path, {**draft, key: value}))
     assert "\n" not in str(caught.value)
 
 
-def test_default_taps_are_those_of_sglang() -> None:
-    assert default_taps(32) == (2, 16, 29) and default_taps(8) == (2, 4, 5)
+def test_default_aux_layers_are_those_of_sglang() -> None:
+    assert default_aux_layers(32) == (2, 16, 29) and default_aux_layers(8) == (2, 4, 5)
     for layers in (4, 5, 6):
         with pytest.raises(ValueError, match=f"a target of {layers} layers"):
-            default_taps(layers)
+            default_aux_layers(layers)

@@ -17,7 +17,7 @@ import specrl
 from specrl.models.draft import Draft, ServingDraft, load_draft, new_draft
 from specrl.models.target import Target
 
-TAPS = (1, 2, 3)
+AUX_LAYERS = (1, 2, 3)
 VOCABULARY = torch.tensor([0, 3, 4, 10, 11, 12, 40, 66])
 # As SGLang's LlamaForCausalLMEagle3 names them, for hidden 32, 4 heads and 2 key-value heads of 8, MLP 24.
 SHAPES = {
@@ -52,7 +52,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 @pytest.fixture(scope="module")
 def draft(target: Target) -> Draft:
     """Random weights whose every part matters."""
-    made = new_draft(target, vocabulary=VOCABULARY, intermediate_size=24, taps=TAPS, seed=3)
+    made = new_draft(target, vocabulary=VOCABULARY, intermediate_size=24, aux_layers=AUX_LAYERS, seed=3)
     generator = torch.Generator().manual_seed(4)
     tensors = {}
     for name, tensor in made.tensors.items():
@@ -77,9 +77,9 @@ def assert_same(ours: Draft, theirs: Draft) -> None:
 
 
 def test_a_new_draft_is_random_but_for_the_targets_head_and_reproducible(target: Target) -> None:
-    made = new_draft(target, vocabulary=VOCABULARY, intermediate_size=24, taps=TAPS, seed=3)
-    assert_same(made, new_draft(target, vocabulary=VOCABULARY, intermediate_size=24, taps=TAPS, seed=3))
-    other = new_draft(target, vocabulary=VOCABULARY, intermediate_size=24, taps=TAPS, seed=4)
+    made = new_draft(target, vocabulary=VOCABULARY, intermediate_size=24, aux_layers=AUX_LAYERS, seed=3)
+    assert_same(made, new_draft(target, vocabulary=VOCABULARY, intermediate_size=24, aux_layers=AUX_LAYERS, seed=3))
+    other = new_draft(target, vocabulary=VOCABULARY, intermediate_size=24, aux_layers=AUX_LAYERS, seed=4)
     assert not torch.equal(made.tensors["fc.weight"], other.tensors["fc.weight"])
     assert torch.equal(made.tensors["lm_head.weight"], target.head_weight[VOCABULARY])
     assert torch.equal(made.tensors["norm.weight"], target.norm_weight)
@@ -88,7 +88,7 @@ def test_a_new_draft_is_random_but_for_the_targets_head_and_reproducible(target:
 
 def test_names_and_shapes_are_those_that_sglang_reads(draft: Draft, target: Target) -> None:
     assert {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()} == SHAPES
-    whole = new_draft(target, intermediate_size=24, taps=TAPS)
+    whole = new_draft(target, intermediate_size=24, aux_layers=AUX_LAYERS)
     shapes = {name: shape for name, shape in SHAPES.items() if name not in ("d2t", "t2d")}
     assert {name: tuple(t.shape) for name, t in whole.tensors.items()} == {**shapes, "lm_head.weight": (67, 32)}
     assert whole.target_ids is None
@@ -99,9 +99,9 @@ def test_the_vocabulary_is_written_as_offsets(draft: Draft, target: Target) -> N
     assert draft.target_ids is not None and torch.equal(draft.target_ids, VOCABULARY)
     assert draft.tensors["t2d"].dtype == torch.bool
     assert torch.equal(draft.tensors["t2d"].nonzero()[:, 0], VOCABULARY)
-    first = new_draft(target, draft_vocab_size=5, taps=TAPS)
+    first = new_draft(target, draft_vocab_size=5, aux_layers=AUX_LAYERS)
     assert first.target_ids is not None and first.target_ids.tolist() == [0, 1, 2, 3, 4]
-    assert new_draft(target, draft_vocab_size=67, vocabulary=torch.arange(67), taps=TAPS).target_ids is None
+    assert new_draft(target, draft_vocab_size=67, vocabulary=torch.arange(67), aux_layers=AUX_LAYERS).target_ids is None
 
 
 @pytest.mark.parametrize(
@@ -120,22 +120,28 @@ def test_the_vocabulary_is_written_as_offsets(draft: Draft, target: Target) -> N
         ({"vocabulary": torch.tensor([[0, 1]])}, r"ascending token ids \[Vd\] int64, but got torch.int64 \[1, 2\]"),
         ({"vocabulary": torch.tensor([0, 67])}, r"vocabulary must be token ids in \[0, 67\), but got 67"),
         ({"intermediate_size": 0}, "intermediate_size must be a positive whole number, but got 0"),
-        ({"taps": ()}, r"taps must be three different layers .* got \(\)"),
-        ({"taps": (1, 2)}, r"taps must be three different layers"),
-        ({"taps": (3, 2, 1)}, r"taps must be .* ascending from 1 on, but got \(3, 2, 1\)"),
-        ({"taps": (0, 1, 2)}, r"ascending from 1 on, but got \(0, 1, 2\)"),
-        ({"taps": (1, 2, 4)}, r"taps \(1, 2, 4\) must be layers of the target, which has 4; name other taps"),
-        ({"taps": None}, r"default taps .* a target of 4 layers gives \[2, 2, 1\]; name taps yourself"),
+        ({"aux_layers": ()}, r"aux_layers must be three different layers .* got \(\)"),
+        ({"aux_layers": (1, 2)}, r"aux_layers must be three different layers"),
+        ({"aux_layers": (3, 2, 1)}, r"aux_layers must be .* ascending from 1 on, but got \(3, 2, 1\)"),
+        ({"aux_layers": (0, 1, 2)}, r"ascending from 1 on, but got \(0, 1, 2\)"),
+        (
+            {"aux_layers": (1, 2, 4)},
+            r"aux_layers \(1, 2, 4\) must be layers of the target, which has 4",
+        ),
+        (
+            {"aux_layers": None},
+            r"default aux_layers .* a target of 4 layers gives \[2, 2, 1\]",
+        ),
     ],
 )
 def test_new_drafts_must_fit_the_target(arguments: dict[str, Any], message: str, target: Target) -> None:
     with pytest.raises(ValueError, match=message):
-        new_draft(target, **{"taps": TAPS, **arguments})
+        new_draft(target, **{"aux_layers": AUX_LAYERS, **arguments})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_draft_reads_back_as_it_was(draft: Draft, target: Target, dtype: torch.dtype, tmp_path: Path) -> None:
-    whole = new_draft(target, taps=TAPS)
+    whole = new_draft(target, aux_layers=AUX_LAYERS)
     for made in (draft, whole):
         made.save(tmp_path / "draft", dtype)
         kept = {n: t.to(dtype).float() if t.is_floating_point() else t for n, t in made.tensors.items()}
@@ -236,7 +242,10 @@ def test_damaged_configurations_and_tensors_do_not_load(draft: Draft, tmp_path: 
     [
         ({"vocab_size": 70}, "vocab_size must be the target's 70, but got 67; is it for another model?"),
         ({"hidden_size": 64}, "hidden_size must be the target's 64, but got 32"),
-        ({"num_hidden_layers": 3}, r"taps \(1, 2, 3\) must be layers of the target, which has 3; name other taps"),
+        (
+            {"num_hidden_layers": 3},
+            r"aux_layers \(1, 2, 3\) must be layers of the target, which has 3",
+        ),
     ],
 )
 def test_a_draft_for_another_target_is_refused(
@@ -257,7 +266,7 @@ def served(serving: ServingDraft, target: Target, steps: int = 2) -> Tensor:
     ids = token_ids(2, 9 + steps)
     slots, out = torch.arange(8).expand(2, 8), []
     with torch.inference_mode():
-        features = target.prefill(ids[:, :8], target.new_cache(2, 8), aux_layers=TAPS).aux_hidden_states
+        features = target.prefill(ids[:, :8], target.new_cache(2, 8), aux_layers=AUX_LAYERS).aux_hidden_states
         assert features is not None
         cache = serving.new_cache(2, 8 + steps)
         hidden = serving.decode(ids[:, 1:9], serving.fuse(features), cache, slots, length=8)[:, -1:]
@@ -296,7 +305,7 @@ def reference(draft: Draft, target: Target, steps: int = 2) -> Tensor:
         return hidden + F.linear(F.silu(gate) * up, w["midlayer.mlp.down_proj.weight"])
 
     with torch.inference_mode():
-        features = target.prefill(ids[:, :8], target.new_cache(2, 8), aux_layers=TAPS).aux_hidden_states
+        features = target.prefill(ids[:, :8], target.new_cache(2, 8), aux_layers=AUX_LAYERS).aux_hidden_states
         assert features is not None
         inputs, out = F.linear(features, w["fc.weight"]), []
         for step in range(steps):
@@ -328,7 +337,7 @@ def test_every_tensor_matters_so_that_the_comparison_would_notice(name: str, dra
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_drafts_serve_targets_of_every_family(family: str, tmp_path: Path) -> None:
     target = make_target(tmp_path / "target", family)
-    made = new_draft(target, draft_vocab_size=20, intermediate_size=24, taps=TAPS)
+    made = new_draft(target, draft_vocab_size=20, intermediate_size=24, aux_layers=AUX_LAYERS)
     made.save(tmp_path / "draft")
     ours = served(ServingDraft(load_draft(tmp_path / "draft"), target), target)
     torch.testing.assert_close(ours, reference(made, target), atol=1e-4, rtol=0.0)

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_draft_tokens import TickingClock
-from tiny import TAPS, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
+from tiny import AUX_LAYERS, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 
 from specrl.agents.draft.actor import DraftActor
 from specrl.core.interfaces import Request
@@ -18,7 +18,7 @@ LISTED = Listed([Request(prompt, 8 + i % 5, 0.0) for i, prompt in enumerate(prom
 
 
 def make(batch_size: Any, **changes: Any) -> DraftTokensEnv:
-    engine = LocalEngine(tiny_target(), max_context=64, clock=TickingClock(), aux_layers=TAPS)
+    engine = LocalEngine(tiny_target(), max_context=64, clock=TickingClock(), aux_layers=AUX_LAYERS)
     return DraftTokensEnv(
         engine=engine, workload=LISTED, num_steps=K, batch_size=batch_size, max_rounds=10_000, **changes
     )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TAPS, Listed, prompts, tiny_target
+from tiny import AUX_LAYERS, Listed, prompts, tiny_target
 from torch import Tensor
 
 import specrl
@@ -32,7 +32,7 @@ def make(draft: Draft | None = None, seed: int = 0, **changes: Any) -> OnlineLea
 
 def tiny(vocabulary: Sequence[int] | None = None) -> Draft:
     ids = None if vocabulary is None else torch.tensor(vocabulary)
-    return new_draft(tiny_target(), vocabulary=ids, intermediate_size=16, taps=TAPS)
+    return new_draft(tiny_target(), vocabulary=ids, intermediate_size=16, aux_layers=AUX_LAYERS)
 
 
 def traffic(count: int, seed: int = 0, new_tokens: int = 8, temperature: float = 1.0, length: int = 4) -> list[Trace]:

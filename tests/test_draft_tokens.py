@@ -17,7 +17,7 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 from test_distribution import ALPHA, p_value
 from test_sim_env import seeded
-from tiny import CONFIG, TAPS, Listed, prompts, tiny_draft, tiny_target
+from tiny import AUX_LAYERS, CONFIG, Listed, prompts, tiny_draft, tiny_target
 
 from specrl.core.clock import VirtualClock
 from specrl.core.interfaces import Request
@@ -49,7 +49,7 @@ class Once(Listed):
 
 
 def make(requests: list[Request] | None = None, *, max_context: int = 64, **changes: Any) -> DraftTokensEnv:
-    engine = LocalEngine(tiny_target(), max_context=max_context, clock=TickingClock(), aux_layers=TAPS)
+    engine = LocalEngine(tiny_target(), max_context=max_context, clock=TickingClock(), aux_layers=AUX_LAYERS)
     if requests is None:
         requests = [Request(prompt, 10, 0.0, ignore_eos=True) for prompt in prompts(12, 5)]
     defaults: dict[str, Any] = {"num_steps": K, "batch_size": 3, "max_rounds": 10_000}
@@ -273,7 +273,7 @@ def test_the_observation_is_what_the_target_computed_of_the_tokens_committed() -
         assert tuple(known) == tokens[: len(known)] and len(known) > 5
         ids = torch.tensor([tokens])
         target = tiny_target()
-        right = target.prefill(ids, target.new_cache(1, ids.shape[1]), aux_layers=TAPS).aux_hidden_states
+        right = target.prefill(ids, target.new_cache(1, ids.shape[1]), aux_layers=AUX_LAYERS).aux_hidden_states
         assert right is not None
         for position, features in seen[request].items():
             np.testing.assert_allclose(features, right[0, position].numpy(), rtol=1e-3, atol=1e-3)
@@ -456,7 +456,7 @@ def test_what_was_drawn_is_proposed() -> None:
         ({"max_rounds": None}, "exactly one of max_rounds and max_tokens"),
         ({"reward": "speed"}, "reward must be one of"),
         ({"render_mode": "rgb"}, "render_mode must be"),
-        ({"engine": "remote"}, "engine must be 'local' or a LocalEngine with taps"),
+        ({"engine": "remote"}, "engine must be 'local' or a LocalEngine with aux_layers"),
         ({"engine": LocalEngine(tiny_target())}, "engine must hand out features"),
     ],
 )

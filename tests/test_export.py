@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TAPS, tiny_target, with_vocabulary
+from tiny import AUX_LAYERS, tiny_target, with_vocabulary
 from torch import Tensor
 
 from specrl.agents.choosers.adaptive import AdaptiveChooser
@@ -32,7 +32,7 @@ SPEEDS = {
 
 
 def new() -> Draft:
-    return new_draft(tiny_target(), intermediate_size=32, taps=TAPS)
+    return new_draft(tiny_target(), intermediate_size=32, aux_layers=AUX_LAYERS)
 
 
 def bundle(draft: Draft, serving: Serving, table: dict[int, Plan], temperature: float = 0.0) -> Bundle:
@@ -222,12 +222,12 @@ def test_the_other_layout_comes_in_and_every_oddity_is_reported(tmp_path: Path) 
     with pytest.raises(ValueError, match="say how many layers its target has"):
         import_draft(published)
     again, notes = import_draft(published, num_layers=9)
-    assert again.config.taps == (2, 4, 6) and again.config.draft_vocab_size == 5
+    assert again.config.aux_layers == (2, 4, 6) and again.config.draft_vocab_size == 5
     for name, tensor in draft.tensors.items():
         assert torch.equal(again.tensors[name], tensor.bfloat16().float() if tensor.is_floating_point() else tensor)
     for word in ("Eagle3LlamaForCausalLM", "embed_tokens.weight", "renamed", "d2t holds ids", "draft_vocab_size"):
         assert sum(word in note for note in notes) == 1, (word, notes)
-    assert any("bfloat16" in note for note in notes) and any("taps are not named" in note for note in notes)
+    assert any("bfloat16" in note for note in notes) and any("aux layers are not named" in note for note in notes)
 
 
 def test_a_missing_map_is_worked_out_and_a_contradiction_refused(tmp_path: Path) -> None:

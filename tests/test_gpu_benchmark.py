@@ -14,7 +14,7 @@ import pretraining
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TAPS, tiny_target
+from tiny import AUX_LAYERS, tiny_target
 
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.core.clock import VirtualClock
@@ -193,7 +193,7 @@ def test_a_learner_computes_on_one_device_and_hands_out_on_the_targets() -> None
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    draft = new_draft(tiny_target(), taps=TAPS)
+    draft = new_draft(tiny_target(), aux_layers=AUX_LAYERS)
     with pytest.raises(ValueError, match=r"learner\.device must be one of this machine's cpu.*'cuda:99'"):
         OnlineLearner(draft, tiny_target().embedding, LearnerConfig(device="cuda:99"))
     assert OnlineLearner(draft, tiny_target().embedding, LearnerConfig(device="cpu")).device == torch.device("cpu")

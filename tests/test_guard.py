@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tiny import TAPS, tiny_target
+from tiny import AUX_LAYERS, tiny_target
 from torch import Tensor
 
 from specrl.agents.draft.divergence_guard import DivergenceGuard
@@ -108,7 +108,9 @@ def sequence(seed: int = 0, bad: bool = False) -> TrainingSequence:
 
 def learner(rate: float = 5e-3) -> OnlineLearner:
     config = LearnerConfig(dtype="float32", learning_rate=rate, ema_decay=0.5)
-    return OnlineLearner(new_draft(tiny_target(), intermediate_size=16, taps=TAPS), tiny_target().embedding, config)
+    return OnlineLearner(
+        new_draft(tiny_target(), intermediate_size=16, aux_layers=AUX_LAYERS), tiny_target().embedding, config
+    )
 
 
 def test_an_update_that_is_not_finite_changes_nothing_of_a_learner() -> None:

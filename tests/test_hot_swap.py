@@ -72,7 +72,7 @@ class Fake:
 
 @pytest.fixture
 def draft() -> Draft:
-    return new_draft(tiny.tiny_target(), draft_vocab_size=8, taps=tiny.TAPS, seed=3)
+    return new_draft(tiny.tiny_target(), draft_vocab_size=8, aux_layers=tiny.AUX_LAYERS, seed=3)
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_server_that_wants_a_key_says_so(draft: Draft, fakes: Any) -> None:
 
 
 def test_other_weights_in_the_server_are_noticed(draft: Draft, fakes: Any) -> None:
-    other = new_draft(tiny.tiny_target(), draft_vocab_size=8, taps=tiny.TAPS, seed=4)
+    other = new_draft(tiny.tiny_target(), draft_vocab_size=8, aux_layers=tiny.AUX_LAYERS, seed=4)
     with pytest.raises(SwapError, match="qkv_proj.weight differs"):
         push(fakes(holds=other).url, draft.tensors, version=1, like=draft)
 

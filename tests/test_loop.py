@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TAPS, Drawn, Listed, tiny_draft, tiny_target
+from tiny import AUX_LAYERS, Drawn, Listed, tiny_draft, tiny_target
 from torch import Tensor
 
 from specrl.agents.choosers.adaptive import AdaptiveChooser
@@ -47,7 +47,7 @@ class Ticking(VirtualClock):
 
 
 def new() -> Draft:
-    return new_draft(tiny_target(), intermediate_size=32, taps=TAPS)
+    return new_draft(tiny_target(), intermediate_size=32, aux_layers=AUX_LAYERS)
 
 
 class Lane:

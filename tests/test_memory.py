@@ -53,7 +53,7 @@ def test_bytes_are_those_of_the_tensors(family: str, tied: bool, tmp_path: Path)
     loaded = specrl.load_target(tmp_path)
     weights = sum(weight.numel() for weight in model.parameters())
     assert weight_bytes(loaded.config, torch.float32) == 4 * (weights + loaded.embedding.numel())
-    draft = specrl.new_draft(loaded, taps=(1, 2, 3))
+    draft = specrl.new_draft(loaded, aux_layers=(1, 2, 3))
     serving = specrl.models.draft.ServingDraft(draft, loaded)
     held = loaded.new_cache(3, 20).data.nbytes + serving.new_cache(3, 20).data.nbytes
     assert cache_bytes(loaded.config, torch.float32, draft.config) * 3 * 20 == held

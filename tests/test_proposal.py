@@ -2,7 +2,7 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import TAPS, prompts, tiny_draft, tiny_target, with_vocabulary
+from tiny import AUX_LAYERS, prompts, tiny_draft, tiny_target, with_vocabulary
 from torch import Tensor
 
 from specrl.core.plan import Plan, parse_plans
@@ -41,7 +41,7 @@ class Stand:
     def _read(self, cache: KVCache, row: int, tokens: tuple[int, ...]) -> Tensor:
         ids = torch.tensor([tokens])
         features = self.target.prefill(
-            ids[:, :-1], self.target.new_cache(1, len(tokens)), aux_layers=TAPS
+            ids[:, :-1], self.target.new_cache(1, len(tokens)), aux_layers=AUX_LAYERS
         ).aux_hidden_states
         assert features is not None
         slots = torch.arange(len(tokens) - 1)[None]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from test_draft_tokens import TickingClock
-from tiny import TAPS, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
+from tiny import AUX_LAYERS, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 
 from specrl.agents.draft.actor import DraftActor
 from specrl.agents.draft.reinforce import Reinforce
@@ -18,7 +18,7 @@ K, BATCH = 3, 32
 
 def make(count: int, seed: int, batch_size: Any = BATCH, rounds: int = 8, temperature: float = 0.7) -> DraftTokensEnv:
     """Every reading of the clock takes a millisecond: rewards depend on the tokens alone."""
-    engine = LocalEngine(tiny_target(), max_context=64, clock=TickingClock(), aux_layers=TAPS)
+    engine = LocalEngine(tiny_target(), max_context=64, clock=TickingClock(), aux_layers=AUX_LAYERS)
     listed = [Request(p, 30, temperature, ignore_eos=True) for p in prompts(count, 4, seed=seed)]
     return DraftTokensEnv(
         engine=engine,

@@ -10,7 +10,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from test_draft_tokens import TickingClock
-from tiny import TAPS, Listed, prompts, tiny_target
+from tiny import AUX_LAYERS, Listed, prompts, tiny_target
 
 import specrl
 from specrl.agents.choosers.policy_network import NetworkChooser, PolicyNetwork, load_chooser
@@ -231,7 +231,7 @@ def test_the_command_writes_what_serves(tmp_path: Path) -> None:
 
 def test_it_goes_on_on_live_decoding_and_updates_are_no_thinking_time(tmp_path: Path) -> None:
     plans, target = parse_plans("0,1"), tiny_target()
-    draft = specrl.new_draft(target, intermediate_size=32, taps=TAPS)
+    draft = specrl.new_draft(target, intermediate_size=32, aux_layers=AUX_LAYERS)
     clock = TickingClock()
     live = SpecDecodeEnv(
         engine=specrl.LocalEngine(target, draft, max_context=64, clock=clock),

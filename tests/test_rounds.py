@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import TAPS, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
+from tiny import AUX_LAYERS, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 
 from specrl.core.clock import VirtualClock
 from specrl.core.interfaces import Request
@@ -86,7 +86,7 @@ def test_traces_hold_every_verified_node_as_the_target_sees_it(temperature: floa
                     line.append(int(trace.tokens[b, at]))
                     at = above[at]
                 ids = torch.tensor([[*text[:start], *reversed(line)]])
-                alone = target.prefill(ids, target.new_cache(1, ids.shape[1]), aux_layers=TAPS)
+                alone = target.prefill(ids, target.new_cache(1, ids.shape[1]), aux_layers=AUX_LAYERS)
                 assert alone.aux_hidden_states is not None
                 torch.testing.assert_close(trace.logits[b, node], alone.logits[0, -1], rtol=0, atol=1e-3)
                 torch.testing.assert_close(trace.features[b, node], alone.aux_hidden_states[0, -1], rtol=0, atol=1e-3)

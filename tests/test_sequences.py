@@ -89,7 +89,7 @@ def test_sequences_are_what_the_target_computes_for_the_whole_token_sequence(
         assert sequence.temperature == (0.0, 0.8)[request % 2]
         tokens = sequence.tokens[None]
         with torch.inference_mode():
-            whole = target.prefill(tokens, target.new_cache(1, tokens.shape[1]), aux_layers=draft.config.taps)
+            whole = target.prefill(tokens, target.new_cache(1, tokens.shape[1]), aux_layers=draft.config.aux_layers)
         assert whole.aux_hidden_states is not None and sequence.logits.dtype == torch.float32
         torch.testing.assert_close(sequence.logits, whole.logits[0], atol=1e-3, rtol=0.0)
         torch.testing.assert_close(sequence.features, whole.aux_hidden_states[0], atol=1e-3, rtol=0.0)

@@ -11,7 +11,7 @@ from itertools import cycle, islice
 import numpy as np
 import pytest
 import torch
-from tiny import CONFIG, TAPS, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
+from tiny import AUX_LAYERS, CONFIG, Listed, prompts, tiny_draft, tiny_target, with_vocabulary
 
 import specrl
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
@@ -175,7 +175,7 @@ def check_draft_cache(session: LocalSession) -> None:
         if read:
             ids = torch.from_numpy(state.batch.tokens[row, : read + 1])[None]
             features = session.target.prefill(
-                ids[:, :-1], session.target.new_cache(1, read), aux_layers=TAPS
+                ids[:, :-1], session.target.new_cache(1, read), aux_layers=AUX_LAYERS
             ).aux_hidden_states
             assert features is not None
             fresh = draft.new_cache(1, read)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from graph_models import OnDevice, fake_cuda
-from tiny import CONFIG, TAPS
+from tiny import AUX_LAYERS, CONFIG
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from specrl.core.plan import Plan
@@ -45,7 +45,7 @@ def serving(target: Target, vocab_size: int) -> ServingDraft:
     c = CONFIG
     config = DraftConfig(
         c.vocab_size, vocab_size, c.hidden_size, c.hidden_size, 32, c.num_heads, c.num_kv_heads, c.head_dim, 1e-6,
-        c.rope, c.max_position_embeddings, TAPS,
+        c.rope, c.max_position_embeddings, AUX_LAYERS,
     )  # fmt: skip
     draft = object.__new__(Draft)  # its checks read entries
     draft.config = config

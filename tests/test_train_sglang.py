@@ -66,7 +66,7 @@ class Traffic:
 
 @pytest.fixture
 def draft() -> Draft:
-    return new_draft(tiny.tiny_target(), taps=tiny.TAPS, seed=3)
+    return new_draft(tiny.tiny_target(), aux_layers=tiny.AUX_LAYERS, seed=3)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from tiny import TAPS, lively_draft, tiny_target
+from tiny import AUX_LAYERS, lively_draft, tiny_target
 from torch import Tensor
 
 from specrl.agents.draft.unroll import unroll
@@ -19,7 +19,7 @@ def traffic() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(1, target.config.vocab_size, (BATCH, LENGTH + 1), generator=generator)
     with torch.inference_mode():
-        features = target.prefill(tokens, target.new_cache(BATCH, LENGTH + 1), aux_layers=TAPS).aux_hidden_states
+        features = target.prefill(tokens, target.new_cache(BATCH, LENGTH + 1), aux_layers=AUX_LAYERS).aux_hidden_states
     assert features is not None
     return tokens, features[:, :-1].clone()
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tiny import TAPS, tiny_target
+from tiny import AUX_LAYERS, tiny_target
 
 from specrl.models.draft import new_draft
 from specrl.training.vocabulary import coverage, top_tokens
@@ -21,7 +21,7 @@ def test_the_most_frequent_tokens_ascending_with_what_they_cover() -> None:
 def test_it_makes_a_draft() -> None:
     found = top_tokens(COUNTS, 7)  # more than were seen
     assert found.ids.tolist() == [0, 1, 2, 3, 5, 7, 9] and found.coverage == 1.0
-    draft = new_draft(tiny_target(), vocabulary=found.ids, intermediate_size=16, taps=TAPS)
+    draft = new_draft(tiny_target(), vocabulary=found.ids, intermediate_size=16, aux_layers=AUX_LAYERS)
     assert draft.target_ids is not None and torch.equal(draft.target_ids, found.ids)
 
 

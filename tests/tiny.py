@@ -21,7 +21,7 @@ from specrl.models.rope import RopeConfig
 from specrl.models.target import Target
 
 CONFIG = TargetConfig("llama", 10, 32, 48, 4, 4, 2, 8, 1e-6, RopeConfig(10000.0), 640, eos_token_ids=(0,))
-TAPS = (1, 2, 3)
+AUX_LAYERS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def tiny_draft(updates: int = 60) -> Draft:
     Its attention starts ten times as strong as a new draft's, so that a wrong slot or mask shows in what it drafts.
     """
     target = tiny_target()
-    new = new_draft(target, intermediate_size=32, taps=TAPS)
+    new = new_draft(target, intermediate_size=32, aux_layers=AUX_LAYERS)
     draft = Draft(new.config, {n: t * (10.0 if "self_attn" in n else 1.0) for n, t in new.tensors.items()})
     engine = LocalEngine(target, draft, max_context=64)
     listed = [Request(prompt, 32, 1.0, ignore_eos=True) for prompt in prompts(128, 4)]
@@ -92,7 +92,7 @@ def tiny_draft(updates: int = 60) -> Draft:
 def lively_draft(vocabulary: Sequence[int] | None = None) -> Draft:
     """A random draft whose attention and every norm matter (a new one is nearly the identity)."""
     ids = None if vocabulary is None else torch.tensor(vocabulary)
-    draft = new_draft(tiny_target(), vocabulary=ids, intermediate_size=24, taps=TAPS)
+    draft = new_draft(tiny_target(), vocabulary=ids, intermediate_size=24, aux_layers=AUX_LAYERS)
     generator = torch.Generator().manual_seed(1)
     for tensor in draft.tensors.values():
         if tensor.is_floating_point():

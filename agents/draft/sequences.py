@@ -18,7 +18,7 @@ from specrl.core.round import Trace
 class TrainingSequence:
     """One finished request as the target saw it: T positions whose next token is known.
 
-    `logits[t]` is the target's distribution over `tokens[t + 1]`, `features[t]` its fused taps at `tokens[t]`.
+    `logits[t]` is the target's distribution over `tokens[t + 1]`, `features[t]` its aux hidden states at `tokens[t]`.
     """
 
     tokens: Tensor  # [T] int64

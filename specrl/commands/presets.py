@@ -11,7 +11,7 @@ _COLUMNS = {  # figure: heading
     "vocab_size": "vocabulary",
     "draft_vocab_size": "of draft",
     "num_attention_heads": "heads",
-    "taps": "taps",
+    "taps": "aux layers",
 }
 
 

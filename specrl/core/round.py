@@ -85,8 +85,8 @@ class Trace:
     """What a learner needs from one round (or one prefill): every verified node, accepted or rejected.
 
     Row 0 of each request is its last committed token; `logits[b, i]` is the target's distribution over the
-    token that follows `tokens[b, i]`, and `features[b, i]` the fused taps at that token. A prefill is a trace
-    whose rows are the prompt, all accepted.
+    token that follows `tokens[b, i]`, and `features[b, i]` the hidden states of its three aux layers at that token. A
+    prefill is a trace whose rows are the prompt, all accepted.
     """
 
     request_ids: Ints  # [B] int64

@@ -64,7 +64,7 @@ class LocalEngine(Engine):
         self.max_context = most if max_context is None else max_context
         self._use_rejection_sampling = use_rejection_sampling
         self._clock = clock or WallClock(target.device)
-        self.aux_layers = aux_layers if draft is None else draft.config.taps
+        self.aux_layers = aux_layers if draft is None else draft.config.aux_layers
         self._sessions: WeakSet[LocalSession] = WeakSet()  # a session that nobody else holds is freed
         self._warm: set[tuple[int, Plan, bool]] = set()
         self._graph_memory: object = None

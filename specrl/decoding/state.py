@@ -88,7 +88,7 @@ class SessionState:
             return cls(target, cache, batch, None, context, config.use_rejection_sampling, config.aux_layers)
         padding = MAX_DRAFT_TOKENS if fixed_shapes else 0
         pending = PendingFeatures(draft, batch, max_context=context, capacity=capacity, fused=fused, padding=padding)
-        return cls(target, cache, batch, pending, context, config.use_rejection_sampling, draft.config.taps)
+        return cls(target, cache, batch, pending, context, config.use_rejection_sampling, draft.config.aux_layers)
 
 
 class RoundRunner(Protocol):

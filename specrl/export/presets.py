@@ -35,7 +35,7 @@ class Preset:
         name: of the preset.
         about: the target in words, the draft's own name, notes on plan and parameters, and the name of a simulation
             profile.
-        draft: figures by their names in config.json, and 'taps': layers whose input is read, as SGLang counts its
+        draft: figures by their names in config.json, and 'taps': aux layers, whose input is read, as SGLang counts its
             defaults (explicit ids in config.json are one less).
         recipe: how it was trained.
         results: the plan that it is served with, and the accept length and number of parameters as published.
@@ -62,7 +62,8 @@ class Preset:
         shape = DraftConfig(
             size["vocab_size"], size["draft_vocab_size"], size["hidden_size"], size["hidden_size"],
             size["intermediate_size"], size["num_attention_heads"], size["num_key_value_heads"], size["head_dim"],
-            rms_norm_eps=1e-6, rope=RopeConfig(1e4), max_position_embeddings=1, taps=(1, 2, 3),  # do not matter here
+            rms_norm_eps=1e-6, rope=RopeConfig(1e4), max_position_embeddings=1,
+            aux_layers=(1, 2, 3),  # like the three before, it does not matter here
         )  # fmt: skip
         return sum(prod(sizes) for name, sizes in expected_draft_tensors(shape).items() if name not in ("d2t", "t2d"))
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from specrl.models.checkpoint import read_tensors
-from specrl.models.config import default_taps
+from specrl.models.config import default_aux_layers
 from specrl.models.draft import Draft
 from specrl.models.hf_config import read_draft_config
 
 _ARCHITECTURE = "LlamaForCausalLMEagle3"
 _KNOWN_AS = frozenset({_ARCHITECTURE, "Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle", "LlamaModel"})
 _DROPPED = ("embed_tokens.weight", "rotary_emb.inv_freq")
-_TAPS = "eagle_aux_hidden_state_layer_ids"
+_AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
 def import_draft(directory: Path, *, num_layers: int | None = None) -> tuple[Draft, list[str]]:
@@ -31,7 +31,7 @@ def import_draft(directory: Path, *, num_layers: int | None = None) -> tuple[Dra
 
     Args:
         directory: of the published draft.
-        num_layers: of its target; needed where the draft does not name its taps.
+        num_layers: of its target; needed where the draft does not name its aux layers.
 
     Returns:
         The draft, and a line for everything that was not as SGLang's layout has it.
@@ -87,16 +87,16 @@ def _config(path: Path, tensors: dict[str, Tensor], num_layers: int | None, note
             if key == "draft_vocab_size" or size != config.get("hidden_size"):
                 notes.append(f"{key} is not in config.json: {size}, by {tensor}")
     eagle = dict(config.get("eagle_config") or {})
-    if config.get(_TAPS) is not None:  # at the top, where SGLang does not look
-        eagle.setdefault(_TAPS, config.pop(_TAPS))
-        notes.append(f"{_TAPS} stood outside eagle_config")
-    if eagle.get(_TAPS) is None:
+    if config.get(_AUX_LAYERS) is not None:  # at the top, where SGLang does not look
+        eagle.setdefault(_AUX_LAYERS, config.pop(_AUX_LAYERS))
+        notes.append(f"{_AUX_LAYERS} stood outside eagle_config")
+    if eagle.get(_AUX_LAYERS) is None:
         if num_layers is None:
             raise ValueError(
-                f"the draft must name its taps ({_TAPS}), but does not; say how many layers its target has"
+                f"the draft must name its aux layers ({_AUX_LAYERS}), but does not; say how many layers its target has"
             )
-        eagle[_TAPS] = [tap - 1 for tap in default_taps(num_layers)]
-        notes.append(f"taps are not named: SGLang's defaults for {num_layers} layers, {eagle[_TAPS]}")
+        eagle[_AUX_LAYERS] = [layer - 1 for layer in default_aux_layers(num_layers)]
+        notes.append(f"aux layers are not named: SGLang's defaults for {num_layers} layers, {eagle[_AUX_LAYERS]}")
     config["eagle_config"] = eagle
     return config
 

@@ -48,7 +48,7 @@ class DraftConfig:
 
     Args:
         vocab_size: of the target.
-        taps: three layers of the target whose input the draft reads, counted from 0. config.json names the layers
+        aux_layers: three layers of the target whose input the draft reads, counted from 0. config.json names the layers
             whose output that is, one less each.
     """
 
@@ -63,7 +63,7 @@ class DraftConfig:
     rms_norm_eps: float
     rope: RopeConfig
     max_position_embeddings: int
-    taps: tuple[int, ...]
+    aux_layers: tuple[int, ...]
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -71,9 +71,10 @@ class DraftConfig:
             raise ValueError(
                 f"draft_vocab_size must be in [1, vocab_size={self.vocab_size}], but got {self.draft_vocab_size}"
             )
-        if len(self.taps) != 3 or not 1 <= self.taps[0] < self.taps[1] < self.taps[2]:
+        if len(self.aux_layers) != 3 or not 1 <= self.aux_layers[0] < self.aux_layers[1] < self.aux_layers[2]:
             raise ValueError(
-                f"taps must be three different layers of the target, ascending from 1 on, but got {self.taps}"
+                "aux_layers must be three different layers of the target, ascending from 1 on, but got "
+                f"{self.aux_layers}"
             )
 
 
@@ -95,16 +96,16 @@ def _check_sizes(config: TargetConfig | DraftConfig) -> None:
         raise ValueError(f"rms_norm_eps must be in (0, 1), but got {config.rms_norm_eps}")
 
 
-def default_taps(num_layers: int) -> tuple[int, ...]:
-    """SGLang's default taps [2, n // 2, n - 3]: the layers whose inputs an EAGLE3 draft reads.
+def default_aux_layers(num_layers: int) -> tuple[int, ...]:
+    """SGLang's default aux layers [2, n // 2, n - 3]: the layers whose inputs an EAGLE3 draft reads.
 
     Raises:
         ValueError: they are not three different layers.
     """
-    taps = (2, num_layers // 2, num_layers - 3)
-    if len(set(taps)) != 3 or taps[2] < 1:
+    layers = (2, num_layers // 2, num_layers - 3)
+    if len(set(layers)) != 3 or layers[2] < 1:
         raise ValueError(
-            f"the default taps [2, n // 2, n - 3] must be three different layers, but a target of {num_layers} layers "
-            f"gives {list(taps)}; name taps yourself"
+            "the default aux_layers [2, n // 2, n - 3] must be three different layers, but a target of "
+            f"{num_layers} layers gives {list(layers)}; name aux_layers yourself"
         )
-    return taps
+    return layers

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specrl.models.attention import CachedAttention
 from specrl.models.checkpoint import check_tensors, expected_draft_tensors, read_tensors, save_tensors, write_atomic
-from specrl.models.config import DraftConfig, default_taps
+from specrl.models.config import DraftConfig, default_aux_layers
 from specrl.models.hf_config import read_draft_config, write_draft_config
 from specrl.models.kv_cache import KVCache
 from specrl.models.layer import DecoderLayer, GatedMLP, Norm, interleave
@@ -103,7 +103,7 @@ def new_draft(
     draft_vocab_size: int | None = None,
     vocabulary: Tensor | None = None,
     intermediate_size: int | None = None,
-    taps: tuple[int, ...] | None = None,
+    aux_layers: tuple[int, ...] | None = None,
     seed: int = 0,
 ) -> Draft:
     """A draft for `target` with random weights; only the head starts as a copy of the target's rows.
@@ -113,7 +113,7 @@ def new_draft(
         draft_vocab_size: entries of the draft's vocabulary; None: as many as the target has.
         vocabulary: [Vd] int64 target ids, ascending; None: the first `draft_vocab_size`.
         intermediate_size: width of the MLP; None: the target's.
-        taps: layers of the target whose inputs the draft reads; None: SGLang's default [2, n // 2, n - 3].
+        aux_layers: layers of the target whose inputs the draft reads; None: SGLang's default [2, n // 2, n - 3].
         seed: of the initialisation.
 
     Raises:
@@ -144,9 +144,9 @@ def new_draft(
         rms_norm_eps=t.rms_norm_eps,
         rope=t.rope,
         max_position_embeddings=t.max_position_embeddings,
-        taps=default_taps(t.num_layers) if taps is None else taps,
+        aux_layers=default_aux_layers(t.num_layers) if aux_layers is None else aux_layers,
     )
-    _check_taps(config, target)
+    _check_aux_layers(config, target)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, shape in expected_draft_tensors(config).items():
@@ -171,11 +171,11 @@ def load_draft(path: str | Path) -> Draft:
     return Draft(read_draft_config(Path(path)), read_tensors(Path(path)))
 
 
-def _check_taps(config: DraftConfig, target: Target) -> None:
-    if max(config.taps) >= target.config.num_layers:
+def _check_aux_layers(config: DraftConfig, target: Target) -> None:
+    layers, count = config.aux_layers, target.config.num_layers
+    if max(layers) >= count:
         raise ValueError(
-            f"the draft's taps {config.taps} must be layers of the target, which has {target.config.num_layers}; "
-            "name other taps"
+            f"the draft's aux_layers {layers} must be layers of the target, which has {count}; name other aux_layers"
         )
 
 
@@ -201,7 +201,7 @@ class ServingDraft:
                 raise ValueError(
                     f"the draft's {name} must be the target's {theirs}, but got {ours}; is it for another model?"
                 )
-        _check_taps(c, target)
+        _check_aux_layers(c, target)
         self.config, self.device, self.dtype = c, target.device, target.dtype
         self._norm = Norm(c.hidden_size, c.rms_norm_eps, self.dtype, self.device)
         self._embedding = self._norm(target.embedding)  # [V, H], normalised once

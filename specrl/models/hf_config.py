@@ -12,7 +12,7 @@ from specrl.models.rope import RopeConfig
 
 _TARGETS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _DRAFTS = {"llama": "LlamaForCausalLMEagle3"}
-_TAPS = "eagle_aux_hidden_state_layer_ids"
+_AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 # The values that specrl.models computes. A missing key or null is supported too, and every entry of a list is checked.
 # transformers has filled in its default values and renamed old keys before. Other keys change nothing in its models.
@@ -86,28 +86,28 @@ def read_draft_config(directory: str | Path) -> DraftConfig:
     eagle = getattr(config, "eagle_config", None) or {}
     if not isinstance(eagle, dict):
         raise _unsupported(file, "eagle_config", "an object", eagle)
-    unknown = {key: () for key in eagle if key != _TAPS}
+    unknown = {key: () for key in eagle if key != _AUX_LAYERS}
     _check(file, eagle, unknown | _SUPPORTED_DRAFTS, "eagle_config.")
     if getattr(config, "draft_vocab_size", None) is None:
         raise _unsupported(file, "draft_vocab_size", "set, because SGLang reads it", None, "write vocab_size's value")
-    layers = eagle.get(_TAPS)
+    layers = eagle.get(_AUX_LAYERS)
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         remedy = "write the layers whose output the draft reads; SGLang's default is [1, n//2 - 1, n - 4] of n layers"
-        raise _unsupported(file, f"eagle_config.{_TAPS}", "a list of three layers", layers, remedy)
+        raise _unsupported(file, f"eagle_config.{_AUX_LAYERS}", "a list of three layers", layers, remedy)
     hidden_size = getattr(config, "target_hidden_size", None)
     try:
         return DraftConfig(
             **_shape(config),
             draft_vocab_size=config.draft_vocab_size,
             target_hidden_size=config.hidden_size if hidden_size is None else hidden_size,
-            taps=tuple(layer + 1 for layer in layers),
+            aux_layers=tuple(layer + 1 for layer in layers),
         )
     except (TypeError, ValueError) as error:
         raise _invalid(file, error) from error
 
 
 def write_draft_config(config: DraftConfig, directory: Path, dtype: str = "float32") -> None:
-    """Write config.json as SGLang reads it, with explicit taps; `dtype` is that of the weights beside it."""
+    """Write config.json as SGLang reads it, with explicit aux layers; `dtype` is that of the weights beside it."""
     rope = config.rope
     out: dict[str, Any] = {
         "architectures": [_DRAFTS["llama"]],
@@ -127,7 +127,7 @@ def write_draft_config(config: DraftConfig, directory: Path, dtype: str = "float
         "rope_theta": rope.theta,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
-        "eagle_config": {"use_aux_hidden_state": True, _TAPS: [tap - 1 for tap in config.taps]},
+        "eagle_config": {"use_aux_hidden_state": True, _AUX_LAYERS: [layer - 1 for layer in config.aux_layers]},
     }
     if rope.kind != "default":
         values = {name: getattr(rope, name) for name in _ROPE_PARAMETERS[rope.kind]}

@@ -59,7 +59,7 @@ def learn_from(
     Raises:
         ValueError: traces of another target, too few of them, or fewer than one epoch; nothing to resume.
     """
-    ours = {"target": target, "vocab_size": model.config.vocab_size, "taps": list(draft.config.taps)}
+    ours = {"target": target, "vocab_size": model.config.vocab_size, "taps": list(draft.config.aux_layers)}
     if wrong := {name: traces.about.get(name) for name, value in ours.items() if traces.about.get(name) != value}:
         raise ValueError(f"traces must be of the draft's target, {ours}, but got {wrong}; name that target, or record")
     if epochs < 1 or len(traces) < 4:

@@ -11,7 +11,7 @@ from specrl.core.plan import Plan
 from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir, progress
 from specrl.measure.machine import environment
-from specrl.models.config import default_taps
+from specrl.models.config import default_aux_layers
 from specrl.models.draft import load_draft
 from specrl.training.loop import ResumableRequests
 from specrl.training.trace_files import ShardWriter
@@ -49,18 +49,20 @@ def record_traces(
         raise ValueError(f"plan {plan} needs a draft, but none is given; use --draft, or plan 0")
     model = target.load()
     loaded = None if draft is None else load_draft(draft)
-    taps = default_taps(model.config.num_layers) if loaded is None else loaded.config.taps
+    aux_layers = default_aux_layers(model.config.num_layers) if loaded is None else loaded.config.aux_layers
     about = {
         "target": target.name,
         "vocab_size": model.config.vocab_size,
-        "taps": list(taps),
+        "taps": list(aux_layers),
         "plan": str(plan),
         "rejected": rejected,
         "environment": environment(),
     }
     stream = ResumableRequests(workload.open(target.name, "train", ignore_eos=False), seed)
     writer = ShardWriter(directory, about, shard_sequences)
-    engine = LocalEngine(model, loaded, max_context=workload.max_context, aux_layers=() if loaded is not None else taps)
+    engine = LocalEngine(
+        model, loaded, max_context=workload.max_context, aux_layers=() if loaded is not None else aux_layers
+    )
     session = engine.start(stream, batch_size=min(batch_size, requests), seed=seed, trace=True)
     assembler, left, recorded, tokens = Assembler(keep_rejected=rejected), requests, 0, 0
     with progress("recording", requests) as done:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pretraining import config_json
 from safetensors.torch import save_file
-from tiny import CONFIG, TAPS, Drawn, target_tensors
+from tiny import AUX_LAYERS, CONFIG, Drawn, target_tensors
 
 from specrl.agents.draft.learner import LearnerConfig
 from specrl.cluster.engine import EngineSettings
@@ -29,7 +29,7 @@ def write_target(directory: Path) -> str:
 
 
 def small_draft(target: str) -> Draft:
-    return new_draft(load_target(target), intermediate_size=32, taps=TAPS)
+    return new_draft(load_target(target), intermediate_size=32, aux_layers=AUX_LAYERS)
 
 
 def partly_private() -> Drawn:

@@ -119,14 +119,14 @@ def test_traces_are_the_targets_own(
     sequences = {tuple(s.tokens[: len(listed[0])].tolist()): s for s in assembler.add(traces)}
     assert set(sequences) == set(listed) and assembler.skipped == 0
     worst = 0.0
-    taps = draft.config.taps
+    layers = draft.config.aux_layers
     for prompt, tokens in zip(listed, quiet, strict=True):
         sequence = sequences[prompt]
         text = sequence.tokens
         assert tuple(text[len(prompt) : len(prompt) + len(tokens)].tolist()) == tuple(tokens)[: len(text) - len(prompt)]
         with torch.inference_mode():
             count = len(text)
-            step = target.prefill(text[None], target.new_cache(1, count), aux_layers=taps)
+            step = target.prefill(text[None], target.new_cache(1, count), aux_layers=layers)
             assert step.aux_hidden_states is not None
             logits = target(text[None])[0]
         rounds = slice(len(prompt), count)

@@ -5,7 +5,7 @@ They are sent to one client over a channel (`specrl.sglang.plugin.transport`), a
 
 - 'round': tensors of the B traced requests of a verification: tokens [B, n] int64 (row 0 is the last committed token),
   children and siblings [B, n] int64 (the links of a tree, -1: none; absent for a chain), logits [B, n, V] (of the
-  target, after penalties), features [B, n, 3H] (hidden states of the three taps), path [B, num_steps + 1] int64
+  target, after penalties), features [B, n, 3H] (hidden states of the three aux layers), path [B, num_steps + 1] int64
   (accepted rows, padded with -1) and positions [B] int64 (of row 0).
 - 'prefill': tokens [T] int64 and features [T, 3H] of one request, from position `start` on.
 - 'finished': requests that have ended.
