@@ -210,7 +210,7 @@ def test_a_draft_has_the_keys_that_sglang_reads(draft: dict[str, Any], tmp_path:
         "hidden_act": "silu",
         "rope_theta": 1e4,
         "tie_word_embeddings": False,
-        "eagle_config": {"use_aux_hidden_state": True, LAYERS: [1, 3, 4]},  # one less than the layers whose input is read
+        "eagle_config": {"use_aux_hidden_state": True, LAYERS: [1, 3, 4]},  # one less than aux_layers
     }
     others = {"target_hidden_size": None, "norm_before_residual": False, "num_fc_norms": 0, "eos_token_id": [2, 3]}
     eagle = {**draft["eagle_config"], "use_last_layernorm": True, "parallel_draft_step": 1}
