@@ -28,7 +28,7 @@ class EagerRunner:
         self._state, self._warm, self._external = state, warm, external
 
     def prepare(self, plan: Plan) -> None:
-        """Run the first round of its kind once and undo it, so that kernels are built outside the timed round."""
+        """Run the first round of its kind twice and undo it, so that kernels are built before the timed round."""
         batch, pending = self._state.batch, self._state.pending
         kind = (batch.size, plan, pending is None)
         if kind in self._warm:
