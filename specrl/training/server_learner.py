@@ -168,7 +168,7 @@ class ServerLearner:
         return traces
 
     def _connect(self) -> TraceReader:
-        """Connect to the traces. Their socket exists from the server's first request on; until then it is asked."""
+        """Connect to the traces, as soon as the server's plugin listens."""
         while True:
             try:
                 return TraceReader(self._server.traces)

@@ -247,7 +247,7 @@ def _words(flags: Mapping[str, object]) -> list[str]:
 
 
 def _warm_up(server: Server) -> None:
-    """Send one request; the plugin's sockets exist from then on."""
+    """Send one request; then the plugin listens for certain."""
     sampling = {"temperature": 0.0, "max_new_tokens": 2, "ignore_eos": True}
     server.client.post("/generate", {"input_ids": [1, 2, 3], "sampling_params": sampling})
 

@@ -41,8 +41,7 @@ class Subscriber:
     come from its start on (it was read from a cache, or was on its way when we connected) or if a round was dropped.
 
     Args:
-        path: the plugin's socket, a path or an address as in SPECRL_TRACES. It exists from the server's first request
-            on.
+        path: the plugin's socket, a path or an address as in SPECRL_TRACES.
         timeout_s: seconds without a message after which `messages` and `traces` end.
         number: returns the number for a request of this SGLang id; None: requests are counted as they come.
 
