@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from specrl.cli import COMMANDS, main
+from specrl.cli import COMMANDS, main, options_of
+from specrl.io.moved import MOVED_OPTIONS, MOVED_TO_COMMANDS
 
 SIZES = "--workload.prompt_tokens 16 --workload.max_new_tokens 8"
 MEASURE = "--measure.seconds 0.1 --measure.precision 0.5"
@@ -57,6 +58,13 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     assert f"usage: specrl {name} " in text and "--print_config" in text
     assert f"\n  specrl {name}" in text.partition("\nexample:")[2]
+
+
+def test_moved_options_lead_to_options_that_exist() -> None:
+    known = {name for command in COMMANDS for name in options_of(command).table}
+    new = {name for names in MOVED_OPTIONS.values() for name in names}
+    assert {name for name in new - known if not name.startswith("learner.")} == set()
+    assert set(MOVED_TO_COMMANDS) <= {f"specrl {name}" for name in COMMANDS}
 
 
 @pytest.fixture(scope="module")

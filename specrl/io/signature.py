@@ -43,7 +43,7 @@ class Option(NamedTuple):
         text, default = self.help.replace("\n", " "), self.default
         if self.required:
             text += " (required)"
-        elif default is not None and default != "":
+        elif default not in (None, "", (), []):
             shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
             text += f" (default: {shown.lower() if isinstance(default, bool) else shown})"
         return text.strip().replace("%", "%%")

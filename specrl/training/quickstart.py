@@ -88,12 +88,12 @@ def _run(target: Target, draft: Draft, workload: Workload, learner: LearnerConfi
 
 
 def _serve(run: Run, directory: OutputDir, *, seconds: float, title: str) -> None:
-    """Serve for some seconds and print a line now and then."""
+    """Serve for some seconds, or longer until every batch size was served, and print a line now and then."""
     show(title)
     report = Reporter(run, directory, every_s=min(12.0, seconds / 2))
     clock = run.engine.clock
     began = clock.now()
-    while clock.now() - began < seconds:
+    while clock.now() - began < seconds or len(run.table()) < len(BATCH_SIZES):
         run.loop.step()
         report.maybe()
     report.last()
