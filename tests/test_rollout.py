@@ -136,11 +136,11 @@ def test_recent_statistics_have_intervals_that_contain_their_values() -> None:
 
 
 def test_a_resumed_run_continues_its_windows(tmp_path: Path) -> None:
-    line = "train --max_new_tokens 16 --prompt_tokens 24 --traffic 4x8,1x4 --learn false --tensorboard false"
-    line += f" --checkpoint_every 4 --output_dir {tmp_path}"
-    assert main([*line.split(), "--requests", "8"]) == 0
+    line = "train --workload.max_new_tokens 16 --workload.prompt_tokens 24 --serving.batch_schedule 4x8,1x4"
+    line += f" --learn false --checkpoint 4 --log.tensorboard false --output_dir {tmp_path}"
+    assert main([*line.split(), "--serving.requests", "8"]) == 0
     first = list(csv.DictReader((tmp_path / "windows.csv").read_text().splitlines()))
-    assert main([*line.split(), "--requests", "12", "--resume"]) == 0
+    assert main([*line.split(), "--serving.requests", "12", "--resume"]) == 0
     rows = list(csv.DictReader((tmp_path / "windows.csv").read_text().splitlines()))
     assert len(rows) > len(first) and [r["draft_s"] for r in rows[: len(first)]] == [r["draft_s"] for r in first]
     assert all(float(row["verify_s"]) > 0 and int(row["requests"]) >= int(row["rounds"]) for row in rows)

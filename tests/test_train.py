@@ -105,9 +105,9 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(capsys: pytest
     assert "the checkpoint's target must be resumed" in error(f"{other} --target embedded-strong", capsys)
     state = Path("run/checkpoint/state.json")
     state.write_text(state.read_text()[:100])
-    assert "must be JSON and safetensors" in error(other, capsys)
+    assert "must be JSON" in error(other, capsys)
     state.write_text('{"format": 999}')
-    assert "must be of format" in error(other, capsys)
+    assert "must have format" in error(other, capsys)
     assert "there is none in" in error(f"train {SHORT} --output_dir elsewhere --resume", capsys)
     assert not Path("elsewhere").exists()
 
@@ -194,7 +194,7 @@ def test_a_stream_of_parts_a_vocabulary_and_metrics(capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "draft vocabulary: 100 of 512 tokens" in printed and "encodings@8" in printed
     rows = log("run")
-    assert {row["part"] for row in rows} <= {"stdlib@8", "encodings@8"} and len(rows) == 2
+    assert {row["part"] for row in rows} <= {"stdlib@8", "encodings@8"} and len(rows) >= 2
     last = rows[-1]
     assert float(last["tokens_per_s"]) > 0 and float(last["staleness"]) >= 0 and float(last["dropped"]) == 0
     assert float(last["held"]) >= 12 and last["open"] == "0.0", "nothing is open at a checkpoint"
