@@ -108,7 +108,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(capsys: pytest
     assert "must be JSON" in error(other, capsys)
     state.write_text('{"format": 999}')
     assert "must have format" in error(other, capsys)
-    assert "there is none in" in error(f"train {SHORT} --output_dir elsewhere --resume", capsys)
+    assert "holds none" in error(f"train {SHORT} --output_dir elsewhere --resume", capsys)
     assert not Path("elsewhere").exists()
 
 

@@ -73,7 +73,6 @@ def serve(run: Run, report: Reporter, directory: OutputDir, *, requests: int, ch
     saved = run.served
     while run.served < requests:
         run.loop.step()
-        report.maybe()
         if run.served - saved >= checkpoint.interval or run.served >= requests:
             saved = run.served
             run.loop.end_session()
@@ -81,6 +80,8 @@ def serve(run: Run, report: Reporter, directory: OutputDir, *, requests: int, ch
             run.save(directory.path, seconds=report.seconds, replay=checkpoint.keep_replay_buffer)
             if run.served < requests:
                 run.loop.start_session()
+        else:
+            report.maybe()
     report.last()
 
 
