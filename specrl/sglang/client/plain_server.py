@@ -22,6 +22,7 @@ from specrl.sglang.client.plugin_client import Rounds
 from specrl.sglang.client.watchdog import resume_on_crash
 
 WARM_UP_STEPS = 2  # of a measurement, left out
+_TRIES = 3  # on a busy machine a request may end before the others have begun
 _SAME = ("version", "revision", "dtype", "quantization", "tp_size")  # in /server_info
 
 
@@ -62,20 +63,14 @@ class PlainServer:
         Raises:
             ServerError: the server did not decode them together, or not at all.
         """
-        rounds = self._connect()
-        body = _request(texts, count)
-        asking = Thread(target=self._ask, args=(body,), name="specrl-plain", daemon=True)
-        asking.start()
-        taken, rids, ended = list[PlainSample](), set(body["rid"]), set[str]()
-        while not rids <= ended:
-            report = rounds.next()
-            ended |= set(report.finished)
-            if report.kind == "round" and set(report.requests) == rids:
-                taken.append(PlainSample(len(texts), fmean(report.contexts), report.seconds))
-        asking.join(self._timeout_s)
-        if asking.is_alive():
-            raise ServerSilent(f"{self.server.client.url} must answer within {self._timeout_s:g} s; see its log")
-        return self._kept(taken, len(texts))
+        for _ in range(_TRIES):
+            taken = self._decode(texts, count)
+            if len(taken) > WARM_UP_STEPS:
+                return taken[WARM_UP_STEPS:]
+        raise ServerFailed(
+            f"{self.server.client.url} must decode {len(texts)} requests at once, but did not; raise its "
+            "--max-running-requests or --max-total-tokens"
+        )
 
     def close(self) -> None:
         """End the server if it was launched here; idempotent."""
@@ -98,13 +93,21 @@ class PlainServer:
         self._rounds = Rounds(address, self._check, self._timeout_s)
         return self._rounds
 
-    def _kept(self, taken: Sequence[PlainSample], requests: int) -> list[PlainSample]:
-        if len(taken) <= WARM_UP_STEPS:
-            raise ServerFailed(
-                f"{self.server.client.url} must decode {requests} requests at once, but did not; raise its "
-                "--max-running-requests or --max-total-tokens"
-            )
-        return list(taken[WARM_UP_STEPS:])
+    def _decode(self, texts: Sequence[Sequence[int]], count: int) -> list[PlainSample]:
+        """Steps in which all of these texts were continued, with the warm-up."""
+        rounds, body = self._connect(), _request(texts, count)
+        asking = Thread(target=self._ask, args=(body,), name="specrl-plain", daemon=True)
+        asking.start()
+        taken, rids, ended = list[PlainSample](), set(body["rid"]), set[str]()
+        while not rids <= ended:
+            report = rounds.next()
+            ended |= set(report.finished)
+            if report.kind == "round" and set(report.requests) == rids:
+                taken.append(PlainSample(len(texts), fmean(report.contexts), report.seconds))
+        asking.join(self._timeout_s)
+        if asking.is_alive():
+            raise ServerSilent(f"{self.server.client.url} must answer within {self._timeout_s:g} s; see its log")
+        return taken
 
     def _check(self) -> None:
         self.server.check()
@@ -141,8 +144,7 @@ class StreamedPlainServer(PlainServer):
         seconds = fmean(step.seconds for step in self.steps(texts, 16))
         return PlainSample(len(texts), fmean(map(len, texts)), seconds)
 
-    def steps(self, texts: Sequence[Sequence[int]], count: int) -> list[PlainSample]:
-        """Return steps that continue these texts together; see `PlainServer.steps`."""
+    def _decode(self, texts: Sequence[Sequence[int]], count: int) -> list[PlainSample]:
         context, body = fmean(map(len, texts)), _request(texts, count)
         tokens = dict.fromkeys(body["rid"], 0)
         counted, counted_s = 0, 0.0  # tokens of the leading request that are counted, and when the last of them came
@@ -158,7 +160,7 @@ class StreamedPlainServer(PlainServer):
                 taken += [PlainSample(len(texts), context + n, step_s) for n in range(counted, most)]
             if counted < most and min(tokens.values()):
                 counted, counted_s = most, now
-        return self._kept(taken, len(texts))
+        return taken
 
 
 def _request(texts: Sequence[Sequence[int]], count: int) -> dict[str, Any]:
