@@ -19,7 +19,7 @@ from specrl.agents.rl.distill import distill, tabulate
 from specrl.agents.rl.hyperparameters import HYPERPARAMETERS, AgentConfig, read_hyperparameters
 from specrl.agents.rl.sb3 import ALGORITHMS, Agent, make_agent
 from specrl.agents.rl.sb3_vector import SB3VectorEnv
-from specrl.agents.rl.training_log import Curve
+from specrl.agents.rl.training_log import RLTrainingLog
 from specrl.commands.rl import rl
 from specrl.core.interfaces import Request
 from specrl.core.observation import vector_bounds
@@ -122,9 +122,9 @@ def test_a_policy_that_sees_the_batch_size_alone_is_its_table(algorithm: str, tm
     theirs, _ = agent.model.predict(normalised, deterministic=True)
     assert (theirs == chosen).mean() > 0.95  # scores of float32 may tie
     blind, whole = trained(algorithm), trained(algorithm).chooser()
-    with pytest.raises(ValueError, match="must agree on 'observe'"):
+    with pytest.raises(ValueError, match="agent's 'observe'"):
         blind.load(tmp_path)
-    with pytest.raises(ValueError, match="is a table; train it with"):
+    with pytest.raises(ValueError, match="train it with"):
         tabulate(whole, 32)
 
 
@@ -193,7 +193,7 @@ def test_a_table_is_the_majority_at_each_batch_size() -> None:
     assert found.table.state_dict() == {"1": "3/1/4", "8": "0", "32": "0"}  # of a tie, the first plan
     assert found.by_batch_size == {1: pytest.approx(2 / 3), 8: 0.5, 32: pytest.approx(0.8)}
     assert found.agreement == pytest.approx(0.7) and found.states == 10
-    with pytest.raises(ValueError, match="a choice for each state"):
+    with pytest.raises(ValueError, match="choice for each state"):
         distill(sizes, np.zeros(3, dtype=np.int64), plans)
 
 
@@ -242,7 +242,7 @@ def test_it_goes_on_on_live_decoding_and_updates_are_no_thinking_time(tmp_path: 
     )
     env = as_vector(live)
     agent = make_agent("ppo", env, {**SMALL["ppo"], "n_steps": 32, "normalize": True}, plans=plans)
-    curve = Curve(agent, seconds=None, off_the_clock=live.off_the_clock)
+    curve = RLTrainingLog(agent, seconds=None, off_the_clock=live.off_the_clock)
     thinking, updates = list[float](), list[int]()
     step, train = live.step, agent.model.train  # type: ignore[attr-defined]
 
@@ -335,8 +335,8 @@ def test_wrong_policies_and_hyperparameters_get_one_clear_line(tmp_path: Path) -
     agent = make_agent("ppo", env, SMALL["ppo"], plans=env.plans)
     agent.save(tmp_path)
     wrong: list[tuple[str, dict[str, Any], str]] = [
-        ("dqn", SMALL["dqn"], "must have the agent's algorithm, dqn, but got ppo"),
-        ("ppo", {**SMALL["ppo"], "normalize": True}, "must agree on 'normalize'"),
+        ("dqn", SMALL["dqn"], "must have the agent's algorithm, dqn, but has ppo"),
+        ("ppo", {**SMALL["ppo"], "normalize": True}, "agent's 'normalize'"),
         ("ppo", {**SMALL["ppo"], "policy_kwargs": {"net_arch": [3]}}, "must have the agent's network"),
     ]
     for algorithm, hyper, message in wrong:

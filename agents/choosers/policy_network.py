@@ -1,8 +1,8 @@
-"""A learned policy as a plan chooser: the network of an agent of Stable-Baselines3, run with NumPy alone.
+"""A learned policy as a plan chooser: the network of an agent of Stable-Baselines3, run with NumPy.
 
-A policy is a directory: policy.safetensors holds the tensors under Stable-Baselines3's own names, and the mean and
-variance of observations where it normalises them; policy.json says which algorithm and plans they belong to. Nothing
-of it is pickled, and nothing here needs torch, so the same code runs inside a serving engine.
+A policy is a directory: policy.safetensors holds the tensors by Stable-Baselines3's names, and the mean and variance of
+observations if it normalises them; policy.json names the algorithm and the plans. Nothing is pickled, and nothing here
+needs torch, so the same code runs inside a serving engine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from specrl.core.plan import Plan, parse_plans
 
 Array = NDArray[np.float32]
 WEIGHTS, DESCRIPTION = "policy.safetensors", "policy.json"
-MEAN, VARIANCE, SEEN = "observation.mean", "observation.variance", "observation.seen"
+MEAN, VARIANCE, VISIBLE = "observation.mean", "observation.variance", "observation.seen"
 _EPSILON, _CLIP = 1e-8, 10.0  # of VecNormalize
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": np.tanh, "relu": lambda x: np.maximum(x, np.float32(0.0))}
 _LAYERS = r"(?:mlp_extractor\.policy_net|q_net\.q_net)\.(\d+)\.weight"
@@ -32,17 +32,17 @@ _SAME_PER_LAYER = r"lstm_actor\.weight_ih_l([1-9])"
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a recurrent policy remembers: `hidden` and `cell`, [N, H] float32; H is 0 where it remembers nothing."""
+    """The LSTM state of N sequences: `hidden` and `cell`, [N, H] float32; H is 0 without an LSTM."""
 
     hidden: Array
     cell: Array
 
 
 class PolicyNetwork:
-    """Scores of plans from observations: leave out what it does not see, normalise, LSTM where there is one, layers.
+    """Computes scores of plans from observations: mask, normalisation, LSTM if there is one, layers.
 
     Args:
-        tensors: by Stable-Baselines3's names, float32; those of critics and target networks are not looked at.
+        tensors: by Stable-Baselines3's names, float32; those of critics and target networks are ignored.
         activation: between layers, 'tanh' or 'relu'.
 
     Raises:
@@ -69,31 +69,31 @@ class PolicyNetwork:
         self.hidden_size = self._lstm[1].shape[0] if self._lstm else 0
         first = self._lstm[0] if self._lstm else self._layers[0][0]
         self.inputs, self.outputs = first.shape[0], self._layers[-1][0].shape[1]
-        self._seen = own.get(SEEN)
+        self._visible = own.get(VISIBLE)
         self._mean = own.get(MEAN, np.zeros(self.inputs, dtype=np.float32))
         self._scale = np.sqrt(own[VARIANCE] + np.float32(_EPSILON)) if VARIANCE in own else np.float32(1.0)
         self._clip = _CLIP if MEAN in own else np.inf
 
     @property
     def is_table(self) -> bool:
-        """Whether its choice depends on the batch size alone: it sees nothing else and remembers nothing."""
-        return self._seen is not None and not self._seen[1:].any() and self._lstm is None
+        """Whether its choice depends on the batch size only: all else is masked, and it has no LSTM."""
+        return self._visible is not None and not self._visible[1:].any() and self._lstm is None
 
     def start(self, count: int = 1) -> State:
-        """What is remembered before the first round of `count` sequences."""
+        """The LSTM state before the first round of `count` sequences."""
         return State(*(np.zeros((count, self.hidden_size), dtype=np.float32) for _ in range(2)))
 
     def scores(self, vectors: Array, state: State) -> tuple[Array, State]:
-        """Scores [N, plans] float32 of observations [N, D] float32, and what is remembered afterwards."""
-        vectors = vectors if self._seen is None else vectors * self._seen
+        """Scores [N, plans] float32 of observations [N, D] float32, and the next LSTM state."""
+        vectors = vectors if self._visible is None else vectors * self._visible
         x = np.clip((vectors - self._mean) / self._scale, -self._clip, self._clip)
         if self._lstm is not None:
-            x, state = self._remember(x, state)
+            x, state = self._lstm_step(x, state)
         for index, (weight, bias) in enumerate(self._layers):
             x = (self._activation(x) if index else x) @ weight + bias
         return x, state
 
-    def _remember(self, x: Array, state: State) -> tuple[Array, State]:
+    def _lstm_step(self, x: Array, state: State) -> tuple[Array, State]:
         """One step of an LSTM (Hochreiter & Schmidhuber, 1997), gates in torch's order: input, forget, cell, output."""
         assert self._lstm is not None
         into, onto, bias = self._lstm
@@ -109,10 +109,10 @@ class NetworkChooser(PlanChooser):
     Args:
         network: scores `plans`.
         plans: in the order of the actions that the policy was trained with.
-        allowed: which of them may be chosen [n] bool; None: all.
+        allowed: [n] bool, the plans that may be chosen; None: all.
 
     Raises:
-        ValueError: the network scores another number of plans, or none is allowed.
+        ValueError: the network scores another number of plans, or no plan is allowed.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class NetworkChooser(PlanChooser):
         )
         if network.outputs != len(self.plans) or self.allowed.shape != (len(self.plans),) or not self.allowed.any():
             raise ValueError(
-                f"a policy must score every plan on offer and one must be allowed, but got {network.outputs} scores, "
+                f"a policy must score every plan, and one must be allowed, but got {network.outputs} scores, "
                 f"{len(self.plans)} plans and allowed={self.allowed.tolist()}"
             )
         self._state = network.start()
@@ -139,14 +139,14 @@ class NetworkChooser(PlanChooser):
         vector = observation.vector()
         if vector.shape != (self.network.inputs,):
             raise ValueError(
-                f"a policy must see the {self.network.inputs} numbers that it was trained on, but got {len(vector)}; "
+                f"the observation must have the policy's {self.network.inputs} entries, but got {len(vector)}; "
                 f"observe the plans {', '.join(map(str, self.plans))}"
             )
         actions, self._state = self.act(vector[None], self._state)
         return self.plans[int(actions[0])]
 
     def act(self, vectors: Array, state: State) -> tuple[NDArray[np.int64], State]:
-        """Indices of plans [N] int64 for observations [N, D] float32, and what is remembered afterwards."""
+        """Indices of plans [N] int64 for observations [N, D] float32, and the next LSTM state."""
         scores, state = self.network.scores(vectors, state)
         actions: NDArray[np.int64] = np.where(self.allowed, scores, -np.inf).argmax(1)
         return actions, state
@@ -163,10 +163,10 @@ class NetworkChooser(PlanChooser):
 
 
 def load_chooser(directory: str | Path) -> NetworkChooser:
-    """A chooser from a policy's directory.
+    """A chooser from the directory of a policy.
 
     Raises:
-        ValueError: no policy is there.
+        ValueError: there is no policy.
     """
     from safetensors.numpy import load_file
 
@@ -176,10 +176,10 @@ def load_chooser(directory: str | Path) -> NetworkChooser:
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:
-    """What policy.json says.
+    """The content of policy.json.
 
     Raises:
-        ValueError: no policy is there.
+        ValueError: there is no policy.
     """
     folder = Path(directory)
     for name in (WEIGHTS, DESCRIPTION):

@@ -1,4 +1,4 @@
-"""From a policy to a table: the plan per batch size that it chooses, always or most often. NumPy only."""
+"""Turns a policy into a table: the plan that it chooses most often at each batch size. NumPy only."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from specrl.core.plan import Plan
 
 
 class Distilled(NamedTuple):
-    """A table, and how well it tells what the policy does.
+    """A table, and how well it agrees with the policy.
 
     Attributes:
         table: lower bound of batch size -> plan.
-        agreement: share of the states at which the policy chose the table's plan.
-        by_batch_size: the same at each batch size.
-        states: how many there were.
+        agreement: share of the states in which the policy chose the table's plan.
+        by_batch_size: the same for each batch size.
+        states: number of states.
     """
 
     table: PlanTable
@@ -31,20 +31,18 @@ class Distilled(NamedTuple):
 
 
 def distill(batch_sizes: NDArray[np.int64], actions: NDArray[np.int64], plans: Sequence[Plan]) -> Distilled:
-    """The majority rule: at each batch size, the plan chosen at most of the states visited there.
-
-    Of plans chosen equally often, the one that comes first in `plans` counts.
+    """The table of the plans chosen most often at each batch size; ties go to the plan that is first in `plans`.
 
     Args:
         batch_sizes: of the states [S] int64.
-        actions: the policy's choice at each, as an index into `plans` [S] int64.
+        actions: the policy's choice in each, as an index into `plans` [S] int64.
         plans: in the order of the actions.
 
     Raises:
-        ValueError: no states, or not as many choices.
+        ValueError: no states, or another number of choices.
     """
     if batch_sizes.ndim != 1 or batch_sizes.shape != actions.shape or not len(actions):
-        raise ValueError(f"distill needs a choice for each state, but got {batch_sizes.shape} and {actions.shape}")
+        raise ValueError(f"there must be a choice for each state, but got {batch_sizes.shape} and {actions.shape}")
     table: dict[int, Plan | str] = {}
     shares: dict[int, float] = {}
     for size in np.unique(batch_sizes).tolist():
@@ -55,14 +53,16 @@ def distill(batch_sizes: NDArray[np.int64], actions: NDArray[np.int64], plans: S
 
 
 def tabulate(chooser: NetworkChooser, most: int) -> PlanTable:
-    """The table that a policy is which sees the batch size alone: the same choice at every batch size 1 .. `most`.
+    """The exact table of a policy that sees the batch size only, for batch sizes 1 .. `most`.
 
     Raises:
-        ValueError: the policy sees or remembers more, so that it is no table.
+        ValueError: the policy sees more, or has an LSTM.
     """
     network = chooser.network
     if not network.is_table:
-        raise ValueError("only a policy that sees the batch size alone is a table; train it with 'observe: batch_size'")
+        raise ValueError(
+            "the policy must see the batch size only to be a table, but sees more; train it with 'observe: batch_size'"
+        )
     vectors = np.zeros((most, network.inputs), dtype=np.float32)
     vectors[:, 0] = [Observer(chooser.plans).observe(size, 1.0).values[0] for size in range(1, most + 1)]
     actions = chooser.act(vectors, network.start(most))[0].tolist()

@@ -1,7 +1,7 @@
-"""Agents of Stable-Baselines3: made from hyperparameters, saved without pickles, read back.
+"""Agents of Stable-Baselines3: made from hyperparameters, saved and loaded without pickle.
 
 PPO (Schulman et al., arXiv 1707.06347), DQN (Mnih et al., 2015), and from sb3-contrib RecurrentPPO and MaskablePPO
-(Huang & Ontañón, arXiv 2006.14171). A saved policy is what `specrl.agents.choosers.policy_network` reads.
+(Huang & Ontañón, arXiv 2006.14171). A saved policy is read by `specrl.agents.choosers.policy_network`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from specrl.agents.choosers.policy_network import (
     DESCRIPTION,
     MEAN,
-    SEEN,
     VARIANCE,
+    VISIBLE,
     WEIGHTS,
     NetworkChooser,
     PolicyNetwork,
@@ -40,19 +40,19 @@ ALGORITHMS = {
     "maskable_ppo": "sb3_contrib:MaskablePPO",
 }
 _ACTIVATIONS = {"tanh": "Tanh", "relu": "ReLU"}
-_NOT_OF_THE_MODEL = ("n_timesteps", "n_envs", "normalize", "observe")
+_NOT_MODEL_ARGUMENTS = ("n_timesteps", "n_envs", "normalize", "observe")
 
 
 @dataclass(frozen=True)
 class Agent:
-    """An agent of Stable-Baselines3 with what its policy must be known by.
+    """An agent of Stable-Baselines3 with the description of its policy.
 
     Attributes:
-        model: that learns: `model.learn(total_timesteps)`.
-        algorithm: by its name in `ALGORITHMS`.
+        model: learns with `model.learn(total_timesteps)`.
+        algorithm: its name in `ALGORITHMS`.
         plans: in the order of the actions.
-        allowed: which of them may be chosen.
-        hyperparameters: that it was made from.
+        allowed: for each plan, whether it may be chosen.
+        hyperparameters: the hyperparameters that it was made from.
     """
 
     model: BaseAlgorithm
@@ -63,24 +63,24 @@ class Agent:
 
     @property
     def activation(self) -> str:
-        """Between the layers of its networks."""
+        """The activation between the layers of its networks."""
         return _activation(self.algorithm, self.hyperparameters)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that its policy learned, by Stable-Baselines3's names; with the scale of observations."""
+        """The tensors of its policy by Stable-Baselines3's names, and the scale of observations."""
         import torch
 
         found = {name: t.detach().cpu().clone().contiguous() for name, t in self.model.policy.state_dict().items()}
         scale = _scale(self.model)
         if scale is not None:
             found |= {MEAN: torch.tensor(scale.mean), VARIANCE: torch.tensor(scale.var)}
-        seen = _seen(self.hyperparameters, self.model.observation_space.shape)
-        if seen is not None:
-            found[SEEN] = torch.tensor(seen)
+        visible = _visible_features(self.hyperparameters, self.model.observation_space.shape)
+        if visible is not None:
+            found[VISIBLE] = torch.tensor(visible)
         return found
 
     def chooser(self) -> NetworkChooser:
-        """Its policy as it is now, as a plan chooser in NumPy."""
+        """Its present policy as a plan chooser in NumPy."""
         network = PolicyNetwork({name: t.numpy() for name, t in self.tensors().items()}, self.activation)
         return NetworkChooser(network, self.plans, self.allowed)
 
@@ -102,34 +102,35 @@ class Agent:
         (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     def load(self, directory: str | Path) -> None:
-        """Go on from a saved policy of the same algorithm, plans and network.
+        """Continue from a saved policy of the same algorithm, plans and network.
 
         Raises:
-            ValueError: no policy is there, or it is of another algorithm, of other plans or of another shape.
+            ValueError: there is no policy, or it has another algorithm, other plans or another network.
         """
         from safetensors.torch import load_file
 
         described, found = read_description(directory), load_file(Path(directory) / WEIGHTS)
         for what, own in (("algorithm", self.algorithm), ("plans", [str(plan) for plan in self.plans])):
             if described[what] != own:
-                raise ValueError(f"a policy must have the agent's {what}, {own}, but got {described[what]}")
-        seen, sees = found.pop(SEEN, None), _seen(self.hyperparameters, self.model.observation_space.shape)
-        if ([] if seen is None else seen.tolist()) != ([] if sees is None else sees.tolist()):
+                raise ValueError(f"a policy must have the agent's {what}, {own}, but has {described[what]}")
+        visible = _visible_features(self.hyperparameters, self.model.observation_space.shape)
+        saved = found.pop(VISIBLE, None)
+        if ([] if saved is None else saved.tolist()) != ([] if visible is None else visible.tolist()):
             raise ValueError(
-                f"saved policy and agent must agree on 'observe', but {str(directory)!r} differs; change it"
+                f"the saved policy in {str(directory)!r} must have the agent's 'observe', but has another; change it"
             )
         mean, variance, scale = found.pop(MEAN, None), found.pop(VARIANCE, None), _scale(self.model)
         if (mean is None) != (scale is None):
-            saved = "does not" if mean is None else "does"
             raise ValueError(
-                f"saved policy and agent must agree on 'normalize', but {str(directory)!r} {saved}; change it"
+                f"the saved policy in {str(directory)!r} must have the agent's 'normalize', but has "
+                f"{mean is not None}; change it"
             )
         try:
             self.model.policy.load_state_dict(found)
         except RuntimeError as error:
             why = " ".join(str(error).split())
             raise ValueError(
-                f"a policy must have the agent's network, but {str(directory)!r} differs: {why}"
+                f"the saved policy in {str(directory)!r} must have the agent's network, but has another: {why}"
             ) from error
         if scale is not None:
             assert mean is not None and variance is not None
@@ -152,15 +153,15 @@ def make_agent(
         algorithm: 'ppo', 'dqn', 'recurrent_ppo' or 'maskable_ppo'.
         env: discrete actions.
         hyperparameters: arguments of the algorithm as RL Baselines3 Zoo writes them: `policy`, `n_steps`, ...;
-            `observe: batch_size` hides all else from the policy, so that it is a table ('all' hides nothing);
+            `observe: batch_size` masks everything else, so that the policy is a table ('all': no mask);
             `normalize: true` scales observations (and `normalize: {norm_reward: true}` rewards too); a
-            `learning_rate` 'lin_0.001' falls to 0; `policy_kwargs` may name an `activation`, 'tanh' or 'relu'.
+            `learning_rate` 'lin_0.001' decreases to 0; `policy_kwargs` may have an `activation`, 'tanh' or 'relu'.
         plans: in the order of the actions.
-        allowed: which of them may be chosen; None: all.
+        allowed: for each plan, whether it may be chosen; None: all.
         seed: of the weights, the exploration and the environment.
 
     Raises:
-        ValueError: no such algorithm, or hyperparameters that it does not take.
+        ValueError: an unknown algorithm, or hyperparameters that it does not have.
     """
     from stable_baselines3.common.vec_env import VecNormalize
 
@@ -169,15 +170,17 @@ def make_agent(
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, but got {algorithm!r}")
     module, _, name = ALGORITHMS[algorithm].partition(":")
-    options = {key: value for key, value in hyperparameters.items() if key not in _NOT_OF_THE_MODEL}
+    options = {key: value for key, value in hyperparameters.items() if key not in _NOT_MODEL_ARGUMENTS}
     if isinstance(options.get("learning_rate"), str):
         options["learning_rate"] = _falling(options["learning_rate"])
     activation = getattr(importlib.import_module("torch.nn"), _ACTIVATIONS[_activation(algorithm, hyperparameters)])
     known = {key: value for key, value in options.get("policy_kwargs", {}).items() if key != "activation"}
     options["policy_kwargs"] = {**known, "activation_fn": activation}
-    venv: Any = SB3VectorEnv(env, _seen(hyperparameters, env.single_observation_space.shape))
+    venv: Any = SB3VectorEnv(env, _visible_features(hyperparameters, env.single_observation_space.shape))
     if algorithm == "recurrent_ppo" and hyperparameters.get("observe", "all") != "all":
-        raise ValueError("observe must be 'all' for recurrent_ppo, which remembers more than it sees, but got another")
+        raise ValueError(
+            "observe must be 'all' for recurrent_ppo, which sees earlier rounds, but got another"
+        )
     normalize = hyperparameters.get("normalize", False)
     if normalize:
         settings = {"norm_reward": False, **(normalize if isinstance(normalize, Mapping) else {})}
@@ -191,26 +194,26 @@ def make_agent(
 
 
 def _activation(algorithm: str, hyperparameters: Mapping[str, Any]) -> str:
-    usual = "relu" if algorithm == "dqn" else "tanh"  # as Stable-Baselines3 has them
+    usual = "relu" if algorithm == "dqn" else "tanh"  # Stable-Baselines3's defaults
     name = str(hyperparameters.get("policy_kwargs", {}).get("activation", usual))
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, but got {name!r}")
     return name
 
 
-def _seen(hyperparameters: Mapping[str, Any], shape: tuple[int, ...] | None) -> NDArray[np.float32] | None:
-    """Which entries of an observation the policy sees [D] float32, 1 or 0; None: all."""
+def _visible_features(hyperparameters: Mapping[str, Any], shape: tuple[int, ...] | None) -> NDArray[np.float32] | None:
+    """[D] float32, 1 for entries of an observation that the policy sees, else 0; None: it sees all."""
     observe = hyperparameters.get("observe", "all")
     if observe not in ("all", "batch_size"):
         raise ValueError(f"observe must be 'all' or 'batch_size', but got {observe!r}")
     if observe == "all":
         return None
     assert shape is not None
-    return np.eye(1, shape[0], dtype=np.float32)[0]  # the batch size comes first
+    return np.eye(1, shape[0], dtype=np.float32)[0]  # the batch size is the first entry
 
 
 def _falling(rate: str) -> Any:
-    """'lin_0.001' -> a schedule from 0.001 to 0 over the training."""
+    """'lin_0.001': a schedule from 0.001 to 0 over the training."""
     from stable_baselines3.common.utils import LinearSchedule
 
     try:
@@ -220,7 +223,7 @@ def _falling(rate: str) -> Any:
 
 
 def _scale(model: BaseAlgorithm) -> Any:
-    """The running mean and variance of observations; None where they are not normalised."""
+    """The running mean and variance of observations; None if they are not normalised."""
     from stable_baselines3.common.vec_env import VecNormalize
 
     env = model.get_env()

@@ -1,4 +1,4 @@
-"""Gymnasium's vector environments as Stable-Baselines3 takes them. Import it where it is used: it imports torch."""
+"""Gymnasium's vector environments for Stable-Baselines3. This module imports torch."""
 
 from __future__ import annotations
 
@@ -15,63 +15,65 @@ _SUMMED = ("tokens", "t0_s", "batch_size", "seconds")
 
 
 class SB3VectorEnv(VecEnv):
-    """A Gymnasium vector environment whose steps reset at once, simulated or live, as a `VecEnv`.
+    """A Gymnasium vector environment, simulated or live, as a `VecEnv`.
 
-    Infos are empty but at the end of an episode, since thousands of mappings a step would cost more than the steps.
+    Infos are empty except at the end of an episode, because thousands of mappings would take longer than the step.
 
     Args:
         env: with `AutoresetMode.SAME_STEP`.
-        seen: entries of an observation that are shown [D] float32, 1 or 0; None: all.
+        visible_features: [D] float32, 1 for entries of an observation to show, else 0; None: all are shown.
 
     Raises:
         ValueError: another mode.
     """
 
-    def __init__(self, env: gymnasium.vector.VectorEnv[Any, Any, Any], seen: NDArray[np.float32] | None = None) -> None:
+    def __init__(
+        self, env: gymnasium.vector.VectorEnv[Any, Any, Any], visible_features: NDArray[np.float32] | None = None
+    ) -> None:
         mode = env.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
             raise ValueError(
-                f"Stable-Baselines3 takes environments that reset in the step that ends an episode, but got {mode}; "
-                "make it with autoreset_mode=AutoresetMode.SAME_STEP"
+                f"autoreset_mode must be SAME_STEP for Stable-Baselines3, but got {mode}; make the environment with "
+                "autoreset_mode=AutoresetMode.SAME_STEP"
             )
         self.env: Any = env
-        self._seen = np.float32(1.0) if seen is None else seen
+        self._visible = np.float32(1.0) if visible_features is None else visible_features
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._actions: NDArray[Any] = np.zeros(env.num_envs, dtype=np.int64)
         self._plain = self._spent = 0.0
 
     def reset(self) -> NDArray[np.float32]:
-        """Begin an episode everywhere."""
+        """Begin an episode in every environment."""
         observations, _ = self.env.reset(seed=self._seeds[0])
         self._reset_seeds()
         self._reset_options()
-        return np.asarray(observations * self._seen)
+        return np.asarray(observations * self._visible)
 
     def step_async(self, actions: NDArray[Any]) -> None:
-        """Take the actions [N]."""
+        """Set the actions [N] of the next step."""
         self._actions = actions
 
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Run them: observations, rewards, whether an episode ended, infos."""
+        """Observations, rewards, whether an episode ended, and infos."""
         observations, rewards, terminated, truncated, info = self.env.step(self._actions)
         self._count(info)
         over = terminated | truncated
         infos: list[dict[str, Any]] = [{}] * self.num_envs
         for index in np.flatnonzero(over):
             infos[index] = {
-                "terminal_observation": info["final_obs"][index] * self._seen,
+                "terminal_observation": info["final_obs"][index] * self._visible,
                 "TimeLimit.truncated": bool(truncated[index] and not terminated[index]),
             }
-        return observations * self._seen, np.asarray(rewards, dtype=np.float32), over, infos
+        return observations * self._visible, np.asarray(rewards, dtype=np.float32), over, infos
 
     def take_speedup(self) -> float:
-        """ΣN·t0/B ÷ ΣΔt over all rounds since the last call; NaN where there were none."""
+        """ΣN·t0/B ÷ ΣΔt over all rounds since the last call; nan if there were none."""
         plain, spent = self._plain, self._spent
         self._plain = self._spent = 0.0
         return plain / spent if spent else float("nan")
 
     def _count(self, info: Mapping[str, Any]) -> None:
-        """Add the rounds of a step; of an environment reset in it, they stand in 'final_info' (Gymnasium's own)."""
+        """Add the rounds of a step; those of an environment that was reset in it are in 'final_info'."""
         for part in (info, info.get("final_info", {})):
             if all(key in part for key in _SUMMED):
                 tokens, t0, size, seconds = (np.asarray(part[key], dtype=np.float64) for key in _SUMMED)
@@ -84,7 +86,7 @@ class SB3VectorEnv(VecEnv):
         self.env.close()
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        """`action_masks`, which is all that is asked for: a row per environment."""
+        """Call a method, such as `action_masks`, which returns a row for each environment."""
         if hasattr(self.env, method_name):
             found = getattr(self.env, method_name)(*method_args, **method_kwargs)
         else:
@@ -92,7 +94,7 @@ class SB3VectorEnv(VecEnv):
         return [found[index] for index in self._get_indices(indices)]
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The attribute for each environment, from the whole of them or one by one."""
+        """The attribute of the vector environment, or of each environment."""
         if hasattr(self.env, attr_name):
             return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
         if hasattr(self.env, "get_attr"):
@@ -101,14 +103,12 @@ class SB3VectorEnv(VecEnv):
         raise AttributeError(attr_name)
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Refuse.
+        """Not supported.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError(
-            f"environments are configured when they are made, but {attr_name!r} was to be set; remake them"
-        )
+        raise ValueError(f"attributes must be set when the environments are made, but got {attr_name!r}; make new ones")
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
         """Never."""

@@ -1,4 +1,4 @@
-"""What an agent of Stable-Baselines3 earns while it learns; on live decoding, its updates are off the clock."""
+"""The speedup of an agent of Stable-Baselines3 while it learns; on live decoding its updates are not timed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from specrl.core.clock import WallClock
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
 
-_EVERY_S = 0.25  # least time between two rows
+_INTERVAL_S = 0.25  # smallest time between two rows
 
 
-class Curve:
-    """What is earned while an agent learns: a row every quarter of a second, and a stop after some seconds.
+class RLTrainingLog:
+    """Logs the speedup while an agent learns, and stops after some seconds.
 
     Args:
-        agent: that learns.
+        agent: the agent that learns.
         seconds: to stop after; None: never.
-        off_the_clock: of a live environment: what updates take is not the chooser's thinking.
+        off_the_clock: of a live environment, so that updates do not count as the agent's time.
+
+    Attributes:
+        rows: timesteps, seconds and speedup, a row every quarter of a second.
+        seconds: of learning so far.
     """
 
     def __init__(
@@ -35,11 +39,11 @@ class Curve:
         """For `model.learn`."""
         from stable_baselines3.common.callbacks import BaseCallback
 
-        curve, clock = self, WallClock()
+        log, clock = self, WallClock()
         began, source = clock.now(), _source(self._agent)
 
         class Watch(BaseCallback):
-            """Fills the curve."""
+            """Fills the log."""
 
             paused: AbstractContextManager[None] | None = None
 
@@ -49,16 +53,16 @@ class Curve:
                     self.paused = None
 
             def _on_step(self) -> bool:
-                return curve._limit is None or clock.now() - began < curve._limit
+                return log._limit is None or clock.now() - began < log._limit
 
             def _on_rollout_end(self) -> None:
-                if curve._off is not None:
-                    self.paused = curve._off()
+                if log._off is not None:
+                    self.paused = log._off()
                     self.paused.__enter__()
-                curve.seconds = clock.now() - began
-                if not curve.rows or curve.seconds - curve.rows[-1]["seconds"] >= _EVERY_S:
-                    row = {"timesteps": float(self.num_timesteps), "seconds": curve.seconds}
-                    curve.rows.append({**row, "speedup": source.take_speedup()})
+                log.seconds = clock.now() - began
+                if not log.rows or log.seconds - log.rows[-1]["seconds"] >= _INTERVAL_S:
+                    row = {"timesteps": float(self.num_timesteps), "seconds": log.seconds}
+                    log.rows.append({**row, "speedup": source.take_speedup()})
 
             def _on_training_end(self) -> None:
                 self._on_rollout_start()
@@ -67,6 +71,6 @@ class Curve:
 
 
 def _source(agent: Agent) -> Any:
-    """The environment that counts speedups, below what normalises."""
+    """The environment that counts speedups, without its normalisation."""
     env = agent.model.get_env()
     return getattr(env, "venv", env)

@@ -16,7 +16,7 @@ from specrl.agents.choosers.table import PlanTable
 from specrl.agents.rl.distill import Distilled, distill, tabulate
 from specrl.agents.rl.hyperparameters import AgentConfig
 from specrl.agents.rl.sb3 import Agent, make_agent
-from specrl.agents.rl.training_log import Curve
+from specrl.agents.rl.training_log import RLTrainingLog
 from specrl.config import EngineConfig
 from specrl.core.plan import Plan
 from specrl.envs import SIMULATED, SPEC_DECODE
@@ -135,7 +135,7 @@ def train_policy(
     learning = make_agent(agent.algo, world.env, hyper, plans=world.plans, allowed=world.allowed.tolist(), seed=seed)
     if agent.policy is not None:
         learning.load(agent.policy)
-    curve = Curve(learning, seconds=agent.seconds, off_the_clock=world.paused_timer)
+    curve = RLTrainingLog(learning, seconds=agent.seconds, off_the_clock=world.paused_timer)
     learning.model.learn(agent.n_timesteps or int(hyper["n_timesteps"]), callback=curve.callback())
     chooser, compared = learning.chooser(), None
     if profile is None:
