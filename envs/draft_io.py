@@ -113,7 +113,7 @@ class ActionDecoder:
 
     Args:
         rows, num_steps, vocab_size: B, K and V.
-        flat: actions are vectors [B * K] in [0, V], where V stands for no draft, instead of [B, K] in [-1, V).
+        flat: actions are vectors [B * K] in [0, V], where V means no draft, instead of [B, K] in [-1, V).
     """
 
     def __init__(self, rows: int, num_steps: int, vocab_size: int, flat: bool) -> None:

@@ -55,7 +55,7 @@ class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
     | live | [B] int8 | 1 for rows with a live request |
 
     With `flat=True`, which Stable-Baselines3 needs, every array is a vector, and so is the action: [B * K] in [0, V],
-    where V stands for -1.
+    where V means -1.
 
     ## Rewards
     By name, as in `SpecRL/SpecDecode-v0` (`specrl.envs.rewards`). Plain decoding of the same requests, t0, is measured
@@ -222,7 +222,7 @@ class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
         return self._window.observation(session.batch_size), info
 
     def _read_traces(self, session: ProposalSession) -> tuple[Prefill, ...]:
-        """Put what was committed into the window; returns the new requests."""
+        """Add the committed tokens to the window; returns the new requests."""
         traces = session.drain()
         if self._trace:
             self._traces += traces

@@ -34,7 +34,7 @@ _PLAN_ZERO_ROUNDS = 32  # rounds of plan 0 in the mean cost of one
 class TimedEnv(Generic[S]):
     """The part of an environment on a live session that does not depend on what the agent decides.
 
-    For a `gymnasium.Env` to inherit beside it, which calls `_set_up` once its engine is there.
+    An environment inherits from it and from `gymnasium.Env`, and calls `_set_up` after its engine is set.
     """
 
     engine: Engine

@@ -17,7 +17,7 @@ from specrl.agents.draft.learner import LearnerConfig
 from specrl.core.rollout import Step
 from specrl.io.output import OutputDir
 from specrl.training.checkpoint import load_checkpoint, save_checkpoint
-from specrl.training.config import CheckpointConfig
+from specrl.training.config import CheckpointConfig, ServingConfig
 from specrl.training.logger import Reporter
 from specrl.training.online import serve
 from specrl.training.run import Run
@@ -38,15 +38,11 @@ def run(path: Path, stretches: int, update: Any, *, resume: bool = False, rounds
         tiny_target(),
         new(),
         Drawn(never=7),
+        ServingConfig("0,1/1/2,3/1/4,2/2/4", batch_schedule="8x12,2x7", weight_sync_interval=10, deploy=update),
         target="tiny",
-        plans="0,1/1/2,3/1/4,2/2/4",
-        chooser="adaptive",
-        traffic="8x12,2x7",
         learner=LearnerConfig(**LEARNER, holdout_fraction=0.4 if update == "better" else 0.0),
-        sync_every=10,
         max_context=32,
         seed=3,
-        update=update,
         resume=path / "checkpoint" if resume else None,
         clock=Ticking(),
     )
@@ -100,7 +96,7 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(tmp_path: Path, update:
 
 def test_a_run_goes_on_with_the_updates_it_had(tmp_path: Path) -> None:
     run(tmp_path, 1, "always")
-    with pytest.raises(ValueError, match="must deploy as before, --update always, but got better"):
+    with pytest.raises(ValueError, match="serving.deploy must be the checkpoint's, 'always', but got 'better'"):
         run(tmp_path, 2, "better", resume=True)
 
 

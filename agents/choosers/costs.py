@@ -1,4 +1,4 @@
-"""What a round costs: seconds by batch size and plan, robustly averaged in log space. NumPy only."""
+"""The cost of rounds: seconds by batch size and plan, robustly averaged in log space. NumPy only."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from specrl.core.plan import Plan
 
-_NOISE = 0.12  # log standard deviation of one round's seconds until it is known better
-_STEP = 0.15  # what one draft step is taken to add, relative to plan 0, before it is measured
-_GUESS = 0.35  # log standard deviation of such a guess
-_OCTAVE = 0.05  # what a ratio of two plans may differ by between batch sizes, for every doubling
-_BEND = 0.015  # the same between two batch sizes that enclose it
-_SPIKE = 0.6  # a round more than this above the mean in log seconds is a hiccup, unless it recurs
+_NOISE = 0.12  # log standard deviation of one round's seconds, before it is estimated
+_STEP = 0.15  # assumed cost of a draft step relative to plan 0, before it is measured
+_GUESS = 0.35  # log standard deviation of such an assumption
+_OCTAVE = 0.05  # log difference of a ratio of two plans between batch sizes, for every doubling
+_BEND = 0.015  # the same for a batch size between two known ones
+_SPIKE = 0.6  # log seconds above the mean that make a round an outlier, unless it recurs
 _SLACK, _ALARM = 0.75, 11.0  # of the change detection, in standard deviations of one round
-_MOST = 2.0  # that one round may speak for a change: nine at least must agree, for machines stutter in bursts
-_LEANS = 40.0  # a cost seen more often than this does without its neighbours
-_SAME, _OTHER = 0.8, 0.3  # chance that a plan's change holds at another batch size, and for another plan
+_MOST = 2.0  # bound of a residual: at least nine rounds must agree on a change, because outliers come in bursts
+_LEANS = 40.0  # evidence above which a cost ignores other batch sizes
+_SAME, _OTHER = 0.8, 0.3  # probability that a change is shared by another batch size, and by another plan
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class Cell:
     mean: float
     weight: float = 1.0
     seen: int = 0  # the clock of the last visit
-    odd: int = 0  # hiccups in a row
+    odd: int = 0  # outliers in a row
     above: float = 0.0  # CUSUM of residuals, upwards
     below: float = 0.0  # and downwards
     run: float = 0.0  # sum and number of the residuals since both were zero
@@ -39,17 +39,17 @@ class Cell:
 class Costs:
     """T(batch size, plan).
 
-    Each cost is a mean of log seconds that forgets slowly. A cost that moves at once is noticed by a two-sided CUSUM of
-    its standardised residuals z, clipped at ±2 (Page, 1954): S ← max(0, S ± z - 0.75), and S > 11 is a change. The cost
-    then begins anew with the rounds that S was made of. What makes one plan dearer is seldom its own at one batch size
-    only: the same plan's other costs are believed to have moved by as much with probability 0.8, other plans' with 0.3.
-    Their means move by that share, and their variances grow by that of the coin. A cost with little evidence leans on
-    what its plan costs, relative to another one, at the nearest batch size.
+    Each cost is a mean of log seconds that forgets slowly. A sudden change of a cost is detected by a two-sided CUSUM
+    of its standardised residuals z, clipped at ±2 (Page, 1954): S ← max(0, S ± z - 0.75), and S > 11 is a change. The
+    cost is then estimated again from the rounds in S. Cost changes are usually shared: when one is detected, the plan's
+    costs at other batch sizes have changed too with probability 0.8, and other plans' costs with 0.3. Their means move
+    by that share, and their variances grow accordingly. A cost with little evidence also uses the ratio of its plan to
+    another one at the nearest batch size.
 
     Args:
-        plans: on offer.
+        plans: the plans to choose from.
         memory: rounds of a plan at a batch size after which a cost has faded to 1/e.
-        drift: log standard deviation that a cost may have moved by in a thousand rounds unseen.
+        drift: log standard deviation of the change of a cost in a thousand rounds without its plan.
     """
 
     def __init__(self, plans: Sequence[Plan], memory: float = 250.0, drift: float = 0.02) -> None:
@@ -58,10 +58,10 @@ class Costs:
         self._seen: dict[Plan, int] = {}  # the clock of a plan's last round
         self._variance = _NOISE**2
         self.rounds = 0
-        self.changes = 0  # noticed so far
+        self.changes = 0  # detected so far
 
     def learn(self, batch_size: int, plan: Plan, seconds: float) -> None:
-        """Take the seconds of a round."""
+        """Learn from the seconds of a round."""
         self.rounds += 1
         self._seen[plan] = self.rounds
         x, key = math.log(seconds), (batch_size, plan)
@@ -75,7 +75,7 @@ class Costs:
         if error > _SPIKE and cell.odd < 3:
             cell.odd += 1
             return
-        if cell.odd >= 3 or error < -_SPIKE:  # it recurs, or the first visit was the hiccup: begin anew
+        if cell.odd >= 3 or error < -_SPIKE:  # it recurs, or the first round was the outlier: start again
             self._cells[key] = Cell(x, seen=self.rounds)
             return
         cell.odd, cell.visits = 0, cell.visits + 1
@@ -100,7 +100,7 @@ class Costs:
         return max(cell.above, cell.below) > _ALARM
 
     def _spread(self, changed: tuple[int, Plan], shift: float) -> None:
-        """Other costs may have moved by as much."""
+        """Move other costs, which may share the change."""
         self.changes += 1
         for key, cell in self._cells.items():
             if key != changed:
@@ -120,7 +120,7 @@ class Costs:
         return 0.0 if cell is None else cell.weight
 
     def visits(self, batch_size: int, plan: Plan) -> int:
-        """Rounds of the plan at this batch size, ever."""
+        """Number of rounds of the plan at this batch size."""
         cell = self._cells.get((batch_size, plan))
         return 0 if cell is None else cell.visits
 
@@ -134,7 +134,7 @@ class Costs:
         return self.rounds if cell is None else self.rounds - cell.seen
 
     def log_seconds(self, batch_size: int, plan: Plan) -> tuple[float, float]:
-        """Mean and standard deviation of our belief about log T."""
+        """Posterior mean and standard deviation of log T."""
         cell = self._cells.get((batch_size, plan))
         if cell is None:
             mean, variance = self._guess(batch_size, plan)
@@ -148,10 +148,11 @@ class Costs:
         return mean, math.sqrt(variance)
 
     def _guess(self, batch_size: int, plan: Plan) -> tuple[float, float]:
-        """Mean and variance without the cost's own rounds.
+        """Mean and variance without the plan's own rounds at this batch size.
 
-        From the plan most like it that is known at this batch size, moved by what the two differ by at the nearest
-        ones, or by their steps; where nothing is known here, the plan's cost at the nearest batch size.
+        They come from the most similar plan that is known at this batch size, and the ratio of the two plans at the
+        nearest batch sizes, or else the difference of their steps. If no plan is known at this batch size, they come
+        from the plan's cost at the nearest batch size.
         """
         cells = self._cells
         known = [p for p in self.plans if p != plan and (batch_size, p) in cells]
@@ -161,7 +162,7 @@ class Costs:
                 return 0.0, _GUESS**2
             b = min(sizes, key=lambda size: abs(math.log(size / batch_size)))
             return cells[b, plan].mean, _GUESS**2
-        known = [p for p in known if cells[batch_size, p].visits > 1] or known  # one round may have been a hiccup
+        known = [p for p in known if cells[batch_size, p].visits > 1] or known  # a single round may be an outlier
         near = min(known, key=lambda p: (abs(p.num_steps - plan.num_steps), p.topk != plan.topk))
         here = cells[batch_size, near]
         sizes = [b for b, p in cells if p == plan and b != batch_size and (b, near) in cells]
@@ -172,9 +173,9 @@ class Costs:
         return here.mean + steps, _GUESS**2
 
     def _ratio(self, batch_size: int, plan: Plan, near: Plan, sizes: Sequence[int]) -> tuple[float, float, float]:
-        """Log ratio of two plans' costs, its variance, and what it may be off by, from other batch sizes.
+        """Log ratio of two plans' costs from other batch sizes, its variance, and its possible error.
 
-        Between two of them it is a line over log batch size; beyond, as at the nearest.
+        It is interpolated over log batch size, and constant beyond the outermost batch sizes.
         """
         low = max((b for b in sizes if b < batch_size), default=0)
         high = min((b for b in sizes if b > batch_size), default=0)

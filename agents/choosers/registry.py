@@ -1,4 +1,4 @@
-"""Choosers by name, all made alike from what may be known of an engine. NumPy only."""
+"""Choosers by name, made from the plans and profiled costs of an engine. NumPy only."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from specrl.core.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What a chooser may be told beforehand; ours needs the plans only.
+    """The knowledge that a chooser may start with; the adaptive chooser needs the plans only.
 
     Args:
-        plans: on offer.
-        costs: T, batch size -> plan -> seconds of a round, as a profile at start-up measures them; may be empty.
+        plans: the plans to choose from.
+        costs: T, batch size -> plan -> seconds of a round, measured by a profile; may be empty.
         accept_lengths: E[τ] of each plan; may be empty.
     """
 
@@ -31,16 +31,16 @@ class Known:
 
     @property
     def same_steps(self) -> dict[str, dict[str, list[int]]]:
-        """A config of SGLang's rule that restricts it to the chains on offer, in one tier."""
+        """A config of SGLang's rule with the chains among the plans as candidates, in one tier."""
         return {"1": {"candidate_steps": sorted(plan.num_steps for plan in self.plans if plan.is_chain)}}
 
 
-Make = Callable[[Known, int], PlanChooser]  # what is known, seed
+Make = Callable[[Known, int], PlanChooser]  # knowledge, seed
 CHOOSERS: dict[str, Make] = {
     "adaptive": lambda known, seed: AdaptiveChooser(known.plans, seed=seed),
     "sglang": lambda known, seed: SGLangRule(known.plans),
     "sglang-same": lambda known, seed: SGLangRule(known.plans, config=known.same_steps),
-    # as proposed, it always drafts; with plan 0 beside; and at its best: no hysteresis, every round, windows kept
+    # as proposed, it always drafts; with plan 0; and tuned: no hysteresis, decisions every round, windows kept
     "throughput": lambda known, seed: ThroughputRule(tuple(p for p in known.plans if p.num_steps), known.costs),
     "throughput-0": lambda known, seed: ThroughputRule(known.plans, known.costs),
     "throughput-eager": lambda known, seed: ThroughputRule(
@@ -55,10 +55,10 @@ CHOOSERS: dict[str, Make] = {
 
 
 def make_chooser(name: str, known: Known, seed: int = 0) -> PlanChooser:
-    """A chooser of `CHOOSERS`, or by a plan ('3/1/4') the one that always takes it.
+    """A chooser of `CHOOSERS`, or for a plan such as '3/1/4' the one that always chooses it.
 
     Raises:
-        ValueError: neither, or the chooser wants to know more, or a plan that is not on offer.
+        ValueError: an unknown name, a plan that is not among the plans, or missing costs.
     """
     if name in CHOOSERS:
         return CHOOSERS[name](known, seed)

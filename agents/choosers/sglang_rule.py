@@ -1,7 +1,7 @@
-"""SGLang's own adaptive rule for the number of draft steps: the baseline that ships. NumPy only.
+"""SGLang's adaptive rule for the number of draft steps, as a baseline. NumPy only.
 
-Facts: sglang 0.5.23, `srt/speculative/adaptive_spec_params.py` (`--speculative-adaptive`). It knows no time: longer
-proposals are tried as long as drafts stand.
+It follows sglang 0.5.23, `srt/speculative/adaptive_spec_params.py` (`--speculative-adaptive`). The rule ignores time:
+it increases the number of drafts as long as they are accepted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from specrl.core.observation import Observation
 from specrl.core.plan import Plan
 from specrl.core.round import Round
 
-# What `--speculative-adaptive` does without a file of its own: by lower bound of the batch size.
+# The defaults of `--speculative-adaptive`, by lower bound of the batch size.
 DEFAULTS: Mapping[str, Any] = {
     "1": {"candidate_steps": [1, 3, 5, 7], "down_hysteresis": -0.25},
     "8": {"candidate_steps": [0, 1, 3], "down_hysteresis": 0.0},
@@ -28,7 +28,7 @@ DEFAULTS: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The numbers of one tier, with SGLang's names and defaults."""
+    """The settings of one tier, with SGLang's names and defaults."""
 
     candidate_steps: tuple[int, ...]
     ema_alpha: float = 0.2  # weight of the newest round
@@ -40,7 +40,7 @@ class Settings:
 
 
 class Tier:
-    """Steps for one range of batch sizes, after the moving mean e of correct drafts per request.
+    """The number of steps at one range of batch sizes, from the moving mean e of correct drafts per request.
 
     Every `update_interval` rounds: go down while e <= c' - 1/2 + down_hysteresis for the next smaller candidate c'
     (1/2 in the place of c' - 1/2 where c' = 0); else go up while e > c - 1/2 + up_hysteresis for the present c. From 0
@@ -66,7 +66,7 @@ class Tier:
 
     def _probe(self) -> int:
         steps = self.candidates[min(1, len(self.candidates) - 1)]
-        if steps > 0 and self.mean < 0:  # began with 0 steps: no draft was ever seen
+        if steps > 0 and self.mean < 0:  # it started with 0 steps and has seen no drafts
             self.mean = float(steps - 1)
         return steps
 
@@ -78,7 +78,7 @@ class Tier:
         if at == first:
             while at < len(steps) - 1 and self.mean > steps[at] - 0.5 + s.up_hysteresis:
                 at += 1
-        if s.ceiling_coeff > 0 and steps[at] <= self.steps:  # only ever holds a proposal down
+        if s.ceiling_coeff > 0 and steps[at] <= self.steps:  # it only ever lowers the number of steps
             ceiling = max(1, math.ceil(self.mean * s.ceiling_coeff))
             while at > 0 and steps[at] > ceiling:
                 at -= 1
@@ -89,15 +89,15 @@ class SGLangRule(PlanChooser):
     """SGLang's adaptive rule as a plan chooser, on chains.
 
     Args:
-        plans: on offer; those that are no chain, or no candidate anywhere, are never chosen.
-        config: as `--speculative-adaptive-config` has it: tiers by lower bound of the batch size, numbers of `Settings`
-            in a tier or for all. None: SGLang's defaults, without the candidates that are not on offer; a tier that
-            would be left with none has all chains.
-        initial_steps: of the server, `--speculative-num-steps`.
-        graph_batch_sizes: the captured ones, to which a batch size is padded before its tier is looked up.
+        plans: the plans to choose from; plans that are not chains or not candidates are never chosen.
+        config: in the format of `--speculative-adaptive-config`: tiers by lower bound of the batch size, and settings
+            of `Settings` in a tier or for all tiers. None: SGLang's defaults with the candidates among the plans; a
+            tier without any has all chains.
+        initial_steps: `--speculative-num-steps` of the server.
+        graph_batch_sizes: captured batch sizes, to which a batch size is padded before its tier is looked up.
 
     Raises:
-        ValueError: no chain is on offer, or the config has no tier, unknown names, or candidates not on offer.
+        ValueError: no chain among the plans, or a config without tiers, with unknown names or with other candidates.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class SGLangRule(PlanChooser):
             offered = [steps for steps in numbers["candidate_steps"] if steps in chains]
             missing = sorted(set(numbers["candidate_steps"]) - set(chains))
             if missing and config is not None:
-                raise ValueError(f"candidate_steps must be on offer, but got {missing} in tier {bound}; add the plans")
+                raise ValueError(f"candidate_steps must be plans, but got {missing} in tier {bound}; add the plans")
             numbers = {**numbers, "candidate_steps": tuple(offered or chains)}
             self._tiers[bound] = Tier(Settings(**numbers), initial_steps)
         used = {steps for tier in self._tiers.values() for steps in tier.candidates}
@@ -144,7 +144,7 @@ class SGLangRule(PlanChooser):
 
 
 def _tiers(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Tiers by lower bound, each with the numbers that hold for all."""
+    """Tiers by lower bound, each with the shared settings."""
     shared = {name: value for name, value in config.items() if not name.isdigit()}
     tiers = {int(name): {**shared, **tier} for name, tier in config.items() if name.isdigit()}
     known = set(Settings.__dataclass_fields__)

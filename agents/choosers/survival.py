@@ -1,8 +1,8 @@
-"""How far drafts survive: conditional acceptance by position, pooled over batch sizes. NumPy only.
+"""The survival of drafts: conditional acceptance by position, pooled over batch sizes. NumPy only.
 
 a_k is the probability that draft k is accepted given that the first k - 1 were; P_k = a_1 ... a_k and
-E[τ] = 1 + Σ P_k. It is a property of draft, traffic and acceptance rule, not of the batch size. Chains pool over
-their lengths; trees of one shape stand alone.
+E[τ] = 1 + Σ P_k. It depends on draft, traffic and acceptance rule, not on the batch size. Chains of all lengths share
+their evidence; each shape of trees has its own.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from specrl.core.plan import Plan
 from specrl.core.round import Round
 
 Floats = NDArray[np.float64]
-_PRIOR = 2.0  # pseudo-drafts behind a position that was never tried
-_INDEPENDENT = 1.0  # neighbouring rounds of a request are alike: what one draft counts for
+_PRIOR = 2.0  # weight of the prior, in drafts
+_INDEPENDENT = 1.0  # weight of a draft, because neighbouring rounds of a request are alike
 _SLACK, _ALARM = 1.0, 8.0  # of the change detection, in standard deviations of one round
-_OLD = 0.02  # the share of evidence that a change leaves
+_OLD = 0.02  # share of the evidence that is kept after a change
 
 
 @dataclass(slots=True)
 class Watch:
-    """CUSUM of a family's residuals, both ways, and what was counted since both were zero."""
+    """Two-sided CUSUM of a family's residuals, and the counts since both sides were zero."""
 
     above: float = 0.0
     below: float = 0.0
@@ -37,14 +37,13 @@ class Watch:
 class Survival:
     """Discounted Beta counts of a_k.
 
-    A change at once is noticed by a two-sided CUSUM (Page, 1954) of each round's accepted drafts less those expected,
-    over their standard deviation: the counts then begin anew with the rounds that it was made of.
+    A sudden change is detected by a two-sided CUSUM (Page, 1954) of each round's accepted drafts minus the expected
+    number, over their standard deviation. The counts then start again from the rounds in the CUSUM.
 
     Args:
         memory: rounds with drafts, of any plan, after which evidence has faded to 1/e.
-        version_memory: the share of evidence kept when the draft's weights change.
-        idle_memory: as `memory`, in rounds without drafts: where no evidence comes in, a change would go unseen, so
-            what is believed grows uncertain sooner, and drafts are tried again.
+        version_memory: share of the evidence that is kept when the draft's weights change.
+        idle_memory: the same in rounds without drafts; it is shorter, so that drafts are tried again.
     """
 
     def __init__(self, memory: float = 1600.0, version_memory: float = 0.97, idle_memory: float = 400.0) -> None:
@@ -53,11 +52,11 @@ class Survival:
         self._counts: dict[str, Floats] = {}  # family -> [2, K]: accepted, tried
         self._watches: dict[str, Watch] = {}
         self._version: int | None = None
-        self.changes = 0  # noticed so far
+        self.changes = 0  # detected so far
 
     @staticmethod
     def family(plan: Plan) -> str:
-        """Plans that share their acceptance."""
+        """The name of the plans that share their evidence with this one."""
         return "chain" if plan.is_chain else f"tree/{plan.topk}/{plan.num_draft_tokens}"
 
     def learn(self, done: Round) -> None:
@@ -79,7 +78,7 @@ class Survival:
             counts[1, :steps] += reached[:-1]
 
     def _changed(self, family: str, counts: Floats, reached: Floats) -> bool:
-        """Whether this round completes the evidence of a change; then the counts begin anew."""
+        """Whether this round completes the evidence of a change; the counts then start again."""
         steps = len(reached) - 1
         watch = self._watches.setdefault(family, Watch())
         tried = counts[1, :steps]
@@ -115,11 +114,11 @@ class Survival:
         return counts
 
     def accept_length(self, plan: Plan, rng: np.random.Generator | None = None) -> float:
-        """E[τ] of a plan: its posterior mean, or with a generator a sample of it."""
+        """E[τ] of a plan: its posterior mean, or a sample if there is a generator."""
         return self.accept_lengths((plan,), rng)[0]
 
     def accept_lengths(self, plans: tuple[Plan, ...], rng: np.random.Generator | None = None) -> list[float]:
-        """E[τ] of plans; those of one family share one sample of a_k, so that they differ by what they do differ by."""
+        """E[τ] of plans; plans of one family share one sample of a_k, so that only their lengths differ."""
         longest: dict[str, Plan] = {}
         for plan in plans:
             family = self.family(plan)
@@ -133,25 +132,25 @@ class Survival:
         return [lengths[self.family(plan)][plan.num_steps] for plan in plans]
 
     def steps_above(self, threshold: float, most: int) -> int:
-        """How many leading positions of a chain have a_k >= threshold, up to `most`."""
+        """Number of leading positions of a chain with a_k >= threshold, up to `most`."""
         a, b = self._posterior(Plan(most))
         below = np.flatnonzero(a / (a + b) < threshold)
         return int(below[0]) if len(below) else most
 
     def _posterior(self, plan: Plan) -> tuple[Floats, Floats]:
-        """Beta parameters of a_1 .. a_steps; a position never tried leans on the one before it."""
+        """Beta parameters of a_1 .. a_steps; the prior of a position is the rate of the one before it."""
         steps = plan.num_steps
         accepted, seen = self._of(self.family(plan), steps).tolist()
         chain = self._counts.get("chain")
         hints = [] if plan.is_chain or chain is None else chain.T.tolist()
         before, a, b = 0.5, [], []
         for k in range(steps):
-            lean = before
+            prior = before
             if k < len(hints) and hints[k][1] > 0:
-                lean = hints[k][0] / hints[k][1]
+                prior = hints[k][0] / hints[k][1]
             hits, tried = accepted[k] * _INDEPENDENT, seen[k] * _INDEPENDENT
-            a.append(hits + _PRIOR * lean + 1e-3)
-            b.append(tried - hits + _PRIOR * (1.0 - lean) + 1e-3)
+            a.append(hits + _PRIOR * prior + 1e-3)
+            b.append(tried - hits + _PRIOR * (1.0 - prior) + 1e-3)
             before = a[k] / (a[k] + b[k])
         return np.array(a), np.array(b)
 

@@ -37,7 +37,7 @@ class OnlineLearner(DraftLearner):
         draft: the draft to start from.
         embedding: [V, H] the target's embedding, which the draft shares and never changes, on the target's device.
         config: how to learn.
-        seed: of draws from the replay buffer, and of which requests are sampled and held out.
+        seed: of draws from the replay buffer, and of the choice of requests to sample and to hold out.
         clock: to report the learner's speed; None: it is not reported.
         gated: only `snapshot` decides which weights are good; otherwise all weights after finite updates are.
 
@@ -162,7 +162,7 @@ class OnlineLearner(DraftLearner):
         self._due = 0.0
 
     def opt_out(self, requests: Iterable[int]) -> None:
-        """Learn nothing from these requests, by id; what is not finished yet is forgotten."""
+        """Learn nothing from these requests, by id; unfinished ones are forgotten."""
         self._assembler.opt_out(requests)
 
     def set_plan_costs(self, costs: Sequence[PlanCost], speedup: float = 1.0) -> None:
@@ -265,6 +265,11 @@ class OnlineLearner(DraftLearner):
         self._guard.bad_updates, self._guard.rollbacks = state["bad_updates"], state["rollbacks"]
         self.replay.load_state_dict(state["replay"])
         self._assembler.load_counts(state["left_out"])
+
+    def load_sequences(self, replay: Iterable[TrainingSequence], held_out: Iterable[TrainingSequence]) -> None:
+        """Restore sequences to learn from and held-out sequences; no updates become due for them."""
+        self.replay.extend(sequence.to(self.device) for sequence in replay)
+        self.held_out.extend(sequence.to(self._home) for sequence in held_out)
 
     def _copy(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of these weights and of the vocabulary maps, on the target's device."""

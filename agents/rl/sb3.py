@@ -178,9 +178,7 @@ def make_agent(
     options["policy_kwargs"] = {**known, "activation_fn": activation}
     venv: Any = SB3VectorEnv(env, _visible_features(hyperparameters, env.single_observation_space.shape))
     if algorithm == "recurrent_ppo" and hyperparameters.get("observe", "all") != "all":
-        raise ValueError(
-            "observe must be 'all' for recurrent_ppo, which sees earlier rounds, but got another"
-        )
+        raise ValueError("observe must be 'all' for recurrent_ppo, which sees earlier rounds, but got another")
     normalize = hyperparameters.get("normalize", False)
     if normalize:
         settings = {"norm_reward": False, **(normalize if isinstance(normalize, Mapping) else {})}

@@ -13,6 +13,7 @@ from specrl.core.interfaces import Workload
 from specrl.io.output import OutputDir
 from specrl.models.draft import new_draft
 from specrl.models.target import Target
+from specrl.training.config import ServingConfig
 from specrl.training.logger import Reporter
 from specrl.training.run import Run
 from specrl.workloads.stream import open_stream
@@ -49,12 +50,9 @@ def learn(
         model,
         new_draft(model, seed=0),
         prompts(target, sizes, "train"),
+        ServingConfig(PLANS, batch_schedule=sizes.traffic),
         target=str(target),
-        plans=PLANS,
-        chooser="adaptive",
-        traffic=sizes.traffic,
         learner=LearnerConfig(device=learner_device),
-        sync_every=16,
         max_context=sizes.prompt_tokens + sizes.new_tokens,
         seed=0,
     )

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from specrl.agents.choosers.adaptive import AdaptiveChooser
-from specrl.agents.choosers.table import FixedPlan
 from specrl.agents.draft.config import LearnerConfig
 from specrl.agents.draft.sequences import Assembler
 from specrl.cluster.learner import newest_weights
@@ -15,7 +13,6 @@ from specrl.cluster.remote_learner import RemoteLearner
 from specrl.config import TargetConfig
 from specrl.core.batch_schedule import parse_traffic
 from specrl.core.interfaces import Workload
-from specrl.core.plan import Plan, parse_plans
 from specrl.decoding.engine import LocalEngine
 from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft
@@ -105,11 +102,7 @@ class EngineActor:
         (published, weights), config, serving = newest_weights(handle), settings.learner, settings.serving
         model, seed = settings.target.load(device="cpu"), settings.seed + _SEED_STEP * number
         engine = LocalEngine(model, Draft(shape, weights), max_context=settings.max_context)
-        self._chooser = (
-            AdaptiveChooser(parse_plans(serving.plans), seed=seed)
-            if serving.chooser == "adaptive"
-            else FixedPlan(Plan.parse(serving.chooser))
-        )
+        self._chooser = serving.make_chooser(seed)
         assembler = Assembler(
             sample_rate=config.request_sample_rate, seed=seed, keep_rejected=config.rejected_weight > 0
         )

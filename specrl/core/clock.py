@@ -38,7 +38,7 @@ class WallClock:
 
 
 class VirtualClock:
-    """A clock that moves only when told to: deterministic time for simulation and tests."""
+    """A clock that moves only in `advance`: deterministic time for simulation and tests."""
 
     def __init__(self, start_s: float = 0.0) -> None:
         self._now_s = start_s

@@ -127,7 +127,7 @@ class ProposalSession(Session, Protocol):
         Args:
             drafted: [B, s] int64 chains of target ids, -1 after the end of a shorter one; s may be 0.
             distributions: [B, s, V] float32 that each draft was sampled from, given those before it, for rejection
-                sampling; None: drafts stand where the target itself chooses them, whatever they are. A request's
+                sampling; None: drafts are accepted where the target itself chooses them. A request's
                 output is the target's own under every proposal without them, and under every greedy one. With them
                 it is where the drafts are truly such samples, which nobody can check.
 

@@ -18,7 +18,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished request: its prompt and what was generated (`tokens`), as token ids."""
+    """A finished request: its prompt and its generated tokens, as token ids."""
 
     request_id: int
     prompt: tuple[int, ...]
@@ -30,7 +30,7 @@ class Round:
     """One draft proposal, verified and committed for every live request.
 
     All seconds are device-synchronised differences of one monotonic clock. Prefill of the requests that
-    replace finished ones is timed apart and is not part of `seconds`.
+    replace finished ones is timed separately and is not part of `seconds`.
     """
 
     plan: Plan

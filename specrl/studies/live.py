@@ -81,15 +81,11 @@ class LiveTrial:
             model,
             draft,
             prompts,
+            serving,
             target=self.target.name,
-            plans=serving.plans,
-            chooser=serving.chooser,
-            traffic=serving.batch_schedule,
             learner=self.learner if self.learn else None,
-            sync_every=serving.weight_sync_interval,
             max_context=context,
             seed=self.seed,
-            update=serving.deploy,
         )
         watch, log = _Watch(run, study.levels), Reporter(run, out, print_line=lambda line: None)
         serve(run, log, out, requests=serving.requests, checkpoint=CheckpointConfig(serving.requests))

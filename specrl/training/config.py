@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from specrl.agents.choosers.adaptive import AdaptiveChooser
+from specrl.agents.choosers.table import FixedPlan
 from specrl.core.batch_schedule import parse_traffic
+from specrl.core.interfaces import PlanChooser
 from specrl.core.plan import Plan, parse_plans
 
 
@@ -50,8 +53,14 @@ class ServingConfig:
                 f"serving.chooser must be 'adaptive' or one plan, but got {self.chooser!r}: {error}"
             ) from error
 
+    def make_chooser(self, seed: int) -> PlanChooser:
+        """The plan chooser."""
+        if self.chooser == "adaptive":
+            return AdaptiveChooser(parse_plans(self.plans), seed=seed)
+        return FixedPlan(Plan.parse(self.chooser))
+
     def all_plans(self) -> tuple[Plan, ...]:
-        """Plans that an engine must be able to run: those on offer, and a fixed one."""
+        """All plans that an engine must be able to run."""
         fixed = () if self.chooser == "adaptive" else (Plan.parse(self.chooser),)
         return tuple(dict.fromkeys((*parse_plans(self.plans), *fixed)))
 

@@ -175,7 +175,7 @@ class OnlineLoop:
         return self.learner is not None and self._unlearned >= self._sync_every
 
     def _learn(self) -> Trial:
-        """Let the learner learn from the traffic and deploy what it learnt; returns the rounds of a trial."""
+        """Let the learner learn, and let the policy deploy its weights; returns the rounds of a trial."""
         assert self.learner is not None and self.deploy is not None
         began = self.engine.clock.now()
         traces = self._drain(self.learner)

@@ -76,12 +76,9 @@ def _run(target: Target, draft: Draft, workload: Workload, learner: LearnerConfi
         target,
         draft,
         workload,
+        SERVING,
         target=TARGET.name,
-        plans=SERVING.plans,
-        chooser=SERVING.chooser,
-        traffic=SERVING.batch_schedule,
         learner=learner,
-        sync_every=SERVING.weight_sync_interval,
         max_context=WORKLOAD.max_context,
         seed=seed,
     )

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from specrl.agents.choosers.adaptive import AdaptiveChooser
-from specrl.agents.choosers.table import FixedPlan
 from specrl.agents.draft.gate import Gate
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.core.batch_schedule import parse_traffic
 from specrl.core.clock import Clock
 from specrl.core.interfaces import Engine, PlanChooser, Workload
 from specrl.core.plain_cost import PlainCost
-from specrl.core.plan import Plan, parse_plans
+from specrl.core.plan import Plan
 from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir
 from specrl.measure.machine import environment
 from specrl.models.draft import Draft
 from specrl.models.target import Target
-from specrl.training.checkpoint import load_checkpoint, save_checkpoint
+from specrl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from specrl.training.config import ServingConfig
 from specrl.training.deploy import DeployAlways, DeployIfBetter, DeployPolicy
 from specrl.training.loop import OnlineLoop
 from specrl.training.trace_files import pack, unpack
@@ -51,63 +50,59 @@ class Run:
         model: Target,
         draft: Draft,
         workload: Workload,
+        serving: ServingConfig,
         *,
         target: str,
-        plans: str,
-        chooser: str,
-        traffic: str,
         learner: LearnerConfig | None,
-        sync_every: int,
         max_context: int,
         seed: int,
-        update: Literal["always", "better"] = "always",
         resume: Path | None = None,
         clock: Clock | None = None,
         engine: Engine | None = None,
     ) -> Run:
-        """Build a run, from a checkpoint if `resume` names one (see `specrl train` for the arguments).
+        """Build a run, from its settings or from a checkpoint.
 
-        `engine` serves `draft` with `plans`; None: a local engine.
+        Args:
+            model: the target.
+            draft: the draft to start from.
+            workload: the requests.
+            serving: how they are served.
+            target: name of the target.
+            learner: how the draft learns; None: it does not change.
+            max_context: largest number of tokens of a request.
+            seed: of everything random.
+            resume: directory of the checkpoint to continue; None: a new run.
+            clock: of the local engine; None: the machine's.
+            engine: serves `draft` with the plans of `serving`; None: a local engine.
 
         Raises:
             ValueError: an argument out of range, or a checkpoint of another run.
         """
-        parsed = parse_plans(plans)
-        picks: PlanChooser = AdaptiveChooser(parsed, seed=seed) if chooser == "adaptive" else FixedPlan(_fixed(chooser))
         if engine is None:
             engine = LocalEngine(model, draft, max_context=max_context, clock=clock)
-        gated = update == "better"
+        chooser, baseline = serving.make_chooser(seed), PlainCost()
+        gated = serving.deploy == "better"
         learns = None
         if learner is not None:
-            config = (
-                replace(learner, holdout_fraction=learner.holdout_fraction or HOLDOUT_FRACTION) if gated else learner
-            )
-            learns = OnlineLearner(draft, model.embedding, config, seed=seed, clock=engine.clock, gated=gated)
-        baseline, state = PlainCost(), dict[str, Any]()
+            if gated and not learner.holdout_fraction:
+                learner = replace(learner, holdout_fraction=HOLDOUT_FRACTION)
+            learns = OnlineLearner(draft, model.embedding, learner, seed=seed, clock=engine.clock, gated=gated)
+        state: dict[str, Any] = {}
         if resume is not None:
-            tensors, state, replay = load_checkpoint(resume, KIND)
+            checkpoint = load_checkpoint(resume, KIND)
+            state = checkpoint.state
             if state["target"] != target:
                 raise ValueError(f"the checkpoint's target must be resumed, {state['target']!r}, but got {target!r}")
-            if learns is not None and not state["learner"]:
-                raise ValueError("the checkpoint was made without learning, so none can go on; use --learn false")
             if learns is not None:
-                if state["deploy"]["policy"] != update:
-                    raise ValueError(
-                        f"a resumed run must deploy as before, --update {state['deploy']['policy']}, but got {update}"
-                    )
-                learns.load_state_dict({**state["learner"], "tensors": tensors})
-                held = [unpack(i, replay, note) for i, note in enumerate(state["replay"])]
-                apart = len(held) - state["held_out"]
-                learns.replay.extend(held[:apart])
-                learns.held_out.extend(held[apart:])
-            picks.load_state_dict(state["chooser"])
+                _restore_learner(learns, checkpoint, serving)
+            chooser.load_state_dict(state["chooser"])
             baseline.load_state_dict(state["baseline"])
-        log, decisions = state.get("log", []), state.get("decisions", [])
+        decisions = state.get("decisions", [])
         deploy: DeployPolicy | None = None
         if learns is not None and gated:
-            steps = max(1, *(plan.num_steps for plan in picks.plans))
+            steps = max(1, *(plan.num_steps for plan in chooser.plans))
             gate = Gate(draft.config, model.embedding, num_steps=steps, least_gain=0.0, seed=seed)
-            deploy = DeployIfBetter(engine, learns, gate, picks.plans, seed=seed, on_decision=decisions.append)
+            deploy = DeployIfBetter(engine, learns, gate, chooser.plans, seed=seed, on_decision=decisions.append)
         elif learns is not None:
             deploy = DeployAlways(engine, learns)
         if deploy is not None and state:
@@ -115,16 +110,17 @@ class Run:
         loop = OnlineLoop(
             engine,
             workload,
-            picks,
+            chooser,
             learns,
-            parse_traffic(traffic),
-            sync_every=sync_every,
+            parse_traffic(serving.batch_schedule),
+            sync_every=serving.weight_sync_interval,
             seed=seed,
             baseline=baseline,
             deploy=deploy,
             state=state.get("loop"),
         )
-        return cls(loop, engine, target, draft, learns, picks, state.get("seconds", 0.0), log, decisions)
+        seconds, log = state.get("seconds", 0.0), state.get("log", [])
+        return cls(loop, engine, target, draft, learns, chooser, seconds, log, decisions)
 
     @property
     def served(self) -> int:
@@ -146,31 +142,31 @@ class Run:
         """
         loop, deploy = self.loop, self.loop.deploy
         tensors: dict[str, Tensor] = {}
-        numbers: dict[str, Any] = {}
-        held, notes, apart = dict[str, Tensor](), list[dict[str, Any]](), 0
+        learner: dict[str, Any] | None = None
+        sequences, notes, held_out = dict[str, Tensor](), list[dict[str, Any]](), 0
         if self.learner is not None:
-            numbers = self.learner.state_dict()
-            tensors = numbers.pop("tensors")
+            learner = self.learner.state_dict()
+            tensors = learner.pop("tensors")
             if replay:
-                held, notes = pack([*self.learner.replay, *self.learner.held_out])
-                apart = len(self.learner.held_out)
+                sequences, notes = pack([*self.learner.replay, *self.learner.held_out])
+                held_out = len(self.learner.held_out)
         if self.draft.target_ids is not None:
             tensors = {**tensors, "vocabulary": self.draft.target_ids}
         state = {
             "target": self.target,
             "served": self.served,
             "seconds": seconds,
-            "learner": numbers,
+            "learner": learner,
             "deploy": None if deploy is None else deploy.state_dict(),
             "chooser": self.chooser.state_dict(),
             "baseline": loop.baseline.state_dict(),
             "loop": loop.state_dict(),
             "replay": notes,
-            "held_out": apart,
+            "held_out": held_out,
             "log": self.log,
             "decisions": self.decisions,
         }
-        save_checkpoint(directory / "checkpoint", KIND, tensors, state, held)
+        save_checkpoint(directory / "checkpoint", KIND, tensors, state, sequences)
 
     def table(self) -> dict[int, Plan]:
         """The best plan now at every batch size that was served, where the chooser knows one."""
@@ -187,8 +183,16 @@ class Run:
             directory.write_json("learner.json", asdict(self.learner.config))
 
 
-def _fixed(chooser: str) -> Plan:
-    try:
-        return Plan.parse(chooser)
-    except ValueError as error:
-        raise ValueError(f"chooser must be 'adaptive' or one plan, but got {chooser!r}: {error}") from error
+def _restore_learner(learner: OnlineLearner, checkpoint: Checkpoint, serving: ServingConfig) -> None:
+    """Restore a learner and its sequences from a checkpoint."""
+    state = checkpoint.state
+    if state["learner"] is None:
+        raise ValueError("the checkpoint was made without learning, so --learn must be false, but got true")
+    if state["deploy"]["policy"] != serving.deploy:
+        raise ValueError(
+            f"serving.deploy must be the checkpoint's, {state['deploy']['policy']!r}, but got {serving.deploy!r}"
+        )
+    learner.load_state_dict({**state["learner"], "tensors": checkpoint.tensors})
+    sequences = [unpack(i, checkpoint.replay, note) for i, note in enumerate(state["replay"])]
+    first_held_out = len(sequences) - state["held_out"]
+    learner.load_sequences(sequences[:first_held_out], sequences[first_held_out:])

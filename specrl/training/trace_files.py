@@ -1,4 +1,4 @@
-"""Sequences on disk: safetensors, with what is not a tensor as JSON; in shards under an index where they are many."""
+"""Sequences on disk: tensors as safetensors, other values as JSON, in shards under an index."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REJECTED = ("positions", "tokens", "logits")
 
 
 def pack(sequences: Sequence[Traced]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Tensors by '<number>.<name>', and a JSON-able note of each sequence."""
+    """Tensors by '<number>.<name>', and the other values of each sequence, JSON-able."""
     tensors: dict[str, Tensor] = {}
     notes: list[dict[str, Any]] = []
     for i, sequence in enumerate(sequences):
@@ -36,7 +36,7 @@ def pack(sequences: Sequence[Traced]) -> tuple[dict[str, Tensor], list[dict[str,
 
 
 def unpack(i: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> Traced:
-    """The sequence of number `i` of a `pack`."""
+    """Sequence `i` of a `pack`."""
     rejected = {name: tensors[f"{i}.rejected.{name}"] for name in _REJECTED} if note["rejected"] else None
     fields: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in _TENSORS}
     fields |= {name: note[name] for name in _NUMBERS}
@@ -44,15 +44,15 @@ def unpack(i: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> Tr
 
 
 class ShardWriter:
-    """Writes sequences to a directory; at every moment its index names whole shards only.
+    """Writes sequences to a directory; its index only ever names complete shards.
 
     Args:
-        directory: without an index yet.
-        about: what the sequences are of, JSON-able: 'target' and its 'features' [3H] and 'vocab_size' at least.
-        size: sequences of a shard.
+        directory: a directory without an index.
+        about: a description of the sequences, JSON-able: at least 'target', 'taps' and 'vocab_size'.
+        size: sequences in a shard.
 
     Raises:
-        ValueError: a size below 1, or sequences are there already.
+        ValueError: a size below 1, or the directory holds sequences already.
     """
 
     def __init__(self, directory: OutputDir, about: Mapping[str, Any], size: int) -> None:
@@ -66,14 +66,14 @@ class ShardWriter:
         self.written = 0
 
     def add(self, sequences: Sequence[Traced]) -> None:
-        """Take sequences, and write those that fill a shard."""
+        """Add sequences, and write complete shards."""
         self._waiting += sequences
         while len(self._waiting) >= self._size:
             self._write(self._waiting[: self._size])
             del self._waiting[: self._size]
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the last shard."""
         if self._waiting:
             self._write(self._waiting)
             self._waiting = []
@@ -88,10 +88,10 @@ class ShardWriter:
 
 
 class Traces:
-    """Recorded sequences, read when they are asked for.
+    """Recorded sequences, which are read on demand.
 
     Raises:
-        ValueError: no index there, or one that is not ours.
+        ValueError: there is no index, or it has another format.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -109,21 +109,21 @@ class Traces:
             raise ValueError(f"{INDEX} of traces must be JSON with 'shards', but got {error}; record again") from error
         if found != _FORMAT or strange:
             raise ValueError(
-                f"traces must be of format {_FORMAT}, their shards beside {INDEX}, but got {found} {strange[:1]}"
+                f"traces must have format {_FORMAT} and shards in the folder of {INDEX}, but got {found} {strange[:1]}"
             )
 
     def __len__(self) -> int:
         return len(self._notes)
 
     def length(self, number: int) -> int:
-        """Tokens of a sequence."""
+        """The number of tokens of a sequence."""
         return int(self._notes[number][2]["length"])
 
     def read(self, numbers: Sequence[int]) -> Iterator[Traced]:
-        """The sequences of these numbers, from 0 on.
+        """The sequences with these numbers, from 0.
 
         Raises:
-            ValueError: a shard that is missing or damaged.
+            ValueError: a shard is missing or damaged.
         """
         with ExitStack() as stack:
             files: dict[str, Any] = {}
@@ -135,12 +135,12 @@ class Traces:
                     yield unpack(i, _Lazy(files[file]), note)
                 except (OSError, SafetensorError) as error:
                     raise ValueError(
-                        f"traces must be whole, but {file} cannot be read: {error}; record again"
+                        f"traces must be complete, but {file} cannot be read: {error}; record again"
                     ) from error
 
 
 class _Lazy(dict[str, Tensor]):
-    """Tensors of an open file by name."""
+    """The tensors of an open file by name."""
 
     def __init__(self, file: Any) -> None:
         super().__init__()

@@ -109,8 +109,8 @@ def served_vocabulary(
     done = 0
     while done < requests:
         for ended in session.round(Plan(0)).finished:
-            apart = int(done >= requests * 3 // 4)
-            counts[apart] += _counted((*ended.prompt, *ended.tokens), model.config.vocab_size)
+            part = int(done >= requests * 3 // 4)
+            counts[part] += _counted((*ended.prompt, *ended.tokens), model.config.vocab_size)
             done += 1
     engine.close()
     vocabulary = top_tokens(counts[0], size)
