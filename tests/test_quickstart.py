@@ -9,6 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from specrl.cli import main
+from specrl.measure.plain import PlainSetting
 from specrl.models.draft import load_draft
 from specrl.training import quickstart as training
 
@@ -19,9 +20,9 @@ def _in_a_fresh_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_quickstart_ends_in_its_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specrl.measure.plain.usable_cores", lambda: 1)  # two threads are slow beside other work
-    served = replace(training.SERVING, batch_schedule="1x4,4x4,16x4")
-    monkeypatch.setattr("specrl.training.quickstart.SERVING", served)
+    monkeypatch.setattr(training, "SERVING", replace(training.SERVING, batch_schedule="1x4,4x4,16x4"))
+    monkeypatch.setattr(training, "WORKLOAD", replace(training.WORKLOAD, max_new_tokens=16))
+    monkeypatch.setattr(training, "fastest_plain", lambda _, __, batch: PlainSetting("float32", 1, batch, 0.01))
     line = "quickstart --train_seconds 3 --idle_seconds 1 --measure_seconds 3 --output_dir out"
     assert main(line.split()) == 0
     printed = capsys.readouterr().out.strip().splitlines()
