@@ -1,160 +1,112 @@
-"""What speculation gains on a GPU: one command, one machine, no network, in under nine minutes.
+"""What speculation gains on a GPU, in about eight minutes and without network.
 
-    python benchmarks/gpu.py run [--minutes 8] [--output runs/gpu]
-    python benchmarks/gpu.py report [--output runs/gpu] [--page docs/results/h200.md]   # from the raw data alone
+    python benchmarks/gpu.py all [--minutes 8] [--output runs/gpu]
+    python benchmarks/gpu.py pretrain|train|bench|... [--seconds 120] [--output runs/gpu]
 
-Stages, each with its share of the time, which it keeps by a clock and says what it did:
-  pretrain   a Llama of 300 M parameters on the Python sources of this machine, with a tokenizer trained on the spot
-  learn      its EAGLE3 draft from random initialisation, online, with the default learner and chooser
-  measure    batch 1, 8, 16, 32 x lookahead 0, 3, 4, 5 in turns with the fastest plain decoding, then the share of a
-             round in which the device waits for the host
-  plain_8b   a plain step of Llama-3.1-8B's shape with random weights, against the device's copy bandwidth
+Stages, each in a process of its own, with its share of the time:
 
-Raw data: `gpu.json` in --output, with the seconds of every block; goals are judged from it. On a CPU everything is
-shrunk, and shows no more than that it runs.
+    check      `specrl doctor` and the tests that need a GPU
+    pretrain   a Llama of 300 M parameters on the Python sources of this machine
+    train      `specrl train`: its EAGLE3 draft from random initialisation, and a plan for each batch size
+    bench      `specrl bench` for each batch size: all plans against the fastest plain decoding
+    host       the share of a round in which the GPU waits for the host
+    plain      a plain step of Llama-3.1-8B's shape with random weights, against copy bandwidth
+    report     page.md, report/report.html (`specrl report`) and the goals, from the files of the others
+
+A stage needs the files of earlier ones in --output only. On a CPU everything is small and no goal is judged.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # gpu_stages, also when tests import this file
-sys.path.insert(1, str(Path(__file__).parents[1] / "tools"))  # pretraining
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # pretraining
+sys.path.insert(0, str(Path(__file__).parents[1]))  # specrl
 
-from gpu_stages.learn import learn
-from gpu_stages.measure import host_shares, measure
+from gpu_stages.commands import bench, check, train
+from gpu_stages.host import host
 from gpu_stages.plain import plain
 from gpu_stages.pretrain import pretrain
-from gpu_stages.report import goals, page
-from gpu_stages.sizes import SHARES, SIZES
+from gpu_stages.report import report
+from gpu_stages.stage import SIZES, Stage
 
-from specrl.core.clock import Clock, WallClock
-from specrl.io.output import OutputDir, show, table
-from specrl.measure.machine import environment, keep_large_blocks
-from specrl.models.target import load_target
+from specrl.core.clock import WallClock
+from specrl.io.output import OutputDir
 
-_HOST = 0.2  # of the time of 'measure', for what comes after the table
-RAW = "gpu.json"
+STAGES: dict[str, Callable[[Stage], None]] = {
+    "check": check,
+    "pretrain": pretrain,
+    "train": train,
+    "bench": bench,
+    "host": host,
+    "plain": plain,
+    "report": report,
+}
+SHARES = {"check": 0.12, "pretrain": 0.3, "train": 0.23, "bench": 0.24, "host": 0.05, "plain": 0.06}  # of the time
+REPORT_SECONDS = 30.0
 
-
-def run(
-    minutes: float,
-    output: Path,
-    device: str,
-    size: str,
-    clock: Clock | None = None,
-    learner_device: str | None = None,
-) -> dict[str, Any]:
-    """All stages, their time counted on `clock` (None: the machine's); the raw data, which is written after each."""
-    sizes, clock, directory = SIZES[size], clock or WallClock(device), OutputDir(output)
-    began, total = clock.now(), minutes * 60
-    ends, so_far = {}, 0.0
-    for name, share in SHARES.items():
-        so_far += share
-        ends[name] = began + so_far * total
-    raw: dict[str, Any] = {
-        "command": f"python benchmarks/gpu.py run --minutes {minutes:g} --device {device} --size {size}",
-        "size": size,
-        "on_gpu": device.startswith("cuda"),
-        "device": about(device),
-        "environment": environment(),
-        "batch_sizes": list(sizes.batch_sizes),
-        "minutes": minutes,
-        "stages": {},
-        "times": [],
-    }
-
-    def keep(name: str, stage: str, done: dict[str, Any]) -> None:
-        now = clock.now()
-        raw["stages"][name] = done
-        raw["times"].append({"stage": name, "until_s": ends[stage] - began, "ended_s": now - began})
-        raw["seconds"] = now - began
-        directory.write_json(RAW, raw)
-        brief = {k: v for k, v in done.items() if not isinstance(v, (list, dict))}
-        show(f"{name}: ended at {now - began:.0f} s of {ends[stage] - began:.0f} s; {json.dumps(brief)}")
-
-    target = directory.path / "target"
-    keep("pretrain", "pretrain", pretrain(target, sizes, device, clock, ends["pretrain"]))
-    model = load_target(target, device=device, dtype=torch.bfloat16)
-    served, done = learn(model, target, sizes, directory, clock, ends["learn"], learner_device)
-    keep("learn", "learn", done)
-    table_end = ends["measure"] - _HOST * SHARES["measure"] * total
-    keep("measure", "measure", measure(model, served.learned, target, sizes, clock, table_end))
-    keep("host", "measure", host_shares(model, served.learned, target, sizes, clock, ends["measure"]))
-    del model, served
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-    keep("plain_8b", "plain_8b", plain(sizes, device, clock, ends["plain_8b"]))
-    return raw
+RunStage = Callable[[Sequence[str], float], int]  # command line and seconds -> exit status
 
 
-def about(device: str) -> dict[str, Any]:
-    """The device's name, its driver, and what torch knows of it."""
-    if not device.startswith("cuda"):
-        return {"name": "CPU", "driver": None}
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def run_stage(words: Sequence[str], seconds: float) -> int:
+    """Run a stage in a new process, so that a fault of the device ends no other; 124 if it takes far too long."""
     try:
-        driver = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
-    except (OSError, subprocess.SubprocessError):
-        driver = ""
-    known = torch.cuda.get_device_properties(device)
-    return {
-        "name": known.name,
-        "driver": driver.strip() or None,
-        "cuda": torch.version.cuda,
-        "memory_bytes": known.total_memory,
-        "multiprocessors": known.multi_processor_count,
-    }
+        return subprocess.run([sys.executable, __file__, *words], timeout=2 * seconds + 30).returncode
+    except subprocess.TimeoutExpired:
+        return 124
 
 
-def tell(raw: dict[str, Any]) -> None:
-    """The table, the picks and the goals, and a line of JSON last."""
-    stages = raw["stages"]
-    keys = ["batch_size", "plan", "mean_tps", "p50_tps", "p05_tps", "p95_tps", "speedup", "low", "high"]
-    keys += ["accept_length", "round_ms", "draft_ms", "verify_ms", "other_ms"]
-    show(table(stages["measure"]["rows"], keys, title="Speculative against plain decoding, temperature 0.7"))
-    host = stages["host"]
-    if host["defined"]:
-        show(table(host["rows"], title="Seconds of a round, and the host's share"))
-    else:
-        show(f"host share: not defined here ({host['why']})")
-    columns = ["context", "seconds", "bytes_per_s", "of_copy"]
-    show(table(stages["plain_8b"]["rows"], columns, title="A plain step of random weights, batch 1"))
-    show("the chooser's plans: " + ", ".join(f"batch {b}: {p}" for b, p in stages["learn"]["picks"].items()))
-    for goal, found, verdict in goals(raw):
-        show(f"{verdict}: {goal}; measured: {found}")
-    print(json.dumps({"goals": {goal: verdict for goal, _, verdict in goals(raw)}, "seconds": raw["seconds"]}))
+def run_all(output: Path, options: Sequence[str], *, minutes: float, run_stage: RunStage = run_stage) -> int:
+    """Run all stages, whatever becomes of the others, and write stages.json; returns how many failed.
+
+    Args:
+        output: directory of the results.
+        options: further options of every stage.
+        minutes: of all stages together. Time that one does not use goes to the later ones.
+        run_stage: runs one stage.
+    """
+    clock, rows = WallClock(), list[dict[str, object]]()
+    deadline = clock.now() + 60 * minutes
+    for number, stage in enumerate(STAGES):
+        shares = [SHARES.get(name, 0.0) for name in list(STAGES)[number:]]
+        began = clock.now()
+        left = max(0.0, deadline - began)
+        seconds = left * shares[0] / sum(shares) if shares[0] else REPORT_SECONDS
+        status = run_stage([stage, "--output", str(output), "--seconds", f"{seconds:.1f}", *options], seconds)
+        took = clock.now() - began
+        rows.append({"stage": stage, "seconds_given": seconds, "seconds": took, "exit_status": status})
+        OutputDir(output).write_json("stages.json", {"rows": rows})
+        print(f"{stage}: {took:.0f} s of {seconds:.0f} s, exit status {status}", flush=True)
+    return sum(row["exit_status"] != 0 for row in rows)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--output", type=Path, default=Path("runs/gpu"))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one stage, or all; returns the exit status."""
+    description, _, stages = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=stages, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=("all", *STAGES))
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="directory of all results")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of 'all'")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of a single stage")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--learner_device", help="of the draft's learner; by default the same, in turns with serving")
-    parser.add_argument("--size", choices=tuple(SIZES), help="by default 'full' on a GPU, 'small' on a CPU")
-    parser.add_argument("--page", type=Path, help="of 'report': write the page there, and not to standard output")
+    parser.add_argument("--size", choices=tuple(SIZES), help="default: 'full' on a GPU, 'small' on a CPU")
     args = parser.parse_args(arguments)
-    if args.what == "run":
-        keep_large_blocks()
-        on_gpu = args.device.startswith("cuda")
-        size = args.size or ("full" if on_gpu else "small")
-        tell(run(args.minutes, args.output, args.device, size, learner_device=args.learner_device))
-        return
-    text = page(json.loads((args.output / RAW).read_text()))
-    if args.page:
-        args.page.write_text(text, encoding="utf-8")
-    else:
-        print(text)
+    size = args.size or ("full" if args.device.startswith("cuda") else "small")
+    if args.stage == "all":
+        options = ["--device", args.device, "--size", size]
+        return 1 if run_all(args.output, options, minutes=args.minutes) else 0
+    clock = WallClock(args.device)
+    STAGES[args.stage](Stage(args.output, args.device, size, clock, clock.now() + args.seconds))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py`, shrunk, and the learner on a device of its own: ready for a GPU, on a machine without one."""
+"""`benchmarks/gpu.py` in its small size on a CPU, and a learner on a device of its own."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import pretraining
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny import AUX_LAYERS, tiny_target
 
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.core.clock import VirtualClock
 from specrl.core.plan import Plan
 from specrl.io.output import OutputDir
-from specrl.models.draft import new_draft
+from specrl.measure.plain import PlainSetting
+from specrl.models.draft import load_draft, new_draft
 from specrl.models.target import load_target
 
 HERE = Path(__file__).parent
-PLANS = ["0", "3/1/4", "4/1/5", "5/1/6"]
 
 
 class Ticking(VirtualClock):
-    """Every reading takes 10 ms, so that what stages do is the same however slow the machine."""
+    """Every reading takes 10 ms, so that the stages do the same on any machine."""
 
     def now(self) -> float:
         self.advance(0.01)
@@ -36,137 +35,99 @@ class Ticking(VirtualClock):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def gpu() -> Any:
-    """The script; its stages can be imported from then on."""
+def gpu() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(HERE.parent / "benchmarks"))
+        patch.setattr("specrl.measure.arms.fastest_plain", lambda *_: PlainSetting("float32", 1, 1, 1e-3))
         yield importlib.import_module("gpu")
-
-
-@pytest.fixture(scope="module")
-def done(gpu: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("gpu")
-    gpu.tell(gpu.run(0.06, output, "cpu", "small", Ticking()))
-    return output
-
-
-def read(output: Path) -> dict[str, Any]:
-    found = json.loads((output / "gpu.json").read_text())
-    assert isinstance(found, dict)
-    return found
 
 
 def stage(name: str) -> ModuleType:
     return importlib.import_module(f"gpu_stages.{name}")
 
 
-def test_every_stage_leaves_its_raw_data(done: Path) -> None:
-    raw = read(done)
-    assert [at["stage"] for at in raw["times"]] == ["pretrain", "learn", "measure", "host", "plain_8b"]
-    assert raw["environment"]["torch"] == torch.__version__ and raw["device"]["name"] == "CPU" and not raw["on_gpu"]
-    stages = raw["stages"]
-    assert stages["pretrain"]["steps"] > 20
-    course = stages["pretrain"]["course"]
-    assert course[-1]["loss"] < course[0]["loss"] - 0.5
-    learnt = stages["learn"]
-    assert learnt["requests"] >= 16 and learnt["updates"] >= 16 and learnt["rounds"] >= 32
-    assert learnt["serving_s_per_request"] > 0 and learnt["learning_s_per_request"] > 0
-    assert set(learnt["picks"]) == {"1", "2"} and set(learnt["picks"].values()) <= set(PLANS)
-    lanes = [(row["batch_size"], row["plan"]) for row in stages["measure"]["rows"]]
-    assert lanes == [(1, "plain"), (1, "plain (A/A)"), *((1, p) for p in PLANS), (2, "plain"), *((2, p) for p in PLANS)]
-    for row in stages["measure"]["rows"]:
-        name = {"plain (A/A)": "A/A"}.get(row["plan"], row["plan"])
-        blocks = [b for b in stages["measure"]["blocks"] if (b["batch_size"], b["lane"]) == (row["batch_size"], name)]
-        assert len(blocks) >= 6 and all(block["seconds"] > 0 for block in blocks)
-        assert row["p05_tps"] <= row["p50_tps"] <= row["p95_tps"]
-        assert row["draft_ms"] + row["verify_ms"] + row["other_ms"] == pytest.approx(row["round_ms"])
-        assert row["plan"] == "plain" or row["low"] <= row["speedup"] <= row["high"]
-    for row in stages["plain_8b"]["rows"]:
-        assert row["of_copy"] == pytest.approx(row["bytes"] / row["seconds"] / stages["plain_8b"]["copy_bytes_per_s"])
-
-
-def test_the_page_is_made_of_the_raw_data_alone(
-    gpu: ModuleType, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    raw = read(done)
-    OutputDir(tmp_path).write_json("gpu.json", raw)
-    capsys.readouterr()
-    gpu.main(["report", "--output", str(tmp_path)])
-    said = capsys.readouterr().out
-    assert "Shrunk, on a CPU" in said and said.count("NOT MEASURED") == 4
-    row = raw["stages"]["measure"]["rows"][2]
-    assert f"| 1 | 0 | {row['mean_tps']:.1f} | {row['p50_tps']:.1f} |" in said
-    gpu.main(["report", "--output", str(tmp_path), "--page", str(tmp_path / "page.md")])
-    assert (tmp_path / "page.md").read_text(encoding="utf-8").strip() == said.strip()
-    row = {"batch_size": 1, "plan": "3/1/4", "wall_s": 0.004, "busy_s": 0.003, "share": 0.25}
-    raw["on_gpu"], raw["stages"]["host"] = True, {"defined": True, "rows": [row], "out_of_time": []}
-    said = stage("report").page(raw)
-    assert "| 1 | 3/1/4 | 4.000 | 3.000 | 25.0% |" in said and "Shrunk" not in said
-    assert "| host share of every round < 10% | 25.0% (batch 1, 3/1/4) | FAIL |" in said
-
-
-def test_what_is_pretrained_is_what_is_loaded(done: Path) -> None:
-    config = stage("sizes").SMALL.target
-    target = load_target(done / "target")
-    assert target.config.num_layers == config.num_layers
-    weights = pretraining.new_weights(config)
-    with torch.no_grad():
-        for name, tensor in load_file(done / "target" / "model.safetensors").items():
-            weights[name].copy_(tensor)
-        ids = torch.randint(0, config.vocab_size, (2, 30), generator=torch.Generator().manual_seed(0))
-        found = pretraining.logits(weights, ids, *pretraining.rotary(30, config), config)
-        torch.testing.assert_close(found, target(ids), atol=1e-3, rtol=1e-3)
-
-
-def test_time_that_is_up_leaves_cells_out_and_says_so(done: Path) -> None:
-    sizes, model = stage("sizes").SMALL, load_target(done / "target")
+def small(output: Path, seconds: float) -> Any:
     clock = Ticking()
-    found = stage("measure").measure(model, new_draft(model), done / "target", sizes, clock, clock.now())
-    assert found["out_of_time"] == [1, 2] and found["rows"] == []
-    plain = stage("plain").plain(sizes, "cpu", clock, clock.now())
-    assert len(plain["rows"]) == 1 and plain["out_of_time"] == [32]
+    return stage("stage").Stage(output, "cpu", "small", clock, clock.now() + seconds)
 
 
-def test_device_busy_seconds_are_a_union() -> None:
+@pytest.fixture(scope="module")
+def done(gpu: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of all stages but the check."""
+    output = tmp_path_factory.mktemp("gpu")
+    for name, seconds in {"pretrain": 0.1, "train": 600.0, "bench": 1.0, "host": 1.0, "plain": 1.0}.items():
+        gpu.STAGES[name](small(output, seconds))
+    gpu.main(["report", "--output", str(output), "--device", "cpu"])
+    return output
+
+
+def test_every_stage_leaves_its_results(done: Path) -> None:
+    rows = {path.stem: json.loads(path.read_text())["rows"] for path in done.glob("*.json")}
+    assert rows["pretrain"][0]["steps"] > 5 and load_target(done / "target").config.num_layers == 7
+    assert [row["batch_size"] for row in rows["train"]] == [1, 2]
+    plans = ["plain", "plain (A/A)", "0", "3/1/4", "4/1/5", "5/1/6"]
+    assert [row["plan"] for row in rows["bench"]] == 2 * plans and rows["bench"][-1]["batch_size"] == 2
+    assert rows["host"] == [], "it is defined on a GPU only"
+    assert len(rows["plain"]) == 2 and all(row["of_copy"] > 0 for row in rows["plain"])
+    page = (done / "page.md").read_text()
+    assert page.count("NOT MEASURED") == 4 and page.count(f"torch {torch.__version__}") == 5
+    assert "bench-2" in (done / "report" / "report.html").read_text()
+
+
+def test_a_stage_without_time_does_the_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[tuple[object, ...]] = []
+    monkeypatch.setattr(stage("commands"), "run_command", lambda *words: lines.append(words) or 2)
+    with pytest.raises(SystemExit, match=r"failed: exit statuses \[2\]"):
+        stage("commands").bench(small(tmp_path, 0.0))
+    assert lines[0][lines[0].index("--batch_sizes") + 1] == 1
+    stage("plain").plain(small(tmp_path, 0.0))
+    assert len(json.loads((tmp_path / "plain.json").read_text())["rows"]) == 1
+
+
+def test_a_failed_stage_stops_no_other(gpu: ModuleType, tmp_path: Path) -> None:
+    lines: list[Sequence[str]] = []
+
+    def run_stage(words: Sequence[str], seconds: float) -> int:
+        lines.append(words)
+        return 124 if words[0] == "train" else 0
+
+    assert gpu.run_all(tmp_path, ["--size", "small"], minutes=1.0, run_stage=run_stage) == 1
+    assert [words[0] for words in lines] == list(gpu.STAGES) and lines[0][-2:] == ["--size", "small"]
+    rows = json.loads((tmp_path / "stages.json").read_text())["rows"]
+    assert [row["exit_status"] for row in rows] == [0, 0, 124, 0, 0, 0, 0]
+
+
+def test_the_check_runs_the_doctor_and_the_cuda_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = stage("commands")
+    monkeypatch.setattr(commands, "run_command", lambda *words: 0)
+    tests = SimpleNamespace(returncode=1, stdout="F.\n1 failed, 1 passed in 3 s\n")
+    monkeypatch.setattr(commands.subprocess, "run", lambda words, **settings: tests)
+    with pytest.raises(SystemExit, match=r"failed: exit statuses \[0, 1\]"):
+        commands.check(small(tmp_path, 1.0))
+    rows = json.loads((tmp_path / "check.json").read_text())["rows"]
+    assert [row["exit_status"] for row in rows] == [0, 1] and rows[1]["result"] == "1 failed, 1 passed in 3 s"
+
+
+def test_busy_seconds_are_those_of_a_union() -> None:
     spans = [(0.0, 10.0, "gpu"), (5.0, 12.0, "gpu"), (6.0, 7.0, "gpu"), (20.0, 21.0, "gpu"), (0.0, 99.0, "cpu")]
     events = [SimpleNamespace(time_range=SimpleNamespace(start=a, end=b), device_type=d) for a, b, d in spans]
-    assert stage("measure").busy_seconds(events, "gpu") == pytest.approx(13e-6)
+    assert stage("host").busy_seconds(events, "gpu") == pytest.approx(13e-6)
 
 
-def test_rounds_are_profiled_without_a_request_that_ends(done: Path) -> None:
-    """On a CPU, operations stand for kernels."""
-    model = load_target(done / "target")
-    sizes = stage("sizes").SMALL
-    wall, busy = stage("measure").round_seconds(model, new_draft(model), done / "target", sizes, 1, Plan(1))
-    assert wall > 0 and busy > 0
+def test_rounds_are_profiled(done: Path) -> None:
+    target, draft = load_target(done / "target"), load_draft(done / "train" / "draft")
+    wall_s, busy_s = stage("host").round_seconds(small(done, 1.0), target, draft, 1, Plan(1), groups=1)
+    assert wall_s > 0 and busy_s > 0
 
 
 def test_the_large_shape_is_llamas() -> None:
-    plain, config = stage("plain"), stage("sizes").LLAMA_8B
-    assert plain.count(config) == 8_030_261_248  # as meta-llama/Llama-3.1-8B states
-    embedding = 128256 * 4096
-    assert plain.weight_bytes(config, 2) == 2 * (8_030_261_248 - embedding + 4096)
-    assert plain.cache_bytes(config, 1000, 2) == 131_072_000
-    assert stage("plain").count(stage("sizes").FULL.target) >= 150e6
-    drawn = plain.RandomTensors(config, "meta", torch.bfloat16)
-    assert drawn["lm_head.weight"].shape == (128256, 4096) and drawn["lm_head.weight"].device.type == "meta"
-
-
-def measured(**changes: Any) -> dict[str, Any]:
-    """Raw data that reaches every goal, but for `changes`."""
-    cells = {1: (1.6, 1.5, 1.7), 8: (1.0, 0.99, 1.01)} | changes.get("cells", {})
-    rows = [{"batch_size": b, "plan": "3/1/4", "speedup": v, "low": lo, "high": hi} for b, (v, lo, hi) in cells.items()]
-    host = {"batch_size": 1, "plan": "0", "share": changes.get("share", 0.05)}
-    return {
-        "on_gpu": changes.get("on_gpu", True),
-        "batch_sizes": [1, 8],
-        "stages": {
-            "learn": {"picks": {"1": "3/1/4", "8": changes.get("pick", "3/1/4")}},
-            "measure": {"rows": rows},
-            "host": {"rows": [host]},
-            "plain_8b": {"rows": [{"of_copy": changes.get("of_copy", 0.7), "context": 128.0}]},
-        },
-    }
+    plain, config = stage("plain"), stage("stage").LLAMA_8B
+    assert plain.count(config) == 8_030_261_248  # as meta-llama/Llama-3.1-8B says
+    assert plain.weight_bytes(config) == 2 * (8_030_261_248 - 128256 * 4096 + 4096)
+    assert plain.cache_bytes(config, 1000) == 131_072_000
+    assert plain.count(stage("stage").SIZES["full"].target) > 250e6
+    drawn = plain.RandomTensors(config, "meta")
+    assert drawn["lm_head.weight"].shape == (128256, 4096) and not drawn
 
 
 @pytest.mark.parametrize(
@@ -174,15 +135,29 @@ def measured(**changes: Any) -> dict[str, Any]:
     [
         ({}, ["PASS"] * 4),
         ({"of_copy": 0.59}, ["FAIL", "PASS", "PASS", "PASS"]),
-        ({"share": 0.11}, ["PASS", "FAIL", "PASS", "PASS"]),
-        ({"cells": {1: (1.49, 1.4, 1.6)}}, ["PASS", "PASS", "FAIL", "PASS"]),
-        ({"cells": {8: (0.97, 0.95, 0.99)}}, ["PASS", "PASS", "PASS", "FAIL"]),
-        ({"pick": "5/1/6"}, ["PASS", "PASS", "PASS", "NOT MEASURED"]),
-        ({"on_gpu": False}, ["NOT MEASURED"] * 4),
+        ({"host_share": 0.11}, ["PASS", "FAIL", "PASS", "PASS"]),
+        ({"speedup": 1.49}, ["PASS", "PASS", "FAIL", "PASS"]),
+        ({"high": 0.99}, ["PASS", "PASS", "PASS", "FAIL"]),
+        ({"plan": "5/1/6"}, ["PASS", "PASS", "NOT MEASURED", "NOT MEASURED"]),
+        ({"device": "cpu"}, ["NOT MEASURED"] * 4),
+        ({"size": "small"}, ["NOT MEASURED"] * 4),
     ],
 )
-def test_goals_are_judged_by_what_was_measured(changes: dict[str, Any], verdicts: list[str]) -> None:
-    assert [verdict for _, _, verdict in stage("report").goals(measured(**changes))] == verdicts
+def test_goals_are_judged_by_what_was_measured(changes: dict[str, Any], verdicts: list[str], tmp_path: Path) -> None:
+    """Of files that reach every goal, but for `changes`."""
+    cell = {"plan": "3/1/4", "speedup": 1.6, "low": 1.5, "high": 1.7}
+    records = {
+        "plain": [{"context": context, "of_copy": 0.7} for context in (128.0, 1024.0)],
+        "host": [{"batch_size": batch, "plan": str(n), "host_share": 0.05} for batch in (1, 32) for n in range(5)],
+        "train": [{"batch_size": batch, "plan": "3/1/4"} for batch in (1, 8, 16, 32)],
+        "bench": [{"batch_size": batch, **cell} for batch in (1, 8, 16, 32)],
+    }
+    for name, rows in records.items():
+        for row in rows[:1]:
+            row.update({key: value for key, value in changes.items() if key in row and name != "train"})
+        where = {"size": changes.get("size", "full"), "device": changes.get("device", "cuda")}
+        OutputDir(tmp_path).write_json(f"{name}.json", {**where, "rows": rows})
+    assert [goal["verdict"] for goal in stage("report").goals(tmp_path)] == verdicts
 
 
 def test_a_learner_computes_on_one_device_and_hands_out_on_the_targets() -> None:

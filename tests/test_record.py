@@ -89,11 +89,11 @@ def test_what_is_no_record_is_refused_by_name() -> None:
         list(Traces(Path("out")).read([0]))
     for text in ("{", "[]", '{"format": 1}', '{"format": 9, "shards": []}'):
         Path("out", INDEX).write_text(text)
-        with pytest.raises(ValueError, match="must be JSON with 'shards'|of format 1"):
+        with pytest.raises(ValueError, match="must be JSON with 'shards'|must have format 1"):
             Traces(Path("out"))
     outside = [{"file": "../x", "sequences": [{}]}]
     Path("out", INDEX).write_text(json.dumps({"format": 1, "shards": outside}))
-    with pytest.raises(ValueError, match="beside index.json"):
+    with pytest.raises(ValueError, match="in the folder of index.json"):
         Traces(Path("out"))
 
 

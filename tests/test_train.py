@@ -112,6 +112,15 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(capsys: pytest
     assert not Path("elsewhere").exists()
 
 
+def test_a_limit_in_seconds_ends_at_a_checkpoint_with_results() -> None:
+    assert main(f"train {SHORT} --serving.max_seconds 1e-6 --output_dir run".split()) == 0
+    assert json.loads(Path("run/plans.json").read_text())["requests"] == served("run") < 4, "one round"
+    assert load_draft("run/draft").config.draft_vocab_size == 512
+    again = "train --config run/config.yaml --resume --serving.max_seconds null --serving.requests 6"
+    assert main(again.split()) == 0
+    assert served("run") >= 6
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits file sizes as Linux does")
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_whole() -> None:
     assert main(f"train {SHORT} {CHANGES} --output_dir run".split()) == 0
@@ -158,6 +167,7 @@ WRONG = {
     "--serving.batch_schedule 0x4": "must be at least 1",
     "--serving.batch_schedule fast": "is written",
     "--serving.requests 0": "serving.requests must be at least 1",
+    "--serving.max_seconds 0": "serving.max_seconds must be a finite number above 0",
     "--serving.weight_sync_interval 0": "serving.weight_sync_interval must be at least 1",
     "--checkpoint 0": "checkpoint.interval must be at least 1",
     "--workload.temperature -1": "workload.temperature must be",

@@ -1,132 +1,87 @@
-"""A plain step of a large shape with random weights, against the device's measured copy bandwidth.
+"""A plain decoding step of a large shape with random weights, against the device's copy bandwidth.
 
-Random weights take as long to read as learnt ones, so the seconds of a step hold for any checkpoint of the shape; what
-a draft would gain on them means nothing and is not measured.
+A step takes as long with random weights as with trained ones. What a draft would gain on them means nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import repeat
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_stages.sizes import Sizes
+from gpu_stages.stage import Stage
 from specrl.core.clock import Clock
-from specrl.core.interfaces import Request
 from specrl.core.plan import Plan
 from specrl.decoding.engine import LocalEngine
 from specrl.models.checkpoint import expected_target_tensors
 from specrl.models.config import TargetConfig
 from specrl.models.target import Target
+from specrl.simulation.engine import Requests
 
-_WARM_STEPS = 8
-_COPIES = 8
-
-
-class RandomTensors(Mapping[str, Tensor]):
-    """A target's tensors, each drawn on the device when it is asked for: nothing is held twice, or on the host."""
-
-    def __init__(self, config: TargetConfig, device: str, dtype: torch.dtype) -> None:
-        self.shapes, self._device, self._dtype = expected_target_tensors(config), device, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        shape = self.shapes[name]
-        if len(shape) == 1:
-            return torch.ones(shape, device=self._device, dtype=self._dtype)
-        return torch.empty(shape, device=self._device, dtype=self._dtype).normal_(std=0.02)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+CONTEXTS = (128, 1024)
+_WARM_UP_STEPS, _STEPS, _COPIES = 8, 48, 8
+_DTYPE = torch.bfloat16
 
 
-class Same:
-    """One prompt, over and over."""
+class RandomTensors(dict[str, Tensor]):
+    """The tensors of a target, drawn on the device when they are read and not kept."""
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
+    def __init__(self, config: TargetConfig, device: str) -> None:
+        super().__init__()
+        self.shapes, self.device = expected_target_tensors(config), device
 
-    def requests(self, seed: int) -> Iterator[Request]:
-        """An endless repetition."""
-        return repeat(self._request)
+    def __missing__(self, name: str) -> Tensor:
+        tensor = torch.ones(self.shapes[name], device=self.device, dtype=_DTYPE)
+        return tensor if tensor.ndim == 1 else tensor.normal_(std=0.02)
 
 
-def plain(sizes: Sizes, device: str, clock: Clock, deadline: float) -> dict[str, Any]:
-    """Seconds of a plain step at batch 1 by context, bytes it must read, and the bandwidth that comes to.
-
-    After the deadline only the first context is looked at.
-    """
-    config, dtype = sizes.plain, torch.bfloat16
-    copied = copy_bandwidth(sizes.copy_bytes, device, clock)
-    began = clock.now()
-    tensors = RandomTensors(config, device, dtype)
-    target = Target(config, tensors, device=device, dtype=dtype)
-    built_s = clock.now() - began
-    rows, skipped = [], []
-    for context in sizes.contexts:
-        if rows and clock.now() >= deadline:
-            skipped.append(context)
-            continue
-        steps = _WARM_STEPS + sizes.plain_steps
-        prompt = tuple((np.arange(context - steps // 2 - 1) % (config.vocab_size - 1) + 1).tolist())
+def plain(stage: Stage) -> None:
+    """Write plain.json: seconds of a step at batch size 1 by context length, and the bandwidth of its reading."""
+    config, rows = stage.sizes.plain, list[dict[str, Any]]()
+    copied = copy_bandwidth(min(weight_bytes(config), 4 << 30), stage.device, stage.clock)
+    target = Target(config, RandomTensors(config, stage.device), device=stage.device, dtype=_DTYPE)
+    for context in CONTEXTS:
+        if rows and not stage.seconds_left:
+            break
+        steps = _WARM_UP_STEPS + _STEPS
         engine = LocalEngine(target, max_context=context + steps)
-        request = Request(prompt, steps + 2, ignore_eos=True)
-        session = engine.start(Same(request), batch_size=1, seed=0, plain=True)
-        done = [session.round(Plan(0)) for _ in range(steps)][_WARM_STEPS:]
+        prompts = Requests((context - steps // 2,) * 2, (steps + 2,) * 2)
+        session = engine.start(prompts, batch_size=1, seed=0, plain=True)
+        rounds = [session.round(Plan(0)) for _ in range(steps)][_WARM_UP_STEPS:]
         engine.close()
-        seconds = float(np.median([each.seconds for each in done]))
-        known = float(np.mean([each.context_lengths.mean() for each in done]))
-        read = weight_bytes(config, dtype.itemsize) + cache_bytes(config, known, dtype.itemsize)
-        bandwidth = read / seconds
-        rows.append(
-            {
-                "context": known,
-                "seconds": seconds,
-                "all_seconds": [each.seconds for each in done],
-                "bytes": read,
-                "bytes_per_s": bandwidth,
-                "of_copy": bandwidth / copied,
-            }
-        )
-    return {
-        "parameters": count(config),
-        "built_s": built_s,
-        "copy_bytes_per_s": copied,
-        "rows": rows,
-        "out_of_time": skipped,
-    }
+        seconds = float(np.median([done.seconds for done in rounds]))
+        length = float(np.mean([done.context_lengths.mean() for done in rounds]))
+        bandwidth = (weight_bytes(config) + cache_bytes(config, length)) / seconds
+        figures = {"context": length, "seconds": seconds, "bytes_per_s": bandwidth, "copy_bytes_per_s": copied}
+        rows.append({"parameters": count(config), **figures, "of_copy": bandwidth / copied})
+        stage.write("plain", rows)
 
 
 def count(config: TargetConfig) -> int:
-    """Parameters."""
-    return sum(int(np.prod(shape)) for shape in expected_target_tensors(config).values())
+    """Number of parameters."""
+    return sum(map(prod, expected_target_tensors(config).values()))
 
 
-def weight_bytes(config: TargetConfig, itemsize: int) -> int:
-    """Of weights that a step of one token must read: all but the embedding, of which it reads one row."""
-    return (count(config) - (config.vocab_size - 1) * config.hidden_size) * itemsize
+def weight_bytes(config: TargetConfig) -> int:
+    """Bytes of the weights that a step reads: all of them, but one row of the embedding only."""
+    return (count(config) - (config.vocab_size - 1) * config.hidden_size) * _DTYPE.itemsize
 
 
-def cache_bytes(config: TargetConfig, context: float, itemsize: int) -> float:
-    """Of keys and values that a step of one token must read."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * context * itemsize
+def cache_bytes(config: TargetConfig, context: float) -> float:
+    """Bytes of the keys and values that a step reads."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * context * _DTYPE.itemsize
 
 
 def copy_bandwidth(size: int, device: str, clock: Clock) -> float:
-    """Bytes a second, read and written both counted, of copies of `size` bytes within the device."""
+    """Bytes per second of copies of `size` bytes on the device; reading and writing both count."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
-    copy = torch.empty_like(source)
-    copy.copy_(source)
-    best = float("inf")
+    copy, seconds = source.clone(), list[float]()
     for _ in range(3):
         began = clock.now()
         for _ in range(_COPIES):
             copy.copy_(source)
-        best = min(best, (clock.now() - began) / _COPIES)
-    return 2 * size / best
+        seconds.append(clock.now() - began)
+    return 2 * size * _COPIES / min(seconds)

@@ -1,146 +1,94 @@
-"""The goals and the Markdown page, from raw data alone."""
+"""The goals, page.md and the HTML report, made from the files of the other stages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from specrl.measure.tables import markdown
+from gpu_stages.commands import run_command
+from gpu_stages.plain import CONTEXTS
+from gpu_stages.stage import PLANS, SIZES, Stage
+from specrl.core.plan import parse_plans
+from specrl.io.output import OutputDir
 
 OF_COPY, HOST_SHARE, SPEEDUP = 0.6, 0.1, 1.5
-PASS, FAIL, NOT_MEASURED = "PASS", "FAIL", "NOT MEASURED"
-Raw = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 
-def goals(raw: Raw) -> list[tuple[str, str, str]]:
-    """Goal, what was measured, and PASS, FAIL or NOT MEASURED, which a run on a CPU or one cut short leaves behind."""
-    return [_plain_step(raw), _host_share(raw), _speedup_at_1(raw), _never_slower(raw)]
+def report(stage: Stage) -> None:
+    """Write page.md and report/report.html, and print the goals; the last line is JSON."""
+    output = stage.output
+    OutputDir(output).write_text("page.md", page(output))
+    runs = [path.parent for pattern in ("train/log.csv", "bench-*/bench.csv") for path in sorted(output.glob(pattern))]
+    if runs and run_command("report", *runs, "--output_dir", output / "report"):
+        raise SystemExit("failed: the HTML report")
+    judged = goals(output)
+    for goal in judged:
+        print(f"{goal['verdict']}: {goal['goal']}; measured: {goal['measured']}")
+    print(json.dumps({"page": str(output / "page.md"), "goals": {goal["goal"]: goal["verdict"] for goal in judged}}))
 
 
-def _judged(goal: str, raw: Raw, found: str | None, holds: bool) -> tuple[str, str, str]:
-    if found is None or not raw["on_gpu"]:
-        return goal, found or "nothing", NOT_MEASURED
-    return goal, found, PASS if holds else FAIL
+def goals(output: Path) -> list[dict[str, str]]:
+    """Rows with 'goal', 'measured' and 'verdict': PASS, FAIL or NOT MEASURED.
 
-
-def _plain_step(raw: Raw) -> tuple[str, str, str]:
-    goal = f"8B plain step at batch 1 reads at >= {OF_COPY:.0%} of copy bandwidth"
-    rows = raw["stages"].get("plain_8b", {}).get("rows", [])
-    found = ", ".join(f"{row['of_copy']:.1%} at context {row['context']:.0f}" for row in rows)
-    return _judged(goal, raw, found or None, all(row["of_copy"] >= OF_COPY for row in rows))
-
-
-def _host_share(raw: Raw) -> tuple[str, str, str]:
-    goal = f"host share of every round < {HOST_SHARE:.0%}"
-    rows = raw["stages"].get("host", {}).get("rows", [])
-    found = ", ".join(f"{row['share']:.1%} (batch {row['batch_size']}, {row['plan']})" for row in rows)
-    return _judged(goal, raw, found or None, all(row["share"] < HOST_SHARE for row in rows))
-
-
-def _picked(raw: Raw) -> dict[int, Mapping[str, Any] | None]:
-    """The measured row of the plan that the chooser picked at each batch size; None: it was not measured."""
-    stages = raw["stages"]
-    rows = stages.get("measure", {}).get("rows", [])
-    found: dict[int, Mapping[str, Any] | None] = {}
-    for batch in raw["batch_sizes"]:
-        plan = stages.get("learn", {}).get("picks", {}).get(str(batch))
-        here = [row for row in rows if row["batch_size"] == batch and row["plan"] == plan]
-        found[batch] = here[0] if here else None
-    return found
-
-
-def _speedup_at_1(raw: Raw) -> tuple[str, str, str]:
-    goal = f"speedup at batch 1 of the chooser's plan >= {SPEEDUP}"
-    row = _picked(raw).get(1)
-    return _judged(goal, raw, row and _said(row), bool(row) and row["speedup"] >= SPEEDUP)
-
-
-def _never_slower(raw: Raw) -> tuple[str, str, str]:
-    """A plan is surely slower where its whole interval lies below 1; plan 0 is as fast as plain decoding, or less."""
-    goal = "the chooser's plan is never surely slower than plain decoding (interval below 1.0)"
-    rows = _picked(raw)
-    found = ", ".join(f"batch {batch}: {_said(row)}" for batch, row in rows.items() if row)
-    complete = all(rows.values())
-    return _judged(goal, raw, found if complete else None, all(row and row["high"] >= 1.0 for row in rows.values()))
-
-
-def _said(row: Mapping[str, Any]) -> str:
-    return f"{row['speedup']:.3f} [{row['low']:.3f}, {row['high']:.3f}] with {row['plan']}"
-
-
-def page(raw: Raw) -> str:
-    """The run as a page of Markdown."""
-    stages, where = raw["stages"], raw["environment"]
-    device = raw["device"]
-    said = (
-        f"{device['name']}, driver {device['driver'] or 'none'}; {where['cpu']}, {where['cores']} cores; torch "
-        f"{where['torch']}; {where['date_utc']}; commit {where['commit'] or 'unknown'}"
-    )
-    lines = [f"# {device['name']}", "", f"`{raw['command']}`, {raw['seconds']:.0f} s. {said}.", ""]
-    if not raw["on_gpu"]:
-        lines += ["Shrunk, on a CPU: this shows that the benchmark runs, and nothing about speed.", ""]
-    lines += ["## Goals", "", *_table(("goal", "measured", ""), goals(raw)), ""]
-    if "pretrain" in stages:
-        p = stages["pretrain"]
-        lines += [
-            "## Target",
-            "",
-            f"{p['parameters'] / 1e6:.1f} M parameters, {p['tokens'] / 1e6:.2f} M tokens in {p['training_s']:.0f} s "
-            f"({p['tokens_per_s']:,.0f} tokens/s), {p['held_out_nats_per_token']:.3f} nats per token held out.",
-            "",
-        ]
-    if "learn" in stages:
-        n = stages["learn"]
-        lines += [
-            "## Learning online",
-            "",
-            f"{n['requests']} requests, {n['updates']} updates on {n['learner_device']}; for each request "
-            f"{n['serving_s_per_request']:.4f} s serving and {n['learning_s_per_request']:.4f} s learning, in turns.",
-            "",
-            *_table(("batch", "the chooser's plan"), [(b, p) for b, p in n["picks"].items()]),
-            "",
-        ]
-    if "measure" in stages and stages["measure"]["rows"]:
-        rows = stages["measure"]["rows"]
-        title = "Speculative against plain decoding, temperature 0.7"
-        lines += [markdown(rows, title, "Plans 0, 3/1/4, 4/1/5 and 5/1/6 are lookahead 0, 3, 4 and 5."), ""]
-        parts = [
-            (r["batch_size"], r["plan"], *(f"{r[k]:.3f}" for k in ("round_ms", "draft_ms", "verify_ms", "other_ms")))
-            for r in rows
-        ]
-        lines += ["### A round", "", *_table(("batch", "plan", "ms", "draft", "verify", "other"), parts), ""]
-    host = stages.get("host")
-    if host and host["defined"]:
-        parts = [
-            (r["batch_size"], r["plan"], f"{r['wall_s'] * 1e3:.3f}", f"{r['busy_s'] * 1e3:.3f}", f"{r['share']:.1%}")
-            for r in host["rows"]
-        ]
-        heads = ("batch", "plan", "wall ms", "device-busy ms", "host share")
-        lines += ["### What the device waits for", "", *_table(heads, parts), ""]
-    elif host:
-        lines += [f"Host share: not defined here ({host['why']}).", ""]
-    if "plain_8b" in stages:
-        p = stages["plain_8b"]
-        parts = [
-            (f"{r['context']:.0f}", f"{r['seconds'] * 1e3:.3f}", f"{r['bytes_per_s'] / 1e9:.1f}", f"{r['of_copy']:.1%}")
-            for r in p["rows"]
-        ]
-        lines += [
-            "## A plain step of random weights, batch 1",
-            "",
-            f"{p['parameters'] / 1e9:.3f} B parameters in bfloat16; copies run at {p['copy_bytes_per_s'] / 1e9:.1f} "
-            "GB/s, read and written both counted. No speedup is quoted, for random weights have none.",
-            "",
-            *_table(("context", "ms", "GB/s", "of the copy"), parts),
-            "",
-        ]
-    parts = [
-        (n, f"{b:.0f}", f"{s:.0f}") for n, b, s in ((t["stage"], t["until_s"], t["ended_s"]) for t in raw["times"])
+    A goal is judged only if all its figures were measured in full size on a GPU.
+    """
+    plain, host, train, bench = (_read(output, name) for name in ("plain", "host", "train", "bench"))
+    steps = {f"{r['of_copy']:.1%} at context {r['context']:.0f}": r["of_copy"] >= OF_COPY for r in plain["rows"]}
+    shares = {
+        f"{r['host_share']:.1%} (batch {r['batch_size']}, {r['plan']})": r["host_share"] < HOST_SHARE
+        for r in host["rows"]
+    }
+    chosen = {(row["batch_size"], row["plan"]) for row in train["rows"]}
+    rows = [row for row in bench["rows"] if (row["batch_size"], row["plan"]) in chosen]
+    label = "{speedup:.3f} [{low:.3f}, {high:.3f}] with {plan}".format_map
+    fast = {label(row): row["speedup"] >= SPEEDUP for row in rows if row["batch_size"] == 1}
+    no_loss = {f"batch {row['batch_size']}: {label(row)}": row["high"] >= 1.0 for row in rows}
+    rounds, batches = 2 + 2 * len(parse_plans(PLANS)), len(SIZES["full"].batch_sizes)
+    return [
+        _goal(f"a plain step of the 8B shape reads at >= {OF_COPY:.0%} of copy bandwidth", steps, len(CONTEXTS), plain),
+        _goal(f"the host's share of a round is < {HOST_SHARE:.0%}", shares, rounds, host),
+        _goal(f"the speedup of the chooser's plan at batch 1 is >= {SPEEDUP}", fast, 1, bench),
+        _goal("no interval of the chooser's plans is below 1.0", no_loss, batches, bench),
     ]
-    lines += ["## Time", "", *_table(("stage", "was to end at second", "ended at"), parts), ""]
+
+
+def page(output: Path) -> str:
+    """The results in Markdown. Each section names device, driver, torch and date."""
+    lines = ["# GPU benchmark", "", *_table("Goals", goals(output)), *_table("Stages", _read(output, "stages")["rows"])]
+    for name in ("check", "pretrain", "train", "bench", "host", "plain"):
+        record = _read(output, name)
+        lines += _table(name, record["rows"], _where(record))
     return "\n".join(lines)
 
 
-def _table(heads: tuple[str, ...], rows: list[Any]) -> list[str]:
-    cells = [heads, ("---",) * len(heads), *rows]
-    return ["| " + " | ".join(str(cell) for cell in row) + " |" for row in cells]
+def _read(output: Path, name: str) -> Record:
+    """The record of a stage; without rows if there is none."""
+    path = output / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+
+
+def _goal(goal: str, passed: Mapping[str, bool], needed: int, record: Record) -> dict[str, str]:
+    """A row of `goals`, from its figures as text and whether each is good enough."""
+    judged = len(passed) >= needed and record["size"] == "full" and record["device"].startswith("cuda")
+    verdict = "NOT MEASURED" if not judged else "PASS" if all(passed.values()) else "FAIL"
+    return {"goal": goal, "measured": ", ".join(passed) or "nothing", "verdict": verdict}
+
+
+def _where(record: Record) -> str:
+    if "environment" not in record:
+        return "Not run."
+    named = ("cpu", "cores", "gpus", "gpu_driver", "torch", "date_utc", "commit")
+    return f"Device {record['device']}; " + ", ".join(f"{name} {record['environment'][name]}" for name in named)
+
+
+def _table(title: str, rows: Sequence[Record], where: str = "") -> Iterator[str]:
+    """Lines of a section with a table."""
+    yield from (f"## {title}", "", where, "")
+    for row in rows[:1]:
+        yield from ("| " + " | ".join(row) + " |", "|---" * len(row) + "|")
+    for row in rows:
+        yield "| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |"
+    yield ""

@@ -46,6 +46,7 @@ def environment() -> dict[str, object]:
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpu_driver": _gpu_driver() if torch.cuda.is_available() else None,
     }
     return record | {package: installed(package) for package in ("numpy", "transformers", "tokenizers", "sglang")}
 
@@ -260,6 +261,16 @@ def _read(path: str) -> str | None:
         return Path(path).read_text().strip()
     except OSError:
         return None
+
+
+def _gpu_driver() -> str | None:
+    """The version of NVIDIA's driver; None if nvidia-smi does not say it."""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0] if lines else None
 
 
 def _commit() -> str | None:

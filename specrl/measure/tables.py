@@ -135,7 +135,7 @@ def write_bench(
     if "profile" in measured:
         source = f"Simulated on profile {measured['profile']}, no measurement: {measured['source']}"
     else:
-        gpus = f", GPUs {where['gpus']}" if where["gpus"] else ""
+        gpus = f", GPUs {where['gpus']}, driver {where['gpu_driver']}" if where["gpus"] else ""
         source = f"{where['cpu']}, {where['cores']} cores{gpus}; torch {where['torch']}; {where['date_utc']}; "
         source += f"commit {where['commit'] or 'unknown'}"
     directory.write_text("bench.md", markdown(rows, title, source))

@@ -88,7 +88,8 @@ class LiveTrial:
             seed=self.seed,
         )
         watch, log = _Watch(run, study.levels), Reporter(run, out, print_line=lambda line: None)
-        serve(run, log, out, requests=serving.requests, checkpoint=CheckpointConfig(serving.requests))
+        every = CheckpointConfig(serving.requests)
+        serve(run, log, out, requests=serving.requests, checkpoint=every, max_seconds=serving.max_seconds)
         watch.end_pause()
         run.write_results(out)
         found = Measured({"learner_seconds": run.loop.learn_s, "pause_ms": 1e3 * watch.pause_s, **watch.reached})

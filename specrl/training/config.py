@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,8 @@ class ServingConfig:
         chooser: 'adaptive', or one plan for every round, such as 3/1/4.
         batch_schedule: batch sizes over time: batch size x rounds, repeated.
         requests: number of requests to serve. A resumed run counts those before it too.
+        max_seconds: stop after this many seconds, at a checkpoint; results are written. A resumed run counts from 0. By
+            default there is no limit.
         weight_sync_interval: finished requests between two updates of the serving draft.
         deploy: 'always' serves the newest weights, 'better' only tested ones. They are tested on held-out sequences and
             then in a trial on the traffic. A checkpoint ends a trial, so leave room for one between
@@ -35,6 +38,7 @@ class ServingConfig:
     chooser: str = "adaptive"
     batch_schedule: str = "16x96,4x24,1x24"
     requests: int = 2000
+    max_seconds: float | None = None
     weight_sync_interval: int = 16
     deploy: Literal["always", "better"] = "always"
 
@@ -44,6 +48,8 @@ class ServingConfig:
         for name in ("requests", "weight_sync_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"serving.{name} must be at least 1, but got {getattr(self, name)}")
+        if self.max_seconds is not None and not 0 < self.max_seconds < math.inf:
+            raise ValueError(f"serving.max_seconds must be a finite number above 0, but got {self.max_seconds}")
         if self.deploy not in ("always", "better"):
             raise ValueError(f"serving.deploy must be 'always' or 'better', but got {self.deploy!r}")
         try:

@@ -60,21 +60,48 @@ def train_online(
         )
         outputs = sinks(directory, tensorboard=log.tensorboard, wandb=log.wandb)
         report = Reporter(run, directory, sinks=outputs, part=_part_names(requests, workload.name))
-        serve(run, report, directory, requests=serving.requests, checkpoint=checkpoint)
+        serve(
+            run,
+            report,
+            directory,
+            requests=serving.requests,
+            checkpoint=checkpoint,
+            max_seconds=serving.max_seconds,
+        )
     run.write_results(directory)
 
 
-def serve(run: Run, report: Reporter, directory: OutputDir, *, requests: int, checkpoint: CheckpointConfig) -> None:
-    """Serve until `requests` have finished, including those before a resumption, and write a checkpoint at the end."""
-    saved = run.served
-    while run.served < requests:
+def serve(
+    run: Run,
+    report: Reporter,
+    directory: OutputDir,
+    *,
+    requests: int,
+    checkpoint: CheckpointConfig,
+    max_seconds: float | None = None,
+) -> None:
+    """Serve until `requests` have finished or `max_seconds` have passed, and write a checkpoint at the end.
+
+    Args:
+        run: the training run.
+        report: writes its log.
+        directory: where checkpoints are written.
+        requests: finished requests, including those before a resumption.
+        checkpoint: when to write checkpoints.
+        max_seconds: of this call, checked after each round; None: no limit.
+    """
+    clock = run.engine.clock
+    deadline = None if max_seconds is None else clock.now() + max_seconds
+    saved, done = run.served, run.served >= requests
+    while not done:
         run.loop.step()
-        if run.served - saved >= checkpoint.interval or run.served >= requests:
+        done = run.served >= requests or (deadline is not None and clock.now() >= deadline)
+        if done or run.served - saved >= checkpoint.interval:
             saved = run.served
             run.loop.end_session()
             report.line()
             run.save(directory.path, seconds=report.seconds, replay=checkpoint.keep_replay_buffer)
-            if run.served < requests:
+            if not done:
                 run.loop.start_session()
         else:
             report.maybe()

@@ -38,7 +38,7 @@ def train_ray(
         target: the model; on the CPU.
         draft: to start from.
         workload: the requests.
-        serving: how they are served; deploy must be 'always'.
+        serving: how they are served; deploy must be 'always', and max_seconds is not supported.
         learner: how the draft learns.
         resume: continue from the learner's checkpoint in output_dir.
         seed: of everything random.
@@ -52,6 +52,10 @@ def train_ray(
     """
     if serving.deploy != "always":
         raise ValueError(f"serving.deploy must be 'always' on Ray, but got {serving.deploy!r}; leave it out")
+    if serving.max_seconds is not None:
+        raise ValueError(
+            f"serving.max_seconds must be left out on Ray, but got {serving.max_seconds}; set serving.requests"
+        )
     directory = OutputDir(output_dir or Path("runs/train-ray"))
     model, requests = target.load(device="cpu"), workload.open(target.name, "train", ignore_eos=False)
     first = make_draft(draft, model, requests, max_context=workload.max_context, seed=seed)
