@@ -30,7 +30,7 @@ bench: $(base)  ## measure speculative against plain decoding on this machine
 	$(VENV)/bin/specrl bench $(ARGS)
 
 test: $(dev)  ## run the tests
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 	@echo "Not run: tests/sglang, with SGLang itself (make test-sglang; an environment of its own, about 2 GB)"
 	@echo "Not run: tests/cluster, on a Ray cluster (make test-ray; another environment, about 2 GB)"
 

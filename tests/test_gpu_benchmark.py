@@ -76,7 +76,12 @@ def test_every_stage_leaves_its_results(done: Path) -> None:
 
 def test_a_stage_without_time_does_the_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[tuple[object, ...]] = []
-    monkeypatch.setattr(stage("commands"), "run_command", lambda *words: lines.append(words) or 2)
+
+    def run_command(*words: object) -> int:
+        lines.append(words)
+        return 2
+
+    monkeypatch.setattr(stage("commands"), "run_command", run_command)
     with pytest.raises(SystemExit, match=r"failed: exit statuses \[2\]"):
         stage("commands").bench(small(tmp_path, 0.0))
     assert lines[0][lines[0].index("--batch_sizes") + 1] == 1
@@ -146,7 +151,7 @@ def test_the_large_shape_is_llamas() -> None:
 def test_goals_are_judged_by_what_was_measured(changes: dict[str, Any], verdicts: list[str], tmp_path: Path) -> None:
     """Of files that reach every goal, but for `changes`."""
     cell = {"plan": "3/1/4", "speedup": 1.6, "low": 1.5, "high": 1.7}
-    records = {
+    records: dict[str, list[dict[str, Any]]] = {
         "plain": [{"context": context, "of_copy": 0.7} for context in (128.0, 1024.0)],
         "host": [{"batch_size": batch, "plan": str(n), "host_share": 0.05} for batch in (1, 32) for n in range(5)],
         "train": [{"batch_size": batch, "plan": "3/1/4"} for batch in (1, 8, 16, 32)],
