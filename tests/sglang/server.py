@@ -31,7 +31,7 @@ ON_A_CPU = """
 --device cpu --dtype float32 --attention-backend intel_amx --mem-fraction-static 0.5 --max-total-tokens 4096
 --max-running-requests 8 --context-length 1024 --disable-cuda-graph --disable-radix-cache --skip-server-warmup
 """.split()
-_STARTS_WITHIN_S = 180
+_STARTS_WITHIN_S = 600
 
 
 @dataclass(frozen=True)
