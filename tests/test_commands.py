@@ -79,6 +79,7 @@ def test_the_command_runs(
     line: str, files: str, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workdir)
+    monkeypatch.setattr("specrl.measure.plain.DTYPES", ("float32",))  # bfloat16 is slow on some processors
     words = line.split()
     output = "offline" if line.startswith("train offline") else words[0]
     if files:

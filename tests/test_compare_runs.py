@@ -25,6 +25,7 @@ from specrl.simulation.profile import Profile, load_profile
 def _in_a_fresh_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("specrl.measure.plain.usable_cores", lambda: 1)  # two threads are slow beside other work
+    monkeypatch.setattr("specrl.measure.plain.DTYPES", ("float32",))  # bfloat16 is slow on some processors
 
 
 def quicker(profile: Profile, factor: float) -> Profile:
