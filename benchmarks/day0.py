@@ -46,7 +46,7 @@ from specrl.core.statistics import probability_of_improvement
 from specrl.decoding.engine import LocalEngine
 from specrl.measure.machine import environment, keep_large_blocks
 from specrl.measure.paired import Arm, measure
-from specrl.models.config import DraftConfig
+from specrl.models.config import DraftArchitecture
 from specrl.models.draft import Draft
 from specrl.models.target import load_target
 from specrl.training.loop import OnlineLoop
@@ -159,7 +159,7 @@ def run(arm: str, seed: int, requests: int, tuned: Mapping[str, float], *, probe
     }  # fmt: skip
 
 
-def speedup_now(target: Any, shape: DraftConfig, learner: Any) -> dict[str, float]:
+def speedup_now(target: Any, shape: DraftArchitecture, learner: Any) -> dict[str, float]:
     """Speedup of the draft that serves, at batch 1 on held-out prompts."""
     draft = Draft(shape, dict(learner.weights()[1]))
     fast, plain = LocalEngine(target, draft, max_context=PROMPT + NEW), LocalEngine(target, max_context=PROMPT + NEW)

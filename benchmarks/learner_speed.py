@@ -35,13 +35,13 @@ from specrl.core.clock import WallClock
 from specrl.core.statistics import abba, paired_speedup
 from specrl.measure.machine import keep_large_blocks
 from specrl.models.checkpoint import expected_draft_tensors
-from specrl.models.config import DraftConfig
+from specrl.models.config import DraftArchitecture
 from specrl.models.draft import Draft
 from specrl.models.layer import interleave
 from specrl.models.rope import RopeConfig, rope_table
 
-EMBEDDED = DraftConfig(512, 512, 192, 192, 256, 6, 2, 32, 1e-6, RopeConfig(10000.0), 4096, (2, 8, 13))
-REAL = DraftConfig(32000, 32000, 2048, 2048, 8192, 16, 4, 128, 1e-6, RopeConfig(1e6), 16384, (2, 24, 45))
+EMBEDDED = DraftArchitecture(512, 512, 192, 192, 256, 6, 2, 32, 1e-6, RopeConfig(10000.0), 4096, (2, 8, 13))
+REAL = DraftArchitecture(32000, 32000, 2048, 2048, 8192, 16, 4, 128, 1e-6, RopeConfig(1e6), 16384, (2, 24, 45))
 SHAPES = {"embedded": (EMBEDDED, 4, 192), "real": (REAL, 1, 2048)}
 
 
@@ -98,7 +98,7 @@ class PlainLearner:
 
 
 def plain_unroll(
-    w: Mapping[str, Tensor], c: DraftConfig, embeddings: Tensor, features: Tensor, rotation: Tensor, passes: int
+    w: Mapping[str, Tensor], c: DraftArchitecture, embeddings: Tensor, features: Tensor, rotation: Tensor, passes: int
 ) -> list[Tensor]:
     """[B, T, Vd] logits of every pass (see `specrl.agents.draft.unroll`)."""
     batch, length, _ = embeddings.shape
@@ -145,7 +145,7 @@ def plain_unroll(
     return logits
 
 
-def made_up(shape: DraftConfig, batch: int, length: int) -> tuple[Draft, Tensor, list[TrainingSequence]]:
+def made_up(shape: DraftArchitecture, batch: int, length: int) -> tuple[Draft, Tensor, list[TrainingSequence]]:
     """Random weights and sequences: speed and memory do not depend on what they say."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -170,7 +170,7 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def memory_of(kind: str, shape: DraftConfig, batch: int, length: int, config: LearnerConfig) -> dict[str, float]:
+def memory_of(kind: str, shape: DraftArchitecture, batch: int, length: int, config: LearnerConfig) -> dict[str, float]:
     """GiB of an update: beyond what is resident before it, and in all."""
     draft, embedding, sequences = made_up(shape, batch, length)
     learner = (PlainLearner if kind == "plain" else OnlineLearner)(draft, embedding, config)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from models_help import LLAMA3, YARN, write_config
 
-from specrl.models.config import DraftConfig, TargetConfig, default_aux_layers
+from specrl.models.config import DraftArchitecture, TargetArchitecture, default_aux_layers
 from specrl.models.hf_config import read_draft_config, read_target_config, write_draft_config
 from specrl.models.rope import RopeConfig
 
@@ -29,16 +29,16 @@ LLAMA: dict[str, Any] = {
 }
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
-DRAFT = DraftConfig(64, 24, 32, 32, 48, 4, 2, 8, 1e-5, RopeConfig(10000.0), 128, (2, 4, 5))
+DRAFT = DraftArchitecture(64, 24, 32, 32, 48, 4, 2, 8, 1e-5, RopeConfig(10000.0), 128, (2, 4, 5))
 LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
-def read(directory: Path, config: dict[str, Any]) -> TargetConfig:
+def read(directory: Path, config: dict[str, Any]) -> TargetArchitecture:
     return read_target_config(write_config(directory, config))
 
 
 def test_shapes_and_the_default_values_of_transformers(tmp_path: Path) -> None:
-    llama = TargetConfig("llama", 64, 32, 48, 8, 4, 2, 8, 1e-5, RopeConfig(10000.0), 128)
+    llama = TargetArchitecture("llama", 64, 32, 48, 8, 4, 2, 8, 1e-5, RopeConfig(10000.0), 128)
     assert read(tmp_path, LLAMA) == replace(llama, bos_token_id=1, eos_token_ids=(2,))
     assert read(tmp_path, {**LLAMA, "num_key_value_heads": None}).num_kv_heads == 4
     assert read(tmp_path, {**LLAMA, "head_dim": 20}).head_dim == 20

@@ -14,7 +14,7 @@ from models_help import hf_model
 
 import specrl
 from specrl.models import memory, target
-from specrl.models.config import TargetConfig
+from specrl.models.config import TargetArchitecture
 from specrl.models.embedded import embedded_directory
 from specrl.models.hf_config import read_target_config
 from specrl.models.memory import Room, cache_bytes, check_room, check_weights, free_bytes, weight_bytes
@@ -33,11 +33,11 @@ QWEN3_8B: dict[str, Any] = {
 
 
 @pytest.fixture
-def large() -> TargetConfig:
+def large() -> TargetArchitecture:
     return replace(read_target_config(embedded_directory()), **QWEN3_8B)
 
 
-def test_bytes_of_a_model_of_eight_billion(large: TargetConfig) -> None:
+def test_bytes_of_a_model_of_eight_billion(large: TargetArchitecture) -> None:
     """8.19 billion parameters as published, the head once more; 147,456 bytes of cache a token, in bfloat16."""
     head = 151936 * 4096
     assert weight_bytes(large, torch.bfloat16) == 2 * (8_190_735_360 + head)
@@ -59,14 +59,14 @@ def test_bytes_are_those_of_the_tensors(family: str, tied: bool, tmp_path: Path)
     assert cache_bytes(loaded.config, torch.float32, draft.config) * 3 * 20 == held
 
 
-def test_what_is_said_to_fit_fits_and_one_more_does_not(large: TargetConfig) -> None:
+def test_what_is_said_to_fit_fits_and_one_more_does_not(large: TargetArchitecture) -> None:
     room = Room(cache_bytes(large, torch.bfloat16), 40 * 2**30, draft_headroom=65)
     context, batch = room.largest_context(32), room.largest_batch(4096)
     assert room.needed(32, context) <= room.free < room.needed(32, context + 1)
     assert room.needed(batch, 4096) <= room.free < room.needed(batch + 1, 4096)
 
 
-def test_the_refusal_names_what_fits(large: TargetConfig) -> None:
+def test_the_refusal_names_what_fits(large: TargetArchitecture) -> None:
     asked: dict[str, Any] = {"batch_size": 64, "max_context": 8192, "draft_headroom": 65}
     gpu = (large, None, torch.bfloat16, "cuda:0")
     with pytest.raises(ValueError, match=r"64 of max_context=8192 take 72.6 GiB \(147456 bytes a token\)") as caught:
@@ -82,7 +82,7 @@ def test_the_refusal_names_what_fits(large: TargetConfig) -> None:
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(
-    large: TargetConfig, monkeypatch: pytest.MonkeyPatch
+    large: TargetArchitecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
         ValueError, match=r"in float32 they take 32.8 GiB and cpu has 24.0 GiB free; .*\(bfloat16 takes"

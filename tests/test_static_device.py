@@ -18,7 +18,7 @@ from specrl.decoding.fixed_shape import FixedShapeRunner, Shape
 from specrl.decoding.state import SessionConfig, SessionState
 from specrl.models import draft as draft_module
 from specrl.models.checkpoint import expected_draft_tensors, expected_target_tensors
-from specrl.models.config import DraftConfig
+from specrl.models.config import DraftArchitecture
 from specrl.models.draft import Draft, ServingDraft
 from specrl.models.target import Target
 
@@ -43,7 +43,7 @@ def target(dtype: torch.dtype = torch.float32) -> Target:
 
 def serving(target: Target, vocab_size: int) -> ServingDraft:
     c = CONFIG
-    config = DraftConfig(
+    config = DraftArchitecture(
         c.vocab_size, vocab_size, c.hidden_size, c.hidden_size, 32, c.num_heads, c.num_kv_heads, c.head_dim, 1e-6,
         c.rope, c.max_position_embeddings, AUX_LAYERS,
     )  # fmt: skip

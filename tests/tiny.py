@@ -15,12 +15,12 @@ from specrl.core.interfaces import Request
 from specrl.core.plan import Plan
 from specrl.decoding.engine import LocalEngine
 from specrl.models.checkpoint import expected_target_tensors
-from specrl.models.config import TargetConfig
+from specrl.models.config import TargetArchitecture
 from specrl.models.draft import Draft, new_draft
 from specrl.models.rope import RopeConfig
 from specrl.models.target import Target
 
-CONFIG = TargetConfig("llama", 10, 32, 48, 4, 4, 2, 8, 1e-6, RopeConfig(10000.0), 640, eos_token_ids=(0,))
+CONFIG = TargetArchitecture("llama", 10, 32, 48, 4, 4, 2, 8, 1e-6, RopeConfig(10000.0), 640, eos_token_ids=(0,))
 AUX_LAYERS = (1, 2, 3)
 
 

@@ -35,14 +35,15 @@ from tokenizers.pre_tokenizers import PreTokenizer
 from torch import Tensor
 
 from specrl.core.clock import Clock, WallClock
-from specrl.models.config import TargetConfig
+from specrl.models.config import TargetArchitecture
 from specrl.models.rope import RopeConfig
 from specrl.workloads.stdlib import library_files, library_root
 
 VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, MLP, THETA, EPS = 512, 192, 16, 6, 2, 512, 10000.0, 1e-6
 HEAD = WIDTH // HEADS
 POSITIONS = 1024
-CONFIG = TargetConfig("llama", VOCAB, WIDTH, MLP, LAYERS, HEADS, KV_HEADS, HEAD, EPS, RopeConfig(THETA), POSITIONS)
+ROPE = RopeConfig(THETA)
+CONFIG = TargetArchitecture("llama", VOCAB, WIDTH, MLP, LAYERS, HEADS, KV_HEADS, HEAD, EPS, ROPE, POSITIONS)
 
 
 def corpus() -> tuple[list[str], list[str], list[str]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specrl.core.clock import Clock
 from specrl.models.checkpoint import expected_target_tensors
-from specrl.models.config import TargetConfig
+from specrl.models.config import TargetArchitecture
 from specrl.models.layer import DecoderLayer, GatedMLP, rms_norm
 from specrl.models.linear import TrainableLinear
 
@@ -79,7 +79,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def new_weights(c: TargetConfig, device: str = "cpu") -> Weights:
+def new_weights(c: TargetArchitecture, device: str = "cpu") -> Weights:
     """Random float32 weights under Hugging Face's names; maps that write to the residual stream start smaller."""
     generator = torch.Generator(device).manual_seed(0)
     deep = 0.02 / math.sqrt(2 * c.num_layers)
@@ -91,7 +91,7 @@ def new_weights(c: TargetConfig, device: str = "cpu") -> Weights:
     return weights
 
 
-def rotary(context: int, c: TargetConfig) -> tuple[Tensor, Tensor]:
+def rotary(context: int, c: TargetArchitecture) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles, [context, D] float32 each."""
     inverse = 1.0 / c.rope.theta ** (torch.arange(0, c.head_dim, 2).float() / c.head_dim)
     angle = torch.outer(torch.arange(context).float(), inverse)
@@ -99,7 +99,7 @@ def rotary(context: int, c: TargetConfig) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def logits(weights: Weights, ids: Tensor, cos: Tensor, sin: Tensor, c: TargetConfig) -> Tensor:
+def logits(weights: Weights, ids: Tensor, cos: Tensor, sin: Tensor, c: TargetArchitecture) -> Tensor:
     """The model, a Llama: [B, T] int64 -> [B, T, V] in the weights' dtype, or in autocast's."""
     batch, length = ids.shape
     heads, kv_heads, size = c.num_heads, c.num_kv_heads, c.head_dim
@@ -135,13 +135,13 @@ def logits(weights: Weights, ids: Tensor, cos: Tensor, sin: Tensor, c: TargetCon
     return out.view(batch, length, -1)
 
 
-def loss(weights: Weights, windows: Tensor, cos: Tensor, sin: Tensor, c: TargetConfig) -> Tensor:
+def loss(weights: Weights, windows: Tensor, cos: Tensor, sin: Tensor, c: TargetArchitecture) -> Tensor:
     """Mean nats per token of windows [B, T + 1] int64."""
     out = logits(weights, windows[:, :-1], cos, sin, c)
     return F.cross_entropy(out.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
-def config_json(c: TargetConfig, dtype: str = "bfloat16") -> dict[str, Any]:
+def config_json(c: TargetArchitecture, dtype: str = "bfloat16") -> dict[str, Any]:
     """Hugging Face's config.json of a Llama with one end-of-sequence token; `dtype` is that of the weights."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -164,7 +164,7 @@ def config_json(c: TargetConfig, dtype: str = "bfloat16") -> dict[str, Any]:
     }
 
 
-def save(out: Path, weights: Weights, tokenizer: Tokenizer, c: TargetConfig) -> None:
+def save(out: Path, weights: Weights, tokenizer: Tokenizer, c: TargetArchitecture) -> None:
     """Write a checkpoint in Hugging Face's layout."""
     half = {name: weight.detach().bfloat16().cpu().contiguous() for name, weight in weights.items()}
     save_file(half, out / "model.safetensors", {"format": "pt"})

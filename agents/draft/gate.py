@@ -21,7 +21,7 @@ from specrl.agents.draft.objective import draft_ids
 from specrl.agents.draft.sequences import TrainingSequence, collate, next_tokens
 from specrl.agents.draft.unroll import unroll_states
 from specrl.core.statistics import Interval, mean_interval, paired_speedup
-from specrl.models.config import DraftConfig
+from specrl.models.config import DraftArchitecture
 from specrl.models.rope import rope_table
 
 _BATCH = 8  # sequences
@@ -65,7 +65,7 @@ class Gate:
 
     def __init__(
         self,
-        shape: DraftConfig,
+        shape: DraftArchitecture,
         embedding: Tensor,
         *,
         num_steps: int = 3,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from specrl.agents.draft.attention import attend
-from specrl.models.config import DraftConfig
+from specrl.models.config import DraftArchitecture
 from specrl.models.layer import DecoderLayer, GatedMLP, interleave, rms_norm
 from specrl.models.linear import TrainableLinear
 
@@ -52,7 +52,7 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 def unroll(
     parameters: Parameters,
-    config: DraftConfig,
+    config: DraftArchitecture,
     embeddings: Tensor,
     features: Tensor,
     rotation: Tensor,
@@ -77,7 +77,7 @@ def unroll(
 
 def unroll_states(
     parameters: Parameters,
-    config: DraftConfig,
+    config: DraftArchitecture,
     embeddings: Tensor,
     features: Tensor,
     rotation: Tensor,

@@ -17,7 +17,7 @@ from specrl.core.clock import Clock
 from specrl.core.plan import Plan
 from specrl.decoding.engine import LocalEngine
 from specrl.models.checkpoint import expected_target_tensors
-from specrl.models.config import TargetConfig
+from specrl.models.config import TargetArchitecture
 from specrl.models.target import Target
 from specrl.simulation.engine import Requests
 
@@ -29,7 +29,7 @@ _DTYPE = torch.bfloat16
 class RandomTensors(dict[str, Tensor]):
     """The tensors of a target, drawn on the device when they are read and not kept."""
 
-    def __init__(self, config: TargetConfig, device: str) -> None:
+    def __init__(self, config: TargetArchitecture, device: str) -> None:
         super().__init__()
         self.shapes, self.device = expected_target_tensors(config), device
 
@@ -60,17 +60,17 @@ def plain(stage: Stage) -> None:
         stage.write("plain", rows)
 
 
-def count(config: TargetConfig) -> int:
+def count(config: TargetArchitecture) -> int:
     """Number of parameters."""
     return sum(map(prod, expected_target_tensors(config).values()))
 
 
-def weight_bytes(config: TargetConfig) -> int:
+def weight_bytes(config: TargetArchitecture) -> int:
     """Bytes of the weights that a step reads: all of them, but one row of the embedding only."""
     return (count(config) - (config.vocab_size - 1) * config.hidden_size) * _DTYPE.itemsize
 
 
-def cache_bytes(config: TargetConfig, context: float) -> float:
+def cache_bytes(config: TargetArchitecture, context: float) -> float:
     """Bytes of the keys and values that a step reads."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * context * _DTYPE.itemsize
 

@@ -11,7 +11,7 @@ from specrl.config import WorkloadConfig
 from specrl.core.clock import Clock
 from specrl.io.output import OutputDir
 from specrl.measure.machine import environment
-from specrl.models.config import TargetConfig
+from specrl.models.config import TargetArchitecture
 from specrl.models.rope import RopeConfig
 
 PLANS = "0,3/1/4,4/1/5,5/1/6"
@@ -20,8 +20,8 @@ PLANS = "0,3/1/4,4/1/5,5/1/6"
 class Sizes(NamedTuple):
     """One size of the benchmark."""
 
-    target: TargetConfig  # that is pretrained
-    plain: TargetConfig  # whose plain step is timed with random weights
+    target: TargetArchitecture  # that is pretrained
+    plain: TargetArchitecture  # whose plain step is timed with random weights
     corpus_bytes: int  # of Python sources, at most
     context: int  # tokens of a window in pretraining
     workload: WorkloadConfig
@@ -29,13 +29,14 @@ class Sizes(NamedTuple):
     requests: int  # that `specrl train` serves at most
 
 
-def llama(vocab: int, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int) -> TargetConfig:
+def llama(vocab: int, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int) -> TargetArchitecture:
     """A Llama of this shape, with a context of 2048 tokens."""
-    return TargetConfig("llama", vocab, hidden, mlp, layers, heads, kv_heads, hidden // heads, 1e-5, RopeConfig(), 2048)
+    head_dim = hidden // heads
+    return TargetArchitecture("llama", vocab, hidden, mlp, layers, heads, kv_heads, head_dim, 1e-5, RopeConfig(), 2048)
 
 
 _LLAMA3 = RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)
-LLAMA_8B = TargetConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, _LLAMA3, 131072)
+LLAMA_8B = TargetArchitecture("llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, _LLAMA3, 131072)
 SIZES = {
     "full": Sizes(
         target=llama(vocab=8192, hidden=1024, mlp=2816, layers=24, heads=16, kv_heads=8),

@@ -14,7 +14,7 @@ from specrl.config import TargetConfig
 from specrl.core.batch_schedule import parse_traffic
 from specrl.core.interfaces import Workload
 from specrl.decoding.engine import LocalEngine
-from specrl.models.config import DraftConfig
+from specrl.models.config import DraftArchitecture
 from specrl.models.draft import Draft
 from specrl.training.config import ServingConfig
 from specrl.training.loop import OnlineLoop
@@ -94,7 +94,7 @@ class EngineActor:
         learner: name of the `LearnerActor`, whose newest weights serve first.
     """
 
-    def __init__(self, number: int, settings: EngineSettings, shape: DraftConfig, learner: str) -> None:
+    def __init__(self, number: int, settings: EngineSettings, shape: DraftArchitecture, learner: str) -> None:
         import ray
 
         self._number = number

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specrl.core.plan import Plan
 from specrl.decoding.sampling import Source, Temperatures, argmax, distribution, sample
-from specrl.models.config import DraftConfig
+from specrl.models.config import DraftArchitecture
 from specrl.models.draft import ServingDraft
 from specrl.models.kv_cache import KVCache
 
@@ -49,7 +49,7 @@ class Start(NamedTuple):
         return self.length if self.fixed_shapes else self.length + slots
 
 
-def unsupported(plan: Plan, draft: DraftConfig | None) -> str | None:
+def unsupported(plan: Plan, draft: DraftArchitecture | None) -> str | None:
     """Why a session with this draft cannot run the plan; None if it can."""
     if plan.num_steps and draft is None:
         return f"plain decoding has no draft, so its only plan is 0, but got {plan}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from specrl.core.plan import Plan
 from specrl.export.serving_flags import ADAPTIVE, Serving
-from specrl.models.config import DraftConfig
+from specrl.models.config import DraftArchitecture
 
 _MEASURED = ("batch_size", "plan", "speedup", "low", "high", "accept_length")
 
@@ -64,7 +64,7 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def model_card(config: DraftConfig, table: Mapping[int, Plan], serving: Serving, source: Provenance) -> str:
+def model_card(config: DraftArchitecture, table: Mapping[int, Plan], serving: Serving, source: Provenance) -> str:
     """README.md as a Hugging Face model card."""
     shape = f"hidden size {config.hidden_size}, draft vocabulary {config.draft_vocab_size} of {config.vocab_size}"
     parts = [

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from specrl.core.plan import Plan
 from specrl.export.serving_flags import Serving
 from specrl.models.checkpoint import expected_draft_tensors
-from specrl.models.config import DraftConfig
+from specrl.models.config import DraftArchitecture
 from specrl.models.rope import RopeConfig
 
 _FOLDER = Path(__file__).parent / "preset_data"
@@ -59,7 +59,7 @@ class Preset:
         size = {key: self.draft[key].value for key in _SHAPE.split()}
         if None in size.values():
             return None
-        shape = DraftConfig(
+        shape = DraftArchitecture(
             size["vocab_size"], size["draft_vocab_size"], size["hidden_size"], size["hidden_size"],
             size["intermediate_size"], size["num_attention_heads"], size["num_key_value_heads"], size["head_dim"],
             rms_norm_eps=1e-6, rope=RopeConfig(1e4), max_position_embeddings=1,

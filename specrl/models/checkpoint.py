@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from specrl.models.config import DraftConfig, TargetConfig
+    from specrl.models.config import DraftArchitecture, TargetArchitecture
 
 Shapes = dict[str, tuple[int, ...]]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -181,7 +181,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + rest
 
 
-def expected_target_tensors(config: TargetConfig) -> Shapes:
+def expected_target_tensors(config: TargetArchitecture) -> Shapes:
     """Names and shapes of a target's tensors in the Hugging Face layout."""
     c = config
     h, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -205,7 +205,7 @@ def expected_target_tensors(config: TargetConfig) -> Shapes:
     return shapes
 
 
-def expected_draft_tensors(config: DraftConfig) -> Shapes:
+def expected_draft_tensors(config: DraftArchitecture) -> Shapes:
     """Names and shapes of an EAGLE3 draft's tensors as SGLang's LlamaForCausalLMEagle3 reads them."""
     c = config
     h, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim

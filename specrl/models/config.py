@@ -11,7 +11,7 @@ Family = Literal["llama", "qwen2", "qwen3"]
 
 
 @dataclass(frozen=True, slots=True)
-class TargetConfig:
+class TargetArchitecture:
     """The shape of a target model. Names follow `transformers`, with `num_` for counts."""
 
     family: Family
@@ -43,7 +43,7 @@ class TargetConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class DraftConfig:
+class DraftArchitecture:
     """The shape of an EAGLE3 draft.
 
     Args:
@@ -78,7 +78,7 @@ class DraftConfig:
             )
 
 
-def _check_sizes(config: TargetConfig | DraftConfig) -> None:
+def _check_sizes(config: TargetArchitecture | DraftArchitecture) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specrl.models.attention import CachedAttention
 from specrl.models.checkpoint import check_tensors, expected_draft_tensors, read_tensors, save_tensors, write_atomic
-from specrl.models.config import DraftConfig, default_aux_layers
+from specrl.models.config import DraftArchitecture, default_aux_layers
 from specrl.models.hf_config import read_draft_config, write_draft_config
 from specrl.models.kv_cache import KVCache
 from specrl.models.layer import DecoderLayer, GatedMLP, Norm, interleave
@@ -38,7 +38,7 @@ class Draft:
         ValueError: a tensor is missing, unknown, misshapen or not finite, or `d2t` is no map into the vocabulary.
     """
 
-    def __init__(self, config: DraftConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: DraftArchitecture, tensors: Mapping[str, Tensor]) -> None:
         check_tensors(tensors, expected_draft_tensors(config), what="draft", optional=("t2d",))
         self.config = config
         self.tensors = {name: t if name in ("d2t", "t2d") else t.float() for name, t in tensors.items()}
@@ -72,7 +72,7 @@ class Draft:
         write_atomic(Path(directory), write)
 
 
-def vocabulary_ids(tensors: Mapping[str, Tensor], config: DraftConfig) -> Tensor | None:
+def vocabulary_ids(tensors: Mapping[str, Tensor], config: DraftArchitecture) -> Tensor | None:
     """Target ids of the draft's vocabulary [Vd] int64 (`i + d2t[i]`); None if it is the target's whole vocabulary."""
     if "d2t" not in tensors:
         return None
@@ -80,7 +80,7 @@ def vocabulary_ids(tensors: Mapping[str, Tensor], config: DraftConfig) -> Tensor
     return torch.arange(config.draft_vocab_size, device=offsets.device) + offsets
 
 
-def _membership(d2t: Tensor, config: DraftConfig) -> Tensor:
+def _membership(d2t: Tensor, config: DraftArchitecture) -> Tensor:
     """t2d [V] bool from the offsets d2t.
 
     Raises:
@@ -132,7 +132,7 @@ def new_draft(
         raise ValueError(f"vocabulary must be ascending token ids [Vd] int64, but got {ids.dtype} {list(ids.shape)}")
     if int(ids[-1]) >= t.vocab_size:
         raise ValueError(f"vocabulary must be token ids in [0, {t.vocab_size}), but got {int(ids[-1])}")
-    config = DraftConfig(
+    config = DraftArchitecture(
         vocab_size=t.vocab_size,
         draft_vocab_size=size,
         hidden_size=t.hidden_size,
@@ -171,7 +171,7 @@ def load_draft(path: str | Path) -> Draft:
     return Draft(read_draft_config(Path(path)), read_tensors(Path(path)))
 
 
-def _check_aux_layers(config: DraftConfig, target: Target) -> None:
+def _check_aux_layers(config: DraftArchitecture, target: Target) -> None:
     layers, count = config.aux_layers, target.config.num_layers
     if max(layers) >= count:
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specrl.models.config import DraftConfig, TargetConfig
+from specrl.models.config import DraftArchitecture, TargetArchitecture
 from specrl.models.rope import RopeConfig
 
 _TARGETS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -47,7 +47,7 @@ _SUPPORTED_ROPE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_target_config(directory: str | Path) -> TargetConfig:
+def read_target_config(directory: str | Path) -> TargetArchitecture:
     """Read a target's config.json, and the end-of-sequence tokens of its generation_config.json if there is one.
 
     Raises:
@@ -58,7 +58,7 @@ def read_target_config(directory: str | Path) -> TargetConfig:
     family, bias = config.model_type, getattr(config, "attention_bias", False)
     eos = _eos_token_ids(file, config)
     try:
-        return TargetConfig(
+        return TargetArchitecture(
             family=family,
             **_shape(config),
             num_layers=config.num_hidden_layers,
@@ -74,7 +74,7 @@ def read_target_config(directory: str | Path) -> TargetConfig:
         raise _invalid(file, error) from error
 
 
-def read_draft_config(directory: str | Path) -> DraftConfig:
+def read_draft_config(directory: str | Path) -> DraftArchitecture:
     """Read an EAGLE3 draft's config.json as SGLang does.
 
     Raises:
@@ -96,7 +96,7 @@ def read_draft_config(directory: str | Path) -> DraftConfig:
         raise _unsupported(file, f"eagle_config.{_AUX_LAYERS}", "a list of three layers", layers, remedy)
     hidden_size = getattr(config, "target_hidden_size", None)
     try:
-        return DraftConfig(
+        return DraftArchitecture(
             **_shape(config),
             draft_vocab_size=config.draft_vocab_size,
             target_hidden_size=config.hidden_size if hidden_size is None else hidden_size,
@@ -106,7 +106,7 @@ def read_draft_config(directory: str | Path) -> DraftConfig:
         raise _invalid(file, error) from error
 
 
-def write_draft_config(config: DraftConfig, directory: Path, dtype: str = "float32") -> None:
+def write_draft_config(config: DraftArchitecture, directory: Path, dtype: str = "float32") -> None:
     """Write config.json as SGLang reads it, with explicit aux layers; `dtype` is that of the weights beside it."""
     rope = config.rope
     out: dict[str, Any] = {

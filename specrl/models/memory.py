@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from specrl.models.checkpoint import expected_target_tensors
-from specrl.models.config import DraftConfig, TargetConfig
+from specrl.models.config import DraftArchitecture, TargetArchitecture
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def weight_bytes(config: TargetConfig, dtype: torch.dtype) -> int:
+def weight_bytes(config: TargetArchitecture, dtype: torch.dtype) -> int:
     """Bytes of a loaded target's weights: a lower bound.
 
     The head is kept twice: as it is (with tied embeddings this is the embedding), and with the last norm folded in. On
@@ -26,7 +26,7 @@ def weight_bytes(config: TargetConfig, dtype: torch.dtype) -> int:
     return (entries + (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)) * dtype.itemsize
 
 
-def cache_bytes(config: TargetConfig, dtype: torch.dtype, draft: DraftConfig | None = None) -> int:
+def cache_bytes(config: TargetArchitecture, dtype: torch.dtype, draft: DraftArchitecture | None = None) -> int:
     """Bytes of keys and values per token of a request, in all layers of the target and the one layer of the draft."""
     layers = config.num_layers * config.num_kv_heads * config.head_dim
     return 2 * (layers + (0 if draft is None else draft.num_kv_heads * draft.head_dim)) * dtype.itemsize
@@ -81,8 +81,8 @@ class Room:
 
 
 def check_room(
-    config: TargetConfig,
-    draft: DraftConfig | None,
+    config: TargetArchitecture,
+    draft: DraftArchitecture | None,
     dtype: torch.dtype,
     device: str,
     *,
@@ -119,7 +119,7 @@ def check_room(
     )
 
 
-def check_weights(config: TargetConfig, dtype: torch.dtype, device: str, *, free: int | None = None) -> None:
+def check_weights(config: TargetArchitecture, dtype: torch.dtype, device: str, *, free: int | None = None) -> None:
     """Refuse a target whose weights do not fit the device (`free` as in `check_room`).
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specrl.models.attention import CachedAttention
 from specrl.models.checkpoint import Checkpoint, check_layout, expected_target_tensors
-from specrl.models.config import TargetConfig
+from specrl.models.config import TargetArchitecture
 from specrl.models.embedded import target_directory
 from specrl.models.hf_config import read_target_config
 from specrl.models.kv_cache import KVCache
@@ -45,7 +45,7 @@ class Target:
 
     def __init__(
         self,
-        config: TargetConfig,
+        config: TargetArchitecture,
         tensors: Mapping[str, Tensor],
         *,
         device: str = "cpu",

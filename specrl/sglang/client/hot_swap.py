@@ -27,7 +27,7 @@ from torch import Tensor
 
 from specrl.core.clock import WallClock
 from specrl.models.checkpoint import check_tensors, expected_draft_tensors
-from specrl.models.config import DraftConfig
+from specrl.models.config import DraftArchitecture
 from specrl.models.draft import Draft
 from specrl.models.hf_config import read_draft_config
 from specrl.sglang.client.http import Client, ServerError, SwapError
@@ -179,7 +179,7 @@ def check_weights(weights: Mapping[str, Tensor], like: Draft | Path | str | None
         raise ValueError(f"{what}: d2t must be that of the running server, but differs; start a server with it")
 
 
-def _served_draft(like: Draft | Path | str | None) -> tuple[DraftConfig, Tensor | None]:
+def _served_draft(like: Draft | Path | str | None) -> tuple[DraftArchitecture, Tensor | None]:
     """The configuration and d2t, [Vd] int64, of the draft that serves."""
     if isinstance(like, Draft):
         return like.config, like.tensors.get("d2t")
