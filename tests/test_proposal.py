@@ -6,10 +6,10 @@ from tiny import AUX_LAYERS, prompts, tiny_draft, tiny_target, with_vocabulary
 from torch import Tensor
 
 from specrl.core.plan import Plan, parse_plans
-from specrl.decoding.propose import Proposal, Start, propose_chain, propose_tree, tree_mask
+from specrl.decoding.propose import Proposal, Start, propose, tree_mask
 from specrl.decoding.sampling import Temperatures
+from specrl.models.attention import KVCache
 from specrl.models.draft import Draft, ServingDraft
-from specrl.models.kv_cache import KVCache
 
 LENGTHS = (5, 9, 2)
 TREES = parse_plans("1/2/3,1/4/5,2/2/4,2/2/7,3/2/6,3/3/4,3/4/10,4/3/20,3/4/37")
@@ -61,7 +61,7 @@ class Stand:
 
     def chain(self, steps: int, temperatures: Temperatures | None, seed: int = 0) -> Proposal:
         generator = torch.Generator().manual_seed(seed)
-        return propose_chain(self.draft, self.cache, self.start, steps, 10, temperatures, generator)
+        return propose(self.draft, self.cache, self.start, Plan(steps), temperatures, generator)
 
 
 def eagle_2(stand: Stand, row: int, plan: Plan, ids: tuple[int, ...]) -> set[tuple[int, ...]]:
@@ -95,7 +95,7 @@ def paths(proposal: Proposal, row: int) -> list[tuple[int, ...]]:
 def test_a_tree_holds_the_best_paths_by_cumulative_score(plan: Plan, vocabulary: str) -> None:
     stand = Stand(drafts()[vocabulary])
     ids = tuple(range(10)) if vocabulary == "full" else REDUCED
-    proposal = propose_tree(stand.draft, stand.cache, stand.start, plan)
+    proposal = propose(stand.draft, stand.cache, stand.start, plan, None, torch.Generator())
     assert proposal.tokens.shape == (3, plan.num_draft_tokens) and proposal.distributions is None
     assert torch.equal(proposal.tokens[:, 0], stand.start.last_tokens) and proposal.parents[:, 0].eq(-1).all()
     for row in range(3):
@@ -108,7 +108,7 @@ def test_a_tree_holds_the_best_paths_by_cumulative_score(plan: Plan, vocabulary:
 @pytest.mark.parametrize("plan", TREES, ids=str)
 def test_a_node_sees_its_ancestors_and_itself_and_stands_as_deep_as_they_are_many(plan: Plan) -> None:
     stand = Stand(drafts()["full"])
-    proposal = propose_tree(stand.draft, stand.cache, stand.start, plan)
+    proposal = propose(stand.draft, stand.cache, stand.start, plan, None, torch.Generator())
     assert proposal.attention_mask is not None
     for row in range(3):
         above = proposal.parents[row].tolist()
@@ -124,7 +124,7 @@ def test_a_node_sees_its_ancestors_and_itself_and_stands_as_deep_as_they_are_man
 @torch.inference_mode()
 def test_the_best_two_of_one_step_are_the_drafts_two_best_tokens() -> None:
     stand = Stand(drafts()["full"])
-    proposal = propose_tree(stand.draft, stand.cache, stand.start, Plan(1, 2, 3))
+    proposal = propose(stand.draft, stand.cache, stand.start, Plan(1, 2, 3), None, torch.Generator())
     for row in range(3):
         assert proposal.tokens[row, 1:].tolist() == stand.log_probabilities(row, ()).topk(2).indices.tolist()
 

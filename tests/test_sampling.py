@@ -21,12 +21,6 @@ def test_each_row_has_its_own_temperature_and_0_is_one_hot() -> None:
     torch.testing.assert_close(p[2], torch.softmax(x[2] / 2.0, -1))
 
 
-@pytest.mark.parametrize("temperatures", [(0.0, 0.0), (1.0, 0.3), (0.0, 1.0)])
-def test_a_tensor_of_temperatures_means_the_same(temperatures: tuple[float, ...]) -> None:
-    x = logits(2, 5)
-    assert torch.equal(distribution(x, torch.tensor(temperatures)), distribution(x, heat(*temperatures)))
-
-
 def test_greedy_rows_choose_the_best_token_and_the_first_of_equals() -> None:
     x = torch.tensor([[0.0, 3.0, 3.0, 1.0]]).expand(50, 4)
     generator = torch.Generator().manual_seed(0)

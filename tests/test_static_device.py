@@ -56,7 +56,8 @@ def serving(target: Target, vocab_size: int) -> ServingDraft:
 
 def runner(target: Target, draft: ServingDraft | None, rejection: bool = True) -> FixedShapeRunner:
     """On fake CUDA tensors; call it within `fake_cuda`."""
-    state = SessionState.new(target, draft, SessionConfig(4, 4, 400, 0, rejection), fixed_shapes=True)
+    config = SessionConfig(4, 4, 400, 0, rejection, aux_layers=() if draft is None else AUX_LAYERS)
+    state = SessionState(target, draft, config, fixed_shapes=True)
     state.batch.padded_temperatures = torch.ones(4, device="cuda:0")
     return FixedShapeRunner(state, Graphs("cpu"))  # calls the functions
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,14 +42,14 @@ class Committed(NamedTuple):
 
     request_ids: Ints  # [B] int64
     context_lengths: Ints  # [B] int64, tokens known before
-    counts: Ints  # [B] int64, tokens committed; what follows the end of a request is dropped
+    counts: Ints  # [B] int64, tokens committed; tokens after the end of a request are dropped
     ended: list[int]  # rows of requests that ended
 
 
 class Batch:
     """Requests by row: the first `size` are live, the others are parked and keep their state.
 
-    The arrays below are views of the live rows. Rounds write into them; resizing the batch makes new views.
+    The arrays below are views of the live rows. Rounds write into them; `resize` makes new views.
 
     Args:
         max_batch_size: rows.
@@ -79,14 +78,12 @@ class Batch:
         """Requests that have a row, live or parked."""
         return len(self._admitted)
 
-    def place(self, row: int, tokens: Sequence[int]) -> None:
-        """Write a prompt and its first generated token into `row`."""
+    def place(self, row: int, new: LiveRequest) -> None:
+        """Give the first free row, or the row of a finished request, to `new`; `resize` makes it live."""
+        tokens = (*new.request.prompt, *new.generated)
         self._all_tokens[row, : len(tokens)] = tokens
         self._all_length[row] = len(tokens)
-
-    def join(self, new: LiveRequest) -> None:
-        """Give the next row, where it was placed, to a request; `resize` makes it live."""
-        self._admitted.append(new)
+        self._admitted[row : row + 1] = [new]
 
     def resize(self, size: int) -> None:
         """Make the first `size` admitted requests live, and park the others."""
@@ -94,21 +91,10 @@ class Batch:
         self.length = self._all_length[:size]
         self.tokens, self.shared_tokens = self._all_tokens[:size], self._all_shared[:size]
         self._rows = np.arange(size)
-        self._update()
-
-    def replace(self, row: int, new: LiveRequest) -> LiveRequest:
-        """Give the row of a finished request to `new`, which was placed there; returns the finished one."""
-        done = self.live[row]
-        self.live[row] = self._admitted[row] = new
-        self._update()
-        return done
-
-    def _update(self) -> None:
-        """Follow a change of the live requests."""
         self.ids = np.array([live.id for live in self.live])
         self.temperatures = Temperatures.of([live.request.temperature for live in self.live], self._device)
         self.padded_temperatures.fill_(1.0)
-        self.padded_temperatures[: self.size].copy_(self.temperatures.values)
+        self.padded_temperatures[:size].copy_(self.temperatures.values)
 
     def commit(self, tokens: list[list[int]]) -> Committed:
         """Append to each request its tokens, up to its end."""

@@ -21,13 +21,11 @@ class Graphs:
 
     Args:
         device: of all tensors; functions are captured on CUDA devices only.
-        max_graphs: graphs kept.
+        max_graphs: graphs kept, at least 1.
         pool: memory shared with graphs elsewhere (`torch.cuda.graph_pool_handle`); None: its own.
     """
 
     def __init__(self, device: str, *, max_graphs: int = 256, pool: Any = None) -> None:
-        if max_graphs < 1:
-            raise ValueError(f"max_graphs must be at least 1, but got {max_graphs}")
         self.captures = str(device).startswith("cuda")
         self._device, self._max_graphs, self._pool = device, max_graphs, pool
         self._held: OrderedDict[Hashable, tuple[Any, Any]] = OrderedDict()
@@ -39,7 +37,7 @@ class Graphs:
         return not self.captures or key in self._held
 
     def capture(self, key: Hashable, function: Callable[[], object]) -> None:
-        """Run `function` and keep it as a graph, unless that is done. Does nothing on a CPU. Not for a timed window."""
+        """Run `function` and keep it as a graph, unless there is one; slow. Does nothing on a CPU."""
         if key in self:
             return
         with torch.cuda.device(self._device):

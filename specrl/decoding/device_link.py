@@ -1,4 +1,4 @@
-"""The two copies of a round in fixed shapes: what the host knows goes to the device, what is committed comes back."""
+"""The two copies of a round in fixed shapes: numbers of the requests to the device, and the outcome back."""
 
 from __future__ import annotations
 
@@ -25,13 +25,9 @@ class Rows(NamedTuple):
 
 
 class DeviceLink:
-    """Static memory on the device, and pinned memory of the host on a GPU.
+    """Static memory on the device, and memory of the host that is pinned on a GPU (`pinned`).
 
-    Args:
-        max_batch_size: rows.
-        max_width: tokens per request that the draft may catch up on.
-        device: of the static memory.
-        pinned: whether to pin the memory of the host and to wait for copies by an event.
+    `max_width` is the largest number of tokens per request that the draft may catch up on.
     """
 
     def __init__(self, max_batch_size: int, max_width: int, device: str, *, pinned: bool) -> None:
@@ -42,13 +38,9 @@ class DeviceLink:
         self._arrived: Any = torch.cuda.Event() if pinned else None
 
     def send(self, live: Rows, padding: Rows, batch_size: int, catch_up: Ints | None) -> None:
-        """Copy to the device.
+        """Copy numbers to the device: arrays of the live requests, and one number of each kind for all padding rows.
 
-        Args:
-            live: arrays of the live requests.
-            padding: numbers of every padding row.
-            batch_size: rows, padding included.
-            catch_up: [live, width] int64, tokens that the draft catches up on; None: width 0.
+        `catch_up [live, width] int64` are the tokens that the draft catches up on; None: width 0.
         """
         count, width = len(live.slot), 0 if catch_up is None else catch_up.shape[1]
         filled, host = batch_size * (_NUMBERS + width), self._out.numpy()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from specrl.core.plan import Plan
-from specrl.decoding.external_draft import ExternalDraft
-from specrl.decoding.propose import Proposal, Start, propose
+from specrl.decoding.propose import ExternalDraft, Proposal, Start, propose
 from specrl.decoding.sampling import Source, choose
 from specrl.decoding.state import SessionState
 from specrl.decoding.verify import Verified, accept, decode_proposal, outcome
@@ -17,7 +16,6 @@ class EagerRunner:
     """Runs rounds in shapes that follow the plan and the live requests.
 
     Args:
-        state: models, caches and requests.
         warm: batch sizes and plans whose kernels are built already; updated.
         external: propose this instead of the draft's own chain; None: let the draft propose.
     """
@@ -44,7 +42,7 @@ class EagerRunner:
 
     def propose(self, plan: Plan, source: Source) -> Proposal:
         """Let the draft catch up and draft, unless the plan is 0."""
-        state, batch, pending = self._state, self._state.batch, self._state.pending
+        batch, pending = self._state.batch, self._state.pending
         last = batch.on_device(batch.last_tokens())
         if plan.num_steps == 0:
             return Proposal(last[:, None], last.new_full((batch.size, 1), -1))
@@ -53,11 +51,11 @@ class EagerRunner:
         assert pending is not None
         hidden = pending.catch_up()
         start = Start(hidden, batch.on_device(batch.length - 1), int(batch.length.max()) - 1, last)
-        temperatures = batch.temperatures if state.use_rejection_sampling else None
-        return propose(pending.draft, pending.cache, start, plan, state.target.config.vocab_size, temperatures, source)
+        temperatures = batch.temperatures if self._state.config.use_rejection_sampling else None
+        return propose(pending.draft, pending.cache, start, plan, temperatures, source)
 
     def verify(self, plan: Plan, proposal: Proposal, source: Source) -> Verified:
-        """The target's pass over the proposal, acceptance, and the move of a tree's accepted entries in the cache."""
+        """Run the target over the proposal and accept; move the accepted entries of a tree in the cache."""
         batch = self._state.batch
         decoded = self._decode(plan, proposal)
         accepted = accept(plan, proposal, decoded.logits, batch.temperatures, source)
@@ -78,15 +76,10 @@ class EagerRunner:
 
     def plain_step(self, source: Source) -> list[int]:
         """One step of plain decoding: a token for each live request."""
-        state, batch = self._state, self._state.batch
-        tokens, slots = batch.on_device(batch.last_tokens()), batch.on_device(batch.length - 1)
-        logits = state.target.decode(
-            tokens[:, None],
-            state.cache,
-            slots[:, None],
-            length=int(batch.length.max()),
-            equal_lengths=batch.equal_lengths(),
-        ).logits
+        batch, cache = self._state.batch, self._state.cache
+        tokens, slots = batch.on_device(batch.last_tokens())[:, None], batch.on_device(batch.length - 1)[:, None]
+        length, equal = int(batch.length.max()), batch.equal_lengths()
+        logits = self._state.target.decode(tokens, cache, slots, length=length, equal_lengths=equal).logits
         chosen: list[int] = choose(logits[:, 0], batch.temperatures, source).tolist()
         return chosen
 
@@ -98,6 +91,6 @@ class EagerRunner:
             proposal,
             batch.on_device(batch.length - 1),
             int(batch.length.max()) - 1 + plan.num_draft_tokens,
-            aux_layers=state.aux_layers,
+            aux_layers=state.config.aux_layers,
             equal_lengths=plan.num_steps == 0 and batch.equal_lengths(),
         )

@@ -30,16 +30,17 @@ class LocalEngine(Engine):
         target: the model (`specrl.load_target`).
         draft: its draft; None: plain decoding only.
         max_context: tokens that a request may reach, prompt included; None: the target's positions, at most 2048.
-        use_rejection_sampling: sample chains from the draft and accept them by rejection sampling. Otherwise the best
-            tokens of the draft are proposed, and accepted where the target itself chooses them (SGLang's default).
+        use_rejection_sampling: sample chains from the draft and accept them by rejection sampling (SGLang's option of
+            that name). Otherwise, and for every tree, the draft's best tokens are proposed, and accepted where the
+            target itself chooses them (SGLang's default).
         clock: times the rounds; None: the machine's clock, synchronised with the target's device.
         aux_layers: without a draft: layers whose inputs traces hold as features, for drafting outside the engine.
         static: decode in fixed shapes, captured as CUDA graphs on a GPU; None: on a GPU only, because on a CPU it costs
             more than it saves. So far it has been tested on CPUs only (docs/decisions/0009-gpu.md).
 
     Raises:
-        ValueError: the draft was made for another target, or `aux_layers` are given together with a draft or are not
-            layers of the target.
+        ValueError: the draft was made for another target, `aux_layers` are given together with a draft or are not
+            layers of the target, or `max_context` is larger than the target's positions.
     """
 
     def __init__(
@@ -58,16 +59,18 @@ class LocalEngine(Engine):
         layers = target.config.num_layers
         if any(not 0 <= layer < layers for layer in aux_layers):
             raise ValueError(f"aux_layers must be layers of the target, in [0, {layers}), but got {aux_layers}")
+        most = target.config.max_position_embeddings
+        self.max_context = min(_DEFAULT_CONTEXT, most) if max_context is None else max_context
+        if not 2 <= self.max_context <= most:
+            raise ValueError(f"max_context must be in [2, {most}], the target's positions, but got {max_context}")
         self.target = target
         self._serving = None if draft is None else ServingDraft(draft, target)
-        most = min(_DEFAULT_CONTEXT, target.config.max_position_embeddings)
-        self.max_context = most if max_context is None else max_context
         self._use_rejection_sampling = use_rejection_sampling
         self._clock = clock or WallClock(target.device)
         self.aux_layers = aux_layers if draft is None else draft.config.aux_layers
         self._sessions: WeakSet[LocalSession] = WeakSet()  # a session that nobody else holds is freed
         self._warm: set[tuple[int, Plan, bool]] = set()
-        self._graph_memory: object = None
+        self._graph_pool: object = None  # shared by all sessions, because only one round runs at a time
         self._static = target.device.startswith("cuda") if static is None else static
 
     def __deepcopy__(self, memo: dict[int, object]) -> LocalEngine:
@@ -95,7 +98,7 @@ class LocalEngine(Engine):
 
     def supports(self, plan: Plan) -> bool:
         """Whether a session can run `plan`: without a draft only 0, else up to 64 tokens, `topk` in its vocabulary."""
-        return unsupported(plan, None if self._serving is None else self._serving.config) is None
+        return unsupported(plan, self._serving) is None
 
     def start(
         self,
@@ -109,15 +112,9 @@ class LocalEngine(Engine):
     ) -> LocalSession:
         """Prefill `batch_size` requests, if the caches of all `max_batch_size` fit the memory."""
         target, serving = self.target, None if plain else self._serving
-        config = SessionConfig(
-            batch_size,
-            batch_size if max_batch_size is None else max_batch_size,
-            self.max_context,
-            seed,
-            self._use_rejection_sampling,
-            trace,
-            () if plain else self.aux_layers,
-        )
+        most, rejection = batch_size if max_batch_size is None else max_batch_size, self._use_rejection_sampling
+        aux_layers = () if plain else self.aux_layers
+        config = SessionConfig(batch_size, most, self.max_context, seed, rejection, trace, aux_layers)
         check_room(
             target.config,
             None if serving is None else serving.config,
@@ -127,18 +124,14 @@ class LocalEngine(Engine):
             max_context=self.max_context,
             draft_headroom=MAX_DRAFT_TOKENS + 1,
         )
-        graphs = Graphs(target.device, pool=self._pool()) if self._static else None
+        if self._graph_pool is None and target.device.startswith("cuda"):
+            self._graph_pool = torch.cuda.graph_pool_handle()
+        graphs = Graphs(target.device, pool=self._graph_pool) if self._static else None
         session = LocalSession(
             target, serving, workload.requests(seed), config, clock=self._clock, warm=self._warm, graphs=graphs
         )
         self._sessions.add(session)
         return session
-
-    def _pool(self) -> object:
-        """Memory shared by the graphs of all sessions, because only one round runs at a time."""
-        if self._graph_memory is None and self.target.device.startswith("cuda"):
-            self._graph_memory = torch.cuda.graph_pool_handle()
-        return self._graph_memory
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
         """Serve these draft weights (SGLang's names) from the next round on.

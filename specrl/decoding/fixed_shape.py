@@ -19,6 +19,7 @@ from torch import Tensor
 from specrl.core.plan import Plan
 from specrl.decoding.cuda_graphs import Graphs
 from specrl.decoding.device_link import DeviceLink, Rows
+from specrl.decoding.pending_features import along_path
 from specrl.decoding.propose import MAX_DRAFT_TOKENS, Proposal, Start, propose
 from specrl.decoding.sampling import Drawn, Source, Temperatures, choose, fill_uniform
 from specrl.decoding.state import SessionState
@@ -41,19 +42,14 @@ class Shape(NamedTuple):
 
 
 class FixedShapeRunner:
-    """Runs rounds in functions of fixed shapes.
-
-    Args:
-        state: models, caches and requests, made for fixed shapes.
-        graphs: runs the functions.
-    """
+    """Runs rounds in functions of fixed shapes instead of `specrl.decoding.eager.EagerRunner`."""
 
     def __init__(self, state: SessionState, graphs: Graphs) -> None:
         self._state, self._graphs = state, graphs
         most, target, pending = state.batch.max_batch_size, state.target, state.pending
         device = target.device
         self._room = 0 if pending is None else pending.room
-        self._padding_slot = state.max_context + MAX_DRAFT_TOKENS
+        self._padding_slot = state.config.max_context + MAX_DRAFT_TOKENS
         self._last_slot = state.cache.capacity - 1
         self._link = DeviceLink(most, self._room, device, pinned=graphs.captures)
         self._arange = torch.arange(max(self._last_slot + 1, most), device=device)
@@ -64,12 +60,8 @@ class FixedShapeRunner:
         self._mask = torch.zeros(most, MAX_DRAFT_TOKENS, MAX_DRAFT_TOKENS, dtype=torch.bool, device=device)
         self._hidden = torch.zeros(most, target.config.hidden_size, dtype=target.dtype, device=device)
         self._distributions: dict[int, Tensor] = {}  # by steps [max_batch_size, s, V] float32
-        self.functions: dict[str, Callable[[Shape], Any]] = {
-            "catch_up": self._catch_up,
-            "draft": self._draft,
-            "verify": self._verify,
-            "plain": self._plain,
-        }
+        self.functions: dict[str, Callable[[Shape], Any]] = {"catch_up": self._catch_up, "draft": self._draft}
+        self.functions |= {"verify": self._verify, "plain": self._plain}
 
     def prepare(self, plan: Plan) -> None:
         """Capture the functions of a round of `plan` that are not captured yet; leaves everything else as it is."""
@@ -78,15 +70,15 @@ class FixedShapeRunner:
         if all(self._key(name, shape) in self._graphs for name in names):
             return
         self._send(shape)
-        stored = None if pending is None else pending.buffer[: shape.batch_size, :MAX_DRAFT_TOKENS]
-        before = None if stored is None else stored.clone()  # verifying stores where catching up has read
+        buffer = None if pending is None else pending.buffer[: shape.batch_size, :MAX_DRAFT_TOKENS]
+        before = None if buffer is None else buffer.clone()  # verifying stores where catching up has read
         for name in names:
             if name == "catch_up" and shape.width > MAX_CAPTURED_WIDTH:
                 self._catch_up(shape)
             else:
                 self._graphs.capture(self._key(name, shape), partial(self.functions[name], shape))
-        if stored is not None and before is not None:
-            stored.copy_(before)
+        if buffer is not None and before is not None:
+            buffer.copy_(before)
 
     def propose(self, plan: Plan, source: Source) -> Proposal:
         """Let the draft catch up and draft, unless the plan is 0. The next call overwrites the result."""
@@ -133,19 +125,15 @@ class FixedShapeRunner:
         return Shape(plan, size, context, width, batch.temperatures.all_greedy, batch.temperatures.any_greedy)
 
     def _key(self, name: str, shape: Shape) -> Hashable:
-        """Key of a function's graph."""
         if name == "catch_up":
             return name, shape.batch_size, shape.context, shape.width
         return name, shape._replace(width=0)
 
     def _run(self, name: str, shape: Shape) -> Any:
-        function = partial(self.functions[name], shape)
-        if name == "catch_up" and shape.width > MAX_CAPTURED_WIDTH:
-            return function()
-        return self._graphs.run(self._key(name, shape), function)
+        return self._graphs.run(self._key(name, shape), partial(self.functions[name], shape))
 
     def _send(self, shape: Shape) -> None:
-        """The copy to the device."""
+        """Copy to the device."""
         batch, pending, width = self._state.batch, self._state.pending, shape.width
         slot = batch.length - 1
         read = slot - 1 if pending is None else pending.read
@@ -168,7 +156,8 @@ class FixedShapeRunner:
     def _sampled(self, shape: Shape) -> bool:
         """Whether drafts are sampled from the draft, for rejection sampling."""
         plan = shape.plan
-        return self._state.use_rejection_sampling and plan.is_chain and plan.num_steps > 0 and not shape.all_greedy
+        rejection = self._state.config.use_rejection_sampling
+        return rejection and plan.is_chain and plan.num_steps > 0 and not shape.all_greedy
 
     def _proposal(self, shape: Shape, rows: int) -> Proposal:
         """What was proposed to the first `rows` requests; views of static memory."""
@@ -200,11 +189,10 @@ class FixedShapeRunner:
         """Draft a chain or a tree into static memory."""
         pending, plan, size, count = self._state.pending, shape.plan, shape.batch_size, shape.plan.num_draft_tokens
         assert pending is not None
-        rows, vocab_size = self._link.rows(size), self._state.target.config.vocab_size
+        rows, numbers = self._link.rows(size), Drawn(self._uniform[:size])
         start = Start(self._hidden[:size], rows.slot, shape.context, rows.last_token, fixed_shapes=True)
-        temperatures = self._temperatures(shape) if self._state.use_rejection_sampling else None
-        numbers = Drawn(self._uniform[:size])
-        proposal = propose(pending.draft, pending.cache, start, plan, vocab_size, temperatures, numbers)
+        temperatures = self._temperatures(shape) if self._state.config.use_rejection_sampling else None
+        proposal = propose(pending.draft, pending.cache, start, plan, temperatures, numbers)
         self._tokens[:size, :count].copy_(proposal.tokens)
         self._parents[:size, :count].copy_(proposal.parents)
         if proposal.attention_mask is not None:
@@ -223,23 +211,16 @@ class FixedShapeRunner:
         """
         state, plan, size = self._state, shape.plan, shape.batch_size
         rows, proposal = self._link.rows(size), self._proposal(shape, size)
+        aux, slot, context = state.config.aux_layers, rows.slot, shape.context
         logits, hidden = decode_proposal(
-            state.target,
-            state.cache,
-            proposal,
-            rows.slot,
-            shape.context,
-            aux_layers=state.aux_layers,
-            fixed_shapes=True,
+            state.target, state.cache, proposal, slot, context, aux_layers=aux, fixed_shapes=True
         )
         numbers = Drawn(self._uniform[:size, plan.num_steps if self._sampled(shape) else 0 :])
         accepted = accept(plan, proposal, logits, self._temperatures(shape), numbers)
         if not plan.is_chain:
             self._compact(rows.slot, accepted.path)
         if state.pending is not None and hidden is not None:
-            kept = hidden
-            if not plan.is_chain:
-                kept = hidden.gather(1, accepted.path.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+            kept = hidden if plan.is_chain else along_path(hidden, accepted.path)
             buffer = state.pending.buffer
             at = self._arange[:size, None] * buffer.shape[1] + rows.free[:, None] + self._arange[: kept.shape[1]]
             buffer.view(-1, kept.shape[-1]).index_put_((at,), kept)

@@ -12,6 +12,7 @@ from torch import Tensor
 from specrl.core.round import Ints
 from specrl.decoding.batch import Batch
 from specrl.decoding.propose import MAX_DRAFT_TOKENS
+from specrl.models.attention import KVCache
 from specrl.models.draft import ServingDraft
 
 BUFFER_BYTES = 64 << 20  # memory of the buffer, unless that is too little for two rounds
@@ -25,35 +26,21 @@ class PendingFeatures:
     stores its hidden states, and the next speculative round lets the draft catch up.
 
     Args:
-        draft: the draft.
-        batch: the requests.
         max_context: tokens that a request may reach.
-        capacity, fused: of the cache.
         padding: rows of the buffer that no live request reaches, for rounds in fixed shapes.
     """
 
     read: Ints  # [B] int64, slots that the draft has read, D
 
-    def __init__(
-        self,
-        draft: ServingDraft,
-        batch: Batch,
-        *,
-        max_context: int,
-        capacity: int,
-        fused: bool | None = None,
-        padding: int = 0,
-    ) -> None:
-        self.draft, self._batch = draft, batch
+    def __init__(self, draft: ServingDraft, cache: KVCache, batch: Batch, *, max_context: int, padding: int) -> None:
+        self.draft, self.cache, self._batch = draft, cache, batch
         rows, width = batch.max_batch_size, 3 * draft.config.target_hidden_size
-        self.cache = draft.new_cache(rows, capacity, fused)
         affordable = BUFFER_BYTES // (rows * width * draft.dtype.itemsize)
         self.room = max(2 * MAX_DRAFT_TOKENS, min(max_context, affordable))
-        self.buffer = torch.zeros(  # [max_batch_size, room + padding, 3H]
-            rows, self.room + padding, width, dtype=draft.dtype, device=draft.device
-        )
+        shape = (rows, self.room + padding, width)  # [max_batch_size, room + padding, 3H]
+        self.buffer = torch.zeros(shape, dtype=draft.dtype, device=draft.device)
         self._all_read = np.zeros(rows, dtype=np.int64)
-        self._arange = torch.arange(max(capacity + MAX_DRAFT_TOKENS, rows), device=draft.device)
+        self._arange = torch.arange(max(cache.capacity + MAX_DRAFT_TOKENS, rows), device=draft.device)
 
     def resize(self) -> None:
         """Follow a resize of the batch."""
@@ -70,8 +57,7 @@ class PendingFeatures:
         self.buffer[row, 0] = hidden_states[0, -1]
         count = self._all_read[row] = tokens.shape[1] - 1
         if count:
-            slots = torch.arange(count, device=self.draft.device)[None]
-            hidden = self.draft.fuse(hidden_states[:, :-1])
+            hidden, slots = self.draft.fuse(hidden_states[:, :-1]), self._arange[None, :count]
             self.draft.decode(tokens[:, 1:], hidden, self.cache, slots, length=count, first_row=row)
 
     def catch_up(self, leave: int = 0) -> Tensor:
@@ -82,13 +68,8 @@ class PendingFeatures:
         last_slot = self.cache.capacity - 1  # takes what is read for shorter requests beyond their end; never visible
         slots = (batch.on_device(self.read)[:, None] + self._arange[:width]).clamp_(max=last_slot)
         tokens = batch.shared_tokens.to(self.draft.device).gather(1, slots + 1)
-        hidden = self.draft.decode(
-            tokens,
-            self.draft.fuse(self._live[:, :width]),
-            self.cache,
-            slots,
-            length=min(int(self.read.max()) + width, last_slot + 1),
-        )
+        length = min(int(self.read.max()) + width, last_slot + 1)
+        hidden = self.draft.decode(tokens, self.draft.fuse(self._live[:, :width]), self.cache, slots, length=length)
         self.read += counts
         last = batch.on_device(np.maximum(counts - 1, 0))
         return hidden[self._arange[: len(last)], last]
@@ -102,23 +83,23 @@ class PendingFeatures:
         """
         counts = self.make_room(hidden_states.shape[1])
         if path is not None:
-            index = path.clamp(min=0)[..., None].expand(-1, -1, hidden_states.shape[-1])
-            hidden_states = hidden_states.gather(1, index)
+            hidden_states = along_path(hidden_states, path)
         rows = self._first + self._batch.on_device(counts)[:, None] + self._arange[: hidden_states.shape[1]]
         self._live.view(-1, hidden_states.shape[-1]).index_put_((rows,), hidden_states)
 
     def make_room(self, count: int) -> Ints:
         """Let the draft read early if the buffer has no room for `count` more; returns `counts()`."""
         counts = self.counts()
-        if int(counts.max()) + count > self.room:
-            self._catch_up_early(counts)
-            counts = self.counts()
-        return counts
-
-    def _catch_up_early(self, counts: Ints) -> None:
-        """Let the draft read all but the last hidden states of each request, and move those to the front."""
+        if int(counts.max()) + count <= self.room:
+            return counts
         rows = (self._first[:, 0] + self._batch.on_device(counts - 1)).unsqueeze(1)
         last = self._live.view(-1, self._live.shape[-1])[rows]  # [B, 1, 3H]
         if int(counts.max()) > 1:
             self.catch_up(leave=1)
         self._live[:, :1] = last
+        return self.counts()
+
+
+def along_path(hidden_states: Tensor, path: Tensor) -> Tensor:
+    """The rows `path [B, s + 1]` of `hidden_states [B, n, 3H]`; row 0 where the path has ended."""
+    return hidden_states.gather(1, path.clamp(min=0)[..., None].expand(-1, -1, hidden_states.shape[-1]))

@@ -1,4 +1,4 @@
-"""Proposals: a sampled or greedy chain, or the best nodes of an EAGLE-2 tree.
+"""Proposals: a sampled or greedy chain, the best nodes of an EAGLE-2 tree, or chains made outside the session.
 
 EAGLE-2 (Li et al., 2024, arXiv:2406.16858): every step expands the `topk` best nodes by `topk` children each. The score
 of a node is the product of the draft's probabilities along its path, and the best nodes overall are verified.
@@ -6,6 +6,7 @@ of a node is the product of the draft's probabilities along its path, and the be
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from specrl.core.plan import Plan
 from specrl.decoding.sampling import Source, Temperatures, argmax, distribution, sample
-from specrl.models.config import DraftArchitecture
+from specrl.models.attention import KVCache
 from specrl.models.draft import ServingDraft
-from specrl.models.kv_cache import KVCache
 
 MAX_DRAFT_TOKENS = 64  # tokens that a plan may verify, and slots that it may draft into
+_SUM_TOLERANCE = 1e-3  # of the sum of a distribution
 
 
 class Proposal(NamedTuple):
@@ -35,6 +36,64 @@ class Proposal(NamedTuple):
         return self.parents + 1 if self.attention_mask is None else self.attention_mask.sum(-1) - 1
 
 
+@dataclass(frozen=True)
+class ExternalDraft:
+    """Chains made outside the session (see `specrl.core.interfaces.ProposalSession`).
+
+    Args:
+        drafted: [B, s] int64, -1 after the end of a shorter chain.
+        distributions: [B, s, V] float32 that the tokens were sampled from; None: unknown. Rows of -1 are not read.
+    """
+
+    drafted: Tensor
+    distributions: Tensor | None = None
+
+    def validate(self, batch_size: int, vocab_size: int) -> None:
+        """Check against the session.
+
+        Raises:
+            ValueError: a shape, dtype, token or distribution is wrong, or a token follows the end of its chain.
+        """
+        drafted, q = self.drafted, self.distributions
+        if drafted.dtype != torch.int64 or drafted.ndim != 2 or len(drafted) != batch_size:
+            got = f"{drafted.dtype} {list(drafted.shape)}"
+            raise ValueError(f"drafted must be int64 [{batch_size}, num_steps], a row per live request, but got {got}")
+        steps = drafted.shape[1]
+        if steps >= MAX_DRAFT_TOKENS:
+            raise ValueError(f"a proposal may draft at most {MAX_DRAFT_TOKENS - 1} tokens per request, but got {steps}")
+        if steps == 0:
+            return
+        low, high = int(drafted.min()), int(drafted.max())
+        if not -1 <= low <= high < vocab_size:
+            rule = f"drafted tokens must be in [0, {vocab_size}), or -1 where a draft ends"
+            raise ValueError(f"{rule}, but got {low}..{high}")
+        if bool(((drafted[:, 1:] >= 0) & (drafted[:, :-1] < 0)).any()):
+            raise ValueError("a draft that has ended must not go on, but got a token after -1; pad with -1 at the end")
+        if q is None:
+            return
+        shape = [*drafted.shape, vocab_size]
+        if q.dtype != torch.float32 or list(q.shape) != shape:
+            raise ValueError(f"a proposal's distributions must be float32 {shape}, but got {q.dtype} {list(q.shape)}")
+        rows, tokens = q[drafted >= 0], drafted[drafted >= 0]
+        if not bool(torch.isfinite(rows).all()) or bool((rows < 0).any()):
+            raise ValueError("a proposal's distributions must be finite and at least 0, but got NaN, infinity or less")
+        off = (rows.sum(-1) - 1.0).abs()
+        if bool((off > _SUM_TOLERANCE).any()):
+            rule = f"a proposal's distributions must sum to 1 within {_SUM_TOLERANCE}"
+            raise ValueError(f"{rule}, but one is {float(off.max()):.3g} off")
+        if bool((rows.gather(-1, tokens[:, None]) == 0).any()):
+            raise ValueError("a drafted token must be possible under its distribution, but got a probability of 0")
+
+    def proposal(self, last_tokens: Tensor) -> Proposal:
+        """The chains, at least one token long, after the last committed tokens [B], on their device."""
+        drafted, q = self.drafted.to(last_tokens.device), self.distributions
+        tokens = torch.cat([last_tokens[:, None], drafted.clamp(min=0)], 1)
+        parents = torch.arange(-1, drafted.shape[1], device=tokens.device).expand(tokens.shape)
+        if q is not None:
+            q = q.to(tokens.device).masked_fill((drafted < 0)[..., None], 0.0)
+        return Proposal(tokens, parents, distributions=q, drafted=drafted)
+
+
 class Start(NamedTuple):
     """Where drafting starts: the draft has read every committed token."""
 
@@ -49,12 +108,13 @@ class Start(NamedTuple):
         return self.length if self.fixed_shapes else self.length + slots
 
 
-def unsupported(plan: Plan, draft: DraftArchitecture | None) -> str | None:
+def unsupported(plan: Plan, draft: ServingDraft | None) -> str | None:
     """Why a session with this draft cannot run the plan; None if it can."""
     if plan.num_steps and draft is None:
         return f"plain decoding has no draft, so its only plan is 0, but got {plan}"
-    if draft is not None and plan.topk > draft.draft_vocab_size:
-        return f"topk must be at most the draft's vocabulary of {draft.draft_vocab_size} tokens, but got {plan}"
+    if draft is not None and plan.topk > draft.config.draft_vocab_size:
+        size = draft.config.draft_vocab_size
+        return f"topk must be at most the draft's vocabulary of {size} tokens, but got {plan}"
     if max(plan.num_draft_tokens, (plan.num_steps - 1) * plan.topk) > MAX_DRAFT_TOKENS:
         return f"a plan may draft and verify at most {MAX_DRAFT_TOKENS} tokens per request, but got {plan}"
     return None
@@ -65,37 +125,23 @@ def propose(
     cache: KVCache,
     start: Start,
     plan: Plan,
-    vocab_size: int,
     temperatures: Temperatures | None,
     source: Source,
 ) -> Proposal:
-    """Draft a chain or a tree; arguments as in `propose_chain`. Trees are always deterministic."""
-    if plan.is_chain:
-        return propose_chain(draft, cache, start, plan.num_steps, vocab_size, temperatures, source)
-    return propose_tree(draft, cache, start, plan)
-
-
-def propose_chain(
-    draft: ServingDraft,
-    cache: KVCache,
-    start: Start,
-    steps: int,
-    vocab_size: int,
-    temperatures: Temperatures | None,
-    source: Source,
-) -> Proposal:
-    """Draft `steps` tokens one after the other.
+    """Draft the tree of `plan`, or its chain, one token after the other.
 
     Args:
         draft, cache, start: the draft, its cache, and where it starts.
-        steps: at least 1.
-        vocab_size: of the target, V.
-        temperatures: sample each token from the draft at these (for rejection sampling); None: take the best token.
+        plan: of at least one step.
+        temperatures: sample each token of a chain from the draft at these (for rejection sampling); None: take the best
+            token. Trees are always deterministic.
         source: of the samples.
     """
+    if not plan.is_chain:
+        return _propose_tree(draft, cache, start, plan)
     hidden, tokens, distributions = start.hidden, [start.last_tokens], []
     ids = draft.target_ids
-    for step in range(steps):
+    for step in range(plan.num_steps):
         if step:
             slots = (start.slots + (step - 1))[:, None]
             hidden = draft.decode(tokens[-1][:, None], hidden[:, None], cache, slots, length=start.reach(step))[:, 0]
@@ -106,18 +152,17 @@ def propose_chain(
             q = distribution(logits, temperatures)
             best = sample(q, source)
             if ids is not None:
-                q = q.new_zeros(q.shape[0], vocab_size).index_copy_(1, ids, q)
+                q = q.new_zeros(q.shape[0], draft.config.vocab_size).index_copy_(1, ids, q)
             distributions.append(q)
         tokens.append(best if ids is None else ids[best])
     proposed = torch.stack(tokens, 1)  # [B, s + 1]
-    parents = torch.arange(-1, steps, device=proposed.device).expand(proposed.shape)
+    parents = torch.arange(-1, plan.num_steps, device=proposed.device).expand(proposed.shape)
     return Proposal(proposed, parents, distributions=torch.stack(distributions, 1) if distributions else None)
 
 
-def propose_tree(draft: ServingDraft, cache: KVCache, start: Start, plan: Plan) -> Proposal:
+def _propose_tree(draft: ServingDraft, cache: KVCache, start: Start, plan: Plan) -> Proposal:
     """Expand `topk` nodes per step and keep the best `num_draft_tokens - 1` by cumulative score."""
-    topk, steps = plan.topk, plan.num_steps
-    batch, device = len(start.slots), start.hidden.device
+    topk, batch, device = plan.topk, len(start.slots), start.hidden.device
 
     def expand(hidden: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         """The topk best continuations of each node: scores and target ids [B, nodes, topk]."""
@@ -135,19 +180,15 @@ def propose_tree(draft: ServingDraft, cache: KVCache, start: Start, plan: Plan) 
     above = torch.zeros(batch, topk, 0, dtype=torch.bool, device=device)  # drafted slots that a beam node attends to
     own = torch.eye(topk, dtype=torch.bool, device=device).expand(batch, topk, topk)
     first_row = 1 + topk
-    for step in range(1, steps):
+    for step in range(1, plan.num_steps):
         above = torch.cat([above, own], -1)  # [B, k, step * k]
         offset = (step - 1) * topk
         slots = start.slots[:, None] + torch.arange(offset, offset + topk, device=device)
         length = start.reach(offset + topk)
+        positions = (start.slots + (step - 1))[:, None].expand(slots.shape)
+        mask = tree_mask(above, start.slots, length, start.fixed_shapes)
         hidden = draft.decode(
-            beam_token,
-            beam_hidden,
-            cache,
-            slots,
-            length=length,
-            positions=(start.slots + (step - 1))[:, None].expand(slots.shape),
-            attention_mask=tree_mask(above, start.slots, length, start.fixed_shapes),
+            beam_token, beam_hidden, cache, slots, length=length, positions=positions, attention_mask=mask
         )
         score, token = expand(hidden, beam_score)  # [B, k, k]
         scores.append(score.flatten(1))

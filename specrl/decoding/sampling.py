@@ -18,7 +18,7 @@ class Temperatures:
 
     Args:
         values: [B] float32 on the device of the logits.
-        all_greedy, any_greedy: known on the host, so that nobody has to wait for the device.
+        all_greedy, any_greedy: known on the host, so that no reader waits for the device.
     """
 
     values: Tensor
@@ -72,17 +72,9 @@ def argmax(logits: Tensor) -> Tensor:
     return logits.max(-1).indices
 
 
-def distribution(logits: Tensor, temperatures: Tensor | Temperatures) -> Tensor:
-    """Probabilities of `logits [B, ..., V]` at each request's temperature; greedy rows are one-hot.
-
-    Returns:
-        [B, ..., V] float32.
-    """
-    if isinstance(temperatures, Tensor):
-        zero = bool((temperatures == 0).any())
-        temperatures = Temperatures(temperatures, bool((temperatures == 0).all()), zero)
-    shape = (-1,) + (1,) * (logits.ndim - 1)
-    values = temperatures.values.view(shape)
+def distribution(logits: Tensor, temperatures: Temperatures) -> Tensor:
+    """Probabilities of `logits [B, ..., V]` at each request's temperature, in float32; greedy rows are one-hot."""
+    values = temperatures.values.view(-1, *[1] * (logits.ndim - 1))
     if not temperatures.any_greedy:
         return torch.softmax(logits / values, -1)
     one_hot = torch.zeros_like(logits).scatter_(-1, argmax(logits)[..., None], 1.0)

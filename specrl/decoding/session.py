@@ -17,13 +17,11 @@ from specrl.core.plan import Plan
 from specrl.core.round import PlainSample, Round, Trace
 from specrl.decoding.cuda_graphs import Graphs
 from specrl.decoding.eager import EagerRunner
-from specrl.decoding.external_draft import ExternalDraft
 from specrl.decoding.fixed_shape import FixedShapeRunner
 from specrl.decoding.prefill import Prefiller
-from specrl.decoding.propose import unsupported
+from specrl.decoding.propose import ExternalDraft, unsupported
 from specrl.decoding.sampling import Source
-from specrl.decoding.state import RoundRunner, RoundTimer, SessionConfig, SessionState
-from specrl.decoding.traces import Traces
+from specrl.decoding.state import RoundTimer, SessionConfig, SessionState, Traces
 from specrl.models.draft import ServingDraft
 from specrl.models.target import Target
 
@@ -34,10 +32,8 @@ class LocalSession(ProposalSession):
     """Closed-loop decoding of one target at fixed concurrency (see `specrl.core.interfaces.Session`).
 
     Args:
-        target: the model.
-        draft: its draft; None: plain decoding, whose only plan is 0.
+        draft: None: plain decoding, whose only plan is 0.
         requests: endless.
-        config: settings.
         clock: times the rounds.
         warm: batch sizes and plans whose kernels are built already; shared by the sessions of an engine.
         graphs: run rounds in fixed shapes, as CUDA graphs on a GPU; None: run them in the shapes of the live requests.
@@ -56,21 +52,20 @@ class LocalSession(ProposalSession):
         config: SessionConfig,
         *,
         clock: Clock,
-        warm: set[tuple[int, Plan, bool]] | None = None,
+        warm: set[tuple[int, Plan, bool]],
         graphs: Graphs | None = None,
     ) -> None:
         self.target, self.draft, self.clock = target, draft, clock
         self.closed, self.prefill_s = False, 0.0
         self.source: Source = torch.Generator(target.device).manual_seed(config.seed)
         self._plain_generator = torch.Generator(target.device).manual_seed(config.seed)
-        self.state = state = SessionState.new(target, draft, config, fixed_shapes=graphs is not None)
-        self._batch = state.batch
+        self.state = state = SessionState(target, draft, config, fixed_shapes=graphs is not None)
+        self._batch, self._warm = state.batch, warm
         self._traces = Traces(state, copy=graphs is not None) if config.trace else None
         self._prefiller = Prefiller(requests, state, self._traces)
-        self._warm = set() if warm is None else warm
-        self._runner: RoundRunner = (
-            EagerRunner(state, self._warm) if graphs is None else FixedShapeRunner(state, graphs)
-        )
+        self._runner: EagerRunner | FixedShapeRunner = EagerRunner(state, warm)
+        if graphs is not None:
+            self._runner = FixedShapeRunner(state, graphs)
         self.resize(config.batch_size)
 
     @property
@@ -86,7 +81,7 @@ class LocalSession(ProposalSession):
     @property
     def request_ids(self) -> list[int]:
         """Of the live requests, row by row."""
-        return [live.id for live in self._batch.live]
+        return self._batch.ids.tolist()
 
     @property
     def last_tokens(self) -> list[int]:
@@ -108,7 +103,7 @@ class LocalSession(ProposalSession):
             raise ValueError(f"batch_size must be in [1, {most}], the session's max_batch_size, but got {batch_size}")
         timer = RoundTimer(self.clock)
         for row in range(self._batch.admitted, batch_size):
-            self._batch.join(self._prefiller.admit(row, self.source))
+            self._prefiller.admit(row, self.source)
         self.prefill_s += timer.lap()
         self._batch.resize(batch_size)
         if self.state.pending is not None:
@@ -122,18 +117,14 @@ class LocalSession(ProposalSession):
             ValueError: the session cannot run the plan.
         """
         self._check_open()
-        problem = unsupported(plan, None if self.draft is None else self.draft.config)
+        problem = unsupported(plan, self.draft)
         if problem is not None:
             raise ValueError(problem)
         self._runner.prepare(plan)
 
     @torch.inference_mode()
     def round(self, plan: Plan) -> Round:
-        """Propose `plan`, verify and commit for every live request.
-
-        Raises:
-            ValueError: the session cannot run the plan.
-        """
+        """Propose `plan`, verify and commit for every live request; raises as `prepare` does."""
         self.prepare(plan)
         return self._run(self._runner, plan)
 
@@ -143,11 +134,11 @@ class LocalSession(ProposalSession):
         self._check_open()
         external = ExternalDraft(drafted, distributions)
         external.validate(self.batch_size, self.target.config.vocab_size)
-        runner = EagerRunner(self.state, self._warm, external)
-        runner.prepare(external.plan)
-        return self._run(runner, external.plan)
+        runner, plan = EagerRunner(self.state, self._warm, external), Plan(drafted.shape[1])
+        runner.prepare(plan)
+        return self._run(runner, plan)
 
-    def _run(self, runner: RoundRunner, plan: Plan) -> Round:
+    def _run(self, runner: EagerRunner | FixedShapeRunner, plan: Plan) -> Round:
         timer = RoundTimer(self.clock)
         proposal = runner.propose(plan, self.source)
         draft_s = timer.lap()
@@ -170,7 +161,7 @@ class LocalSession(ProposalSession):
             verify_s=verify_s,
             other_s=other_s,
             prefill_s=prefill_s,
-            draft_version=0 if self.draft is None else self.draft.version,
+            draft_version=self.state.draft_version,
             finished=finished,
         )
 

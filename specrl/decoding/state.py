@@ -1,19 +1,21 @@
-"""What the parts of a session share: settings, models, caches and requests, and how a round is run and timed."""
+"""What the parts of a session share: settings, models, caches and requests, the traces kept, and a timer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from specrl.core.clock import Clock
 from specrl.core.plan import Plan
-from specrl.decoding.batch import Batch
+from specrl.core.round import Trace
+from specrl.decoding.batch import Batch, Committed, LiveRequest
 from specrl.decoding.pending_features import PendingFeatures
 from specrl.decoding.propose import MAX_DRAFT_TOKENS, Proposal
-from specrl.decoding.sampling import Source
 from specrl.decoding.verify import Verified
 from specrl.models.draft import ServingDraft
-from specrl.models.kv_cache import KVCache
 from specrl.models.target import Target
 
 
@@ -26,11 +28,9 @@ class SessionConfig:
         max_batch_size: the largest batch size that `resize` accepts.
         max_context: tokens that a request may reach.
         seed: of all sampling.
-        use_rejection_sampling: sample chains from the draft and accept them by rejection sampling (SGLang's option of
-            that name). Otherwise, and for every tree, the draft's best tokens are proposed, and accepted where the
-            target itself chooses them.
+        use_rejection_sampling: see `specrl.decoding.engine.LocalEngine`.
         trace: keep traces for `drain`.
-        aux_layers: in a session without a draft, the layers whose inputs a trace holds as features.
+        aux_layers: layers of the target whose inputs the draft reads and a trace holds; () without a draft: none.
 
     Raises:
         ValueError: a batch size is out of range.
@@ -50,69 +50,75 @@ class SessionConfig:
             raise ValueError(f"batch_size must be in [1, max_batch_size={most}], but got {self.batch_size}")
 
 
-@dataclass(frozen=True)
 class SessionState:
-    """Models, caches and requests of a session.
+    """Models, caches and requests of a session; with `fixed_shapes` there are slots and rows for padding.
 
-    Args:
-        target, cache: the model and its cache.
+    Attributes:
         batch: the requests.
-        pending: the draft, its cache and what it has not read; None: without a draft.
-        max_context, use_rejection_sampling: see `SessionConfig`.
-        aux_layers: layers whose inputs the draft reads and a trace holds.
+        cache: of the target.
+        pending: the draft, its cache and the hidden states that it has not read; None: without a draft.
     """
 
-    target: Target
-    cache: KVCache
-    batch: Batch
-    pending: PendingFeatures | None
-    max_context: int
-    use_rejection_sampling: bool
-    aux_layers: tuple[int, ...]
+    def __init__(
+        self, target: Target, draft: ServingDraft | None, config: SessionConfig, *, fixed_shapes: bool
+    ) -> None:
+        self.target, self.config = target, config
+        rows, padding = config.max_batch_size, MAX_DRAFT_TOKENS if fixed_shapes else 0
+        capacity, fused = config.max_context + MAX_DRAFT_TOKENS + max(padding, 1), fixed_shapes or None
+        self.batch = Batch(rows, capacity, target.device)
+        self.cache = target.new_cache(rows, capacity, fused)
+        self.pending: PendingFeatures | None = None
+        if draft is not None:
+            cache = draft.new_cache(rows, capacity, fused)
+            self.pending = PendingFeatures(draft, cache, self.batch, max_context=config.max_context, padding=padding)
 
-    @classmethod
-    def new(cls, target: Target, draft: ServingDraft | None, config: SessionConfig, fixed_shapes: bool) -> SessionState:
-        """Empty caches for all requests; for rounds in fixed shapes with slots and rows for padding.
-
-        Raises:
-            ValueError: `max_context` is larger than the positions of the target.
-        """
-        context, most = config.max_context, target.config.max_position_embeddings
-        if not 2 <= context <= most:
-            raise ValueError(f"max_context must be in [2, {most}], the target's positions, but got {context}")
-        capacity = context + MAX_DRAFT_TOKENS + (MAX_DRAFT_TOKENS if fixed_shapes else 1)
-        fused = True if fixed_shapes else None
-        batch = Batch(config.max_batch_size, capacity, target.device)
-        cache = target.new_cache(config.max_batch_size, capacity, fused)
-        if draft is None:
-            return cls(target, cache, batch, None, context, config.use_rejection_sampling, config.aux_layers)
-        padding = MAX_DRAFT_TOKENS if fixed_shapes else 0
-        pending = PendingFeatures(draft, batch, max_context=context, capacity=capacity, fused=fused, padding=padding)
-        return cls(target, cache, batch, pending, context, config.use_rejection_sampling, draft.config.aux_layers)
+    @property
+    def draft_version(self) -> int:
+        """Version of the draft weights that serve; 0 without a draft."""
+        return 0 if self.pending is None else self.pending.draft.version
 
 
-class RoundRunner(Protocol):
-    """Runs the parts of a round on the device."""
+class Traces:
+    """Traces of a session, in order. A session without aux layers has none.
 
-    def prepare(self, plan: Plan) -> None:
-        """Build what a round of `plan` needs, such as kernels; untimed, and without any other effect."""
-        ...
+    `copy`: copy tensors, because the next round overwrites them.
+    """
 
-    def propose(self, plan: Plan, source: Source) -> Proposal:
-        """Draft for every live request."""
-        ...
+    def __init__(self, state: SessionState, *, copy: bool) -> None:
+        self._state, self._copy, self._kept = state, copy, list[Trace]()
 
-    def verify(self, plan: Plan, proposal: Proposal, source: Source) -> Verified:
-        """Run the target over the proposal and accept."""
-        ...
+    def drain(self) -> list[Trace]:
+        """Take the traces kept so far."""
+        kept, self._kept = self._kept, []
+        return kept
 
-    def keep(self, plan: Plan, verified: Verified) -> None:
-        """Keep the hidden states of the verified tokens for the draft, unless `verify` did."""
-        ...
+    def add_round(self, plan: Plan, proposal: Proposal, verified: Verified, committed: Committed) -> None:
+        """Add a round that is committed; its finished requests are not replaced yet."""
+        if verified.hidden_states is None:
+            return
+        tensors = (proposal.tokens, verified.hidden_states, verified.logits, proposal.parents, verified.path)
+        tokens, features, logits, parents, path = (tensor.clone() if self._copy else tensor for tensor in tensors)
+        ids, positions = committed.request_ids, committed.context_lengths - 1
+        live, version = self._state.batch.live, self._state.draft_version
+        temperatures = tuple(one.request.temperature for one in live)
+        finished = tuple(live[row].id for row in committed.ended)
+        trace = Trace(ids, positions, tokens, features, logits, parents, path, version, plan, temperatures, finished)
+        self._kept.append(trace)
 
-    def plain_step(self, source: Source) -> list[int]:
-        """One step of plain decoding: a token for each live request."""
-        ...
+    def add_prefill(
+        self, one: LiveRequest, tokens: Tensor, hidden_states: Tensor | None, logits: Tensor, ended: bool
+    ) -> None:
+        """Add the prefill of a prompt `tokens [1, T]`; `ended`: the request ended with its first token."""
+        if hidden_states is None:
+            return
+        ids, positions = np.array([one.id]), np.zeros(1, dtype=np.int64)
+        rows = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        temperatures, finished = (one.request.temperature,), (one.id,) if ended else ()
+        version = self._state.draft_version
+        trace = Trace(
+            ids, positions, tokens, hidden_states, logits, rows - 1, rows, version, None, temperatures, finished
+        )
+        self._kept.append(trace)
 
 
 class RoundTimer:

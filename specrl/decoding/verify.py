@@ -15,7 +15,7 @@ from specrl.core.plan import Plan
 from specrl.core.round import Ints
 from specrl.decoding.propose import Proposal, tree_mask
 from specrl.decoding.sampling import Source, Temperatures, argmax, choose, distribution, sample, uniform
-from specrl.models.kv_cache import KVCache
+from specrl.models.attention import KVCache
 from specrl.models.target import Decoded, Target
 
 _TINY = 1e-30  # selects the target's own distribution where the residual is numerically empty
@@ -59,11 +59,10 @@ def decode_proposal(
     """The target's forward pass over a proposal.
 
     Args:
-        target, cache: the target and its cache, which is written from `slots` on.
+        target, cache, aux_layers, equal_lengths: as in `Target.decode`.
         proposal: n tokens per request.
-        slots: [B] int64, slot of the committed token.
+        slots: [B] int64, slot of the committed token; the cache is written from there on.
         length: slots that the pass looks at.
-        aux_layers, equal_lengths: as in `Target.decode`.
         fixed_shapes: as in `tree_mask`.
     """
     count, inside = proposal.tokens.shape[1], proposal.attention_mask

@@ -1,4 +1,4 @@
-"""Attention over a key-value cache, as it serves."""
+"""The key-value cache of a decoder, and attention over it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specrl.models.kv_cache import KVCache
 from specrl.models.layer import DecoderLayer
+
+
+class KVCache:
+    """Keys and values of `layers` layers for `batch` requests of up to `capacity` tokens, in static memory.
+
+    Nothing is erased. The length of each request is kept elsewhere, and a stale slot is overwritten before an attention
+    mask makes it visible.
+
+    Args:
+        kv_heads, head_dim: of one layer.
+        fused: attend with one fused kernel, always with a mask; None: on a GPU only. The fused kernel keeps scores in
+            float32 whatever the dtype, and its shapes do not depend on the lengths of requests.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: str,
+        fused: bool | None = None,
+    ) -> None:
+        self.capacity, self.kv_heads, self.head_dim = capacity, kv_heads, head_dim
+        self.fused = device != "cpu" if fused is None else fused
+        shape = (layers, 2, batch * kv_heads, capacity, head_dim)
+        self.data = torch.zeros(shape, dtype=dtype, device=device)  # [layers, k and v, B * Hk, S, D]
+        self.flat = self.data.view(layers, -1, head_dim).unbind(0)  # per layer [2 * B * Hk * S, D]
+        heads = torch.arange(kv_heads, device=device) * capacity
+        within = torch.cat([heads, heads + batch * kv_heads * capacity])  # [2 * Hk]: keys of every head, then values
+        requests = torch.arange(batch, device=device) * (kv_heads * capacity)
+        self._rows = requests[:, None, None] + within  # [B, 1, 2 * Hk] int64
+
+    def rows(self, slots: Tensor, first_row: int) -> Tensor:
+        """Rows of `flat` for the keys and values of `slots [b, q]`, from cache row `first_row` on: [b * q, 2 * Hk]."""
+        return (self._rows[first_row : first_row + slots.shape[0]] + slots[:, :, None]).flatten(0, 1)
+
+    def window(self, length: int, first_row: int, count: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Per layer, keys [b * Hk, D, L] and values [b * Hk, L, D] of the first `length` slots of `count` requests."""
+        window = self.data[:, :, first_row * self.kv_heads : (first_row + count) * self.kv_heads, :length]
+        return window[:, 0].transpose(-1, -2).unbind(0), window[:, 1].unbind(0)
+
+    def move(self, requests: Tensor, sources: Tensor, destinations: Tensor) -> None:
+        """Copy entries between slots of the same request, in every layer.
+
+        Args:
+            requests, sources, destinations: [m] int64 cache rows and slots; no destination twice.
+        """
+        heads = torch.arange(self.kv_heads, device=self.data.device)
+        plane = ((requests * self.kv_heads)[:, None] + heads) * self.capacity  # [m, Hk]
+        slots = self.data.flatten(2, 3)  # [layers, 2, B * Hk * S, D]
+        slots[:, :, plane + destinations[:, None]] = slots[:, :, plane + sources[:, None]]
 
 
 class CachedAttention:
@@ -78,11 +131,8 @@ class CachedAttention:
         if batch * count == 1:
             queries = queries.view(kv_heads, group, size)
         else:
-            queries = (
-                queries.view(batch, count, kv_heads, group, size)
-                .transpose(1, 2)
-                .reshape(batch * kv_heads, count * group, size)
-            )
+            grouped = queries.view(batch, count, kv_heads, group, size).transpose(1, 2)
+            queries = grouped.reshape(batch * kv_heads, count * group, size)
         keys, values = self._keys[layer.index], self._values[layer.index]
         if self._cache.fused:
             attended = self._fused(queries, keys, values)
@@ -99,13 +149,9 @@ class CachedAttention:
     def _fused(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention of `queries [b * Hk, q * G, D]` in one kernel, softmax in float32; same shape."""
         heads = (self._batch, self._cache.kv_heads)
-        attended = F.scaled_dot_product_attention(
-            queries.view(*heads, -1, self._size),
-            keys.transpose(-1, -2).unflatten(0, heads),
-            values.unflatten(0, heads),
-            attn_mask=self._bias,
-            scale=1.0,  # the queries come scaled
-        )
+        q, k = queries.view(*heads, -1, self._size), keys.transpose(-1, -2).unflatten(0, heads)
+        v, mask = values.unflatten(0, heads), self._bias
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)  # the queries come scaled
         return attended.contiguous().view(queries.shape)  # kernels differ in the layout of their result
 
     def _rotate(self, layer: DecoderLayer, queries_and_keys: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: safetensors only, every tensor checked, every write whole or not at all."""
+"""Reading and writing checkpoints: only safetensors, every tensor is checked, and every write is atomic."""
 
 from __future__ import annotations
 
@@ -7,29 +7,25 @@ import os
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from specrl.models.config import DraftArchitecture, TargetArchitecture
+from specrl.models.config import DraftArchitecture, TargetArchitecture
 
 Shapes = dict[str, tuple[int, ...]]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_WHOLE = ("d2t", "t2d")
+_INTEGERS = ("d2t", "t2d")  # the vocabulary maps
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a checkpoint directory, read from disk one by one when they are asked for, and kept by the asker.
-
-    What is returned is mapped from its file: it costs memory while it is read, and none once it is let go.
+    """The tensors of a checkpoint directory, read one by one. A tensor is mapped from its file until it is deleted.
 
     Args:
-        directory: of the checkpoint: one safetensors file, or the shards that its index names.
-        what: to call it in messages.
+        directory: holds one safetensors file, or an index and its shards.
+        what: name of the checkpoint in messages.
 
     Raises:
         ValueError: no safetensors, a missing or damaged file, or an index that does not fit its shards; on reading a
@@ -57,7 +53,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint directory, unchecked (see `check_tensors`).
 
     Raises:
-        ValueError: as of `Checkpoint`, but for what is not finite.
+        ValueError: as of `Checkpoint`, except for tensors that are not finite.
     """
     return {name: _read(file, name) for name, file in _locate(Path(directory)).items()}
 
@@ -66,7 +62,7 @@ def _locate(directory: Path) -> dict[str, Path]:
     """The file of every tensor."""
     if not directory.is_dir():
         raise ValueError(f"a checkpoint must be a directory, but {str(directory)!r} is not one")
-    owners = _owners(directory)
+    owners = _read_index(directory)
     found: dict[str, Path] = {}
     for shard in sorted(set(owners.values())) or [_SINGLE]:
         for name in _names(directory / shard):
@@ -79,25 +75,25 @@ def _locate(directory: Path) -> dict[str, Path]:
     return found
 
 
-def _owners(directory: Path) -> dict[str, str]:
-    """The shard of every tensor as the index names it; empty where there is one file."""
+def _read_index(directory: Path) -> dict[str, str]:
+    """The shard of every tensor; empty if there is one file and no index."""
     index = directory / _INDEX
-    if index.exists():
-        try:
-            owners = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{str(index)!r} must be JSON with a 'weight_map', but it is not; download it again"
-            ) from error
-        strange = [shard for shard in owners.values() if not isinstance(shard, str) or Path(shard).name != shard]
-        if strange or not owners:
-            raise ValueError(f"{_INDEX} must name shards beside it, but got {strange[:1] or 'none'}; download it again")
-        return owners
-    if not (directory / _SINGLE).exists():
+    if not index.exists():
+        if (directory / _SINGLE).exists():
+            return {}
         pickles = [path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
         hint = f" (found {pickles[0]}: pickles are never loaded; convert it to safetensors)" if pickles else ""
         raise ValueError(f"a checkpoint must hold {_SINGLE} or {_INDEX}, but {str(directory)!r} has neither{hint}")
-    return {}
+    try:
+        owners = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(index)!r} must be JSON with a 'weight_map', but it is not; download it again"
+        ) from error
+    strange = [shard for shard in owners.values() if not isinstance(shard, str) or Path(shard).name != shard]
+    if strange or not owners:
+        raise ValueError(f"{_INDEX} must name shards beside it, but got {strange[:1] or 'none'}; download it again")
+    return owners
 
 
 def _names(path: Path) -> list[str]:
@@ -107,13 +103,12 @@ def _names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except SafetensorError as error:
-        raise ValueError(
-            f"{str(path)!r} must be a whole safetensors file, but it is not ({error}); fetch it again"
-        ) from error
+        rule = f"{str(path)!r} must be a whole safetensors file, but it is not"
+        raise ValueError(f"{rule} ({error}); fetch it again") from error
 
 
 def _read(path: Path, name: str) -> Tensor:
-    """A tensor in a mapping of its own: no byte is read before it is looked at, and none stays once it is let go."""
+    """A tensor in a mapping of its own, so that its memory is freed with it."""
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
@@ -122,10 +117,10 @@ def _read(path: Path, name: str) -> Tensor:
 def check_tensors(
     found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, what: str, optional: Container[str] = ()
 ) -> None:
-    """Refuse a checkpoint that is not exactly what is expected.
+    """Refuse a checkpoint that is not exactly as expected.
 
     Raises:
-        ValueError: as of `check_layout`, or a tensor that is not finite; it is named.
+        ValueError: as of `check_layout`, or a tensor is not finite; the message names it.
     """
     check_layout(found, expected, what=what, optional=optional)
     bad = [n for n, t in found.items() if t.is_floating_point() and not _is_finite(t)]
@@ -136,43 +131,39 @@ def check_tensors(
 def check_layout(
     found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, what: str, optional: Container[str] = ()
 ) -> None:
-    """Refuse tensors of other names, shapes or dtypes than expected; what they hold is not looked at.
+    """Refuse tensors of other names, shapes or dtypes than expected; their entries are not read.
 
     Raises:
         ValueError: a tensor is missing, extra, misshapen or not of a floating dtype of 16 bits or more (the
-            vocabulary maps: not of a whole one); it is named.
+            vocabulary maps: not of an integer dtype); the message names it.
     """
     missing = [name for name in expected if name not in found and name not in optional]
-    if missing:
-        raise ValueError(
-            f"{what}: every tensor of its configuration must be there, but these are missing: {_some(missing)}"
-        )
     extra = [name for name in found if name not in expected]
-    if extra:
-        raise ValueError(f"{what}: only tensors of its configuration may be there, but these are extra: {_some(extra)}")
-    wrong = [
-        f"{name} is {tuple(tensor.shape)} instead of {expected[name]}"
-        for name, tensor in found.items()
-        if tuple(tensor.shape) != expected[name]
-    ]
-    if wrong:
-        raise ValueError(f"{what}: shapes must fit its config.json, but {_some(wrong)}")
-    strange = [f"{n} is {t.dtype}" for n, t in found.items() if not _may_be(n, t.dtype)]
-    if strange:
-        raise ValueError(
-            f"{what}: weights must be floating and {', '.join(_WHOLE)} whole numbers, but {_some(strange)}; "
-            "quantised checkpoints are not supported"
-        )
+    known = [(name, tensor) for name, tensor in found.items() if name in expected]
+    shapes = [(name, tuple(tensor.shape), expected[name]) for name, tensor in known]
+    wrong = [f"{name} is {shape} instead of {other}" for name, shape, other in shapes if shape != other]
+    strange = [f"{name} is {tensor.dtype}" for name, tensor in known if not _dtype_fits(name, tensor.dtype)]
+    for names, rule in (
+        (missing, "every tensor of its configuration must be there, but these are missing: {}"),
+        (extra, "only tensors of its configuration may be there, but these are extra: {}"),
+        (wrong, "shapes must fit its config.json, but {}"),
+        (
+            strange,
+            "weights must be floating and d2t, t2d whole numbers, but {}; quantised checkpoints are not supported",
+        ),
+    ):
+        if names:
+            raise ValueError(f"{what}: {rule.format(_some(names))}")
 
 
-def _may_be(name: str, dtype: torch.dtype) -> bool:
-    if name in _WHOLE:
+def _dtype_fits(name: str, dtype: torch.dtype) -> bool:
+    if name in _INTEGERS:
         return not dtype.is_floating_point and not dtype.is_complex
     return dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is; extremes are NaN where one entry is, and need no memory."""
+    """Whether every entry is finite; the extremes are NaN if one entry is, and need no memory."""
     return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
 
 
@@ -183,22 +174,16 @@ def _some(names: list[str]) -> str:
 
 def expected_target_tensors(config: TargetArchitecture) -> Shapes:
     """Names and shapes of a target's tensors in the Hugging Face layout."""
-    c = config
-    h, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    c, h = config, config.hidden_size
     shapes: Shapes = {"model.embed_tokens.weight": (c.vocab_size, h), "model.norm.weight": (h,)}
     shapes["lm_head.weight"] = (c.vocab_size, h)
+    bias = dict.fromkeys(("q_proj", "k_proj", "v_proj"), c.attention_bias) | {"o_proj": c.attention_output_bias}
     for i in range(c.num_layers):
         at = f"model.layers.{i}."
-        attention = {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}
-        for name, shape in attention.items():
-            shapes[f"{at}self_attn.{name}_proj.weight"] = shape
-            if c.attention_output_bias if name == "o" else c.attention_bias:
-                shapes[f"{at}self_attn.{name}_proj.bias"] = shape[:1]
-        mlp = {"gate": (c.intermediate_size, h), "up": (c.intermediate_size, h), "down": (h, c.intermediate_size)}
-        for name, shape in mlp.items():
-            shapes[f"{at}mlp.{name}_proj.weight"] = shape
-            if c.mlp_bias:
-                shapes[f"{at}mlp.{name}_proj.bias"] = shape[:1]
+        for name, shape in _projections(c, h).items():
+            shapes[f"{at}{name}.weight"] = shape
+            if bias.get(name.removeprefix("self_attn."), c.mlp_bias):
+                shapes[f"{at}{name}.bias"] = shape[:1]
         if c.qk_norm:
             shapes |= {f"{at}self_attn.{n}_norm.weight": (c.head_dim,) for n in "qk"}
         shapes |= {f"{at}{n}_layernorm.weight": (h,) for n in ("input", "post_attention")}
@@ -207,34 +192,30 @@ def expected_target_tensors(config: TargetArchitecture) -> Shapes:
 
 def expected_draft_tensors(config: DraftArchitecture) -> Shapes:
     """Names and shapes of an EAGLE3 draft's tensors as SGLang's LlamaForCausalLMEagle3 reads them."""
-    c = config
-    h, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    at = "midlayer."
-    shapes: Shapes = {
-        "fc.weight": (h, 3 * c.target_hidden_size),
-        f"{at}self_attn.q_proj.weight": (q, 2 * h),
-        f"{at}self_attn.k_proj.weight": (kv, 2 * h),
-        f"{at}self_attn.v_proj.weight": (kv, 2 * h),
-        f"{at}self_attn.o_proj.weight": (h, q),
-        f"{at}mlp.gate_proj.weight": (c.intermediate_size, h),
-        f"{at}mlp.up_proj.weight": (c.intermediate_size, h),
-        f"{at}mlp.down_proj.weight": (h, c.intermediate_size),
-        f"{at}input_layernorm.weight": (h,),
-        f"{at}hidden_norm.weight": (h,),
-        f"{at}post_attention_layernorm.weight": (h,),
-        "norm.weight": (h,),
-        "lm_head.weight": (c.draft_vocab_size, h),
-    }
+    c, h = config, config.hidden_size
+    shapes: Shapes = {"fc.weight": (h, 3 * c.target_hidden_size)}
+    shapes |= {f"midlayer.{name}.weight": shape for name, shape in _projections(c, 2 * h).items()}
+    norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+    shapes |= {f"midlayer.{name}.weight": (h,) for name in norms}
+    shapes |= {"norm.weight": (h,), "lm_head.weight": (c.draft_vocab_size, h)}
     if c.draft_vocab_size < c.vocab_size:
         shapes |= {"d2t": (c.draft_vocab_size,), "t2d": (c.vocab_size,)}
     return shapes
 
 
+def _projections(c: TargetArchitecture | DraftArchitecture, width: int) -> Shapes:
+    """Shapes of the linear maps of a layer whose attention reads `width` entries a token."""
+    h, q, kv, inner = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
+    attention: Shapes = {"q_proj": (q, width), "k_proj": (kv, width), "v_proj": (kv, width), "o_proj": (h, q)}
+    mlp: Shapes = {"gate_proj": (inner, h), "up_proj": (inner, h), "down_proj": (h, inner)}
+    return {f"self_attn.{n}": s for n, s in attention.items()} | {f"mlp.{n}": s for n, s in mlp.items()}
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file whole or not at all.
+    """Write one safetensors file atomically.
 
     Raises:
-        OSError: it cannot be written; what stood there before still does.
+        OSError: it cannot be written; an older file is kept.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -251,14 +232,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def write_atomic(directory: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a directory that then takes the place of `directory`, whole.
+    """Let `write` fill a new directory that then replaces `directory`; a link is followed.
 
-    An older directory stands until the new one is complete; if the process dies between the two renames, the next
-    call or `recover` finds the old one under its temporary name. A link is followed.
+    If the process dies between the two renames, the next call or `recover` puts the old directory back.
 
     Raises:
         ValueError: `directory` is a file.
-        OSError: it cannot be written; what stood there before still does.
+        OSError: it cannot be written; an older directory is kept.
     """
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
@@ -287,7 +267,7 @@ def write_atomic(directory: Path, write: Callable[[Path], None]) -> None:
 
 
 def recover(directory: Path) -> None:
-    """Put back the old directory if a `write_atomic` died after taking it away."""
+    """Put back the old directory if `write_atomic` died after renaming it."""
     directory = Path(directory).resolve()
     old = _beside(directory, "old")
     if old.exists():

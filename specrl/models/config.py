@@ -67,14 +67,12 @@ class DraftArchitecture:
 
     def __post_init__(self) -> None:
         _check_sizes(self)
-        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+        vocab_size, size, layers = self.vocab_size, self.draft_vocab_size, self.aux_layers
+        if not 1 <= size <= vocab_size:
+            raise ValueError(f"draft_vocab_size must be in [1, vocab_size={vocab_size}], but got {size}")
+        if len(layers) != 3 or not 1 <= layers[0] < layers[1] < layers[2]:
             raise ValueError(
-                f"draft_vocab_size must be in [1, vocab_size={self.vocab_size}], but got {self.draft_vocab_size}"
-            )
-        if len(self.aux_layers) != 3 or not 1 <= self.aux_layers[0] < self.aux_layers[1] < self.aux_layers[2]:
-            raise ValueError(
-                "aux_layers must be three different layers of the target, ascending from 1 on, but got "
-                f"{self.aux_layers}"
+                f"aux_layers must be three different layers of the target, ascending from 1 on, but got {layers}"
             )
 
 
@@ -85,11 +83,10 @@ def _check_sizes(config: TargetArchitecture | DraftArchitecture) -> None:
             raise ValueError(f"{field.name} must be a positive whole number, but got {value!r}")
         if field.type == "bool" and not isinstance(value, bool):
             raise ValueError(f"{field.name} must be true or false, but got {value!r}")
-    if config.num_heads % config.num_kv_heads:
-        raise ValueError(
-            f"num_attention_heads must be a multiple of num_key_value_heads, but got {config.num_heads} and "
-            f"{config.num_kv_heads}"
-        )
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    if heads % kv_heads:
+        rule = "num_attention_heads must be a multiple of num_key_value_heads"
+        raise ValueError(f"{rule}, but got {heads} and {kv_heads}")
     if config.head_dim % 2:
         raise ValueError(f"head_dim must be even, but got {config.head_dim}")
     if not 0 < config.rms_norm_eps < 1:

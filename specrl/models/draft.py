@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specrl.models.attention import CachedAttention
+from specrl.models.attention import CachedAttention, KVCache
 from specrl.models.checkpoint import check_tensors, expected_draft_tensors, read_tensors, save_tensors, write_atomic
 from specrl.models.config import DraftArchitecture, default_aux_layers
 from specrl.models.hf_config import read_draft_config, write_draft_config
-from specrl.models.kv_cache import KVCache
 from specrl.models.layer import DecoderLayer, GatedMLP, Norm, interleave
 from specrl.models.linear import Linear
 from specrl.models.rope import rope_table
 from specrl.models.target import DRAFT_POSITIONS, Target
 
 _INIT_STD = 0.02
+_VOCABULARY = ("d2t", "t2d")  # integer tensors
 
 
 class Draft:
@@ -41,7 +41,7 @@ class Draft:
     def __init__(self, config: DraftArchitecture, tensors: Mapping[str, Tensor]) -> None:
         check_tensors(tensors, expected_draft_tensors(config), what="draft", optional=("t2d",))
         self.config = config
-        self.tensors = {name: t if name in ("d2t", "t2d") else t.float() for name, t in tensors.items()}
+        self.tensors = {name: t if name in _VOCABULARY else t.float() for name, t in tensors.items()}
         if "d2t" in self.tensors:
             self.tensors["d2t"] = self.tensors["d2t"].to(torch.int64)
             self.tensors["t2d"] = _membership(self.tensors["d2t"], config)
@@ -57,13 +57,13 @@ class Draft:
         Raises:
             ValueError: the directory holds other files, which would be lost.
         """
-        strangers = sorted({path.name for path in Path(directory).glob("*")} - {"config.json", "model.safetensors"})
-        if strangers:
+        others = sorted({path.name for path in Path(directory).glob("*")} - {"config.json", "model.safetensors"})
+        if others:
             raise ValueError(
-                f"a draft must be saved to a directory of its own, but {str(directory)!r} holds {strangers[0]!r}, "
+                f"a draft must be saved to a directory of its own, but {str(directory)!r} holds {others[0]!r}, "
                 "which would be lost; name another directory"
             )
-        tensors = {n: t if n in ("d2t", "t2d") else t.to(dtype) for n, t in self.tensors.items()}
+        tensors = {n: t if n in _VOCABULARY else t.to(dtype) for n, t in self.tensors.items()}
 
         def write(into: Path) -> None:
             write_draft_config(self.config, into, str(dtype).removeprefix("torch."))
@@ -81,20 +81,15 @@ def vocabulary_ids(tensors: Mapping[str, Tensor], config: DraftArchitecture) -> 
 
 
 def _membership(d2t: Tensor, config: DraftArchitecture) -> Tensor:
-    """t2d [V] bool from the offsets d2t.
-
-    Raises:
-        ValueError: the offsets are no map into the vocabulary.
-    """
-    ids = torch.arange(config.draft_vocab_size) + d2t.cpu()
-    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size or len(ids.unique()) != len(ids):
+    """t2d [V] bool from the offsets d2t."""
+    ids, vocab_size = torch.arange(len(d2t)) + d2t.cpu(), config.vocab_size
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size or len(ids.unique()) != len(ids):
         raise ValueError(
-            f"d2t must hold offsets that map {config.draft_vocab_size} draft ids to different ids in "
-            f"[0, {config.vocab_size}), but got ids {int(ids.min())}..{int(ids.max())}; target id = i + d2t[i]"
+            f"d2t must hold offsets that map {len(ids)} draft ids to different ids in [0, {vocab_size}), but got ids "
+            f"{low}..{high}; target id = i + d2t[i]"
         )
-    member = torch.zeros(config.vocab_size, dtype=torch.bool)
-    member[ids] = True
-    return member
+    return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
 
 
 def new_draft(
@@ -120,10 +115,10 @@ def new_draft(
         ValueError: a size, the vocabulary or a layer does not fit the target.
     """
     t = target.config
-    size = t.vocab_size if draft_vocab_size is None else draft_vocab_size
+    size = draft_vocab_size
+    if size is None:
+        size = t.vocab_size if vocabulary is None else len(vocabulary)
     ids = torch.arange(max(0, min(size, t.vocab_size))) if vocabulary is None else vocabulary.cpu()
-    if draft_vocab_size is None:
-        size = len(ids)
     if not 1 <= size <= t.vocab_size or size != len(ids):
         raise ValueError(
             f"draft_vocab_size must be in [1, {t.vocab_size}] and equal to the length of vocabulary, but got {size}"
@@ -150,13 +145,11 @@ def new_draft(
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, shape in expected_draft_tensors(config).items():
-        if name not in ("d2t", "t2d"):
-            tensors[name] = (
-                torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * _INIT_STD
-            )
+        matrix = len(shape) > 1
+        tensors[name] = torch.randn(shape, generator=generator) * _INIT_STD if matrix else torch.ones(shape)
     if size < t.vocab_size:
         tensors["d2t"] = ids - torch.arange(size)
-        tensors["t2d"] = torch.zeros(t.vocab_size, dtype=torch.bool)
+        del tensors["t2d"]  # `Draft` derives it
     tensors["lm_head.weight"] = target.head_weight.float().cpu()[ids].clone()
     tensors["norm.weight"] = target.norm_weight.float().cpu().clone()
     return Draft(config, tensors)
@@ -174,9 +167,8 @@ def load_draft(path: str | Path) -> Draft:
 def _check_aux_layers(config: DraftArchitecture, target: Target) -> None:
     layers, count = config.aux_layers, target.config.num_layers
     if max(layers) >= count:
-        raise ValueError(
-            f"the draft's aux_layers {layers} must be layers of the target, which has {count}; name other aux_layers"
-        )
+        rule = f"the draft's aux_layers {layers} must be layers of the target, which has {count}"
+        raise ValueError(f"{rule}; name other aux_layers")
 
 
 class ServingDraft:
@@ -192,14 +184,11 @@ class ServingDraft:
 
     def __init__(self, draft: Draft, target: Target) -> None:
         c, t = draft.config, target.config
-        for name, ours, theirs in (
-            ("vocab_size", c.vocab_size, t.vocab_size),
-            ("hidden_size", c.hidden_size, t.hidden_size),
-            ("target_hidden_size", c.target_hidden_size, t.hidden_size),
-        ):
-            if ours != theirs:
+        sizes = {"vocab_size": t.vocab_size, "hidden_size": t.hidden_size, "target_hidden_size": t.hidden_size}
+        for name, size in sizes.items():
+            if (got := getattr(c, name)) != size:
                 raise ValueError(
-                    f"the draft's {name} must be the target's {theirs}, but got {ours}; is it for another model?"
+                    f"the draft's {name} must be the target's {size}, but got {got}; is it for another model?"
                 )
         _check_aux_layers(c, target)
         self.config, self.device, self.dtype = c, target.device, target.dtype
@@ -218,7 +207,7 @@ class ServingDraft:
 
         Raises:
             ValueError: a tensor is missing, unknown, misshapen or not finite, or the vocabulary differs from the one
-                that serves, which is fixed. The weights that serve are not changed then.
+                that serves. The weights that serve stay.
         """
         check_tensors(tensors, expected_draft_tensors(self.config), what=f"draft version {version}", optional=("t2d",))
         ids = vocabulary_ids(tensors, self.config)
@@ -229,25 +218,21 @@ class ServingDraft:
         c, gain = self.config, self._norm.gain
 
         def read(name: str) -> Tensor:
-            return tensors[name].detach().to(self.device, torch.float32)
+            return tensors[name + ".weight"].detach().to(self.device, torch.float32)
 
-        at = "midlayer.self_attn."
-        query, key, value = (read(f"{at}{n}_proj.weight") for n in "qkv")
-        scaled = interleave(query, c.head_dim) * c.head_dim**-0.5
-        qkv = torch.cat([scaled, interleave(key, c.head_dim), value])
-        columns = torch.cat([read("midlayer.input_layernorm.weight"), read("midlayer.hidden_norm.weight")])
-        gate_up = torch.cat([read("midlayer.mlp.gate_proj.weight"), read("midlayer.mlp.up_proj.weight")])
-        after = read("midlayer.post_attention_layernorm.weight")
+        query, key, value = (read(f"midlayer.self_attn.{n}_proj") for n in "qkv")
+        qkv = torch.cat([interleave(query, c.head_dim) * c.head_dim**-0.5, interleave(key, c.head_dim), value])
+        qkv_norm = torch.cat([read("midlayer.input_layernorm"), read("midlayer.hidden_norm")])
+        gate_up = torch.cat([read("midlayer.mlp.gate_proj"), read("midlayer.mlp.up_proj")])
         fused = [
-            read("fc.weight"),
-            qkv * columns * gain,
-            read(f"{at}o_proj.weight"),
-            gate_up * after * gain,
-            read("midlayer.mlp.down_proj.weight"),
-            read("lm_head.weight") * read("norm.weight") * gain,
+            read("fc"),
+            qkv * qkv_norm * gain,
+            read("midlayer.self_attn.o_proj"),
+            gate_up * read("midlayer.post_attention_layernorm") * gain,
+            read("midlayer.mlp.down_proj"),
+            read("lm_head") * read("norm") * gain,
         ]
-        if not self._maps:
-            # copies: no map may share the caller's memory
+        if not self._maps:  # copies: no map may share the caller's memory
             self._maps = [Linear(weight.to(self.dtype, copy=True)) for weight in fused]
         else:
             for linear, weight in zip(self._maps, fused, strict=True):
@@ -282,20 +267,13 @@ class ServingDraft:
             hidden: [b, q, H], fused hidden states of the target or the layer's own earlier output.
             cache, slots, length, positions, first_row, attention_mask: see `CachedAttention`.
         """
-        batch, queries = tokens.shape
+        table, heads, mask = self._rotary_table, self.config.num_heads, attention_mask
         attention = CachedAttention(
-            cache,
-            self._rotary_table,
-            slots,
-            length,
-            self.config.num_heads,
-            positions=positions,
-            first_row=first_row,
-            attention_mask=attention_mask,
+            cache, table, slots, length, heads, positions=positions, first_row=first_row, attention_mask=mask
         )
-        residual = hidden.reshape(batch * queries, -1)
+        residual = hidden.flatten(0, 1)
         x = torch.cat([self._embedding.index_select(0, tokens.flatten()), self._norm(residual)], -1)  # [M, 2H]
-        return self._layer.forward(x, residual, attention).view(batch, queries, -1)
+        return self._layer.forward(x, residual, attention).view(*tokens.shape, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[m, H] -> [m, Vd] float32 over the draft's vocabulary."""

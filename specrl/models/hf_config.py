@@ -13,9 +13,21 @@ from specrl.models.rope import RopeConfig
 _TARGETS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _DRAFTS = {"llama": "LlamaForCausalLMEagle3"}
 _AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
+_REMEDY = "use another checkpoint, or correct the key if it is wrong"
 
-# The values that specrl.models computes. A missing key or null is supported too, and every entry of a list is checked.
-# transformers has filled in its default values and renamed old keys before. Other keys change nothing in its models.
+# Keys of config.json that targets and drafts share, and the fields that hold them, except head_dim and rope.
+_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "rms_norm_eps": "rms_norm_eps",
+    "max_position_embeddings": "max_position_embeddings",
+}
+
+# Supported values. A missing key or null is supported too, and every entry of a list is checked. transformers has
+# filled in its default values and renamed old keys before. Other keys change nothing in its models.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "is_causal": (True,),
@@ -41,10 +53,7 @@ _ROPE_PARAMETERS: dict[str, tuple[str, ...]] = {
         *("beta_fast", "beta_slow", "truncate"),
     ),
 }
-_SUPPORTED_ROPE: dict[str, tuple[Any, ...]] = {
-    "rope_type": tuple(_ROPE_PARAMETERS),
-    "partial_rotary_factor": (1.0,),
-}
+_SUPPORTED_ROPE: dict[str, tuple[Any, ...]] = {"rope_type": tuple(_ROPE_PARAMETERS), "partial_rotary_factor": (1.0,)}
 
 
 def read_target_config(directory: str | Path) -> TargetArchitecture:
@@ -112,18 +121,12 @@ def write_draft_config(config: DraftArchitecture, directory: Path, dtype: str = 
     out: dict[str, Any] = {
         "architectures": [_DRAFTS["llama"]],
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
+        **{key: getattr(config, name) for key, name in _KEYS.items()},
         "draft_vocab_size": config.draft_vocab_size,
-        "hidden_size": config.hidden_size,
         "target_hidden_size": config.target_hidden_size,
-        "intermediate_size": config.intermediate_size,
         "num_hidden_layers": 1,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
         "rope_theta": rope.theta,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
@@ -142,18 +145,16 @@ def _load(file: Path, architectures: Mapping[str, str]) -> Any:
 
     if not file.is_file():
         raise ValueError(f"a checkpoint must hold config.json, but {str(file.parent)!r} does not; give its directory")
+    supported = [([name], kind) for kind, name in architectures.items()]
     try:
         content, _ = PreTrainedConfig.get_config_dict(str(file.parent), local_files_only=True)
         model = (content.get("architectures"), content.get("model_type"))
-    except Exception as error:  # what it raises depends on the file: OSError, ValueError, TypeError and others
+        if model in supported:
+            config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the type depends on the file: OSError, ValueError, TypeError and others
         raise _invalid(file, error) from error
-    supported = [([name], kind) for kind, name in architectures.items()]
     if model not in supported:
         raise _unsupported(file, "architectures and model_type", " or ".join(map(str, supported)), model)
-    try:
-        config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise _invalid(file, error) from error
     _check(file, config.to_dict(), _SUPPORTED)
     rope = config.rope_parameters
     known = ("rope_theta", "type", *_SUPPORTED_ROPE, *_ROPE_PARAMETERS.get(str(rope["rope_type"]), ()))
@@ -162,19 +163,10 @@ def _load(file: Path, architectures: Mapping[str, str]) -> Any:
 
 
 def _shape(config: Any) -> dict[str, Any]:
-    """What targets and drafts have in common."""
-    heads = config.num_attention_heads
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_heads": heads,
-        "num_kv_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope": _rope(config.rope_parameters),
-        "max_position_embeddings": config.max_position_embeddings,
-    }
+    """The fields that targets and drafts share."""
+    shape = {name: getattr(config, key) for key, name in _KEYS.items()}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {**shape, "head_dim": head_dim, "rope": _rope(config.rope_parameters)}
 
 
 def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
@@ -206,20 +198,12 @@ def _check(file: Path, values: Mapping[str, Any], supported: Mapping[str, tuple[
             raise _unsupported(file, prefix + key, " or ".join(map(json.dumps, allowed)) or "absent", value)
 
 
-def _unsupported(
-    file: Path,
-    key: str,
-    supported: str,
-    value: object,
-    remedy: str = "use another checkpoint, or correct the key if it is wrong",
-) -> ValueError:
+def _unsupported(file: Path, key: str, supported: str, value: object, remedy: str = _REMEDY) -> ValueError:
     """The error for a configuration that can be read but not computed."""
     return ValueError(f"{file}: {key} must be {supported}, but got {value!r}, which is not supported; {remedy}")
 
 
 def _invalid(file: Path, error: Exception) -> ValueError:
     """The error for a configuration that cannot be read, on one line."""
-    reason = " ".join(str(error).split())
-    return ValueError(
-        f"{file} must be a valid configuration, but it is not ({reason}); correct it or download it again"
-    )
+    rule, reason = f"{file} must be a valid configuration, but it is not", " ".join(str(error).split())
+    return ValueError(f"{rule} ({reason}); correct it or download it again")

@@ -1,7 +1,4 @@
-"""Targets by Hugging Face id, 'owner/name' or 'owner/name@revision', from the local cache or downloaded.
-
-Runs record the id itself. This module finds its directory on this machine.
-"""
+"""Targets by Hugging Face id, 'owner/name' or 'owner/name@revision', from the local cache or downloaded."""
 
 from __future__ import annotations
 
@@ -10,20 +7,11 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-_FILES = (  # what this package or SGLang reads; no pickles
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-)
+_FILES = (  # that this package or SGLang reads; no pickles
+    "config.json generation_config.json model*.safetensors model.safetensors.index.json tokenizer*.json "
+    "tokenizer.model special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja "
+    "additional_chat_templates/*.jinja"
+).split()
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 
 
@@ -58,27 +46,19 @@ def served_as(target: str | Path) -> dict[str, object]:
     model = hub_id(target)
     if model is None:
         return {"model-path": str(target)}
-    flags: dict[str, object] = {"model-path": model.name}
-    return flags if model.revision is None else {**flags, "revision": model.revision}
+    return {"model-path": model.name, **({} if model.revision is None else {"revision": model.revision})}
 
 
 @functools.cache
 def _snapshot(model: HubId) -> Path:
     from huggingface_hub import constants, snapshot_download
 
-    shown = model.name if model.revision is None else f"{model.name}@{model.revision}"
-    option = "" if model.revision is None else f" --revision {model.revision}"
+    name, revision, offline = model.name, model.revision, constants.HF_HUB_OFFLINE
+    shown, option = (name, "") if revision is None else (f"{name}@{revision}", f" --revision {revision}")
     rule = f"a target must be a checkpoint directory or an available Hugging Face model, but {shown!r} is no directory"
-    remedy = f"give a directory, or run: hf download {model.name}{option}"
+    remedy = f"give a directory, or run: hf download {name}{option}"
     try:
-        found = Path(
-            snapshot_download(
-                model.name,
-                revision=model.revision,
-                allow_patterns=list(_FILES),
-                local_files_only=constants.HF_HUB_OFFLINE,
-            )
-        )
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, local_files_only=offline))
     except Exception as error:  # errors of the hub, of its HTTP client and of the disk
         reason = next(iter(str(error).splitlines()), "").strip() or type(error).__name__
         raise ValueError(f"{rule} and is neither cached nor downloadable ({reason}); {remedy}") from error

@@ -1,8 +1,7 @@
 """One decoder layer, for serving, for training a draft and for pretraining: the attention is passed in.
 
 For serving, the weights are fused: query, key and value in one map, gate and up in another, and each norm's weight is
-folded into the map that follows it. Rotary pairs are neighbours (the rows of the query and key weights are reordered
-once, see `interleave`), so that a rotation is one complex product.
+folded into the map that follows it. Rotary pairs are neighbours (`interleave`): a rotation is one complex product.
 """
 
 from __future__ import annotations
@@ -22,9 +21,6 @@ class DecoderLayer:
 
     Args:
         qkv: map from the layer's input to the queries, keys and values of all heads, side by side.
-        output: map of the attended values.
-        mlp: the MLP.
-        norm: of the residual before the MLP.
         index: number of the layer in its model.
         head_norm: norm over one head, and its weights for queries and keys [heads + kv_heads, D] (Qwen3); or None.
     """
@@ -52,13 +48,7 @@ Attend = Callable[[DecoderLayer, Tensor], Tensor]
 
 
 class GatedMLP:
-    """SwiGLU (Shazeer, 2020): `down(silu(gate(x)) * up(x))`.
-
-    Args:
-        gate_up: fused gate and up map.
-        down: output map.
-        width: entries of the gate.
-    """
+    """SwiGLU (Shazeer, 2020): `down(silu(gate(x)) * up(x))`, with one map to gate and up of `width` entries each."""
 
     def __init__(self, gate_up: LinearMap, down: LinearMap, width: int) -> None:
         self.gate_up, self.down, self.width = gate_up, down, width
@@ -82,15 +72,13 @@ class Norm:
 
     Args:
         size: of the last dimension.
-        eps: of the norm.
-        dtype, device: of its inputs.
+        dtype, device: of the inputs.
     """
 
-    __slots__ = ("_eps", "_floor", "_shape", "device", "dtype", "gain")
+    __slots__ = ("_eps", "_floor", "_shape", "gain")
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype, device: str) -> None:
         self._shape, self._eps = (size,), eps
-        self.dtype, self.device = dtype, device
         native = device == "cpu" and dtype == torch.float32
         self._floor = torch.tensor(math.sqrt(size * eps)) if native else None
         self.gain = math.sqrt(size) if native else 1.0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,24 +11,8 @@ _MAX_ENTRIES_KEPT_TWICE = 1 << 22
 _MIN_ENTRIES_SPLIT = 1 << 17  # from here on, two threads are faster than one for a single row
 
 
-class LinearMap(Protocol):
-    """`x @ weight.T + bias` for `x [M, in]`."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[M, in] -> [M, out]."""
-        ...
-
-    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """`residual + self(x)`: [M, out] and [M, in] -> [M, out]."""
-        ...
-
-
 class TrainableLinear:
-    """A linear map without bias that gradients pass through.
-
-    Args:
-        weight: [out, in], any floating dtype.
-    """
+    """A linear map without bias that gradients pass through; `weight [out, in]` of any floating dtype."""
 
     __slots__ = ("weight",)
 
@@ -49,9 +31,9 @@ class TrainableLinear:
 class Linear:
     """A linear map for decoding.
 
-    On a CPU the weight is kept in two layouts, because reading it is most of the work and the kernels read
-    differently: transposed (and in halves, for two threads) for one row, and in oneDNN's blocked layout for more rows.
-    A large weight is kept in the blocked layout only. Measurements: docs/decisions/0001-cpu-decoding.md.
+    On a CPU the weight is kept in two layouts: transposed (and in halves, for two threads) for one row, and in oneDNN's
+    blocked layout for more rows. A large weight is kept in the blocked layout only. Measurements:
+    docs/decisions/0001-cpu-decoding.md.
 
     Args:
         weight: [out, in], any floating dtype.
@@ -67,23 +49,16 @@ class Linear:
     def _lay_out(self, weight: Tensor) -> None:
         self._packed = _packed(weight)
         self._transposed: Tensor | None = weight.t()  # [in, out]
-        if self._packed is not None:
-            self._transposed = weight.t().contiguous() if weight.numel() <= _MAX_ENTRIES_KEPT_TWICE else None
         self._halves: Tensor | None = None  # [2, in, out / 2]: a batch of two, one for each thread
-        if (
-            self._transposed is not None
-            and self._packed is not None
-            and weight.numel() >= _MIN_ENTRIES_SPLIT
-            and not weight.shape[0] % 2
-        ):
+        if self._packed is None:
+            return
+        self._transposed = weight.t().contiguous() if weight.numel() <= _MAX_ENTRIES_KEPT_TWICE else None
+        if self._transposed is not None and weight.numel() >= _MIN_ENTRIES_SPLIT and not weight.shape[0] % 2:
             self._halves = self._transposed.view(weight.shape[1], 2, -1).transpose(0, 1).contiguous()
             self._transposed = None
 
     def load(self, weight: Tensor) -> None:
-        """Replace the weight by another one of the same shape, [out, in].
-
-        Where the weight is not packed, as on a GPU, this happens in place, because CUDA graphs hold its address.
-        """
+        """Replace the weight [out, in]; in place if it is not packed, because CUDA graphs hold its address."""
         if self._packed is None and self._transposed is not None:
             with torch.inference_mode():
                 self._transposed.t().copy_(weight)
@@ -106,6 +81,9 @@ class Linear:
         if self._transposed is not None and self.bias is None and (self._packed is None or x.shape[0] == 1):
             return torch.addmm(residual, x, self._transposed)
         return self(x).add_(residual)
+
+
+LinearMap = Linear | TrainableLinear
 
 
 def _packed(weight: Tensor) -> Tensor | None:

@@ -21,8 +21,7 @@ def weight_bytes(config: TargetArchitecture, dtype: torch.dtype) -> int:
     The head is kept twice: as it is (with tied embeddings this is the embedding), and with the last norm folded in. On
     a CPU small matrices are kept twice, too (`specrl.models.linear`); that is not counted.
     """
-    shapes = expected_target_tensors(config)
-    entries = sum(math.prod(shape) for shape in shapes.values())
+    entries = sum(math.prod(shape) for shape in expected_target_tensors(config).values())
     return (entries + (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)) * dtype.itemsize
 
 
@@ -35,8 +34,9 @@ def cache_bytes(config: TargetArchitecture, dtype: torch.dtype, draft: DraftArch
 def free_bytes(device: str, meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> int | None:
     """Bytes that this process may still allocate.
 
-    On a GPU: free memory, plus what torch has reserved and does not use. On a CPU: what Linux reports as available, or
-    what is left to the control group (container) if that is less. None if neither can be read, or for other devices.
+    On a GPU: free memory, plus the memory that torch has reserved and does not use. On a CPU: the memory that Linux
+    reports as available, or the rest of the control group (container) if that is less. None if neither can be read, or
+    for other devices.
     """
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
@@ -97,26 +97,25 @@ def check_room(
         config, draft: the models whose keys and values are cached.
         dtype, device: of the caches.
         batch_size, max_context, draft_headroom: requests, tokens that each may reach, and slots beyond.
-        free: bytes; None: what `free_bytes` finds. If that is unknown, nothing is refused.
+        free: bytes; None: `free_bytes`. If that is unknown, nothing is refused.
 
     Raises:
         ValueError: the caches do not fit; the message names sizes that do.
     """
     free = free_bytes(device) if free is None else free
-    if free is None or batch_size < 1 or max_context < 1:
+    if free is None:
         return
     room = Room(cache_bytes(config, dtype, draft), free, draft_headroom)
     needed = room.needed(batch_size, max_context)
-    if needed <= free:
-        return
-    context, batch = room.largest_context(batch_size), room.largest_batch(max_context)
-    fits = [f"max_context={context} at this batch size"] if context >= 2 else []
-    fits += [f"a batch size of {batch} at this max_context"] if batch else []
-    raise ValueError(
-        f"the caches of all requests must fit the memory, but {batch_size} of max_context={max_context} take "
-        f"{_size(needed)} ({room.per_token} bytes a token) and {device} has {_size(free)} free; "
-        + (f"{' or '.join(fits)} would fit" if fits else "free memory, or use a smaller target or dtype")
-    )
+    if needed > free:
+        context, batch = room.largest_context(batch_size), room.largest_batch(max_context)
+        fits = [f"max_context={context} at this batch size"] if context >= 2 else []
+        fits += [f"a batch size of {batch} at this max_context"] if batch else []
+        raise ValueError(
+            f"the caches of all requests must fit the memory, but {batch_size} of max_context={max_context} take "
+            f"{_size(needed)} ({room.per_token} bytes a token) and {device} has {_size(free)} free; "
+            + (f"{' or '.join(fits)} would fit" if fits else "free memory, or use a smaller target or dtype")
+        )
 
 
 def check_weights(config: TargetArchitecture, dtype: torch.dtype, device: str, *, free: int | None = None) -> None:

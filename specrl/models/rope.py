@@ -14,7 +14,7 @@ Kind = Literal["default", "linear", "llama3", "yarn"]
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary settings as a checkpoint states them.
+    """Rotary settings of a checkpoint.
 
     Args:
         theta: the base.
@@ -50,11 +50,9 @@ class RopeConfig:
                 raise ValueError(f"rope: {field.name} must be a positive number, but got {value!r}")
         if not isinstance(self.truncate, bool):
             raise ValueError(f"rope: truncate must be true or false, but got {self.truncate!r}")
-        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                f"rope: low_freq_factor < high_freq_factor must hold, but got {self.low_freq_factor} and "
-                f"{self.high_freq_factor}"
-            )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.kind == "llama3" and not low < high:
+            raise ValueError(f"rope: low_freq_factor < high_freq_factor must hold, but got {low} and {high}")
         if self.kind == "yarn" and not self.theta > 1:
             raise ValueError(f"rope: yarn's theta must be above 1, but got {self.theta}")
 
@@ -97,9 +95,9 @@ def _yarn(rope: RopeConfig, inverse: Tensor, head_dim: int) -> tuple[Tensor, flo
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = (torch.arange(head_dim // 2).float() - low) / max(high - low, 1e-3)
     kept = 1 - ramp.clamp(0, 1)
-    factor = 0.1 * math.log(rope.factor) + 1.0 if rope.attention_factor is None else rope.attention_factor
-    if rope.attention_factor is None and rope.factor <= 1:
-        factor = 1.0
+    factor = rope.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(max(rope.factor, 1.0)) + 1.0
     return inverse / rope.factor * (1 - kept) + inverse * kept, factor
 
 

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specrl.models.attention import CachedAttention
+from specrl.models.attention import CachedAttention, KVCache
 from specrl.models.checkpoint import Checkpoint, check_layout, expected_target_tensors
 from specrl.models.config import TargetArchitecture
 from specrl.models.embedded import target_directory
 from specrl.models.hf_config import read_target_config
-from specrl.models.kv_cache import KVCache
 from specrl.models.layer import DecoderLayer, GatedMLP, Norm, interleave
 from specrl.models.linear import Linear
 from specrl.models.memory import check_weights
@@ -36,11 +35,9 @@ class Target:
     """A loaded target. `target(input_ids)` runs the whole model; sessions call `decode` with a cache.
 
     Args:
-        config: its shape.
-        tensors: its weights by their Hugging Face names, checked (see `load_target`). They are read one by one and
+        tensors: the weights by their Hugging Face names, checked (see `load_target`). They are read one by one and
             copied; at most two are held at a time.
-        device: of weights and computations.
-        dtype: likewise; logits are always float32.
+        device, dtype: of weights and computations; logits are always float32.
     """
 
     def __init__(
@@ -83,8 +80,9 @@ class Target:
             return self._own(tensors[at + name])
 
         def bias(*names: str) -> Tensor | None:
-            found = [name for name in names if at + name + ".bias" in tensors]
-            return torch.cat([paired(name, read(name + ".bias")) for name in names]) if found else None
+            if at + names[0] + ".bias" not in tensors:
+                return None
+            return torch.cat([paired(name, read(name + ".bias")) for name in names])
 
         def paired(name: str, weight: Tensor) -> Tensor:
             if name == "self_attn.q_proj":
@@ -104,19 +102,11 @@ class Target:
             weights[: c.num_heads] *= scale
             head_norm = (norm, weights)
         rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        mlp = GatedMLP(
-            fused(2 * c.intermediate_size, ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-            Linear(read("mlp.down_proj.weight"), bias("mlp.down_proj")),
-            c.intermediate_size,
-        )
-        return DecoderLayer(
-            fused(rows, tuple(f"self_attn.{n}_proj" for n in "qkv"), "input_layernorm"),
-            Linear(read("self_attn.o_proj.weight"), bias("self_attn.o_proj")),
-            mlp,
-            self._norm,
-            index,
-            head_norm,
-        )
+        qkv = fused(rows, tuple(f"self_attn.{n}_proj" for n in "qkv"), "input_layernorm")
+        output = Linear(read("self_attn.o_proj.weight"), bias("self_attn.o_proj"))
+        gate_up = fused(2 * c.intermediate_size, ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm")
+        down = Linear(read("mlp.down_proj.weight"), bias("mlp.down_proj"))
+        return DecoderLayer(qkv, output, GatedMLP(gate_up, down, c.intermediate_size), self._norm, index, head_norm)
 
     def new_cache(self, batch: int, capacity: int, fused: bool | None = None) -> KVCache:
         """An empty cache for `batch` requests of up to `capacity` tokens; `fused` as in `KVCache`."""
@@ -201,15 +191,13 @@ class Target:
         Raises:
             ValueError: `input_ids` are not [B, T] int64 token ids of this vocabulary, or too many for its positions.
         """
-        most = self.config.max_position_embeddings
+        most, vocab_size = self.config.max_position_embeddings, self.config.vocab_size
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not 1 <= input_ids.shape[1] <= most:
-            raise ValueError(
-                f"input_ids must be int64 [B, T], T in [1, {most}], but got {input_ids.dtype} {list(input_ids.shape)}"
-            )
-        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.config.vocab_size:
-            raise ValueError(
-                f"token ids must be in [0, {self.config.vocab_size}), but got {input_ids.min()}..{input_ids.max()}"
-            )
+            got = f"{input_ids.dtype} {list(input_ids.shape)}"
+            raise ValueError(f"input_ids must be int64 [B, T], T in [1, {most}], but got {got}")
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if not 0 <= low <= high < vocab_size:
+            raise ValueError(f"token ids must be in [0, {vocab_size}), but got {low}..{high}")
         return self.prefill(input_ids.to(self.device), self.new_cache(*input_ids.shape)).logits
 
 
@@ -218,7 +206,7 @@ def load_target(
 ) -> Target:
     """Load a target from a Hugging Face checkpoint directory or id, or an embedded one by name.
 
-    Weights are read, checked and moved to the device one by one, so that the host holds about one of them at a time.
+    Weights are read, checked and moved to the device one by one.
 
     Args:
         path: a directory with config.json and safetensors; the id of such a model on the Hugging Face Hub,
@@ -235,14 +223,13 @@ def load_target(
     directory = target_directory(path)
     config, dtype = read_target_config(directory), as_dtype(dtype)
     check_weights(config, dtype, device)
-    tensors, tied = Checkpoint(directory, f"target {path}"), config.tie_word_embeddings
+    what, tied, head = f"target {path}", config.tie_word_embeddings, "lm_head.weight"
+    tensors = Checkpoint(directory, what)
     layout = {n: t for n, t in tensors.layout.items() if not n.endswith(".rotary_emb.inv_freq")}  # derived
-    optional = ("lm_head.weight",) if tied else ()
-    check_layout(layout, expected_target_tensors(config), what=f"target {path}", optional=optional)
-    both = ("lm_head.weight", "model.embed_tokens.weight")
-    if tied and both[0] in layout and not torch.equal(*(tensors[name] for name in both)):
+    check_layout(layout, expected_target_tensors(config), what=what, optional=(head,) if tied else ())
+    if tied and head in layout and not torch.equal(tensors[head], tensors["model.embed_tokens.weight"]):
         raise ValueError(
-            f"target {path}: with tie_word_embeddings, lm_head.weight must be absent or equal to "
+            f"{what}: with tie_word_embeddings, lm_head.weight must be absent or equal to "
             "model.embed_tokens.weight, but it differs; set tie_word_embeddings to false"
         )
     return Target(config, tensors, device=device, dtype=dtype)

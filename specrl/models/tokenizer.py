@@ -33,7 +33,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, document_start: bool = True) -> list[int]:
         """Token ids of `text`, after one bos token if the checkpoint uses it (see the class)."""
-        ids, bos = self._ids(text, add_special_tokens=True), self.bos_token_id
+        ids, bos = self._ids(text, special=True), self.bos_token_id
         if bos is None:
             return ids
         if ids[:2] == [bos, bos]:  # one from the text, one from the tokenizer
@@ -42,7 +42,7 @@ class Tokenizer:
 
     def encode_chat(self, text: str) -> list[int]:
         """Token ids of a text from `render_chat`, which holds all its special tokens already."""
-        return self._ids(text, add_special_tokens=False)
+        return self._ids(text, special=False)
 
     def render_chat(self, messages: Sequence[Message], tools: Any = None) -> str:
         """The chat template's text of a conversation, with the beginning of the assistant's answer.
@@ -52,11 +52,8 @@ class Tokenizer:
         """
         try:
             template = _NO_DATE + self.hf.get_chat_template(tools=tools)
-            return str(
-                self.hf.apply_chat_template(
-                    list(messages), tools=tools, chat_template=template, tokenize=False, add_generation_prompt=True
-                )
-            )
+            options = {"tools": tools, "chat_template": template, "tokenize": False, "add_generation_prompt": True}
+            return str(self.hf.apply_chat_template(list(messages), **options))
         except Exception as error:  # a template can fail in any way
             raise ValueError(f"the target's chat template refuses it ({' '.join(str(error).split())})") from error
 
@@ -64,10 +61,9 @@ class Tokenizer:
         """The text of token ids, without special tokens."""
         return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self.hf.encode(
-            text, add_special_tokens=add_special_tokens, truncation=False, padding=False, verbose=False
-        )
+    def _ids(self, text: str, special: bool) -> list[int]:
+        options = {"truncation": False, "padding": False, "verbose": False}
+        ids: list[int] = self.hf.encode(text, add_special_tokens=special, **options)
         return ids
 
 

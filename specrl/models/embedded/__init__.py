@@ -1,9 +1,8 @@
-"""The embedded targets: small Llamas pretrained for this project on the Python standard library's sources.
+"""The embedded targets: small Llamas pretrained on the Python standard library by tools/pretrain_embedded.py.
 
-Both have 16 layers of width 192, a vocabulary of 512 and 1024 positions, and are Hugging Face checkpoints made by
-tools/pretrain_embedded.py. `log.json` holds the learning curve and `held_out.txt` the files never trained on. `easy`
-was pretrained for 7 minutes on two CPU cores (1.78 bits per byte held out), `strong` for 70 (1.16). `strong` writes
-plausible Python and is harder for a draft to predict.
+Both have 16 layers of width 192, a vocabulary of 512 and 1024 positions, and are Hugging Face checkpoints. `log.json`
+holds the learning curve, and `held_out.txt` the files that were not trained on. `easy` was pretrained for 7 minutes on
+two CPU cores (1.78 bits per byte held out), `strong` for 70 (1.16); a draft predicts `strong` less well.
 """
 
 from __future__ import annotations
