@@ -66,30 +66,38 @@ def test_what_is_said_to_fit_fits_and_one_more_does_not(large: TargetArchitectur
     assert room.needed(batch, 4096) <= room.free < room.needed(batch + 1, 4096)
 
 
-def test_the_refusal_names_what_fits(large: TargetArchitecture) -> None:
+def free_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: size)
+
+
+def test_the_refusal_names_what_fits(large: TargetArchitecture, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {"batch_size": 64, "max_context": 8192, "draft_headroom": 65}
     gpu = (large, None, torch.bfloat16, "cuda:0")
+    free_memory(monkeypatch, 40 * 2**30)
     with pytest.raises(ValueError, match=r"64 of max_context=8192 take 72.6 GiB \(147456 bytes a token\)") as caught:
-        check_room(*gpu, **asked, free=40 * 2**30)
+        check_room(*gpu, **asked)
     said = re.search(r"cuda:0 has 40.0 GiB free; max_context=(\d+) at .* or a batch size of (\d+)", str(caught.value))
     assert said is not None and "\n" not in str(caught.value)
-    check_room(*gpu, **{**asked, "max_context": int(said[1])}, free=40 * 2**30)
-    check_room(*gpu, **{**asked, "batch_size": int(said[2])}, free=40 * 2**30)
+    check_room(*gpu, **{**asked, "max_context": int(said[1])})
+    check_room(*gpu, **{**asked, "batch_size": int(said[2])})
+    free_memory(monkeypatch, 2**20)
     with pytest.raises(ValueError, match="free; free memory, or use a smaller target or dtype$"):
-        check_room(*gpu, **asked, free=2**20)
+        check_room(*gpu, **asked)
+    free_memory(monkeypatch, 2**30)
     with pytest.raises(ValueError, match=r"free; max_context=\d+ at this batch size would fit$"):
-        check_room(*gpu, **{**asked, "batch_size": 1}, free=2**30)
+        check_room(*gpu, **{**asked, "batch_size": 1})
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     large: TargetArchitecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    free_memory(monkeypatch, 24 * 2**30)
     with pytest.raises(
         ValueError, match=r"in float32 they take 32.8 GiB and cpu has 24.0 GiB free; .*\(bfloat16 takes"
     ):
-        check_weights(large, torch.float32, "cpu", free=24 * 2**30)
-    check_weights(large, torch.bfloat16, "cpu", free=24 * 2**30)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
+        check_weights(large, torch.float32, "cpu")
+    check_weights(large, torch.bfloat16, "cpu")
+    free_memory(monkeypatch, 2**20)
     monkeypatch.setattr(target, "Checkpoint", None)
     with pytest.raises(ValueError, match="a target's weights must fit the memory, but in bfloat16 they take"):
         specrl.load_target("embedded", dtype="bfloat16")
@@ -99,7 +107,7 @@ def test_an_engine_refuses_sessions_that_do_not_fit(monkeypatch: pytest.MonkeyPa
     loaded = specrl.load_target("embedded")
     engine = specrl.LocalEngine(loaded, specrl.new_draft(loaded, draft_vocab_size=64, intermediate_size=64))
     workload: Any = SimpleNamespace(requests=lambda seed: iter(()))
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 64 << 20)
+    free_memory(monkeypatch, 64 << 20)
     with pytest.raises(ValueError, match="^the caches of all requests must fit the memory, but 16 of max_context=1024"):
         engine.start(workload, batch_size=1, max_batch_size=16, seed=0)
 

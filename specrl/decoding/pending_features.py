@@ -21,7 +21,7 @@ BUFFER_BYTES = 64 << 20  # memory of the buffer, unless that is too little for t
 class PendingFeatures:
     """The draft's cache, and a buffer of hidden states of the target (EAGLE's features) that the draft will read.
 
-    Between rounds, for a request of L known tokens of which the draft has read D (`read`): the draft's cache holds
+    Between rounds a request has L known tokens, and the draft has read D of them (`read`): the draft's cache holds
     slots 0 .. D-1, and the buffer holds the hidden states of slots D .. L-2, at least one. So a round of plan 0 only
     stores its hidden states, and the next speculative round lets the draft catch up.
 

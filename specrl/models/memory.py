@@ -89,20 +89,17 @@ def check_room(
     batch_size: int,
     max_context: int,
     draft_headroom: int = 0,
-    free: int | None = None,
 ) -> None:
-    """Refuse caches that do not fit the device.
+    """Refuse caches that do not fit the device. If its free memory is unknown, nothing is refused.
 
     Args:
         config, draft: the models whose keys and values are cached.
-        dtype, device: of the caches.
         batch_size, max_context, draft_headroom: requests, tokens that each may reach, and slots beyond.
-        free: bytes; None: `free_bytes`. If that is unknown, nothing is refused.
 
     Raises:
         ValueError: the caches do not fit; the message names sizes that do.
     """
-    free = free_bytes(device) if free is None else free
+    free = free_bytes(device)
     if free is None:
         return
     room = Room(cache_bytes(config, dtype, draft), free, draft_headroom)
@@ -118,13 +115,13 @@ def check_room(
         )
 
 
-def check_weights(config: TargetArchitecture, dtype: torch.dtype, device: str, *, free: int | None = None) -> None:
-    """Refuse a target whose weights do not fit the device (`free` as in `check_room`).
+def check_weights(config: TargetArchitecture, dtype: torch.dtype, device: str) -> None:
+    """Refuse a target whose weights do not fit the device.
 
     Raises:
         ValueError: they do not.
     """
-    free, needed = free_bytes(device) if free is None else free, weight_bytes(config, dtype)
+    free, needed = free_bytes(device), weight_bytes(config, dtype)
     if free is not None and needed > free:
         half = " (bfloat16 takes half)" if dtype.itemsize == 4 else ""
         raise ValueError(
