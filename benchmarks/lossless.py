@@ -28,7 +28,8 @@ from specrl.measure.machine import keep_large_blocks
 from specrl.models.draft import Draft
 from specrl.models.embedded import embedded_directory
 from specrl.models.target import Target
-from specrl.workloads.text import TextWorkload, load_tokenizer, load_workload
+from specrl.models.tokenizer import load_tokenizer
+from specrl.workloads.text import TextWorkload, load_workload
 
 PLANS = parse_plans("1/1/2,2/1/3,3/1/4,5/1/6,2/2/4,3/2/6,3/4/10")
 BATCH_SIZES = range(1, 17)

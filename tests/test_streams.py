@@ -6,8 +6,10 @@ import pytest
 
 from specrl.core.interfaces import Request, Workload
 from specrl.models.embedded import embedded_directory
-from specrl.workloads.stream import SHIFTED, Mixture, Shifting, load_stream
-from specrl.workloads.text import Tokenizer, load_tokenizer, load_workload
+from specrl.models.tokenizer import Tokenizer, load_tokenizer
+from specrl.workloads.stdlib import SHIFTED
+from specrl.workloads.stream import Mixture, Shifting, open_stream
+from specrl.workloads.text import TextWorkload, load_workload
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +58,14 @@ def test_a_mixture_draws_by_weight_and_reproducibly() -> None:
 
 def test_a_stream_of_one_name_is_that_workload(tokenizer: Tokenizer) -> None:
     alone = load_workload("stdlib", tokenizer, prompt_tokens=16)
-    assert load_stream("stdlib", tokenizer, prompt_tokens=16) == alone
+    stream = open_stream("stdlib", "embedded", prompt_tokens=16)
+    assert isinstance(stream, TextWorkload) and stream.texts == alone.texts
 
 
 def test_a_description_with_shift_and_mixture(tokenizer: Tokenizer, tmp_path: Path) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text("quick brown fox\n" * 400)
-    stream = load_stream(f"stdlib@3,pydoc_data*1+{mine}*2@5,encodings", tokenizer, prompt_tokens=12)
+    stream = open_stream(f"stdlib@3,pydoc_data*1+{mine}*2@5,encodings", "embedded", prompt_tokens=12)
     assert isinstance(stream, Shifting) and stream.counts == (3, 5, None)
     first, middle, last = stream.workloads
     assert isinstance(middle, Mixture) and middle.weights == (1.0, 2.0)
@@ -76,7 +79,7 @@ def test_a_description_with_shift_and_mixture(tokenizer: Tokenizer, tmp_path: Pa
 
 @pytest.mark.parametrize("name", SHIFTED)
 def test_the_shifted_parts_of_the_library(tokenizer: Tokenizer, name: str) -> None:
-    train, held_out = (load_stream(name, tokenizer, prompt_tokens=16, split=split) for split in ("train", "held_out"))
+    train, held_out = (open_stream(name, "embedded", prompt_tokens=16, split=split) for split in ("train", "held_out"))
     known = {text.content for text in load_workload("stdlib", tokenizer, split="all").texts}
     mine = {text.content for text in train.texts}  # type: ignore[attr-defined]
     assert not mine & {text.content for text in held_out.texts}  # type: ignore[attr-defined]
@@ -98,9 +101,9 @@ def test_the_shifted_parts_of_the_library(tokenizer: Tokenizer, name: str) -> No
         ("nothing_here@4", "a workload is 'stdlib'.* but 'nothing_here' does not exist"),
     ],
 )
-def test_a_wrong_description_gets_one_clear_line(tokenizer: Tokenizer, spec: str, message: str) -> None:
+def test_a_wrong_description_gets_one_clear_line(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        load_stream(spec, tokenizer, prompt_tokens=8)
+        open_stream(spec, "embedded", prompt_tokens=8)
     assert "\n" not in str(error.value)
 
 

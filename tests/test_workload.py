@@ -9,8 +9,10 @@ from tokenizers import models, pre_tokenizers, processors
 
 from specrl.core.interfaces import Request, Workload
 from specrl.models.embedded import embedded_directory
+from specrl.models.tokenizer import Tokenizer, load_tokenizer
+from specrl.workloads.jsonl import Text
 from specrl.workloads.stdlib import library_root
-from specrl.workloads.text import Split, Text, TextWorkload, Tokenizer, load_tokenizer, load_workload
+from specrl.workloads.text import Split, TextWorkload, load_workload
 
 SPLITS: tuple[Split, ...] = ("train", "held_out", "all")
 
@@ -143,15 +145,15 @@ def test_any_text_can_be_split(tmp_path: Path, tokenizer: Tokenizer, count: int)
         (
             "turns.jsonl",
             b'{"messages": ["x"]}\n',
-            r"'messages' must hold turns, .*:1 has \[\"x\"\]; correct or remove the line",
+            r"'messages' must hold turns .*:1 has \[\"x\"\]; correct or remove the line",
         ),
         ("latin.jsonl", b'{"prompt": "x"}\n{"prompt": "\xe9"}', "must be UTF-8, but .*latin.jsonl:2 is not at byte 28"),
         (
             "role.jsonl",
             b'{"messages": [{"role": "x", "content": ""}]}',
-            "role must be one of system, .*:1 has 'x'; rename",
+            'role must be one of system, .*:1 has "x"; correct',
         ),
-        ("roles.jsonl", b'{"messages": [{"content": ""}]}', "role must be one of .*:1 has None"),
+        ("roles.jsonl", b'{"messages": [{"content": ""}]}', "role must be one of .*:1 has null"),
         (
             "image.jsonl",
             b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',

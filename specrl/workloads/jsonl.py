@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from specrl.models.tokenizer import Tokenizer
-from specrl.workloads.conversation import read_conversation
+from specrl.models.tokenizer import Message, Tokenizer
 
 KEYS = ("prompt", "text", "messages", "conversations", "turns")
+_ROLES = {  # in data sets -> in chat templates
+    **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"},
+}
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,12 @@ class Text:
     content: str
     whole: bool = False
     learn: bool = True
+    chat: ClassVar[None] = None  # see `Line`
 
     @property
     def size(self) -> int:
         """Number of characters."""
         return len(self.content)
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether a chat template wrote the text, with all its special tokens. Such a text is never cut."""
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +43,20 @@ class Line:
     """One line of a .jsonl file, which is read from the file each time its content is needed.
 
     Args:
-        path, offset, number: the position: file, byte offset, line number from 1.
+        path, number, offset: the position: file, line number from 1, byte offset.
         size: number of characters, without those of the chat template.
         whole, learn: as in `Text`.
-        chat: the tokenizer whose chat template renders the conversation; None: there is no conversation or template.
+        chat: the tokenizer whose chat template renders the conversation, with all its special tokens; such a text is
+            never cut. None: there is no conversation or no template.
     """
 
     path: Path
-    offset: int
     number: int
+    offset: int
     size: int
     whole: bool
     learn: bool
     chat: Tokenizer | None = None
-
-    @property
-    def is_chat(self) -> bool:
-        """As in `Text`."""
-        return self.chat is not None
 
     @property
     def content(self) -> str:
@@ -70,12 +65,12 @@ class Line:
         Raises:
             ValueError: the file has changed, or the chat template does not accept the conversation.
         """
+        where = f"{self.path}:{self.number}"
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            record = _record(file.readline(), self.path, self.number, self.offset)
+            record = _parse(file.readline(), where, self.offset)
         if self.chat is None:
-            return _plain(record, self.path, self.number)
-        where = f"{self.path}:{self.number}"
+            return _plain_text(record, where)
         try:
             return self.chat.render_chat(read_conversation(record, where), record.get("tools"))
         except ValueError as error:
@@ -90,61 +85,100 @@ def read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Line]:
     Raises:
         ValueError: a line is not UTF-8 or JSON, or has no known layout; it is named by number.
     """
-    offset, chat = 0, tokenizer if tokenizer.has_chat_template else None
+    end, template = 0, tokenizer if tokenizer.has_chat_template else None
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            start, offset = offset, offset + len(line)
+            offset, end = end, end + len(line)
             if not line.strip():
                 continue
-            record = _record(line, path, number, start)
-            content, key = _plain(record, path, number), _key(record)
+            where = f"{path}:{number}"
+            record = _parse(line, where, offset)
+            content, key = _plain_text(record, where), _key(record)
             if content.strip():
-                yield Line(
-                    path,
-                    start,
-                    number,
-                    size=len(content),
-                    whole=key != "text",
-                    learn=record.get("learn", True),
-                    chat=None if key in ("prompt", "text") else chat,
-                )
+                chat = None if key in ("prompt", "text") else template
+                yield Line(path, number, offset, len(content), key != "text", record.get("learn", True), chat)
 
 
-def _key(record: dict[str, Any]) -> str | None:
-    return next((key for key in KEYS if key in record), None)
+def read_conversation(record: Mapping[str, Any], where: str) -> list[Message]:
+    """The messages up to the last one from the user or a tool; empty if there is none.
+
+    Args:
+        record: with 'messages' or 'conversations', a list of {'role', 'content'} (content: text, or a list of text
+            parts) or {'from', 'value'} (ShareGPT), and an optional 'system' prompt; or with 'turns', the user's
+            texts, of which the first is used.
+        where: file and line, for errors.
+
+    Raises:
+        ValueError: the record has another layout.
+    """
+    key = _key(record)
+    turns = record[key]
+    kind, rule = (str, "texts") if key == "turns" else (dict, "turns with 'role' and 'content' or 'from' and 'value'")
+    if not isinstance(turns, list) or not all(isinstance(turn, kind) for turn in turns):
+        raise _wrong(f"{key!r} must hold {rule}", where, turns)
+    if key == "turns":
+        return [{"role": "user", "content": turn} for turn in turns[:1]]
+    messages = [_message(turn, where) for turn in turns]
+    while messages and messages[-1]["role"] not in ("user", "tool"):
+        messages.pop()
+    system = record.get("system")
+    first = [{"role": "system", "content": system}] if isinstance(system, str) and system and messages else []
+    return [*first, *messages]
 
 
-def _record(line: bytes, path: Path, number: int, offset: int) -> dict[str, Any]:
+def _message(turn: Mapping[str, Any], where: str) -> Message:
+    role = turn.get("role", turn.get("from"))
+    if not isinstance(role, str) or role not in _ROLES:
+        raise _wrong(f"a turn's role must be one of {', '.join(_ROLES)}", where, role)
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        if all(isinstance(part, str) for part in parts):
+            content = "\n".join(parts)
+    if content is None and turn.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        raise _wrong("a turn's content must be text or a list of text parts", where, content)
+    rest = {key: value for key, value in turn.items() if key not in ("role", "from", "content", "value")}
+    return {"role": _ROLES[role], "content": content, **rest}
+
+
+def _parse(line: bytes, where: str, offset: int) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"a workload's files must be UTF-8, but {path}:{number} is not at byte {offset + error.start}; convert it"
+            f"a workload's files must be UTF-8, but {where} is not at byte {offset + error.start}; convert it"
         ) from error
     except ValueError as error:
         raise ValueError(
-            f"every line of a .jsonl workload must be JSON, but {path}:{number} is not: {error}; correct it"
+            f"every line of a .jsonl workload must be JSON, but {where} is not: {error}; correct it"
         ) from error
-    if not isinstance(record, dict) or _key(record) is None:
+    if not isinstance(record, dict) or not _key(record):
         has = f"only {', '.join(map(repr, record))}" if isinstance(record, dict) else "no object"
         raise ValueError(
-            f"every line of a .jsonl workload must hold one of {', '.join(map(repr, KEYS))}, "
-            f"but {path}:{number} has {has}; rename its key"
+            f"every line of a .jsonl workload must hold one of {', '.join(map(repr, KEYS))}, but {where} has {has}; "
+            "rename its key"
         )
     if not isinstance(record.get("learn", True), bool):
-        raise ValueError(
-            f"'learn' must be true or false, but {path}:{number} has {json.dumps(record['learn'])[:60]}; correct it"
-        )
+        raise _wrong("'learn' must be true or false", where, record["learn"])
     return record
 
 
-def _plain(record: dict[str, Any], path: Path, number: int) -> str:
+def _key(record: Mapping[str, Any]) -> str:
+    """The first of `KEYS` that a record has; '' if it has none."""
+    return next((key for key in KEYS if key in record), "")
+
+
+def _plain_text(record: Mapping[str, Any], where: str) -> str:
     """The text of a line without a chat template. Of a conversation: the contents, separated by blank lines."""
     key = _key(record)
-    if key in ("prompt", "text"):
-        if not isinstance(record[key], str):
-            raise ValueError(
-                f"{key!r} must hold text, but {path}:{number} has {json.dumps(record[key])[:60]}; correct it"
-            )
-        return str(record[key])
-    return "\n\n".join(message["content"] for message in read_conversation(record, f"{path}:{number}"))
+    if key not in ("prompt", "text"):
+        return "\n\n".join(message["content"] for message in read_conversation(record, where))
+    if not isinstance(record[key], str):
+        raise _wrong(f"{key!r} must hold text", where, record[key])
+    return str(record[key])
+
+
+def _wrong(rule: str, where: str, value: object) -> ValueError:
+    return ValueError(f"{rule}, but {where} has {json.dumps(value)[:60]}; correct or remove the line")

@@ -1,9 +1,8 @@
-"""Prompt sources: endless, reproducible requests cut from text.
+"""Endless, reproducible requests cut from texts.
 
-A `text` is a document: prompts are windows of it, begun at a line and drawn in proportion to length. A `prompt` (a
-line of a .jsonl file that says so) is used from its start; a conversation goes through the target's chat template where
-it has one. Lines are read and windows encoded when they are drawn: a fraction of a millisecond each, however large the
-source, of which a .jsonl file never is in memory.
+Prompts are windows of a document, which begin at a line and are drawn in proportion to its length. A line of a .jsonl
+file may be a whole prompt or a conversation instead. Lines are read and windows encoded when they are drawn, so large
+.jsonl files are never in memory.
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ import numpy as np
 
 from specrl.core.interfaces import Request
 from specrl.models.embedded import embedded_directory
-from specrl.models.tokenizer import Tokenizer, load_tokenizer
+from specrl.models.tokenizer import Tokenizer
 from specrl.workloads.jsonl import Line, Text, read_lines
-from specrl.workloads.stdlib import library_files, library_root
-
-__all__ = ["Split", "Text", "TextWorkload", "Tokenizer", "load_tokenizer", "load_workload"]
+from specrl.workloads.stdlib import SHIFTED, library_files, library_root, shifted_texts
 
 Split = Literal["train", "held_out", "all"]
 _SUFFIXES = (".py", ".txt", ".md", ".jsonl")
@@ -29,21 +26,20 @@ _SUFFIXES = (".py", ".txt", ".md", ".jsonl")
 
 @dataclass(frozen=True)
 class TextWorkload:
-    """Requests cut from texts (see the module's text; `specrl.core.interfaces.Workload`).
+    """Requests cut from texts (a `specrl.core.interfaces.Workload`).
 
     Args:
-        texts: at least one; documents and prompts may mix (the prompts share their total length evenly).
+        texts: documents and whole prompts, at least one. The prompts share their total length evenly.
         tokenizer: of the target.
-        prompt_tokens: least and greatest prompt length; a request's is uniform between them. A whole prompt is cut
-            to it, or shorter; a conversation under a chat template is never cut, but left out if it is longer than
-            the greatest.
+        prompt_tokens: least and greatest prompt length; each request's is uniform between them. A whole prompt may be
+            shorter. A conversation in a chat template is never cut, but left out if it is longer than the greatest.
         max_new_tokens: tokens to generate at most.
         temperatures: each request draws one.
         ignore_eos: always generate `max_new_tokens`.
-        source: what to call the texts in messages.
+        source: name of the texts in error messages.
 
     Raises:
-        ValueError: an argument out of range, or no text as long as the longest prompt and no conversation as short.
+        ValueError: an argument out of range, or no text that is long enough and no conversation that is short enough.
     """
 
     texts: tuple[Text | Line, ...]
@@ -62,12 +58,12 @@ class TextWorkload:
             raise ValueError("temperature must be a number or a list of at least one, but got none; 0 is greedy")
         for temperature in self.temperatures:
             Request((0,), self.max_new_tokens, temperature)
-        chats = [text for text in self.texts if text.is_chat]
+        chats = [text for text in self.texts if text.chat is not None]
         shortest = len(self.tokenizer.encode_chat(min(chats, key=lambda chat: chat.size).content)) if chats else 0
         if 1 <= shortest <= high:
             return
         longest = 0
-        for text in sorted((text for text in self.texts if not text.is_chat), key=lambda text: -text.size):
+        for text in sorted((text for text in self.texts if text.chat is None), key=lambda text: -text.size):
             found = len(self._encode(text.content, 0, high))
             longest = max(longest, found)
             if found >= (1 if text.whole else high):
@@ -88,18 +84,18 @@ class TextWorkload:
         lengths = np.array([text.size for text in self.texts], dtype=np.float64)
         whole = np.array([text.whole for text in self.texts])
         weights = np.where(whole, lengths[whole].mean() if whole.any() else 0.0, lengths)
-        until = np.cumsum(weights / weights.sum())
+        ends = np.cumsum(weights)
+        ends /= ends[-1]
         low, high = self.prompt_tokens
         while True:
-            text = self.texts[min(int(np.searchsorted(until, rng.random(), side="right")), len(self.texts) - 1)]
-            count = int(rng.integers(low, high + 1))
-            content = text.content
+            text = self.texts[int(np.searchsorted(ends, rng.random(), side="right"))]
+            count, content = int(rng.integers(low, high + 1)), text.content
             start = 0 if text.whole else _line_start(content, int(rng.integers(len(content))))
-            if text.is_chat:
+            if text.chat is not None:
                 prompt = self.tokenizer.encode_chat(content)
             else:
                 prompt = self._encode(content, start, count)
-            if len(prompt) < count and not text.whole:  # the end of the text is nearer: take its last window
+            if len(prompt) < count and not text.whole:
                 prompt = self._last(content, count)
             temperature = self.temperatures[int(rng.integers(len(self.temperatures)))]
             if len(prompt) == count or (text.whole and 1 <= len(prompt) <= high):
@@ -111,12 +107,12 @@ class TextWorkload:
         while True:
             ids = self.tokenizer.encode(content[start : start + span], document_start=start == 0)
             whole = start + span >= len(content)
-            if whole or len(ids) > count + 8:  # not the last few, whose words the cut may have broken
+            if whole or len(ids) > count + 8:  # the cut may have broken the words of the last few tokens
                 return ids[:count]
             span *= 4
 
     def _last(self, content: str, count: int) -> list[int]:
-        """The first `count` tokens of the shortest tail, begun at a line where it can be, that has as many."""
+        """The first `count` tokens of the last part of the text that has as many; it begins at a line if possible."""
         back = 4 * count
         while True:
             start = _line_start(content, max(0, len(content) - back))
@@ -129,7 +125,7 @@ class TextWorkload:
 def _line_start(content: str, near: int) -> int:
     """The line break at or before `near`, if there is one within 1,000 characters; else `near`; 0 is the start.
 
-    The window begins with the line break itself, so that indentation becomes the tokens it is in the whole text.
+    A window begins with the line break itself, so that indentation has the same tokens as in the whole text.
     """
     if near < 1000 and content.rfind("\n", 0, near + 1) < 0:
         return 0
@@ -147,21 +143,22 @@ def load_workload(
     ignore_eos: bool = False,
     split: Split = "train",
 ) -> TextWorkload:
-    """A workload by name.
+    """Load a workload by name.
 
     Args:
-        spec: 'stdlib' (the running interpreter's standard library sources), a .jsonl or .txt file, or a directory
-            (searched for .py, .txt, .md and .jsonl). Lines of .jsonl hold 'prompt', 'text' (a document), or a
-            conversation: 'messages', 'conversations' (ShareGPT) or 'turns'. A conversation is asked up to the last turn
-            that is not the assistant's, in the target's chat template; without one, the contents are joined. A line
-            with "learn": false is served, and never learnt from.
-        tokenizer: of the target (`load_tokenizer`).
+        spec: 'stdlib' (sources of the running interpreter's standard library), one of its parts that no embedded
+            target was trained on: 'pydoc_data' (prose, the texts of `help()`), 'encodings' (tables) or 'tests' (test
+            code), a .jsonl or .txt file, or a directory (searched for .py, .txt, .md and .jsonl). Lines of .jsonl hold
+            'prompt', 'text' (a document), or a conversation: 'messages', 'conversations' (ShareGPT) or 'turns'. A
+            conversation is used up to the last turn that is not the assistant's, in the target's chat template; without
+            one, the contents are joined. A line with "learn": false is served, and never learnt from.
+        tokenizer: of the target (`specrl.models.tokenizer.load_tokenizer`).
         prompt_tokens: prompt length, or the least and the greatest.
         max_new_tokens: tokens to generate at most.
         temperature: of every request, or several to draw from.
         ignore_eos: always generate `max_new_tokens`.
-        split: 'train', 'held_out' or 'all'. Of the standard library, held out are the files that the embedded
-            targets never saw; of other texts every twentieth, of fewer the last, of one document its last tenth.
+        split: 'train', 'held_out' or 'all'. Of 'stdlib', the files that the embedded targets never saw are held out.
+            Of other texts it is every twentieth, of fewer than 20 the last, of one document its last tenth.
 
     Raises:
         ValueError: an argument out of range, or nothing usable at `spec`.
@@ -172,7 +169,12 @@ def load_workload(
     if len(rest) > 1:
         raise ValueError(f"prompt_tokens must be a length or two, least and greatest, but got {prompt_tokens}")
     temperatures = (temperature,) if isinstance(temperature, (int, float)) else tuple(temperature)
-    texts = _stdlib_texts(split) if str(spec) == "stdlib" else _part(_texts(Path(spec), tokenizer), split)
+    if str(spec) == "stdlib":
+        texts = _stdlib_texts(split)
+    elif str(spec) in SHIFTED:
+        texts = _part([Text(text) for text in shifted_texts(str(spec))], split)
+    else:
+        texts = _part(_texts(Path(spec), tokenizer), split)
     return TextWorkload(
         tuple(texts),
         tokenizer,

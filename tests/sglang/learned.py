@@ -16,7 +16,8 @@ from specrl.decoding.engine import LocalEngine
 from specrl.models.draft import Draft, new_draft
 from specrl.models.embedded import embedded_directory
 from specrl.models.target import Target
-from specrl.workloads.text import load_tokenizer, load_workload
+from specrl.models.tokenizer import load_tokenizer
+from specrl.workloads.text import load_workload
 
 PROMPT, NEW = 48, 48
 
