@@ -24,8 +24,7 @@ from specrl.core.round import Round, Trace
 from specrl.decoding.engine import LocalEngine
 from specrl.models.draft import Draft, new_draft
 from specrl.training.deploy import PAIRS, TURN, DeployIfBetter
-from specrl.training.loop import OnlineLoop, ResumableRequests
-from specrl.training.plan_costs import plan_costs
+from specrl.training.loop import OnlineLoop, ResumableRequests, plan_costs
 
 PLAN = Plan(3)
 QUICK: dict[str, Any] = {

@@ -15,8 +15,9 @@ from tiny import Drawn, tiny_target
 
 from specrl.agents.draft.learner import LearnerConfig
 from specrl.core.rollout import Step
+from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir
-from specrl.training.checkpoint import load_checkpoint, save_checkpoint
+from specrl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from specrl.training.config import CheckpointConfig, ServingConfig
 from specrl.training.logger import Reporter
 from specrl.training.online import serve
@@ -34,17 +35,24 @@ LEARNER: dict[str, Any] = {
 
 def run(path: Path, stretches: int, update: Any, *, resume: bool = False, rounds: list[Any] | None = None) -> Run:
     """Serve for so many checkpoints, as `specrl train` does; `rounds` gets what every round was."""
+    target, draft = tiny_target(), new()
+    serving = ServingConfig(
+        "0,1/1/2,3/1/4,2/2/4",
+        batch_schedule="8x12,2x7",
+        requests=stretches * EVERY[update],
+        weight_sync_interval=10,
+        deploy=update,
+    )
     started = Run.start(
-        tiny_target(),
-        new(),
+        LocalEngine(target, draft, max_context=32, clock=Ticking()),
+        target,
+        draft,
         Drawn(never=7),
-        ServingConfig("0,1/1/2,3/1/4,2/2/4", batch_schedule="8x12,2x7", weight_sync_interval=10, deploy=update),
+        serving,
         target="tiny",
         learner=LearnerConfig(**LEARNER, holdout_fraction=0.4 if update == "better" else 0.0),
-        max_context=32,
         seed=3,
         resume=path / "checkpoint" if resume else None,
-        clock=Ticking(),
     )
     if rounds is not None:
         kept = rounds
@@ -55,13 +63,7 @@ def run(path: Path, stretches: int, update: Any, *, resume: bool = False, rounds
 
         started.loop.on_step.append(keep)
     report = Reporter(started, OutputDir(path), every_s=1e9, print_line=lambda line: None)
-    serve(
-        started,
-        report,
-        OutputDir(path),
-        requests=stretches * EVERY[update],
-        checkpoint=CheckpointConfig(EVERY[update], keep_replay_buffer=True),
-    )
+    serve(report, serving, CheckpointConfig(EVERY[update], keep_replay_buffer=True))
     return started
 
 
@@ -106,7 +108,7 @@ def test_a_run_goes_on_with_the_updates_it_had(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_format_or_kind_is_refused(
     tmp_path: Path, name: str, value: object, match: str
 ) -> None:
-    save_checkpoint(tmp_path / "checkpoint", "online", {}, {})
+    save_checkpoint(tmp_path / "checkpoint", "online", Checkpoint({}))
     path = tmp_path / "checkpoint" / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with pytest.raises(ValueError, match=match):

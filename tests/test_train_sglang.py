@@ -17,7 +17,7 @@ from specrl.commands.train.server import train_server
 from specrl.io.output import OutputDir
 from specrl.models.draft import Draft, load_draft, new_draft
 from specrl.sglang.plugin.traces import TraceQueue
-from specrl.training.server_learner import ServerAddress, ServerLearner, learn_from_server
+from specrl.training.server_learner import ServerLearner, learn_from_server
 
 CONFIG = LearnerConfig(batch_size=2, ttt_steps=1, dtype="float32")
 
@@ -70,20 +70,20 @@ def draft() -> Draft:
 
 
 @pytest.fixture
-def served(draft: Draft, short: Path) -> Iterator[tuple[Fake, Traffic, ServerAddress]]:
+def served(draft: Draft, short: Path) -> Iterator[tuple[Fake, Traffic, Path]]:
     fake = Fake(draft, {}, device="cuda")  # where checksums cannot be compared, so that any weights may come
     traffic = Traffic(short / "t")
-    yield fake, traffic, ServerAddress(fake.url, short / "t")
+    yield fake, traffic, short / "t"
     traffic.close()
     fake.server.shutdown()
     fake.server.server_close()
 
 
-def test_it_learns_swaps_and_goes_on(draft: Draft, served: tuple[Fake, Traffic, ServerAddress], tmp_path: Path) -> None:
-    fake, _, address = served
+def test_it_learns_swaps_and_goes_on(draft: Draft, served: tuple[Fake, Traffic, Path], tmp_path: Path) -> None:
+    fake, _, traces = served
     target = tiny.tiny_target()
     lines: list[str] = []
-    learner = ServerLearner(target, draft, CONFIG, address, sync_every=2)
+    learner = ServerLearner(target, draft, CONFIG, fake.url, traces, sync_every=2)
     learn_from_server(learner, OutputDir(tmp_path), requests=6, checkpoint_every=2, print_line=lines.append)
     versions = [int(said["weight_version"]) for path, said in fake.calls if path == "/update_weights_from_tensor"]
     assert versions[0] == 0 and versions == sorted(set(versions)) and learner.version == versions[-1] > 0
@@ -93,7 +93,7 @@ def test_it_learns_swaps_and_goes_on(draft: Draft, served: tuple[Fake, Traffic, 
     assert not torch.equal(learned.tensors["fc.weight"], draft.tensors["fc.weight"])
     # A resumed run first swaps its weights in, and goes on counting.
     fake.calls.clear()
-    resumed = ServerLearner(target, draft, CONFIG, address, sync_every=2, resume=tmp_path / "checkpoint")
+    resumed = ServerLearner(target, draft, CONFIG, fake.url, traces, sync_every=2, resume=tmp_path / "checkpoint")
     (update,) = [said for path, said in fake.calls if path == "/update_weights_from_tensor"]
     assert int(update["weight_version"]) == learner.version and resumed.requests == learner.requests
     assert all(torch.equal(t, learned.tensors[n]) for n, t in resumed.learner.weights()[1].items())
@@ -101,10 +101,10 @@ def test_it_learns_swaps_and_goes_on(draft: Draft, served: tuple[Fake, Traffic, 
 
 
 def test_a_server_that_goes_leaves_a_checkpoint_and_one_error(
-    draft: Draft, served: tuple[Fake, Traffic, ServerAddress], tmp_path: Path
+    draft: Draft, served: tuple[Fake, Traffic, Path], tmp_path: Path
 ) -> None:
-    fake, traffic, address = served
-    learner = ServerLearner(tiny.tiny_target(), draft, CONFIG, address, sync_every=2)
+    fake, traffic, traces = served
+    learner = ServerLearner(tiny.tiny_target(), draft, CONFIG, fake.url, traces, sync_every=2)
 
     dead: list[str] = []
 

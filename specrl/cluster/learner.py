@@ -20,7 +20,7 @@ from specrl.agents.draft.sequences import TrainingSequence as Traced
 from specrl.core.clock import WallClock
 from specrl.models.draft import load_draft
 from specrl.models.target import load_target
-from specrl.training.checkpoint import load_checkpoint, save_checkpoint
+from specrl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from specrl.training.trace_files import pack, unpack
 
 RESTARTS = 8  # of an actor before a run fails
@@ -112,19 +112,17 @@ class LearnerActor:
         """Write a checkpoint, then publish its weights."""
         import ray
 
-        learner = self._learner.state_dict()
-        tensors = learner.pop("tensors")
-        state = {"target": self._target, "learner": learner, "taken": self._taken, "restored": self._restored}
-        save_checkpoint(self._checkpoint, "cluster", tensors, state)
+        state = {"target": self._target, "taken": self._taken, "restored": self._restored}
+        save_checkpoint(self._checkpoint, "cluster", Checkpoint({**state, "learner": self._learner.state_dict()}))
         self._version, weights = self._learner.weights()
         self._weights = ray.put(to_bytes(weights))
         self._unpublished = 0
 
     def _restore(self) -> None:
-        tensors, state, _ = load_checkpoint(self._checkpoint, "cluster")
+        state = load_checkpoint(self._checkpoint, "cluster").state
         if state["target"] != self._target:
             raise ValueError(f"a learner's checkpoint must be of {self._target!r}, but got {state['target']!r}")
-        self._learner.load_state_dict({**state["learner"], "tensors": tensors})
+        self._learner.load_state_dict(state["learner"])
         self._taken.update(state["taken"])
         self._restored = int(state["restored"]) + 1
 

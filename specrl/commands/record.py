@@ -6,7 +6,7 @@ from pathlib import Path
 
 from specrl.config import TargetConfig, WorkloadConfig
 from specrl.core.plan import Plan
-from specrl.io.output import OutputDir, show
+from specrl.io.output import OutputDir
 from specrl.training.recording import record_traces
 
 
@@ -48,12 +48,11 @@ def record(
         specrl train offline runs/traces --epochs 5
     """
     directory = OutputDir(output_dir or Path("runs/record"))
-    chosen = Plan.parse(plan)
-    written = record_traces(
+    record_traces(
         directory,
         target=target,
         draft=draft,
-        plan=chosen,
+        plan=Plan.parse(plan),
         workload=workload,
         batch_size=batch_size,
         requests=requests,
@@ -61,4 +60,3 @@ def record(
         shard_sequences=shard_sequences,
         seed=seed,
     )
-    show(f"{written.sequences} requests, {written.tokens} tokens, plan {chosen}, written: {directory.path}")

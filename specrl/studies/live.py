@@ -18,6 +18,7 @@ from specrl.agents.draft.config import LearnerConfig
 from specrl.config import DraftConfig, TargetConfig, WorkloadConfig
 from specrl.core.plan import Plan
 from specrl.core.rollout import Step
+from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir
 from specrl.measure.arms import local_arms
 from specrl.measure.paired import SessionPool, start_arms, take_turns
@@ -78,18 +79,17 @@ class LiveTrial:
         if limits_memory:
             reset_peak_memory()
         run = Run.start(
+            LocalEngine(model, draft, max_context=context),
             model,
             draft,
             prompts,
             serving,
             target=self.target.name,
             learner=self.learner if self.learn else None,
-            max_context=context,
             seed=self.seed,
         )
         watch, log = _Watch(run, study.levels), Reporter(run, out, print_line=lambda line: None)
-        every = CheckpointConfig(serving.requests)
-        serve(run, log, out, requests=serving.requests, checkpoint=every, max_seconds=serving.max_seconds)
+        serve(log, serving, CheckpointConfig(serving.requests))
         watch.end_pause()
         run.write_results(out)
         found = Measured({"learner_seconds": run.loop.learn_s, "pause_ms": 1e3 * watch.pause_s, **watch.reached})

@@ -18,59 +18,45 @@ FORMAT = 4  # version of the format; other versions are refused
 _STATE, _TENSORS, _REPLAY = "state.json", "learner.safetensors", "replay.safetensors"
 
 
-def save_checkpoint(
-    directory: Path,
-    kind: str,
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, object],
-    replay: Mapping[str, Tensor] | None = None,
-) -> None:
+class Checkpoint(NamedTuple):
+    """The state of a training run.
+
+    Attributes:
+        state: JSON-able values. 'learner' is the `state_dict` of a learner, tensors included, or None.
+        vocabulary: [vocab_size] int64, target ids of a draft with a vocabulary of its own; None: it has all.
+        replay: sequences of the replay buffer (`specrl.training.trace_files.pack`); empty if they are not saved.
+    """
+
+    state: dict[str, Any]
+    vocabulary: Tensor | None = None
+    replay: Mapping[str, Tensor] = {}
+
+
+def save_checkpoint(directory: Path, kind: str, checkpoint: Checkpoint) -> None:
     """Replace the checkpoint in `directory`; the old one is kept until the new one is complete.
 
     Args:
         directory: of the checkpoint.
         kind: the kind of training, such as 'online' or 'offline'; it can only be resumed by the same kind.
-        tensors: of the learner.
-        state: all other state, JSON-able.
-        replay: sequences of the replay buffer.
+        checkpoint: what is saved.
     """
+    learner = dict(checkpoint.state.get("learner") or {})
+    tensors = learner.pop("tensors", {})
+    if checkpoint.vocabulary is not None:
+        tensors = {**tensors, "vocabulary": checkpoint.vocabulary}
+    state = {"format": FORMAT, "kind": kind, **checkpoint.state, "learner": learner or None}
 
     def write(into: Path) -> None:
-        (into / _STATE).write_text(to_json({"format": FORMAT, "kind": kind, **state}, indent=1) + "\n")
-        if tensors:
-            save_tensors(into / _TENSORS, tensors, {"format": "pt"})
-        if replay:
-            save_tensors(into / _REPLAY, replay, {"format": "pt"})
+        (into / _STATE).write_text(to_json(state, indent=1) + "\n")
+        for name, content in ((_TENSORS, tensors), (_REPLAY, checkpoint.replay)):
+            if content:
+                save_tensors(into / name, content, {"format": "pt"})
 
     write_atomic(directory, write)
 
 
-class Checkpoint(NamedTuple):
-    """The arguments of `save_checkpoint`."""
-
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
-    replay: dict[str, Tensor]  # empty if it was not saved
-
-
 def load_checkpoint(directory: Path, kind: str) -> Checkpoint:
     """The checkpoint in `directory`.
-
-    Raises:
-        ValueError: there is none, it is damaged, or it has another format or kind.
-    """
-    state = load_state(directory, kind)
-    try:
-        tensors, replay = (
-            load_file(directory / name) if (directory / name).exists() else {} for name in (_TENSORS, _REPLAY)
-        )
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint {str(directory)!r} must hold safetensors, but is damaged: {error}") from error
-    return Checkpoint(tensors, state, replay)
-
-
-def load_state(directory: Path, kind: str) -> dict[str, Any]:
-    """The state of the checkpoint in `directory`, without its tensors.
 
     Raises:
         ValueError: there is none, it is damaged, or it has another format or kind.
@@ -94,4 +80,13 @@ def load_state(directory: Path, kind: str) -> dict[str, Any]:
             f"checkpoint {str(directory)!r} must be of {kind} training, but is of {state['kind']} training; resume it "
             "with the options that it was started with"
         )
-    return dict(state)
+    try:
+        tensors, replay = (
+            load_file(directory / name) if (directory / name).exists() else {} for name in (_TENSORS, _REPLAY)
+        )
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {str(directory)!r} must hold safetensors, but is damaged: {error}") from error
+    vocabulary = tensors.pop("vocabulary", None)
+    if state["learner"] is not None:
+        state["learner"]["tensors"] = tensors
+    return Checkpoint(state, vocabulary, replay)

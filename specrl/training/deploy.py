@@ -1,10 +1,9 @@
 """When learnt draft weights serve: always, or only if they are better.
 
-`DeployAlways` serves the newest weights after every call of the learner; the learner itself refuses updates that are
-not finite. `DeployIfBetter` serves a candidate after two tests: its accept length on recent held-out sequences must be
-significantly greater (`Gate.compare`), and in a live trial, in which it takes turns with the draft that serves, its
-speed must not be significantly lower (`judge_trial`). A turn has `TURN` rounds, and a trial is judged after 8, 16 and
-32 pairs of turns. So a bad draft serves in half of 512 rounds at most, and in half of 128 if it is clearly worse.
+Weights that are better (`DeployIfBetter`) pass two tests. Their accept length on recent held-out sequences must be
+significantly greater (`Gate.compare`). Then they take turns with the serving draft in a live trial, and must not be
+significantly slower (`judge_trial`). A turn has `TURN` rounds, and a trial is judged after 8, 16 and 32 pairs of turns,
+so a bad draft serves in half of 512 rounds at most, and in half of 128 if it is clearly worse.
 
 Worse weights are rolled back. If a trial refuses a candidate that the held-out sequences approved, these sequences do
 not represent the traffic: they are deleted, and the next trial waits, twice as long after every further refusal.
@@ -14,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -33,40 +32,10 @@ PAIRS = (8, 16, 32)  # pairs of turns after which a trial is judged
 MAX_WAIT = 64  # calls of the learner between two trials, after refusals in a row
 RECENT = 32  # held-out sequences that drafts are compared on
 
-Trial = Generator[Step, None, None]  # the rounds of a trial
+Trial = Generator[Step, None, None]  # its rounds, decoded as they are iterated
 
 
-def no_trial() -> Trial:
-    """A trial without rounds."""
-    yield from ()
-
-
-class DeployPolicy(Protocol):
-    """Decides when the learner's weights serve."""
-
-    def after_learning(self, rollout: Rollout, chooser: PlanChooser) -> Trial:
-        """Deploy the learner's weights now, never, or after a live trial; called after every call of the learner.
-
-        Returns:
-            The rounds of the trial, decoded by `rollout` as they are iterated; empty if there is no trial. An iterator
-            that is closed ends its trial without a decision.
-        """
-        ...
-
-    def weights(self) -> Mapping[str, Tensor]:
-        """The weights that serve, by SGLang's names."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """The name of the policy under 'policy', and its state without weights, JSON-able."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`, after the learner's state was restored."""
-        ...
-
-
-class DeployAlways(DeployPolicy):
+class DeployAlways:
     """Serves the learner's newest weights, from the beginning."""
 
     def __init__(self, engine: Engine, learner: DraftLearner) -> None:
@@ -78,13 +47,13 @@ class DeployAlways(DeployPolicy):
         if version != self._engine.draft_version:
             self._engine.load_draft(weights, version=version)
 
-    def after_learning(self, rollout: Rollout, chooser: PlanChooser) -> Trial:
-        """Serve the learner's newest weights; there is no trial."""
+    def after_learning(self, rollout: Rollout, chooser: PlanChooser) -> Trial | None:
+        """Serve the learner's newest weights, without a trial."""
         self._deploy()
-        return no_trial()
+        return None
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The learner's newest weights."""
+        """The weights that serve, by SGLang's names."""
         return self._learner.weights()[1]
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,11 +61,11 @@ class DeployAlways(DeployPolicy):
         return {"policy": "always"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Serve the restored weights."""
+        """Serve the weights of the restored learner."""
         self._deploy()
 
 
-class DeployIfBetter(DeployPolicy):
+class DeployIfBetter:
     """Serves a candidate that is better on held-out sequences and no slower in a live trial.
 
     Args:
@@ -132,37 +101,39 @@ class DeployIfBetter(DeployPolicy):
         self._judged, self._refused, self._wait = self.version, 0, 0  # version, trials in a row, calls to wait
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The weights that passed last."""
+        """The weights that passed last, by SGLang's names."""
         return self._weights
 
-    def after_learning(self, rollout: Rollout, chooser: PlanChooser) -> Trial:
-        """Compare the learner's weights with those that serve; returns the rounds of a trial if they pass."""
+    def after_learning(self, rollout: Rollout, chooser: PlanChooser) -> Trial | None:
+        """Compare the learner's weights with those that serve; called after every call of the learner.
+
+        Returns:
+            If they pass, a trial, decoded by `rollout`. Closing it early ends it without a decision.
+        """
         if self._wait:
             self._wait -= 1
-            return no_trial()
+            return None
         if self._learner.version == self._judged:
-            return no_trial()
+            return None
         version, candidate = self._learner.weights()
         verdict = self._gate.compare(self._weights, candidate, list(self._learner.held_out)[-RECENT:])
         self._report(version, "held-out", verdict)
         if verdict.passed and self._drafting is not None:
-            return self._trial(version, candidate, rollout, chooser)
+            return self._trial(version, candidate, rollout, _PairedChooser(chooser, self._drafting, self.version))
         self._judged = version
         if verdict.harmful:
             self._roll_back()
         if verdict.passed:
             self._accept(version, candidate)
-        return no_trial()
+        return None
 
-    def _trial(self, version: int, candidate: Mapping[str, Tensor], rollout: Rollout, chooser: PlanChooser) -> Trial:
+    def _trial(self, version: int, candidate: Mapping[str, Tensor], rollout: Rollout, chooser: _PairedChooser) -> Trial:
         """Let both drafts serve in turns; the order of the turns changes from pair to pair."""
-        assert self._drafting is not None
-        paired = _PairedChooser(chooser, self._drafting, self.version)
-        rounds = rollout.play(paired, self._engine.clock)
-        speeds: list[tuple[float, float]] = []  # over plain decoding; of the draft that serves, of the candidate
+        rounds = rollout.play(chooser, self._engine.clock)
+        speeds: list[tuple[float, float]] = []  # speedups of the serving draft and of the candidate
         try:
             while True:
-                paired.start_pair()
+                chooser.start_pair()
                 pair = RoundStats(), RoundStats()
                 for turn in (False, True) if len(speeds) % 2 == 0 else (True, False):
                     self._load(*((version, candidate) if turn else (self.version, self._weights)))
@@ -227,12 +198,9 @@ class DeployIfBetter(DeployPolicy):
 
 
 class _PairedChooser(PlanChooser):
-    """A chooser in a trial: both turns of a pair run the same plans, with drafts; it learns from one draft's rounds.
+    """A chooser in a trial: both turns of a pair run the same plans, with drafts.
 
-    Args:
-        chooser: that chooses otherwise.
-        drafting: the plan to run when it chooses plan 0.
-        version: of the draft whose rounds it learns from.
+    It runs `drafting` if `chooser` chooses plan 0, which learns only from rounds of the draft with this version.
     """
 
     def __init__(self, chooser: PlanChooser, drafting: Plan, version: int) -> None:
@@ -241,15 +209,15 @@ class _PairedChooser(PlanChooser):
         self._plans: dict[int, Plan] = {}  # of this pair, by batch size
 
     def start_pair(self) -> None:
-        """Choose new plans in the next round."""
         self._plans.clear()
 
     def choose(self, observation: Observation) -> Plan:
-        """The plan of this pair at the batch size."""
         plan = self._chooser.choose(observation)
         return self._plans.setdefault(observation.batch_size, plan if plan.num_steps else self._drafting)
 
     def learn(self, done: Round) -> None:
-        """Let the chooser learn from a round of the draft that serves."""
         if done.draft_version == self._version:
             self._chooser.learn(done)
+
+
+DeployPolicy = DeployAlways | DeployIfBetter

@@ -4,50 +4,34 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 from specrl.core.rollout import Step
 from specrl.core.round_stats import StatsByWindow
 from specrl.io.output import OutputDir, show
+from specrl.training.config import LogConfig
 from specrl.training.run import Run
 
 _COUNTS = ("open", "held", "dropped", "skipped", "passed_over", "opted_out", "bad_updates", "rollbacks")
 
 
-class Sink(Protocol):
-    """A place that metrics are written to."""
-
-    def write(self, numbers: Mapping[str, float], step: int) -> None:
-        """Write finite numbers by name; `step` is the number of requests served."""
-        ...
-
-    def close(self) -> None:
-        """Flush and close."""
-        ...
-
-
 class TensorBoard:
-    """Scalars in a directory for `tensorboard --logdir`, which is created with the first numbers."""
+    """Scalars in a directory for `tensorboard --logdir`; a step is a number of requests served."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._writer: Any = None
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory))
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
-        """Write numbers by name."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._directory))
+        """Write finite numbers by name."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close."""
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()
 
 
 class WeightsAndBiases:
@@ -62,24 +46,24 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise ValueError(f"--wandb needs Weights & Biases, but got {error}; 'pip install wandb'") from error
-        self._begin = lambda: wandb.init(project=project, dir=str(directory), name=directory.name)
-        self._run: Any = None
+        self._run = wandb.init(project=project, dir=str(directory), name=directory.name)
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
-        """Write numbers by name."""
-        self._run = self._run or self._begin()
+        """Write finite numbers by name."""
         self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
         """Flush and close."""
-        if self._run is not None:
-            self._run.finish()
+        self._run.finish()
 
 
-def sinks(directory: OutputDir, *, tensorboard: bool, wandb: str | None) -> list[Sink]:
-    """The sinks that were asked for."""
-    found: list[Sink] = [WeightsAndBiases(wandb, directory.path)] if wandb else []
-    return [*found, TensorBoard(directory.path / "tensorboard")] if tensorboard else found
+Sink = TensorBoard | WeightsAndBiases
+
+
+def open_sinks(directory: OutputDir, log: LogConfig) -> list[Sink]:
+    """The places beside log.csv that the numbers of a run are written to."""
+    found: list[Sink] = [WeightsAndBiases(log.wandb, directory.path)] if log.wandb else []
+    return [*found, TensorBoard(directory.path / "tensorboard")] if log.tensorboard else found
 
 
 class Reporter:
@@ -101,12 +85,12 @@ class Reporter:
         every_s: float = 10.0,
         print_line: Callable[[str], None] = show,
         *,
-        sinks: list[Sink] | None = None,
+        sinks: Sequence[Sink] = (),
         part: Callable[[int], str] | None = None,
     ) -> None:
         self.run, self.directory, self.every_s, self.print = run, directory, every_s, print_line
-        self._sinks, self._part = sinks or [], part
-        self._clock = run.engine.clock
+        self._sinks, self._part = sinks, part
+        self._clock = run.loop.engine.clock
         self._began = self._last = self._clock.now()
         self._reported = -1  # rounds at the last line
         self._decisions = len(run.decisions)
@@ -145,7 +129,7 @@ class Reporter:
         row: dict[str, object] = {
             "seconds": round(run.seconds_before + self._last - self._began, 1),
             "requests": run.served,
-            "draft_version": run.engine.draft_version,
+            "draft_version": loop.engine.draft_version,
             "serve_s": round(loop.serve_s, 2),
             "learn_s": round(loop.learn_s, 2),
         }
@@ -158,7 +142,7 @@ class Reporter:
         row |= {name: metrics.get(name, math.nan) for name in ("staleness", "tokens_per_s", *_COUNTS) if run.learner}
         parts = []
         for batch, stats in sorted(loop.recent.items()):
-            plan, total = run.chooser.best(batch), stats.total
+            plan, total = loop.chooser.best(batch), stats.total
             row |= {
                 f"plan_{batch}": str(plan),
                 f"speedup_{batch}": total.speedup,

@@ -1,8 +1,7 @@
 """The online loop: serve a workload, choose each round's plan, learn the draft from the traffic, measure.
 
-Requests are served at a varying batch size. After every `sync_every` finished requests the learner gets the traces,
-outside all timed windows; the deploy policy decides when the new weights serve. Plain decoding is measured between
-rounds, at the batch size and context of the session.
+Plain decoding is measured between rounds, at the batch size and context of the session. The learner gets the traces
+outside all timed windows, and the deploy policy decides when the new weights serve.
 
 A session ends at a checkpoint (`end_session`), and the next one starts after it (`start_session`). Requests in flight
 at a checkpoint are dropped, so a resumed run is identical to one that was not interrupted.
@@ -17,32 +16,22 @@ from itertools import islice
 from typing import Any
 
 from specrl.core.batch_schedule import Phase, batch_sizes
-from specrl.core.interfaces import DraftLearner, Engine, PlanChooser, Request, Session, Workload
+from specrl.core.interfaces import DraftLearner, Engine, PlanChooser, PlanCost, Request, Session, Workload
 from specrl.core.plain_cost import PlainCost
 from specrl.core.rollout import Rollout, Step
 from specrl.core.round import Trace
-from specrl.core.round_stats import RecentStats
+from specrl.core.round_stats import RecentStats, RoundStats
 from specrl.training.deploy import DeployAlways, DeployPolicy, Trial
-from specrl.training.plan_costs import plan_costs
 
 
 @dataclass(slots=True)
 class ResumableRequests:
-    """The requests of a workload in one order that continues from session to session (a `Workload`).
-
-    Args:
-        workload: the source of requests.
-        seed: of their order.
-        taken: requests to skip, which earlier sessions took.
-
-    Attributes:
-        opted_out: ids of this session's requests that must not be learnt from.
-    """
+    """The requests of a workload in one order that continues from session to session (a `Workload`)."""
 
     workload: Workload
     seed: int
-    taken: int = 0
-    opted_out: list[int] = field(default_factory=list)
+    taken: int = 0  # requests to skip, which earlier sessions took
+    opted_out: list[int] = field(default_factory=list)  # ids of this session's requests that must not be learnt from
     _rest: Iterator[Request] | None = None
 
     def requests(self, seed: int) -> Iterator[Request]:
@@ -94,8 +83,6 @@ class OnlineLoop:
         deploy: DeployPolicy | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        if sync_every < 1:
-            raise ValueError(f"sync_every must be at least 1 request, but got {sync_every}")
         self.engine, self.chooser, self.learner = engine, chooser, learner
         self.deploy = DeployAlways(engine, learner) if deploy is None and learner is not None else deploy
         self.baseline = baseline or PlainCost()
@@ -113,16 +100,15 @@ class OnlineLoop:
 
     def start_session(self) -> None:
         """Start a session that continues where the last one ended."""
-        phases = self._traffic
-        period = sum(phase.rounds for phase in phases)
+        period = sum(phase.rounds for phase in self._traffic)
         self._session: Session = self.engine.start(
             self.stream,
-            batch_size=phases[0].batch_size,
-            max_batch_size=max(phase.batch_size for phase in phases),
+            batch_size=self._traffic[0].batch_size,
+            max_batch_size=max(phase.batch_size for phase in self._traffic),
             seed=self._seed + self.requests,
             trace=self.learner is not None,
         )
-        schedule = islice(batch_sizes(phases), self.rounds % period, None)
+        schedule = islice(batch_sizes(self._traffic), self.rounds % period, None)
         self._rollout = Rollout(self._session, self.chooser.plans, self.baseline, batch_sizes=schedule)
         self._steps = self._serve()
 
@@ -131,10 +117,10 @@ class OnlineLoop:
         self._steps.close()
         if self.learner is not None:
             if self._unlearned:
-                self._learn().close()
+                self._learn()
             self.learner.end_session()
         self._session.close()
-        self.baseline.load_state_dict(self.baseline.state_dict())
+        self.baseline.load_state_dict(self.baseline.state_dict())  # as in a resumed run
 
     def close(self) -> None:
         """End the session without learning; the engine stays open."""
@@ -160,10 +146,8 @@ class OnlineLoop:
                         yield tried
 
     def _count(self, step: Step) -> None:
-        """Add a round to all sums."""
         done = step.round
-        recent = self.recent.setdefault(done.batch_size, RecentStats())
-        recent.add(done, step.plain.seconds, step.thinking_s)
+        self.recent.setdefault(done.batch_size, RecentStats()).add(done, step.plain.seconds, step.thinking_s)
         self.rounds += 1
         self.requests += len(done.finished)
         self.serve_s += step.seconds + done.prefill_s
@@ -174,8 +158,8 @@ class OnlineLoop:
     def _is_learning_due(self) -> bool:
         return self.learner is not None and self._unlearned >= self._sync_every
 
-    def _learn(self) -> Trial:
-        """Let the learner learn, and let the policy deploy its weights; returns the rounds of a trial."""
+    def _learn(self) -> Trial | None:
+        """Let the learner learn, and let the policy deploy its weights, perhaps after a trial."""
         assert self.learner is not None and self.deploy is not None
         began = self.engine.clock.now()
         traces = self._drain(self.learner)
@@ -194,12 +178,11 @@ class OnlineLoop:
         self.learn_s += self.engine.clock.now() - began
 
     def _drain(self, learner: DraftLearner) -> list[Trace]:
-        """The traces since the last call, after telling the learner which requests opted out."""
+        """The traces since the last call; the learner is told which requests opted out."""
         self._unlearned = 0
         traces = self._session.drain()
-        if self.stream.opted_out:
-            learner.opt_out(self.stream.opted_out)
-            self.stream.opted_out.clear()
+        learner.opt_out(self.stream.opted_out)
+        self.stream.opted_out.clear()
         return traces
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,3 +203,23 @@ class OnlineLoop:
         for batch, stats in state["recent"].items():
             self.recent[int(batch)] = RecentStats()
             self.recent[int(batch)].load_state_dict(stats)
+
+
+def plan_costs(chooser: PlanChooser, recent: Mapping[int, RecentStats]) -> tuple[list[PlanCost], float]:
+    """The costs of the chains that ran, weighted by the rounds at each batch size, and the recent speedup (λ).
+
+    A chooser without estimates, such as a table, is taken to run its best plan at each batch size; the seconds of a
+    round are then the mean of recent rounds. If its best plan is unknown too, there are no costs.
+    """
+    costs: list[PlanCost] = []
+    everything = RoundStats()
+    for batch, stats in recent.items():
+        total = stats.total
+        everything.merge(total)
+        seconds = {e.plan: e.seconds for e in chooser.estimates(batch) if e.tried and e.plan.is_chain}
+        best = chooser.best(batch)
+        if not seconds and best is not None and best.is_chain:
+            seconds[best] = total.round_s
+        plain_s, share = total.plain_s / total.tokens_per_request, stats.rounds / max(1, len(seconds))
+        costs += [PlanCost(batch, plan.num_steps, plain_s, round_s, share) for plan, round_s in seconds.items()]
+    return costs, everything.speedup if everything.rounds else 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -16,11 +15,12 @@ from specrl.io.output import OutputDir, show
 from specrl.measure.machine import environment
 from specrl.models.draft import Draft
 from specrl.models.target import Target
-from specrl.training.checkpoint import load_checkpoint, load_state, save_checkpoint
+from specrl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from specrl.training.trace_files import Traces
 
 HOLDOUT_FRACTION = 0.1  # share of the sequences that is held out, unless the config has one
 MAX_COMPARED = 64  # held-out sequences that accept lengths are computed on
+NUM_STEPS = 3  # drafts at which accept lengths are computed
 _KIND = "offline"
 
 
@@ -33,11 +33,9 @@ def learn_from(
     *,
     target: str,
     epochs: int,
-    num_steps: int = 3,
     seed: int = 0,
-    print_line: Callable[[str], None] = show,
     resume: bool = False,
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Learn `draft` from recorded sequences, each once an epoch; writes draft/, log.csv and checkpoint/ after each.
 
     Args:
@@ -48,9 +46,7 @@ def learn_from(
         directory: for results.
         target: name of the target.
         epochs: passes through the traces, those before a resumption included.
-        num_steps: number of drafts at which accept lengths are computed.
         seed: of the order of sequences.
-        print_line: prints a line.
         resume: continue after the last epoch in checkpoint/.
 
     Returns:
@@ -71,17 +67,22 @@ def learn_from(
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(traces)).tolist()
     held_out_count = max(2, round((config.holdout_fraction or HOLDOUT_FRACTION) * len(traces)))
-    held_out = _comparable(traces, order[: min(held_out_count, MAX_COMPARED)], num_steps)
+    held_out = _comparable(traces, order[: min(held_out_count, MAX_COMPARED)])
     learnt = np.array(order[held_out_count:])
     learner = OnlineLearner(draft, model.embedding, config, seed=seed)
     sampled = config.draft_sampling == "sampled"
-    gate = Gate(draft.config, model.embedding, num_steps=num_steps, sampled=sampled, seed=seed)
+    gate = Gate(draft.config, model.embedding, num_steps=NUM_STEPS, sampled=sampled, seed=seed)
     clock, rows, last_epoch = WallClock(), list[dict[str, Any]](), -1
     began, checkpoint = clock.now(), directory.path / "checkpoint"
+    split = {"seed": seed, "sequences": len(traces), "holdout_fraction": config.holdout_fraction}
     if resume:
-        state = check_resumable(directory, traces, config, epochs=epochs, seed=seed)
+        state = load_checkpoint(checkpoint, _KIND).state
+        if wrong := {name: state.get(name) for name, value in split.items() if state.get(name) != value}:
+            raise ValueError(f"--resume must hold out the same sequences, by {split}, but the checkpoint has {wrong}")
+        if state["epoch"] >= epochs:
+            raise ValueError(f"--epochs must be above the {state['epoch']} epochs that were learnt, but got {epochs}")
         rows, last_epoch = state["rows"], state["epoch"]
-        learner.load_state_dict({**state["learner"], "tensors": load_checkpoint(checkpoint, _KIND).tensors})
+        learner.load_state_dict(state["learner"])
         began -= rows[-1]["seconds"]
     for epoch in range(epochs + 1):
         if epoch > last_epoch:
@@ -93,27 +94,23 @@ def learn_from(
             rows.append({**row, "seconds": round(clock.now() - began, 1)})
             directory.write_csv("log.csv", rows)
             Draft(draft.config, weights).save(directory.path / "draft")
-            print_line(
+            show(
                 f"epoch {epoch:3d}  {learner.updates:6d} updates  accept length {length:.3f} on {len(held_out)} "
                 "held-out sequences"
             )
-            learner_state = learner.state_dict()
-            tensors = learner_state.pop("tensors")
-            split = _split(traces, config, seed)
-            save_checkpoint(
-                checkpoint, _KIND, tensors, {"epoch": epoch, **split, "rows": rows, "learner": learner_state}
-            )
+            state = {"epoch": epoch, **split, "rows": rows, "learner": learner.state_dict()}
+            save_checkpoint(checkpoint, _KIND, Checkpoint(state))
         rng.shuffle(learnt)  # also in resumed epochs: the order of each epoch depends on the seed only
     directory.write_json("learner.json", asdict(config))
     directory.write_json("environment.json", environment())
     return rows
 
 
-def _comparable(traces: Traces, numbers: list[int], num_steps: int) -> list[TrainingSequence]:
+def _comparable(traces: Traces, numbers: list[int]) -> list[TrainingSequence]:
     """The sequences of these numbers that are long enough to compare drafts on."""
-    found = [s for s in traces.read(numbers) if len(s.tokens) > max(s.prompt_tokens, num_steps + 1)]
+    found = [s for s in traces.read(numbers) if len(s.tokens) > max(s.prompt_tokens, NUM_STEPS + 1)]
     if not found:
-        raise ValueError(f"held-out sequences must have more than {num_steps + 1} tokens, but all are shorter")
+        raise ValueError(f"held-out sequences must have more than {NUM_STEPS + 1} tokens, but all are shorter")
     return found
 
 
@@ -127,27 +124,6 @@ def _learn_epoch(learner: OnlineLearner, traces: Traces, order: list[int]) -> li
         if batch and (found := learner.update(batch)):
             metrics.append(found)
     return metrics
-
-
-def check_resumable(
-    directory: OutputDir, traces: Traces, config: LearnerConfig, *, epochs: int, seed: int
-) -> dict[str, Any]:
-    """The state of the checkpoint in `directory`.
-
-    Raises:
-        ValueError: there is none, it held out other sequences, or no epoch is left.
-    """
-    state, ours = load_state(directory.path / "checkpoint", _KIND), _split(traces, config, seed)
-    if wrong := {name: state.get(name) for name, value in ours.items() if state.get(name) != value}:
-        raise ValueError(f"--resume must hold out the same sequences, by {ours}, but the checkpoint has {wrong}")
-    if state["epoch"] >= epochs:
-        raise ValueError(f"--epochs must be above the {state['epoch']} epochs that were learnt, but got {epochs}")
-    return state
-
-
-def _split(traces: Traces, config: LearnerConfig, seed: int) -> dict[str, Any]:
-    """The values that determine which sequences are held out, and the order of the others."""
-    return {"seed": seed, "sequences": len(traces), "holdout_fraction": config.holdout_fraction}
 
 
 def _mean(metrics: list[dict[str, float]], key: str) -> float:

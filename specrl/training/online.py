@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import closing
 
 from specrl.agents.draft.config import LearnerConfig
 from specrl.config import DraftConfig, EngineConfig, TargetConfig, WorkloadConfig
 from specrl.core.interfaces import Workload
 from specrl.io.output import OutputDir
 from specrl.training.config import CheckpointConfig, LogConfig, ServingConfig
-from specrl.training.logger import Reporter, sinks
+from specrl.training.logger import Reporter, open_sinks
 from specrl.training.run import Run
 from specrl.training.vocabulary import make_draft
 from specrl.workloads.stream import Shifting
@@ -39,68 +40,43 @@ def train_online(
     requests = workload.open(target.name, "train", ignore_eos=False)
     resumed = directory.path / "checkpoint" if resume else None
     first = make_draft(draft, model, requests, max_context=workload.max_context, seed=seed, checkpoint=resumed)
-    with ExitStack() as stack:
-        launched = None
-        if not engine.is_local:
-            launched = engine.open(
-                target, first, plans=serving.all_plans(), max_context=workload.max_context, trace=learner is not None
-            )
-            stack.callback(getattr(launched, "close", lambda: None))
+    opened = engine.open(
+        target,
+        first,
+        plans=serving.all_plans(),
+        max_context=workload.max_context,
+        model=model,
+        trace=learner is not None,
+    )
+    with closing(opened):
         run = Run.start(
-            model,
-            first,
-            requests,
-            serving,
-            target=target.name,
-            learner=learner,
-            max_context=workload.max_context,
-            seed=seed,
-            resume=resumed,
-            engine=launched,
+            opened, model, first, requests, serving, target=target.name, learner=learner, seed=seed, resume=resumed
         )
-        outputs = sinks(directory, tensorboard=log.tensorboard, wandb=log.wandb)
-        report = Reporter(run, directory, sinks=outputs, part=_part_names(requests, workload.name))
-        serve(
-            run,
-            report,
-            directory,
-            requests=serving.requests,
-            checkpoint=checkpoint,
-            max_seconds=serving.max_seconds,
-        )
+        report = Reporter(run, directory, sinks=open_sinks(directory, log), part=_part_names(requests, workload.name))
+        serve(report, serving, checkpoint)
     run.write_results(directory)
 
 
-def serve(
-    run: Run,
-    report: Reporter,
-    directory: OutputDir,
-    *,
-    requests: int,
-    checkpoint: CheckpointConfig,
-    max_seconds: float | None = None,
-) -> None:
-    """Serve until `requests` have finished or `max_seconds` have passed, and write a checkpoint at the end.
+def serve(report: Reporter, serving: ServingConfig, checkpoint: CheckpointConfig) -> None:
+    """Serve until enough requests have finished or the time is over, with a checkpoint at the end.
 
     Args:
-        run: the training run.
-        report: writes its log.
-        directory: where checkpoints are written.
-        requests: finished requests, including those before a resumption.
+        report: the run, its directory, and its log.
+        serving: `requests` to finish, including those before a resumption, or `max_seconds` of this call, which is
+            checked after each round.
         checkpoint: when to write checkpoints.
-        max_seconds: of this call, checked after each round; None: no limit.
     """
-    clock = run.engine.clock
-    deadline = None if max_seconds is None else clock.now() + max_seconds
-    saved, done = run.served, run.served >= requests
+    run, clock = report.run, report.run.loop.engine.clock
+    deadline = clock.now() + (math.inf if serving.max_seconds is None else serving.max_seconds)
+    saved, done = run.served, run.served >= serving.requests
     while not done:
         run.loop.step()
-        done = run.served >= requests or (deadline is not None and clock.now() >= deadline)
+        done = run.served >= serving.requests or clock.now() >= deadline
         if done or run.served - saved >= checkpoint.interval:
             saved = run.served
             run.loop.end_session()
             report.line()
-            run.save(directory.path, seconds=report.seconds, replay=checkpoint.keep_replay_buffer)
+            run.save(report.directory.path, seconds=report.seconds, replay=checkpoint.keep_replay_buffer)
             if not done:
                 run.loop.start_session()
         else:

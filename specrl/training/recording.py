@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 from specrl.agents.draft.sequences import Assembler
 from specrl.config import TargetConfig, WorkloadConfig
 from specrl.core.plan import Plan
 from specrl.decoding.engine import LocalEngine
-from specrl.io.output import OutputDir, progress
+from specrl.io.output import OutputDir, progress, show
 from specrl.measure.machine import environment
 from specrl.models.config import default_aux_layers
 from specrl.models.draft import load_draft
 from specrl.training.loop import ResumableRequests
 from specrl.training.trace_files import ShardWriter
-
-
-class Recorded(NamedTuple):
-    """What was written."""
-
-    sequences: int
-    tokens: int
 
 
 def record_traces(
@@ -36,8 +28,8 @@ def record_traces(
     rejected: bool,
     shard_sequences: int,
     seed: int,
-) -> Recorded:
-    """Serve requests with one plan and write their traces (see `specrl record`).
+) -> None:
+    """Serve requests with one plan, write their traces, and print how many there are (see `specrl record`).
 
     Raises:
         ValueError: an argument out of range, or traces in the directory already.
@@ -60,9 +52,8 @@ def record_traces(
     }
     stream = ResumableRequests(workload.open(target.name, "train", ignore_eos=False), seed)
     writer = ShardWriter(directory, about, shard_sequences)
-    engine = LocalEngine(
-        model, loaded, max_context=workload.max_context, aux_layers=() if loaded is not None else aux_layers
-    )
+    taps = () if loaded is not None else aux_layers
+    engine = LocalEngine(model, loaded, max_context=workload.max_context, aux_layers=taps)
     session = engine.start(stream, batch_size=min(batch_size, requests), seed=seed, trace=True)
     assembler, left, recorded, tokens = Assembler(keep_rejected=rejected), requests, 0, 0
     with progress("recording", requests) as done:
@@ -77,4 +68,4 @@ def record_traces(
             done(requests - left)
     writer.close()
     engine.close()
-    return Recorded(writer.written, tokens)
+    show(f"{recorded} requests, {tokens} tokens, plan {plan}, written: {directory.path}")

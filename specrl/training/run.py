@@ -6,16 +6,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from specrl.agents.draft.gate import Gate
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.core.batch_schedule import parse_traffic
-from specrl.core.clock import Clock
-from specrl.core.interfaces import Engine, PlanChooser, Workload
+from specrl.core.interfaces import Engine, Workload
 from specrl.core.plain_cost import PlainCost
 from specrl.core.plan import Plan
-from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir
 from specrl.measure.machine import environment
 from specrl.models.draft import Draft
@@ -35,11 +31,9 @@ class Run:
     """A training run: its loop and the rest of its state."""
 
     loop: OnlineLoop
-    engine: Engine
     target: str
-    draft: Draft
+    draft: Draft  # that it started from
     learner: OnlineLearner | None
-    chooser: PlanChooser
     seconds_before: float = 0.0  # of the runs that this one continues
     log: list[dict[str, object]] = field(default_factory=list)  # the rows of log.csv
     decisions: list[dict[str, object]] = field(default_factory=list)  # the rows of gate.csv
@@ -47,6 +41,7 @@ class Run:
     @classmethod
     def start(
         cls,
+        engine: Engine,
         model: Target,
         draft: Draft,
         workload: Workload,
@@ -54,32 +49,25 @@ class Run:
         *,
         target: str,
         learner: LearnerConfig | None,
-        max_context: int,
         seed: int,
         resume: Path | None = None,
-        clock: Clock | None = None,
-        engine: Engine | None = None,
     ) -> Run:
         """Build a run, from its settings or from a checkpoint.
 
         Args:
+            engine: serves `draft` with the plans of `serving`.
             model: the target.
             draft: the draft to start from.
             workload: the requests.
             serving: how they are served.
             target: name of the target.
             learner: how the draft learns; None: it does not change.
-            max_context: largest number of tokens of a request.
             seed: of everything random.
             resume: directory of the checkpoint to continue; None: a new run.
-            clock: of the local engine; None: the machine's.
-            engine: serves `draft` with the plans of `serving`; None: a local engine.
 
         Raises:
             ValueError: an argument out of range, or a checkpoint of another run.
         """
-        if engine is None:
-            engine = LocalEngine(model, draft, max_context=max_context, clock=clock)
         chooser, baseline = serving.make_chooser(seed), PlainCost()
         gated = serving.deploy == "better"
         learns = None
@@ -119,8 +107,7 @@ class Run:
             deploy=deploy,
             state=state.get("loop"),
         )
-        seconds, log = state.get("seconds", 0.0), state.get("log", [])
-        return cls(loop, engine, target, draft, learns, chooser, seconds, log, decisions)
+        return cls(loop, target, draft, learns, state.get("seconds", 0.0), state.get("log", []), decisions)
 
     @property
     def served(self) -> int:
@@ -140,37 +127,28 @@ class Run:
             seconds: of the run so far, including the runs that it continues.
             replay: keep the sequences to learn from too; without them a resumed run collects new ones.
         """
-        loop, deploy = self.loop, self.loop.deploy
-        tensors: dict[str, Tensor] = {}
-        learner: dict[str, Any] | None = None
-        sequences, notes, held_out = dict[str, Tensor](), list[dict[str, Any]](), 0
-        if self.learner is not None:
-            learner = self.learner.state_dict()
-            tensors = learner.pop("tensors")
-            if replay:
-                sequences, notes = pack([*self.learner.replay, *self.learner.held_out])
-                held_out = len(self.learner.held_out)
-        if self.draft.target_ids is not None:
-            tensors = {**tensors, "vocabulary": self.draft.target_ids}
+        loop, learner = self.loop, self.learner
+        kept, held_out = ([*learner.replay], [*learner.held_out]) if learner is not None and replay else ([], [])
+        sequences, notes = pack([*kept, *held_out])
         state = {
             "target": self.target,
             "served": self.served,
             "seconds": seconds,
-            "learner": learner,
-            "deploy": None if deploy is None else deploy.state_dict(),
-            "chooser": self.chooser.state_dict(),
+            "learner": None if learner is None else learner.state_dict(),
+            "deploy": None if loop.deploy is None else loop.deploy.state_dict(),
+            "chooser": loop.chooser.state_dict(),
             "baseline": loop.baseline.state_dict(),
             "loop": loop.state_dict(),
             "replay": notes,
-            "held_out": held_out,
+            "held_out": len(held_out),
             "log": self.log,
             "decisions": self.decisions,
         }
-        save_checkpoint(directory / "checkpoint", KIND, tensors, state, sequences)
+        save_checkpoint(directory / "checkpoint", KIND, Checkpoint(state, self.draft.target_ids, sequences))
 
     def table(self) -> dict[int, Plan]:
         """The best plan now at every batch size that was served, where the chooser knows one."""
-        best = {batch: self.chooser.best(batch) for batch in sorted(self.loop.recent)}
+        best = {batch: self.loop.chooser.best(batch) for batch in sorted(self.loop.recent)}
         return {batch: plan for batch, plan in best.items() if plan is not None}
 
     def write_results(self, directory: OutputDir) -> None:
@@ -184,7 +162,6 @@ class Run:
 
 
 def _restore_learner(learner: OnlineLearner, checkpoint: Checkpoint, serving: ServingConfig) -> None:
-    """Restore a learner and its sequences from a checkpoint."""
     state = checkpoint.state
     if state["learner"] is None:
         raise ValueError("the checkpoint was made without learning, so --learn must be false, but got true")
@@ -192,7 +169,7 @@ def _restore_learner(learner: OnlineLearner, checkpoint: Checkpoint, serving: Se
         raise ValueError(
             f"serving.deploy must be the checkpoint's, {state['deploy']['policy']!r}, but got {serving.deploy!r}"
         )
-    learner.load_state_dict({**state["learner"], "tensors": checkpoint.tensors})
+    learner.load_state_dict(state["learner"])
     sequences = [unpack(i, checkpoint.replay, note) for i, note in enumerate(state["replay"])]
     first_held_out = len(sequences) - state["held_out"]
     learner.load_sequences(sequences[:first_held_out], sequences[first_held_out:])

@@ -6,10 +6,10 @@ on disk, and a resumed run first swaps it into the new server.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
-from specrl.core.clock import Clock, WallClock
+from specrl.core.clock import WallClock
 from specrl.core.round import Trace
 from specrl.io.output import OutputDir, show
 from specrl.models.draft import Draft
@@ -25,31 +25,12 @@ from specrl.models.target import Target
 from specrl.sglang.client.hot_swap import Swap, push
 from specrl.sglang.client.http import Client, ServerError, ServerGone
 from specrl.sglang.client.trace_subscriber import TraceReader
-from specrl.training.checkpoint import load_checkpoint, save_checkpoint
+from specrl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 API_KEY = "SPECRL_API_KEY"  # in the environment, as others can read command lines
+_KIND = "server"
 _ROUNDS = 400  # that the accept length is the mean of
 _WAIT_S, _SILENCE_S = 0.5, 10.0  # for traces; without any, before the server is asked whether it is there
-
-
-@dataclass(frozen=True, slots=True)
-class ServerAddress:
-    """A running server, and how to reach it.
-
-    Attributes:
-        url: URL of the server.
-        traces: socket of its plugin (SPECRL_TRACES=unix:PATH), on this machine.
-        api_key: API key of the server; None: it needs none.
-    """
-
-    url: str
-    traces: Path
-    api_key: str | None = None
-
-    @classmethod
-    def with_key(cls, url: str, traces: Path) -> ServerAddress:
-        """Return the address with the API key from SPECRL_API_KEY, if that is set."""
-        return cls(url, traces, os.environ.get(API_KEY))
 
 
 class ServerLearner:
@@ -59,10 +40,15 @@ class ServerLearner:
         target: the target that the server serves.
         draft: the draft that the server was started with.
         config: configuration of the learner.
-        server: the server.
+        url: URL of the server. Its API key, if it needs one, is read from SPECRL_API_KEY.
+        traces: socket of the server's plugin (SPECRL_TRACES=unix:PATH), on this machine.
         sync_every: finished requests between two updates.
         seed: seed of the learner.
-        resume: checkpoint of an earlier run to go on from.
+        resume: checkpoint of an earlier run to continue.
+
+    Attributes:
+        requests: finished requests, those before a resumption included.
+        version: version of the weights that serve.
 
     Raises:
         ValueError: a checkpoint of another run, or a server or draft that cannot be swapped.
@@ -74,36 +60,36 @@ class ServerLearner:
         target: Target,
         draft: Draft,
         config: LearnerConfig,
-        server: ServerAddress,
+        url: str,
+        traces: Path,
         *,
         sync_every: int = 16,
         seed: int = 0,
         resume: Path | None = None,
     ) -> None:
-        if sync_every < 1:
-            raise ValueError(f"sync_every must be at least 1 request, but got {sync_every}")
-        self.clock: Clock = WallClock()
-        self.draft, self._server, self._sync_every = draft, server, sync_every
+        self.clock = WallClock()
+        self.draft, self._url, self._sync_every = draft, url, sync_every
         self.learner = OnlineLearner(draft, target.embedding, config, seed=seed, clock=self.clock)
         self.requests, self.version = 0, -1
-        self.swaps: deque[Swap] = deque(maxlen=_ROUNDS)
-        self.metrics: Mapping[str, float] = {}
+        self._swaps: deque[Swap] = deque(maxlen=_ROUNDS)
+        self._metrics: Mapping[str, float] = {}
         self._accepted: deque[int] = deque(maxlen=_ROUNDS)
-        self._traces: list[Trace] = []  # not learned from yet
+        self._unlearned: list[Trace] = []
         self._finished = 0  # requests that finished in them
         if resume is not None:
-            tensors, state, _ = load_checkpoint(resume, "server")
-            self.learner.load_state_dict({**state["learner"], "tensors": tensors})
+            state = load_checkpoint(resume, _KIND).state
+            self.learner.load_state_dict(state["learner"])
             self.requests = int(state["requests"])
-        self._client = Client(server.url, api_key=server.api_key, timeout_s=10.0)
+        self._api_key = os.environ.get(API_KEY)
+        self._client = Client(url, api_key=self._api_key, timeout_s=10.0)
         self._swap()
-        self._reader = self._connect()
+        self._reader = self._connect(traces)
         self._heard_s = self.clock.now()
 
     @property
     def accept_length(self) -> float:
         """Mean tokens per request and round over the last 400 rounds that drafted; nan before the first."""
-        return float(np.mean(self._accepted)) if self._accepted else float("nan")
+        return float(np.mean(self._accepted)) if self._accepted else math.nan
 
     def step(self) -> None:
         """Take the traces that have come; learn and swap every `sync_every` requests.
@@ -113,65 +99,61 @@ class ServerLearner:
         """
         traces = self._take()
         self._accepted += [int((t.path >= 0).sum()) for t in traces if t.plan is not None and t.plan.num_steps]
-        self._traces += traces
+        self._unlearned += traces
         finished = sum(len(trace.finished) for trace in traces)
         self.requests += finished
         self._finished += finished
         if self._finished >= self._sync_every:
-            self._finished = 0
-            self.metrics = self.learner.learn(self._traces)
-            self._traces = []
+            self._metrics = self.learner.learn(self._unlearned)
+            self._unlearned, self._finished = [], 0
             self._swap()
 
     def save(self, directory: Path) -> None:
         """Write directory/checkpoint, to resume from; traces and sequences to learn from are not saved."""
-        state = self.learner.state_dict()
-        tensors = state.pop("tensors")
-        save_checkpoint(directory / "checkpoint", "server", tensors, {"requests": self.requests, "learner": state})
+        state = {"requests": self.requests, "learner": self.learner.state_dict()}
+        save_checkpoint(directory / "checkpoint", _KIND, Checkpoint(state))
 
-    def row(self) -> dict[str, object]:
+    def row(self) -> dict[str, Any]:
         """A line of log.csv."""
         names = ("alpha_1", "loss", "staleness", "skipped", "held")
         return {
             "requests": self.requests,
             "draft_version": self.version,
             "accept_length": self.accept_length,
-            "swap_pause_s": max((swap.pause_s for swap in self.swaps), default=float("nan")),
+            "swap_pause_s": max((swap.pause_s for swap in self._swaps), default=math.nan),
             **self._reader.lost,
-            **{name: self.metrics[name] for name in names if name in self.metrics},
+            **{name: self._metrics[name] for name in names if name in self._metrics},
         }
 
     def close(self) -> None:
-        """Disconnect; the server goes on with the draft that it has."""
+        """Disconnect; the server keeps the draft that it has."""
         self._reader.close()
 
     def _swap(self) -> None:
         version, weights = self.learner.weights()
         if version != self.version:
-            server = self._server
-            self.swaps.append(push(server.url, weights, version=version, like=self.draft, api_key=server.api_key))
+            self._swaps.append(push(self._url, weights, version=version, like=self.draft, api_key=self._api_key))
             self.version = version
 
     def _take(self) -> list[Trace]:
         try:
             traces = self._reader.take(_WAIT_S)
-            now = self.clock.now()
-            if not traces and now - self._heard_s > _SILENCE_S:
+            if traces:
+                self._heard_s = self.clock.now()
+            elif self.clock.now() - self._heard_s > _SILENCE_S:
                 self._client.get("/server_info")  # perhaps it has no requests
-                self._heard_s = now
+                self._heard_s = self.clock.now()
         except ServerGone as error:
             raise OSError(
-                f"the server {self._server.url} must run, but is gone ({error}); start it again and go on with --resume"
+                f"the server {self._url} must run, but is gone ({error}); start it again and go on with --resume"
             ) from error
-        if traces:
-            self._heard_s = now
         return traces
 
-    def _connect(self) -> TraceReader:
+    def _connect(self, traces: Path) -> TraceReader:
         """Connect to the traces, as soon as the server's plugin listens."""
         while True:
             try:
-                return TraceReader(self._server.traces)
+                return TraceReader(traces)
             except ServerError:
                 self._client.get("/server_info")
             Event().wait(_WAIT_S)

@@ -11,8 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from specrl.agents.draft.sequences import RejectedDrafts
-from specrl.agents.draft.sequences import TrainingSequence as Traced
+from specrl.agents.draft.sequences import RejectedDrafts, TrainingSequence
 from specrl.io.output import OutputDir
 from specrl.models.checkpoint import save_tensors
 
@@ -22,7 +21,7 @@ _TENSORS, _NUMBERS = ("tokens", "features", "logits"), ("temperature", "draft_ve
 _REJECTED = ("positions", "tokens", "logits")
 
 
-def pack(sequences: Sequence[Traced]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def pack(sequences: Sequence[TrainingSequence]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Tensors by '<number>.<name>', and the other values of each sequence, JSON-able."""
     tensors: dict[str, Tensor] = {}
     notes: list[dict[str, Any]] = []
@@ -35,12 +34,11 @@ def pack(sequences: Sequence[Traced]) -> tuple[dict[str, Tensor], list[dict[str,
     return tensors, notes
 
 
-def unpack(i: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> Traced:
+def unpack(i: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> TrainingSequence:
     """Sequence `i` of a `pack`."""
-    rejected = {name: tensors[f"{i}.rejected.{name}"] for name in _REJECTED} if note["rejected"] else None
+    rejected = RejectedDrafts(*(tensors[f"{i}.rejected.{name}"] for name in _REJECTED)) if note["rejected"] else None
     fields: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in _TENSORS}
-    fields |= {name: note[name] for name in _NUMBERS}
-    return Traced(**fields, rejected=None if rejected is None else RejectedDrafts(**rejected))
+    return TrainingSequence(**fields, **{name: note[name] for name in _NUMBERS}, rejected=rejected)
 
 
 class ShardWriter:
@@ -61,11 +59,10 @@ class ShardWriter:
         if (directory.path / INDEX).exists():
             raise ValueError(f"traces must be recorded to a new directory, but {str(directory.path)!r} holds some")
         self._directory, self._about, self._size = directory, dict(about), size
-        self._waiting: list[Traced] = []
+        self._waiting: list[TrainingSequence] = []
         self._shards: list[dict[str, Any]] = []
-        self.written = 0
 
-    def add(self, sequences: Sequence[Traced]) -> None:
+    def add(self, sequences: Sequence[TrainingSequence]) -> None:
         """Add sequences, and write complete shards."""
         self._waiting += sequences
         while len(self._waiting) >= self._size:
@@ -78,12 +75,11 @@ class ShardWriter:
             self._write(self._waiting)
             self._waiting = []
 
-    def _write(self, sequences: list[Traced]) -> None:
+    def _write(self, sequences: list[TrainingSequence]) -> None:
         tensors, notes = pack(sequences)
         name = f"shard-{len(self._shards):05d}.safetensors"
         save_tensors(self._directory.path / name, tensors, {"format": "pt"})
         self._shards.append({"file": name, "sequences": notes})
-        self.written += len(notes)
         self._directory.write_json(INDEX, {"format": _FORMAT, **self._about, "shards": self._shards})
 
 
@@ -119,7 +115,7 @@ class Traces:
         """The number of tokens of a sequence."""
         return int(self._notes[number][2]["length"])
 
-    def read(self, numbers: Sequence[int]) -> Iterator[Traced]:
+    def read(self, numbers: Sequence[int]) -> Iterator[TrainingSequence]:
         """The sequences with these numbers, from 0.
 
         Raises:
@@ -132,20 +128,10 @@ class Traces:
                 try:
                     if file not in files:
                         files[file] = stack.enter_context(safe_open(self.path / file, framework="pt"))
-                    yield unpack(i, _Lazy(files[file]), note)
+                    names = [name for name in files[file].keys() if name.startswith(f"{i}.")]
+                    tensors = {name: files[file].get_tensor(name) for name in names}
                 except (OSError, SafetensorError) as error:
                     raise ValueError(
                         f"traces must be complete, but {file} cannot be read: {error}; record again"
                     ) from error
-
-
-class _Lazy(dict[str, Tensor]):
-    """The tensors of an open file by name."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__()
-        self._file = file
-
-    def __missing__(self, name: str) -> Tensor:
-        found: Tensor = self._file.get_tensor(name)
-        return found
+                yield unpack(i, tensors, note)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +18,22 @@ from specrl.models.target import Target
 from specrl.training.checkpoint import load_checkpoint
 
 REQUESTS = 96  # decoded plainly to count tokens
+_HELD_OUT = REQUESTS // 4  # of them, to test the vocabulary
 _BATCH = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """The most frequent tokens, for `new_draft(vocabulary=...)`."""
+class Vocabulary(NamedTuple):
+    """The most frequent tokens.
 
-    ids: Tensor  # [Vd] int64, ascending
-    coverage: float  # share of the counted tokens; see `coverage` for other tokens
-    seen: int  # different tokens counted; if fewer than Vd, the lowest other ids fill the rest
+    Attributes:
+        ids: [vocab_size] int64, ascending, for `new_draft(vocabulary=...)`.
+        coverage: share of the counted tokens that are in it.
+        seen: number of different tokens counted; if it is below vocab_size, the lowest other ids fill the rest.
+    """
+
+    ids: Tensor
+    coverage: float
+    seen: int
 
 
 def top_tokens(counts: Tensor, size: int) -> Vocabulary:
@@ -36,19 +42,17 @@ def top_tokens(counts: Tensor, size: int) -> Vocabulary:
     Raises:
         ValueError: a size out of [1, V], or no tokens counted.
     """
-    total = int(counts.sum())
     if not 1 <= size <= len(counts):
         raise ValueError(f"a draft vocabulary must have 1 to {len(counts)} tokens, but got {size}")
-    if total == 0:
+    if not counts.any():
         raise ValueError("a draft vocabulary needs counted tokens, but got none")
     ids = counts.argsort(descending=True, stable=True)[:size].sort().values
-    return Vocabulary(ids, int(counts[ids].sum()) / total, int((counts > 0).sum()))
+    return Vocabulary(ids, coverage(ids, counts), int(counts.count_nonzero()))
 
 
 def coverage(ids: Tensor, counts: Tensor) -> float:
     """The share of the tokens in `counts [V]` that are in the vocabulary; nan if no token was counted."""
-    total = int(counts.sum())
-    return int(counts[ids].sum()) / total if total else float("nan")
+    return float(counts[ids].sum().double() / counts.sum())
 
 
 def make_draft(
@@ -59,63 +63,48 @@ def make_draft(
     max_context: int,
     seed: int,
     checkpoint: Path | None = None,
-    requests: int = REQUESTS,
 ) -> Draft:
     """Load the draft, or make a new one for a workload.
 
     Args:
-        draft: which draft; `vocab_size` tokens of a new one are counted here.
+        draft: which draft; the `vocab_size` tokens of a new one are counted here.
         model: the target.
         workload: requests to count tokens of.
         max_context: most tokens of a request.
         seed: of the initialisation and of the requests.
         checkpoint: of the run to resume, which has a vocabulary; None: a new run.
-        requests: to count tokens of.
 
     Raises:
         ValueError: a vocabulary that is larger than the target's, or of another size than the checkpoint's.
     """
     size, ids = draft.vocab_size, None
     if size is not None and checkpoint is not None:
-        ids = load_checkpoint(checkpoint, "online").tensors.get("vocabulary", torch.arange(model.config.vocab_size))
+        ids = load_checkpoint(checkpoint, "online").vocabulary
+        if ids is None:
+            ids = torch.arange(model.config.vocab_size)
         if len(ids) != size:
             raise ValueError(f"draft.vocab_size must be the checkpoint's, {len(ids)}, but got {size}")
     elif size is not None:
-        found, covered = served_vocabulary(model, workload, size, max_context=max_context, seed=seed, requests=requests)
-        ids = found.ids
-        show(
-            f"draft vocabulary: {size} of {model.config.vocab_size} tokens, {found.seen} of them seen, "
-            f"covering {covered:.1%} of the text"
-        )
+        ids = _count_tokens(model, workload, size, max_context=max_context, seed=seed)
     return draft.load(model, seed=seed, vocabulary=ids)
 
 
-def served_vocabulary(
-    model: Target, workload: Workload, size: int, *, max_context: int, seed: int, requests: int
-) -> tuple[Vocabulary, float]:
-    """The `size` most frequent tokens of prompts and continuations, and their share of the last quarter of requests.
-
-    The last quarter is not counted for the choice.
-
-    Raises:
-        ValueError: a size out of [1, V], or fewer than 4 requests.
-    """
-    if requests < 4:
-        raise ValueError(f"a vocabulary must be counted from at least 4 requests, but got {requests}")
-    counts = torch.zeros(2, model.config.vocab_size, dtype=torch.int64)
-    top_tokens(counts[0] + 1, size)  # checks the size before anything is served
+def _count_tokens(model: Target, workload: Workload, size: int, *, max_context: int, seed: int) -> Tensor:
+    """Serve requests; return the `size` most frequent tokens of prompts and continuations, and print their coverage."""
+    counts, held_out = torch.zeros(2, model.config.vocab_size, dtype=torch.int64)
+    top_tokens(counts + 1, size)  # checks the size before anything is served
     engine = LocalEngine(model, max_context=max_context)
-    session = engine.start(workload, batch_size=min(_BATCH, requests), seed=seed, plain=True)
+    session = engine.start(workload, batch_size=_BATCH, seed=seed, plain=True)
     done = 0
-    while done < requests:
+    while done < REQUESTS:
         for ended in session.round(Plan(0)).finished:
-            part = int(done >= requests * 3 // 4)
-            counts[part] += _counted((*ended.prompt, *ended.tokens), model.config.vocab_size)
+            tokens = torch.tensor((*ended.prompt, *ended.tokens))
+            (counts if done < REQUESTS - _HELD_OUT else held_out).add_(tokens.bincount(minlength=len(counts)))
             done += 1
     engine.close()
-    vocabulary = top_tokens(counts[0], size)
-    return vocabulary, coverage(vocabulary.ids, counts[1])
-
-
-def _counted(tokens: tuple[int, ...], vocab_size: int) -> Tensor:
-    return torch.bincount(torch.tensor(tokens), minlength=vocab_size)
+    found = top_tokens(counts, size)
+    show(
+        f"draft vocabulary: {size} of {len(counts)} tokens, {found.seen} of them seen, covering "
+        f"{coverage(found.ids, held_out):.1%} of the text"
+    )
+    return found.ids

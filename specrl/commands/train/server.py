@@ -8,7 +8,7 @@ from specrl.agents.draft.config import LearnerConfig
 from specrl.config import TargetConfig
 from specrl.io.output import OutputDir
 from specrl.models.draft import load_draft
-from specrl.training.server_learner import ServerAddress, ServerLearner, learn_from_server
+from specrl.training.server_learner import ServerLearner, learn_from_server
 
 
 def train_server(
@@ -50,7 +50,8 @@ def train_server(
     Example:
         specrl train server http://127.0.0.1:30000 /tmp/traces exported/bundle/draft --target Qwen/Qwen3-8B
     """
-    for name, value in {"requests": requests, "checkpoint_interval": checkpoint_interval}.items():
+    counts = {"weight_sync_interval": weight_sync_interval, "checkpoint_interval": checkpoint_interval}
+    for name, value in {"requests": requests, **counts}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, but got {value}")
     directory = OutputDir(output_dir or Path("runs/train-server"))
@@ -58,7 +59,8 @@ def train_server(
         target.load(device="cpu"),
         load_draft(draft),
         learner,
-        ServerAddress.with_key(server, traces),
+        server,
+        traces,
         sync_every=weight_sync_interval,
         seed=seed,
         resume=directory.path / "checkpoint" if resume else None,
