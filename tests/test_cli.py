@@ -169,7 +169,7 @@ def test_options_take_precedence_over_a_configuration_file(text: str, options: s
         ("toy --model.nam x", ["--model.nam", "did you mean '--model.name'?"]),
         ("toy extra", ["'extra'", "see 'specrl toy --help'"]),
         ("toy --seconds 1 extra", ["'extra'", "--name value"]),
-        ("toy --seconds", ["--seconds", "expected one argument", "see 'specrl toy --help'"]),
+        ("toy --seconds", ["--seconds must have a value", "see 'specrl toy --help'"]),
         ("toy --seconds x", ["--seconds must be a number", "got x", "see 'specrl toy --help'"]),
         ("toy --split both", ["--split must be one of 'train', 'held_out'", "got both"]),
         ("toy --batch_sizes 1,x", ["--batch_sizes must be integers with commas", "got x"]),

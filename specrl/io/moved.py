@@ -4,50 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Old name: new names, of which a command has at most one.
+# Old name: new names, of which a command has at most one. An option that only moved into a group needs no line here.
 MOVED_OPTIONS: dict[str, tuple[str, ...]] = {
-    # config.py
     "device": ("target.device",),
     "dtype": ("target.dtype",),
     "draft_vocab_size": ("draft.vocab_size",),
     "draft_intermediate_size": ("draft.intermediate_size",),
-    "prompt_tokens": ("workload.prompt_tokens",),
-    "max_new_tokens": ("workload.max_new_tokens",),
     "temperature": ("workload.temperature", "temperatures"),
     "sglang_python": ("engine.python",),
     "sglang_flags": ("engine.flags",),
-    "precision": ("measure.precision",),
-    "seconds": ("measure.seconds", "agent.seconds"),
-    # specrl train
-    "plans": ("serving.plans",),
-    "chooser": ("serving.chooser",),
     "traffic": ("serving.batch_schedule", "schedule.batch_sizes"),
-    "rounds": ("schedule.rounds",),
-    "shifts": ("schedule.shifts",),
-    "requests": ("serving.requests",),
     "sync_every": ("serving.weight_sync_interval", "weight_sync_interval"),
     "update": ("serving.deploy",),
     "checkpoint_every": ("checkpoint.interval", "checkpoint_interval"),
     "checkpoint_replay": ("checkpoint.keep_replay_buffer",),
-    "tensorboard": ("log.tensorboard",),
-    "wandb": ("log.wandb",),
     "in_flight": ("ray.max_pending_calls",),
     "engine_device": ("ray.engine_resource",),
     "learner_device": ("ray.learner_resource",),
-    "engines": ("ray.engines",),
-    # specrl rl
-    "algo": ("agent.algo",),
-    "n_timesteps": ("agent.n_timesteps",),
-    "hyperparameters": ("agent.hyperparameters",),
-    "policy": ("agent.policy",),
-    # the learner
     "learner.passes": ("learner.ttt_steps",),
     "learner.pass_decay": ("learner.ttt_decay",),
+    "learner.pass_weights": ("learner.ttt_weights",),
     "learner.average": ("learner.ema_decay",),
     "learner.clip": ("learner.max_grad_norm",),
     "learner.replay": ("learner.replay_capacity",),
     "learner.half_life": ("learner.replay_half_life",),
-    "learner.pass_weights": ("learner.ttt_weights",),
     "learner.sample": ("learner.request_sample_rate",),
     "learner.held_out": ("learner.holdout_fraction",),
     "learner.drafts": ("learner.draft_sampling",),
@@ -73,7 +53,7 @@ MOVED_TO_COMMANDS: dict[str, dict[str, str]] = {
 
 
 def moved(command: str, name: str, known: Sequence[str], *, dashes: str = "--") -> str | None:
-    """What replaces an option that a command no longer has; None: nothing does.
+    """What replaces an option that a command does not have; None: nothing does.
 
     Args:
         command: such as 'specrl train'.
@@ -81,7 +61,8 @@ def moved(command: str, name: str, known: Sequence[str], *, dashes: str = "--") 
         known: options that the command has.
         dashes: before the name of an option in the answer.
     """
-    for new in MOVED_OPTIONS.get(name, ()):
+    in_groups = [option for option in known if option.partition(".")[2] == name]
+    for new in (*MOVED_OPTIONS.get(name, ()), *(in_groups if len(in_groups) == 1 else ())):
         if new in known:
             return f"{dashes}{new}"
     new_command = MOVED_TO_COMMANDS.get(command, {}).get(name)

@@ -1,7 +1,7 @@
 """Command line options from a function's signature, and its arguments from a command line or a YAML file.
 
 A parameter is an option. A parameter whose type is a dataclass is a group of options, one for every field:
-`--target.dtype bfloat16`. `translate` rewrites what may be written shorter before jsonargparse reads it:
+`--target.dtype bfloat16`. Some may be written shorter:
 
     --target DIR             --target.name=DIR, the group's first field
     --batch_sizes 1,4,16     --batch_sizes=[1,4,16]
@@ -15,7 +15,7 @@ import argparse
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,7 +32,7 @@ from specrl.io.signature import (
 )
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import ArgumentParser
 
 _ALWAYS = ("help", "config", "print_config")  # options that every command has
 
@@ -74,46 +74,69 @@ class Options:
         Raises:
             ValueError: the words do not fit; one line.
         """
-        return self._parsed(lambda parser: parser.parse_args(self.translate(words)), output_dir)
+        values = self._read_words(words)
+        if "help" in values:
+            self.parser().print_help()
+            raise SystemExit(0)
+        print_only = values.pop("print_config", False)
+        found = self.resolve(values, output_dir=output_dir)
+        if print_only:
+            print(found.yaml)
+            raise SystemExit(0)
+        return found
 
-    def resolve(self, values: Mapping[str, Any]) -> Parsed:
+    def resolve(self, values: Mapping[str, Any], *, output_dir: Path | None = None) -> Parsed:
         """Read a mapping, with groups as mappings or with dotted names, and fill in the defaults.
 
         Raises:
             ValueError: a name or a value does not fit; one line.
         """
-        return self._parsed(lambda parser: parser.parse_object(self._nested(values)), None)
+        from jsonargparse import ArgumentError
 
-    def translate(self, words: Sequence[str]) -> list[str]:
-        """The words in the one form that jsonargparse gets: `--name=value`, with configuration files first.
+        nested: dict[str, Any] = {}
+        for name, value in self._flat(values).items():
+            group, dot, field = name.partition(".")
+            if dot:
+                nested.setdefault(group, {})[field] = value
+            else:
+                nested[name] = value
+        parser = self.parser()
+        try:
+            config = parser.parse_object(nested)
+        except ArgumentError as error:
+            raise ValueError(self._explain(str(error))) from error
+        if "output_dir" in self.table and config["output_dir"] is None:
+            config["output_dir"] = output_dir
+        found = parser.instantiate(config).as_dict()
+        for name, kind, _ in read_parameters(self.function):
+            if name in self.groups:
+                found[name] = kind(**found[name])
+        return Parsed(found, parser.dump(config, skip_unset=False))
 
-        Raises:
-            ValueError: an option that the command does not have, or a configuration file that cannot be read.
-        """
+    def _read_words(self, words: Sequence[str]) -> dict[str, Any]:
+        """The values on a command line by the full name of their option; configuration files have less precedence."""
         first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-        configs, out = list[str](), self._positional(words[:first])
-        rest = list(words[first:])
+        configs, given, rest = dict[str, Any](), self._positional(words[:first]), list(words[first:])
         while rest:
-            word = rest.pop(0)
-            option, equals, value = word.partition("=")
+            option, equals, value = rest.pop(0).partition("=")
             if option in ("-h", "--help", "--print_config"):
-                out.append(word)
+                given["help" if option == "-h" else option[2:]] = True
                 continue
             if not option.startswith("--"):
                 raise ValueError(f"options must be written as --name value, but got {option!r}; {self._see}")
             name = "config" if option == "--config" else self._known(option[2:], dashes="--")
             kind = self.table[name].kind if name in self.table else str
             if not equals and kind is bool and (not rest or rest[0].startswith("--")):
-                value, equals = "true", "="
+                value = "true"
             elif not equals and rest and (not rest[0].startswith("--") or " " in rest[0]):
-                value, equals = rest.pop(0), "="
-            if not equals:
-                out.append(f"--{name}")
-            elif name == "config":
-                configs.append(f"--config={json.dumps(self._nested(_read_yaml(Path(value))), default=str)}")
+                value = rest.pop(0)
+            elif not equals:
+                raise ValueError(f"{option} must have a value, but got none; {self._see}")
+            if name == "config":
+                configs |= self._flat(_read_yaml(Path(value)))
             else:
-                out.append(f"--{name}={_bracket(value, kind)}")
-        return [*configs, *out]
+                given[name] = _bracket(value, kind)
+        return {**configs, **given}
 
     def parser(self) -> ArgumentParser:
         """The parser of jsonargparse."""
@@ -121,21 +144,20 @@ class Options:
 
         text, _, examples = read_docstring(self.function)
         needed = [name for name, option in self.table.items() if option.required]
-        epilog = ["example:", *(f"  {line}" for line in examples)] if examples else []
+        epilog = ["--config FILE.yaml reads options from a file; --print_config prints them and runs nothing."]
         if self.groups:
             group, first = next(iter(self.groups.items()))
-            epilog = [f"The first option of a group has a short form: --{group} X is --{first} X.", "", *epilog]
+            epilog.append(f"The first option of a group has a short form: --{group} X is --{first} X.")
+        if examples:
+            epilog += ["", "example:", *(f"  {line}" for line in examples)]
         parser = ArgumentParser(
             prog=self.command,
             usage=" ".join([self.command, *(name.upper() for name in needed), "[options]"]),
             description=text,
-            epilog="\n".join(epilog) or None,
+            epilog="\n".join(epilog),
             formatter_class=_Help,
             exit_on_error=False,
-            allow_abbrev=False,
-            print_config="--print_config",
         )
-        parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of options")
         sections: dict[str, Any] = {"": parser}
         for option in self.table.values():
             if option.group not in sections:
@@ -146,35 +168,18 @@ class Options:
             )
         return parser
 
-    def _parsed(self, read: Callable[[ArgumentParser], Namespace], output_dir: Path | None) -> Parsed:
-        from jsonargparse import ArgumentError
-
-        parser = self.parser()
-        try:
-            config = read(parser)
-        except ArgumentError as error:
-            raise ValueError(self._explain(str(error))) from error
-        config.pop("config", None)
-        if "output_dir" in self.table and config["output_dir"] is None:
-            config["output_dir"] = output_dir
-        found = parser.instantiate(config).as_dict()
-        for name, kind, _ in read_parameters(self.function):
-            if name in self.groups:
-                found[name] = kind(**found[name])
-        return Parsed(found, parser.dump(config, skip_unset=False))
-
-    def _positional(self, words: Sequence[str]) -> list[str]:
+    def _positional(self, words: Sequence[str]) -> dict[str, Any]:
         """Words before the first option: the first parameters, if they have no default or the first has None."""
         needed = [option for option in self.table.values() if option.required]
         named = needed or [option for option in list(self.table.values())[:1] if option.default is None]
         if words and named and item_type(named[0].kind) is not None:  # 'report RUN RUN'
-            return [f"--{named[0].name}={json.dumps(list(words))}"]
+            return {named[0].name: list(words)}
         if len(words) > len(named):
             raise ValueError(f"options must be written as --name value, but got {words[len(named)]!r}; {self._see}")
-        return [f"--{option.name}={word}" for option, word in zip(named, words, strict=False)]
+        return {option.name: word for option, word in zip(named, words, strict=False)}
 
     def _known(self, name: str, *, dashes: str = "") -> str:
-        """The full name of an option; `dashes` is what stands before names where it is written."""
+        """The full name of an option; `dashes` is written before names in messages."""
         if name in self.table or name in self.groups:
             return self.groups.get(name, name)
         if new := moved(self.command, name, [*self.table, *self.groups], dashes=dashes):
@@ -182,23 +187,15 @@ class Options:
         near = did_you_mean(f"{dashes}{name}", [f"{dashes}{known}" for known in (*_ALWAYS, *self.table, *self.groups)])
         raise ValueError(f"{dashes}{name} must be an option of '{self.command}', but is none{near or '; ' + self._see}")
 
-    def _nested(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """A mapping with dotted names, shorthands and nested groups, as nested groups only."""
+    def _flat(self, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """The values of nested groups by the full names of their options."""
         out: dict[str, Any] = {}
-        for name, value in self._flat(values):
-            group, dot, field = name.partition(".")
-            if dot:
-                out.setdefault(group, {})[field] = value
-            else:
-                out[name] = value
-        return out
-
-    def _flat(self, values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in values.items():
             if f"{prefix}{key}" in self.groups and isinstance(value, Mapping):
-                yield from self._flat(value, f"{key}.")
+                out |= self._flat(value, f"{key}.")
             elif f"{prefix}{key}" != "config":
-                yield self._known(f"{prefix}{key}"), value
+                out[self._known(f"{prefix}{key}")] = value
+        return out
 
     def _explain(self, message: str) -> str:
         """A complaint of jsonargparse as one line: rule, value and remedy."""
