@@ -1,4 +1,4 @@
-"""Results: tables for people, JSON and CSV for programs, and the record of where they were measured."""
+"""Results: tables for people, JSON and CSV for programs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ Row = Mapping[str, object]
 
 
 class OutputDir:
-    """A directory for one run's results, made if need be; every file appears whole or not at all.
+    """A directory for one run's results, created if it is missing; every file is written atomically.
 
     Raises:
         ValueError: nothing can be written there.
@@ -36,14 +37,13 @@ class OutputDir:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / f".writable-{os.getpid()}").touch()
-            (self.path / f".writable-{os.getpid()}").unlink()
+            TemporaryFile(dir=self.path).close()
         except OSError as error:
             why = error.strerror or error
             raise ValueError(f"output_dir must be a writable directory, but {str(path)!r} is not: {why}") from error
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a file, through a temporary one beside it."""
+        """Write a file."""
         path = self.path / name
         beside = path.with_name(f".{path.name}-{os.getpid()}")
         try:
@@ -54,13 +54,13 @@ class OutputDir:
         return path
 
     def discard_alone(self, name: str) -> None:
-        """Remove the directory where this file is all it holds, so that wrong input leaves nothing behind."""
+        """Remove the directory if it holds only this file, so that wrong input leaves nothing."""
         if [path.name for path in self.path.iterdir()] == [name]:
             (self.path / name).unlink()
             self.path.rmdir()
 
     def write_json(self, name: str, value: object) -> Path:
-        """Write JSON; numbers that are not finite become null, plans and paths text."""
+        """Write JSON (see `to_json`)."""
         return self.write_text(name, to_json(value, indent=2) + "\n")
 
     def write_csv(self, name: str, rows: Sequence[Row]) -> Path:
@@ -73,7 +73,7 @@ class OutputDir:
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
-    """JSON text of values, frozen ones and NumPy's included; numbers that are not finite become null."""
+    """JSON text of values, dataclasses and NumPy's included: plans and paths become text, infinities and NaN null."""
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
 
@@ -96,7 +96,7 @@ def _plain(value: Any) -> Any:
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, str] | Sequence[str] | None = None, *, title: str = "") -> Table:
-    """A table for people: numbers to three significant digits and to the right, what is missing as a dash.
+    """A table for people: numbers to three significant digits and to the right, missing values as a dash.
 
     Args:
         rows: one mapping per line.
@@ -131,15 +131,15 @@ def show(*parts: RenderableType) -> None:
 
 
 def hint(directory: Path) -> str:
-    """The line a command ends with: what shows its results."""
+    """The last line that a command prints."""
     return f"to see it in a browser: specrl report {shlex.quote(str(directory))}"
 
 
 @contextmanager
 def progress(what: str, total: float) -> Iterator[Callable[..., None]]:
-    """A bar on standard error for long work; the value is called with how much of `total` is done, and a note or none.
+    """A progress bar on standard error; the value is called with how much of `total` is done, and an optional note.
 
-    It is drawn only then (no thread draws beside the work), so call it outside timed windows.
+    It is drawn in that call, and by no other thread, so call it outside timed windows.
     """
     bar = Progress(console=Console(stderr=True), auto_refresh=False, transient=True, disable=not sys.stderr.isatty())
     with bar:

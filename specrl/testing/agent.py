@@ -38,8 +38,7 @@ def made_up_round(
 
 def check_is_a_chooser(make: Make) -> None:
     """It has the attributes that environments and evaluation need."""
-    chooser = make(PLANS)
-    missing = [name for name in ("plans", "choose", "learn") if not hasattr(chooser, name)]
+    missing = [name for name in ("plans", "choose", "learn") if not hasattr(make(PLANS), name)]
     assert not missing, f"it must have plans, choose and learn, but has no {', '.join(missing)}"
 
 
@@ -49,8 +48,7 @@ def check_chooses_among_its_plans(make: Make) -> None:
     for batch in (1, 3, 32, 1024):
         for _ in range(20):
             plan = chooser.choose(observer.observe(batch, 100.0))
-            assert plan in PLANS, f"it chose {plan}, which is not among the plans given"
-            assert plan in chooser.plans, f"it chose {plan}, which is not in its own plans"
+            assert plan in PLANS and plan in chooser.plans, f"it chose {plan}, which is not among its plans"
             done = made_up_round(plan, batch)
             chooser.learn(done)
             observer.record(done, 2e-3)
@@ -59,17 +57,17 @@ def check_chooses_among_its_plans(make: Make) -> None:
 def check_takes_results_late(make: Make) -> None:
     """It may learn from a round after the next ones were chosen."""
     chooser, observer = make(PLANS), Observer(PLANS)
-    waiting = [made_up_round(chooser.choose(observer.observe(4, 100.0)), 4) for _ in range(3)]
-    for _ in range(50):
+    waiting: list[Round] = []
+    for _ in range(53):
         waiting.append(made_up_round(chooser.choose(observer.observe(4, 100.0)), 4))
-        chooser.learn(waiting.pop(0))
+        if len(waiting) > 3:
+            chooser.learn(waiting.pop(0))
 
 
 def check_takes_one_plan_only(make: Make) -> None:
     """It chooses the only plan if there is one only."""
     only = (Plan(2),)
-    chooser = make(only)
-    assert chooser.choose(Observer(only).observe(1, 10.0)) == only[0], "the only plan must be chosen"
+    assert make(only).choose(Observer(only).observe(1, 10.0)) == only[0], "the only plan must be chosen"
 
 
 def check_survives_hiccups(make: Make) -> None:
@@ -77,6 +75,7 @@ def check_survives_hiccups(make: Make) -> None:
     chooser, observer = make(PLANS), Observer(PLANS)
     for seconds in (1e-9, 2e-3, 0.2, 2e-3, 20.0):
         plan = chooser.choose(observer.observe(2, 50.0))
+        assert plan in PLANS
         chooser.learn(made_up_round(plan, 2, seconds=seconds))
     assert chooser.choose(observer.observe(2, 50.0)) in PLANS
 

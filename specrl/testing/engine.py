@@ -1,11 +1,12 @@
-"""What every engine must hold to; run these on your own: `for check in CHECKS: check(case)`.
+"""Checks that every engine must pass: `for check in CHECKS: check(case)`.
 
-A check raises AssertionError with what was wrong.
+A failed check raises AssertionError with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -27,11 +28,11 @@ class Case:
     """An engine to be checked.
 
     Args:
-        make: gives a fresh engine with a draft.
-        workload: its requests; of at least 8 new tokens and at most a few dozen, so that they end.
+        make: returns a new engine with a draft.
+        workload: its requests, of at least 8 new tokens and at most a few dozen, so that they end.
         weights: that `load_draft` takes; None: it is not checked.
         exact: whether greedy decoding is the same with and without drafts to the last bit (float32), so that every
-            request must come out the same; else nine in ten.
+            request must have the same tokens; otherwise nine in ten.
     """
 
     make: Callable[[], Engine]
@@ -50,44 +51,45 @@ class _Greedy:
     workload: Workload
 
     def requests(self, seed: int) -> Iterator[Request]:
-        """The workload's, at temperature 0."""
         return (replace(request, temperature=0.0) for request in self.workload.requests(seed))
+
+
+def _plans(engine: Engine) -> list[Plan]:
+    """Plan 0 and at least one plan with drafts, as far as the engine supports them."""
+    return [plan for plan in PLANS if engine.supports(plan)]
 
 
 def check_is_an_engine(case: Case) -> None:
     """It and its sessions have the parts of the protocols."""
-    engine = case.make()
-    assert isinstance(engine, Engine), "an engine must have every member of the protocol; inherit for the defaults"
-    assert engine.supports(Plan(0)), "every engine supports plan 0"
-    assert any(engine.supports(plan) for plan in PLANS[1:]), f"it must support one of {', '.join(map(str, PLANS[1:]))}"
-    session = case.start(engine)
-    assert isinstance(session, Session), "a session must have every member of the protocol; inherit for the defaults"
-    assert session.batch_size == len(session.context_lengths) == BATCH, "the batch size must be as asked for"
-    engine.close()
+    with closing(case.make()) as engine:
+        assert isinstance(engine, Engine), "an engine must have every member of the protocol; inherit for the defaults"
+        assert engine.supports(Plan(0)), "every engine supports plan 0"
+        assert len(_plans(engine)) > 1, f"it must support one of {', '.join(map(str, PLANS[1:]))}"
+        session = case.start(engine)
+        assert isinstance(session, Session), "a session must have every member of the protocol; inherit for defaults"
+        assert session.batch_size == len(session.context_lengths) == BATCH, "the batch size must be the requested one"
 
 
 def check_rounds_add_up(case: Case) -> None:
     """Tokens, drafts, seconds and contexts of every round agree with each other and with the session."""
-    engine = case.make()
-    session = case.start(engine)
-    plans = [plan for plan in PLANS if engine.supports(plan)]
-    for index in range(60):
-        plan, before = plans[index % len(plans)], list(session.context_lengths)
-        done = session.round(plan)
-        assert done.plan == plan, f"asked for {plan}, got {done.plan}"
-        assert list(done.context_lengths) == before, "context_lengths must be those before the round"
-        _check_round(done)
-        assert done.draft_version == engine.draft_version, "the round must name the draft that serves"
-        ended = {completion.request_id for completion in done.finished}
-        for row, request in enumerate(done.request_ids.tolist()):
-            if request in ended:
-                assert 1 <= done.tokens[row] <= done.correct_drafts[row] + 1, "a request that ends may drop tokens"
-            else:
-                assert done.tokens[row] == done.correct_drafts[row] + 1, "a round yields its drafts and the bonus"
-                grown = session.context_lengths[row] - before[row]
-                assert grown == done.tokens[row], f"the context grew by {grown}, not by {done.tokens[row]}"
-        assert session.batch_size == BATCH, "a finished request must be replaced"
-    engine.close()
+    with closing(case.make()) as engine:
+        session, plans = case.start(engine), _plans(engine)
+        for index in range(60):
+            plan, before = plans[index % len(plans)], list(session.context_lengths)
+            done = session.round(plan)
+            assert done.plan == plan, f"asked for {plan}, got {done.plan}"
+            assert list(done.context_lengths) == before, "context_lengths must be those before the round"
+            _check_round(done)
+            assert done.draft_version == engine.draft_version, "the round must name the draft that serves"
+            ended = {completion.request_id for completion in done.finished}
+            for row, request in enumerate(done.request_ids.tolist()):
+                if request in ended:
+                    assert 1 <= done.tokens[row] <= done.correct_drafts[row] + 1, "a request that ends may drop tokens"
+                else:
+                    assert done.tokens[row] == done.correct_drafts[row] + 1, "a round yields its drafts and the bonus"
+                    grown = session.context_lengths[row] - before[row]
+                    assert grown == done.tokens[row], f"the context grew by {grown}, not by {done.tokens[row]}"
+            assert session.batch_size == BATCH, "a finished request must be replaced"
 
 
 def _check_round(done: Round) -> None:
@@ -102,140 +104,124 @@ def _check_round(done: Round) -> None:
 
 def check_every_request_is_handed_out_once(case: Case) -> None:
     """Finished requests come in full, once each, with the tokens that their rounds committed."""
-    engine = case.make()
-    session = case.start(engine)
     committed: dict[int, int] = {}
     finished: list[Completion] = []
-    while len(finished) < 3 * BATCH:
-        done = session.round(_speculative(engine))
-        for request, kept in zip(done.request_ids.tolist(), done.tokens.tolist(), strict=True):
-            committed[request] = committed.get(request, 0) + kept
-        finished += done.finished
+    with closing(case.make()) as engine:
+        session, plan = case.start(engine), _plans(engine)[1]
+        while len(finished) < 3 * BATCH:
+            done = session.round(plan)
+            for request, kept in zip(done.request_ids.tolist(), done.tokens.tolist(), strict=True):
+                committed[request] = committed.get(request, 0) + kept
+            finished += done.finished
     assert len({completion.request_id for completion in finished}) == len(finished), "handed out twice"
     for completion in finished:
         got, rounds = len(completion.tokens), committed.get(completion.request_id, 0)
         assert got == rounds + 1, f"{got} tokens, but one from the prefill and {rounds} from rounds"
-    engine.close()
 
 
 def check_greedy_decoding_is_plain(case: Case) -> None:
-    """At temperature 0 a request's tokens do not depend on what was drafted."""
-    engine = case.make()
-    plans = [plan for plan in PLANS if engine.supports(plan)]
-    plain = _outputs(case.start(engine, greedy=True, plain=True), [Plan(0)])
-    found = _outputs(case.start(engine, greedy=True), plans)
-    both = plain.keys() & found.keys()
-    same = sum(plain[request] == found[request] for request in both)
-    assert same >= len(both) * (1.0 if case.exact else 0.9), f"{len(both) - same} of {len(both)} requests differ"
-    engine.close()
+    """At temperature 0 a request's tokens do not depend on the drafts."""
+    with closing(case.make()) as engine:
+        plain = _outputs(case.start(engine, greedy=True, plain=True), [Plan(0)])
+        found = _outputs(case.start(engine, greedy=True), _plans(engine))
+    same = sum(plain[request] == found[request] for request in plain)
+    assert same >= len(plain) * (1.0 if case.exact else 0.9), f"{len(plain) - same} of {len(plain)} requests differ"
 
 
-def _speculative(engine: Engine) -> Plan:
-    return next(plan for plan in PLANS[1:] if engine.supports(plan))
-
-
-def _outputs(session: Session, plans: Sequence[Plan], count: int = 12, probe: bool = False) -> dict[int, object]:
-    """Prompt and tokens of the first requests that finish."""
+def _outputs(session: Session, plans: Sequence[Plan], *, probe: bool = False) -> dict[int, object]:
+    """Prompt and tokens of the first 12 requests."""
     found: dict[int, object] = {}
-    index = 0
-    while not all(request in found for request in range(count)):
+    first, index = range(12), 0
+    while not all(request in found for request in first):
         if probe:
             session.measure_plain()
         for completion in session.round(plans[index % len(plans)]).finished:
             found[completion.request_id] = (completion.prompt, completion.tokens)
         index += 1
     session.close()
-    return {request: found[request] for request in range(count)}
+    return {request: found[request] for request in first}
 
 
 def check_measuring_plain_changes_nothing(case: Case) -> None:
-    """Probes of plain decoding between the rounds leave what is decoded as it is."""
-    engine = case.make()
-    plans = [plan for plan in PLANS if engine.supports(plan)]
-    session = case.start(engine)
-    before, version = list(session.context_lengths), engine.draft_version
-    sample = session.measure_plain()
-    assert list(session.context_lengths) == before and engine.draft_version == version, "a probe commits nothing"
-    if sample is not None:
-        assert sample.batch_size == BATCH and sample.seconds > 0.0, "a probe is of the live requests"
-        off = abs(sample.context - np.mean(before))
-        assert off <= 1.0, "a probe is at the contexts that the requests have, or a token less before their prefill"
-    runs = [_outputs(case.start(engine), plans, probe=probe) for probe in (False, True)]
-    assert runs[0] == runs[1], "a probe changed what was decoded"
-    engine.close()
+    """Measurements of plain decoding between the rounds do not change what is decoded."""
+    with closing(case.make()) as engine:
+        session = case.start(engine)
+        before, version = list(session.context_lengths), engine.draft_version
+        sample = session.measure_plain()
+        assert list(session.context_lengths) == before and engine.draft_version == version, "it must commit nothing"
+        if sample is not None:
+            assert sample.batch_size == BATCH and sample.seconds > 0.0, "it must measure the live requests"
+            off = abs(sample.context - np.mean(before))
+            assert off <= 1.0, "it must have the contexts of the requests, or one token less before their prefill"
+        runs = [_outputs(case.start(engine), _plans(engine), probe=probe) for probe in (False, True)]
+        assert runs[0] == runs[1], "measuring plain decoding changed what was decoded"
 
 
 def check_a_seed_reproduces(case: Case) -> None:
     """The same seed and plans give the same requests and tokens."""
-    engine = case.make()
-    plans = [plan for plan in PLANS if engine.supports(plan)]
-    runs = [_outputs(case.start(engine, seed=3), plans) for _ in range(2)]
+    with closing(case.make()) as engine:
+        runs = [_outputs(case.start(engine, seed=3), _plans(engine)) for _ in range(2)]
     assert runs[0] == runs[1], "the same seed gave something else"
-    engine.close()
 
 
 def check_batch_sizes(case: Case) -> None:
-    """A session is resized between rounds, within what it was started for."""
-    engine = case.make()
-    session = case.start(engine)
-    for size in (BATCH + 2, 1, BATCH, 1, BATCH + 2):
-        session.resize(size)
-        assert session.batch_size == len(session.context_lengths) == size
-        assert session.round(_speculative(engine)).batch_size == session.round(Plan(0)).batch_size == size
-    for size in (0, BATCH + 3):
-        _refuses(lambda size=size: session.resize(size), f"a batch size of {size}")  # type: ignore[misc]
-    _refuses(lambda: engine.start(case.workload, batch_size=0, seed=0), "a batch size of 0")
-    engine.close()
+    """A session is resized between rounds, up to the largest batch size that it was started for."""
+    with closing(case.make()) as engine:
+        session, plan = case.start(engine), _plans(engine)[1]
+        for size in (BATCH + 2, 1, BATCH, 1, BATCH + 2):
+            session.resize(size)
+            assert session.batch_size == len(session.context_lengths) == size
+            assert session.round(plan).batch_size == session.round(Plan(0)).batch_size == size
+        for size in (0, BATCH + 3):
+            _refuses(lambda size=size: session.resize(size), f"a batch size of {size}")  # type: ignore[misc]
+        _refuses(lambda: engine.start(case.workload, batch_size=0, seed=0), "a batch size of 0")
 
 
 def check_plain_sessions_do_not_speculate(case: Case) -> None:
-    """Without a draft the only plan is 0, and nothing is traced."""
-    engine = case.make()
-    session = engine.start(case.workload, batch_size=BATCH, seed=0, plain=True, trace=True)
-    assert (session.round(Plan(0)).tokens == 1).all(), "plan 0 yields one token for each request"
-    _refuses(lambda: session.round(_speculative(engine)), "a plan that speculates in a plain session")
-    engine.close()
+    """Without a draft the only plan is 0."""
+    with closing(case.make()) as engine:
+        session = engine.start(case.workload, batch_size=BATCH, seed=0, plain=True, trace=True)
+        assert (session.round(Plan(0)).tokens == 1).all(), "plan 0 yields one token for each request"
+        _refuses(lambda: session.round(_plans(engine)[1]), "a plan that speculates in a plain session")
 
 
 def check_traces_follow_rounds(case: Case) -> None:
     """Where traces are kept, each round since the last call has one, with the round's nodes."""
-    engine = case.make()
-    session = engine.start(case.workload, batch_size=BATCH, seed=0, trace=True)
-    session.drain()
-    plan = _speculative(engine)
-    rounds = [session.round(plan), session.round(Plan(0))]
-    traces = [trace for trace in session.drain() if trace.plan is not None]
-    assert session.drain() == [], "traces are taken once"
-    for done, trace in zip(rounds, traces, strict=bool(traces)):
-        assert trace.plan == done.plan and trace.request_ids.tolist() == done.request_ids.tolist()
-        assert list(trace.tokens.shape) == [BATCH, done.plan.num_draft_tokens], "every verified node has a row"
-        assert trace.logits.shape[:2] == trace.features.shape[:2] == trace.parents.shape == trace.tokens.shape
-        assert trace.positions.tolist() == (done.context_lengths - 1).tolist(), "row 0 is the last committed token"
-        assert ((trace.path >= 0).sum(-1).numpy() == done.correct_drafts + 1).all(), "the path is what stood"
-    untraced = engine.start(case.workload, batch_size=BATCH, seed=0)
-    untraced.round(plan)
-    assert untraced.drain() == [], "nothing is kept unless asked for"
-    engine.close()
+    with closing(case.make()) as engine:
+        session = engine.start(case.workload, batch_size=BATCH, seed=0, trace=True)
+        session.drain()
+        plan = _plans(engine)[1]
+        rounds = [session.round(plan), session.round(Plan(0))]
+        traces = [trace for trace in session.drain() if trace.plan is not None]
+        assert session.drain() == [], "traces are taken once"
+        for done, trace in zip(rounds, traces, strict=bool(traces)):
+            assert trace.plan == done.plan and trace.request_ids.tolist() == done.request_ids.tolist()
+            assert list(trace.tokens.shape) == [BATCH, done.plan.num_draft_tokens], "every verified node has a row"
+            assert trace.logits.shape[:2] == trace.features.shape[:2] == trace.parents.shape == trace.tokens.shape
+            assert trace.positions.tolist() == (done.context_lengths - 1).tolist(), "row 0 is the last committed token"
+            assert ((trace.path >= 0).sum(-1).numpy() == done.correct_drafts + 1).all(), "the path is what was accepted"
+        untraced = engine.start(case.workload, batch_size=BATCH, seed=0)
+        untraced.round(plan)
+        assert untraced.drain() == [], "nothing is kept unless traces are asked for"
 
 
 def check_a_draft_serves_from_the_next_round_on(case: Case) -> None:
     """`load_draft` sets the version of the engine and of the rounds of live sessions."""
     if case.weights is None:
         return
-    engine = case.make()
-    session = case.start(engine)
-    before = session.round(_speculative(engine)).draft_version
-    engine.load_draft(case.weights, version=before + 5)
-    assert engine.draft_version == before + 5
-    assert session.round(_speculative(engine)).draft_version == before + 5, "the new draft must serve"
-    wrong = dict(list(case.weights.items())[1:])
-    _refuses(lambda: engine.load_draft(wrong, version=before + 6), "a draft that lacks a tensor")
-    assert session.round(_speculative(engine)).draft_version == before + 5, "what served before must go on serving"
-    engine.close()
+    with closing(case.make()) as engine:
+        session, plan = case.start(engine), _plans(engine)[1]
+        before = session.round(plan).draft_version
+        engine.load_draft(case.weights, version=before + 5)
+        assert engine.draft_version == before + 5
+        assert session.round(plan).draft_version == before + 5, "the new draft must serve"
+        wrong = dict(list(case.weights.items())[1:])
+        _refuses(lambda: engine.load_draft(wrong, version=before + 6), "a draft that lacks a tensor")
+        assert session.round(plan).draft_version == before + 5, "the draft before must serve on"
 
 
 def check_closing_is_idempotent(case: Case) -> None:
-    """Sessions and engines may be closed twice; a closed session refuses to go on."""
+    """Sessions and engines may be closed twice; a closed session refuses to decode."""
     engine = case.make()
     first, second = case.start(engine), case.start(engine)
     first.close()

@@ -53,7 +53,7 @@ class ServingConfig:
         if self.deploy not in ("always", "better"):
             raise ValueError(f"serving.deploy must be 'always' or 'better', but got {self.deploy!r}")
         try:
-            self.all_plans()
+            self.make_chooser(seed=0)
         except ValueError as error:
             raise ValueError(
                 f"serving.chooser must be 'adaptive' or one plan, but got {self.chooser!r}: {error}"
@@ -67,8 +67,7 @@ class ServingConfig:
 
     def all_plans(self) -> tuple[Plan, ...]:
         """All plans that an engine must be able to run."""
-        fixed = () if self.chooser == "adaptive" else (Plan.parse(self.chooser),)
-        return tuple(dict.fromkeys((*parse_plans(self.plans), *fixed)))
+        return tuple(dict.fromkeys((*parse_plans(self.plans), *self.make_chooser(seed=0).plans)))
 
 
 @dataclass(frozen=True)

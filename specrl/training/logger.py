@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from specrl.core.rollout import Step
 from specrl.core.round_stats import StatsByWindow
@@ -20,9 +22,13 @@ class TensorBoard:
     """Scalars in a directory for `tensorboard --logdir`; a step is a number of requests served."""
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @cached_property
+    def _writer(self) -> Any:  # creates the directory with the first numbers
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory))
+        return SummaryWriter(str(self._directory))
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
         """Write finite numbers by name."""
@@ -46,7 +52,11 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise ValueError(f"--wandb needs Weights & Biases, but got {error}; 'pip install wandb'") from error
-        self._run = wandb.init(project=project, dir=str(directory), name=directory.name)
+        self._begin = partial(wandb.init, project=project, dir=str(directory), name=directory.name)
+
+    @cached_property
+    def _run(self) -> Any:
+        return self._begin()
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
         """Write finite numbers by name."""

@@ -56,7 +56,7 @@ class World(NamedTuple):
 def simulated_world(
     agent: AgentConfig, *, profile: str, batch_sizes: Sequence[int], plans: str | None, reward: str
 ) -> World:
-    """Many simulated environments on one profile; `plans` None: those of the agent's policy, or all of the profile."""
+    """Many simulated environments on one profile; by default with the plans of the agent's policy or the profile."""
     hyperparameters = agent.read_hyperparameters(SIMULATED)
     env = SimulatedVectorEnv(
         int(hyperparameters.get("n_envs", 1)),
@@ -82,7 +82,7 @@ def live_world(
     plans: str | None,
     reward: str,
 ) -> World:
-    """One environment on live decoding; `plans` None: those of the agent's policy, or `LIVE_PLANS`."""
+    """One environment on live decoding; by default with the plans of the agent's policy, or `LIVE_PLANS`."""
     hyperparameters = agent.read_hyperparameters(SPEC_DECODE)
     env = SpecDecodeEnv(
         engine=engine.name,
@@ -139,7 +139,7 @@ def train_policy(
     learning.model.learn(agent.n_timesteps or int(hyper["n_timesteps"]), callback=curve.callback())
     chooser, compared = learning.chooser(), None
     if profile is None:
-        found = distill(*visit(world.env, chooser), world.plans)
+        found = distill(*_visit(world.env, chooser), world.plans)
     else:
         compared = report(chooser, load_profile(profile), batch_sizes, seed=seed + 1)
         found = compared.distilled
@@ -149,7 +149,7 @@ def train_policy(
         served = tabulate(chooser, max(batch_sizes)) if chooser.network.is_table else found.table
         learning.save(directory.path)
         directory.write_json(PLANS, {"plans": served.state_dict()})
-        verify(directory.path, learning, served, max(batch_sizes))
+        _verify(directory.path, learning, served, max(batch_sizes))
         directory.write_csv("curve.csv", curve.rows)
         results: dict[str, Any] = {"algorithm": agent.algo, "task": world.task, "seconds": curve.seconds}
         results |= {"timesteps": learning.model.num_timesteps, "environment": environment()}
@@ -180,8 +180,8 @@ def _plans_of(policy: Path | None) -> str | None:
     return None if policy is None else ",".join(map(str, load_chooser(policy).plans))
 
 
-def visit(env: VectorEnv[Any, Any, Any], chooser: NetworkChooser) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Batch sizes and choices, [S] int64 each, of 1,024 rounds in which a policy chooses the plans."""
+def _visit(env: VectorEnv[Any, Any, Any], chooser: NetworkChooser) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Batch sizes and choices, [S] int64 each, of rounds in which a policy chooses the plans."""
     vectors, _ = env.reset()
     state = chooser.network.start(len(vectors))
     sizes, choices = [], []
@@ -193,24 +193,22 @@ def visit(env: VectorEnv[Any, Any, Any], chooser: NetworkChooser) -> tuple[NDArr
     return np.concatenate(sizes), np.concatenate(choices)
 
 
-def verify(directory: Path, agent: Agent, served: PlanTable, max_batch_size: int) -> None:
+def _verify(directory: Path, agent: Agent, served: PlanTable, max_batch_size: int) -> None:
     """Read back what was written, and compare the choices of policy and table in 1,000 random states.
 
     Raises:
         ValueError: the table or the policy differs from the one written, or a policy that sees only the batch size
             differs from its table.
     """
-    read, own, saved = PlanTable(dict(read_plans(directory / PLANS))), agent.chooser(), load_chooser(directory)
-    if read.state_dict() != served.state_dict():
-        raise ValueError(f"plans must read back as they were written, but {directory} differs; check the disk")
     rng, space = np.random.default_rng(0), agent.model.observation_space
     low, high = (getattr(space, name) for name in ("low", "high"))
     vectors = rng.uniform(low, high, size=(1000, len(low))).astype(np.float32)
     sizes = rng.integers(1, max_batch_size, size=1000, endpoint=True)
     vectors[:, 0] = np.log2(sizes) / 10.0
+    read, own, saved = PlanTable(dict(read_plans(directory / PLANS))), agent.chooser(), load_chooser(directory)
     again, actions = (c.act(vectors, c.network.start(1000))[0] for c in (saved, own))
-    if (again != actions).any():
-        raise ValueError(f"the policy must choose as before it was written, but {directory} differs; check the disk")
+    if read.state_dict() != served.state_dict() or (again != actions).any():
+        raise ValueError(f"policy and plans must read back as they were written, but {directory} differs; check it")
     chosen = [own.plans[action] for action in actions.tolist()]
     if own.network.is_table and chosen != [read.best(size) for size in sizes.tolist()]:
         raise ValueError(f"a policy that sees only the batch size must choose as its table, but {directory} differs")

@@ -31,20 +31,13 @@ _FORM = "a stream is written 'name@requests,…', each part 'name' or 'name*weig
 class Mixture:
     """Requests of several workloads at once, each drawn with its weight (a `specrl.core.interfaces.Workload`).
 
-    Raises:
-        ValueError: no workloads, another number of weights, or one that is not finite and above 0.
+    Args:
+        workloads: at least one.
+        weights: for each workload, finite and above 0.
     """
 
     workloads: tuple[Workload, ...]
     weights: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        good = all(0 < weight < math.inf for weight in self.weights)
-        if not self.workloads or len(self.workloads) != len(self.weights) or not good:
-            raise ValueError(
-                f"a mixture needs a finite weight above 0 for each workload, but got {self.weights} for "
-                f"{len(self.workloads)}"
-            )
 
     def requests(self, seed: int) -> Iterator[Request]:
         """An endless stream; the same seed gives the same requests."""
@@ -62,21 +55,10 @@ class Shifting:
         workloads: in order.
         counts: requests of each. None, for the last one only: without end. Otherwise the stream begins again after the
             last, and each workload continues where it stopped.
-
-    Raises:
-        ValueError: no workloads, another number of counts, one below 1, or None before the last.
     """
 
     workloads: tuple[Workload, ...]
     counts: tuple[int | None, ...]
-
-    def __post_init__(self) -> None:
-        if not self.workloads or len(self.workloads) != len(self.counts):
-            raise ValueError(f"a stream needs a count for each of {len(self.workloads)} parts, but got {self.counts}")
-        if None in self.counts[:-1]:
-            raise ValueError(f"only a stream's last part may lack its count of requests, but got {self.counts}")
-        if any(count is not None and count < 1 for count in self.counts):
-            raise ValueError(f"a part of a stream must have at least 1 request, but got {self.counts}")
 
     def requests(self, seed: int) -> Iterator[Request]:
         """An endless stream; the same seed gives the same requests."""
@@ -135,6 +117,8 @@ def open_stream(
             raise ValueError(f"{_FORM}, with at least 1 request after '@', but got {part!r}")
         counts.append(int(count) if at else None)
         parts.append(_mixture(names, part, partial(load, split=split)))
+    if None in counts[:-1]:
+        raise ValueError(f"only a stream's last part may lack its number of requests, but got {str(spec)!r}")
     return parts[0] if len(parts) == 1 else Shifting(tuple(parts), tuple(counts))
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from specrl.agents.draft.config import LearnerConfig
 from specrl.config import DraftConfig, EngineConfig, TargetConfig, WorkloadConfig
+from specrl.core.interfaces import Workload
 from specrl.io.output import OutputDir, hint, show
 from specrl.training.config import CheckpointConfig, LogConfig, ServingConfig
-from specrl.training.online import train_online
+from specrl.training.logger import Reporter, open_sinks
+from specrl.training.online import serve
+from specrl.training.run import Run
+from specrl.training.vocabulary import make_draft
+from specrl.workloads.stream import Shifting
 
 
 def train(
@@ -54,17 +61,39 @@ def train(
         specrl train --learner.learning_rate 2e-3 --serving.chooser 4/1/5 --serving.batch_schedule 8
     """
     directory = OutputDir(output_dir or Path("runs/train"))
-    train_online(
-        directory,
-        engine=engine,
-        target=target,
-        draft=draft,
-        workload=workload,
-        serving=serving,
-        learner=learner if learn else None,
-        checkpoint=checkpoint,
-        log=log,
-        resume=resume,
-        seed=seed,
+    model = target.load(device=None if engine.is_local else "cpu")
+    requests = workload.open(target.name, "train", ignore_eos=False)
+    resumed = directory.path / "checkpoint" if resume else None
+    first = make_draft(draft, model, requests, max_context=workload.max_context, seed=seed, checkpoint=resumed)
+    opened = engine.open(
+        target,
+        first,
+        plans=serving.all_plans(),
+        max_context=workload.max_context,
+        model=model,
+        trace=learn,
     )
+    with closing(opened):
+        run = Run.start(
+            opened,
+            model,
+            first,
+            requests,
+            serving,
+            target=target.name,
+            learner=learner if learn else None,
+            seed=seed,
+            resume=resumed,
+        )
+        report = Reporter(run, directory, sinks=open_sinks(directory, log), part=_part_names(requests, workload.name))
+        serve(report, serving, checkpoint)
+    run.write_results(directory)
     show(f"written: {directory.path}", hint(directory.path))
+
+
+def _part_names(source: Workload, name: str) -> Callable[[int], str] | None:
+    """The name of the part of a stream that a request is in, by the number of the request; None: it has no parts."""
+    if not isinstance(source, Shifting):
+        return None
+    names = [part.strip() for part in name.split(",")]
+    return lambda number: names[source.part_of(number)]
