@@ -16,21 +16,13 @@ NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text
 
 
 class Option(NamedTuple):
-    """One option of a command.
+    """One option of a command."""
 
-    Attributes:
-        name: as it is written after '--' and in YAML, 'target.dtype' for a field of a group.
-        kind: its type.
-        default: its value if it is not given; `REQUIRED` if it must be given.
-        help: one sentence.
-        group: title of its group; '' for an option without a group.
-    """
-
-    name: str
-    kind: Any
-    default: Any
-    help: str
-    group: str
+    name: str  # as it is written after '--' and in YAML, 'target.dtype' for a field of a group
+    kind: Any  # its type
+    default: Any  # `REQUIRED` if it must be given
+    help: str  # one sentence
+    group: str  # title of its group; '' for an option without a group
 
     @property
     def required(self) -> bool:
@@ -50,17 +42,11 @@ class Option(NamedTuple):
 
 
 class Docstring(NamedTuple):
-    """Parts of a docstring in Google's style.
+    """Parts of a docstring in Google's style."""
 
-    Attributes:
-        text: before 'Args:'.
-        helps: the first sentence on every argument.
-        examples: the lines of 'Example:'.
-    """
-
-    text: str
-    helps: dict[str, str]
-    examples: list[str]
+    text: str  # before 'Args:'
+    helps: dict[str, str]  # the first sentence on every argument
+    examples: list[str]  # the lines of 'Example:'
 
 
 def read_signature(function: Callable[..., object]) -> Iterator[Option]:

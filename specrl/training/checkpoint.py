@@ -35,10 +35,7 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(directory: Path, kind: str, checkpoint: Checkpoint) -> None:
     """Replace the checkpoint in `directory`; the old one is kept until the new one is complete.
 
-    Args:
-        directory: of the checkpoint.
-        kind: the kind of training, such as 'online' or 'offline'; it can only be resumed by the same kind.
-        checkpoint: what is saved.
+    `kind` is the kind of training, such as 'online' or 'offline'; only the same kind can load it.
     """
     learner = dict(checkpoint.state.get("learner") or {})
     tensors = learner.pop("tensors", {})

@@ -32,6 +32,7 @@ PAIRS = (8, 16, 32)  # pairs of turns after which a trial is judged
 MAX_WAIT = 64  # calls of the learner between two trials, after refusals in a row
 RECENT = 32  # held-out sequences that drafts are compared on
 
+Weights = tuple[int, Mapping[str, Tensor]]  # version; tensors by SGLang's names
 Trial = Generator[Step, None, None]  # its rounds, decoded as they are iterated
 
 
@@ -75,9 +76,6 @@ class DeployIfBetter:
         plans: of the chooser. If it chooses plan 0 in a trial, the shortest plan with drafts runs instead.
         seed: of the bootstrap in a trial.
         on_decision: called with every decision: version, look, passed, harmful and reason.
-
-    Attributes:
-        version: version of the weights that serve.
     """
 
     def __init__(
@@ -97,12 +95,17 @@ class DeployIfBetter:
         self._engine, self._learner, self._gate = engine, learner, gate
         self._seed, self._on_decision = seed, on_decision
         self._drafting = min((plan for plan in plans if plan.num_steps), key=lambda p: p.num_steps, default=None)
-        self.version, self._weights = learner.weights()
+        self._serving: Weights = learner.weights()
         self._judged, self._refused, self._wait = self.version, 0, 0  # version, trials in a row, calls to wait
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that serve."""
+        return self._serving[0]
 
     def weights(self) -> Mapping[str, Tensor]:
         """The weights that passed last, by SGLang's names."""
-        return self._weights
+        return self._serving[1]
 
     def after_learning(self, rollout: Rollout, chooser: PlanChooser) -> Trial | None:
         """Compare the learner's weights with those that serve; called after every call of the learner.
@@ -115,71 +118,72 @@ class DeployIfBetter:
             return None
         if self._learner.version == self._judged:
             return None
-        version, candidate = self._learner.weights()
-        verdict = self._gate.compare(self._weights, candidate, list(self._learner.held_out)[-RECENT:])
-        self._report(version, "held-out", verdict)
+        candidate = self._learner.weights()
+        verdict = self._gate.compare(self.weights(), candidate[1], list(self._learner.held_out)[-RECENT:])
+        self._report(candidate[0], "held-out", verdict)
         if verdict.passed and self._drafting is not None:
-            return self._trial(version, candidate, rollout, _PairedChooser(chooser, self._drafting, self.version))
-        self._judged = version
+            return self._trial(candidate, rollout, _PairedChooser(chooser, self._drafting, self.version))
+        self._judged = candidate[0]
         if verdict.harmful:
             self._roll_back()
         if verdict.passed:
-            self._accept(version, candidate)
+            self._accept(candidate)
         return None
 
-    def _trial(self, version: int, candidate: Mapping[str, Tensor], rollout: Rollout, chooser: _PairedChooser) -> Trial:
+    def _trial(self, candidate: Weights, rollout: Rollout, chooser: _PairedChooser) -> Trial:
         """Let both drafts serve in turns; the order of the turns changes from pair to pair."""
         rounds = rollout.play(chooser, self._engine.clock)
         speeds: list[tuple[float, float]] = []  # speedups of the serving draft and of the candidate
+        turns = [(0, self._serving), (1, candidate)]
         try:
             while True:
                 chooser.start_pair()
                 pair = RoundStats(), RoundStats()
-                for turn in (False, True) if len(speeds) % 2 == 0 else (True, False):
-                    self._load(*((version, candidate) if turn else (self.version, self._weights)))
+                for number, draft in turns:
+                    self._load(draft)
                     for step in islice(rounds, TURN):
-                        pair[turn].add(step.round, step.plain.seconds)
+                        pair[number].add(step.round, step.plain.seconds)
                         if pair[0].rounds == pair[1].rounds == TURN:
                             speeds.append((pair[0].speedup, pair[1].speedup))
-                            if len(speeds) in PAIRS and self._decide(version, candidate, speeds):
+                            if len(speeds) in PAIRS and self._decide(candidate, speeds):
                                 yield step
                                 return
                         yield step
+                turns.reverse()
         finally:
-            self._load(self.version, self._weights)
+            self._load(self._serving)
 
-    def _decide(self, version: int, candidate: Mapping[str, Tensor], speeds: list[tuple[float, float]]) -> bool:
+    def _decide(self, candidate: Weights, speeds: list[tuple[float, float]]) -> bool:
         """Judge a trial; returns whether it is over."""
-        serving_speeds, candidate_speeds = np.array(speeds).T
-        rng = np.random.default_rng([self._seed, version])
-        verdict = judge_trial(serving_speeds, candidate_speeds, least=PAIRS[0], rng=rng)
+        rng = np.random.default_rng([self._seed, candidate[0]])
+        verdict = judge_trial(*np.array(speeds).T, least=PAIRS[0], rng=rng)
         if not (verdict.passed or verdict.harmful or len(speeds) == PAIRS[-1]):
             return False
-        self._judged = version
-        self._report(version, "trial", verdict)
+        self._judged = candidate[0]
+        self._report(candidate[0], "trial", verdict)
         if verdict.passed:
-            self._accept(version, candidate)
+            self._accept(candidate)
         else:
             self._refused += 1
             self._wait = min(2**self._refused, MAX_WAIT)
             if verdict.harmful:
                 self._learner.forget()
                 self._roll_back()
-        self._load(self.version, self._weights)
+        self._load(self._serving)
         return True
 
-    def _accept(self, version: int, weights: Mapping[str, Tensor]) -> None:
-        self.version, self._weights, self._refused = version, weights, 0
+    def _accept(self, candidate: Weights) -> None:
+        self._serving, self._refused = candidate, 0
         self._learner.snapshot()
-        self._load(version, weights)
+        self._load(candidate)
 
     def _roll_back(self) -> None:
         self._learner.roll_back()
         self._judged = self._learner.version
 
-    def _load(self, version: int, weights: Mapping[str, Tensor]) -> None:
-        if self._engine.draft_version != version:
-            self._engine.load_draft(weights, version=version)
+    def _load(self, draft: Weights) -> None:
+        if self._engine.draft_version != draft[0]:
+            self._engine.load_draft(draft[1], version=draft[0])
 
     def _report(self, version: int, look: str, verdict: Verdict) -> None:
         decision = {"version": version, "look": look, "passed": verdict.passed, "harmful": verdict.harmful}
@@ -192,9 +196,9 @@ class DeployIfBetter:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`, and serve the learner's snapshot."""
-        self.version, self._weights = state["version"], self._learner.snapshot_weights()
+        self._serving = state["version"], self._learner.snapshot_weights()
         self._judged, self._refused, self._wait = state["judged"], state["refused"], state["wait"]
-        self._load(self.version, self._weights)
+        self._load(self._serving)
 
 
 class _PairedChooser(PlanChooser):

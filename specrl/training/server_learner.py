@@ -172,7 +172,7 @@ def learn_from_server(
 
     Args:
         learner: the learner.
-        directory: output directory for checkpoint/, draft/ and log.csv.
+        directory: for checkpoint/, draft/ and log.csv.
         requests: finished requests in all, those before a resumption included.
         checkpoint_every: requests between two checkpoints.
         every_s: seconds between two lines of output.
