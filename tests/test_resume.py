@@ -20,8 +20,7 @@ from specrl.io.output import OutputDir
 from specrl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from specrl.training.config import CheckpointConfig, ServingConfig
 from specrl.training.logger import Reporter
-from specrl.training.online import serve
-from specrl.training.run import Run
+from specrl.training.run import Run, serve
 
 EVERY = {"always": 30, "better": 125}  # requests between checkpoints
 LEARNER: dict[str, Any] = {

@@ -181,7 +181,7 @@ def test_unusable_sources_are_refused(
         ({"prompt_tokens": 0}, "1 <= low <= high"),
         ({"prompt_tokens": (9, 8)}, "1 <= low <= high"),
         ({"prompt_tokens": (1, 2, 3)}, "a length or two"),
-        ({"prompt_tokens": ()}, "1 <= low <= high"),
+        ({"prompt_tokens": ()}, "a length or two"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"temperature": -1.0}, "temperature must be finite"),
         ({"temperature": []}, "temperature must be a number"),

@@ -54,7 +54,7 @@ def rl_live(
         target=target,
         draft=draft,
         temperature=temperature,
-        batch_sizes=sizes,
+        batch_size=sizes,
         plans=plans,
         reward=reward,
     )

@@ -27,8 +27,7 @@ from specrl.models.target import Target, default_device
 from specrl.studies.goals import LEVELS, Goals, Measured, NotReached, OnBlock
 from specrl.training.config import CheckpointConfig, ServingConfig
 from specrl.training.logger import Reporter
-from specrl.training.online import serve
-from specrl.training.run import Run
+from specrl.training.run import Run, serve
 from specrl.training.vocabulary import make_draft
 
 MIN_ROUNDS = 20  # at every batch size before a level counts as reached

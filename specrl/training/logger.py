@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,66 +15,54 @@ from specrl.core.round_stats import StatsByWindow
 from specrl.io.output import OutputDir, show
 from specrl.training.config import LogConfig
 from specrl.training.run import Run
+from specrl.workloads.stream import Shifting
 
 _COUNTS = ("open", "held", "dropped", "skipped", "passed_over", "opted_out", "bad_updates", "rollbacks")
 
 
-class TensorBoard:
-    """Scalars in a directory for `tensorboard --logdir`; a step is a number of requests served."""
+class Metrics:
+    """Writes numbers to TensorBoard and Weights & Biases, as `log` says, from the first numbers on.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    @cached_property
-    def _writer(self) -> Any:  # creates the directory with the first numbers
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self._directory))
-
-    def write(self, numbers: Mapping[str, float], step: int) -> None:
-        """Write finite numbers by name."""
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._writer.close()
-
-
-class WeightsAndBiases:
-    """A run in a project of Weights & Biases; WANDB_MODE=offline keeps it on this machine.
+    Args:
+        log: which of them. WANDB_MODE=offline in the environment keeps Weights & Biases on this machine.
+        directory: tensorboard/ is created in it.
 
     Raises:
-        ValueError: the package is not installed.
+        ValueError: the package of Weights & Biases is not installed.
     """
 
-    def __init__(self, project: str, directory: Path) -> None:
+    def __init__(self, log: LogConfig, directory: Path) -> None:
+        self._log, self._directory = log, directory
         try:
-            import wandb
+            self._wandb = import_module("wandb") if log.wandb else None
         except ImportError as error:
             raise ValueError(f"--wandb needs Weights & Biases, but got {error}; 'pip install wandb'") from error
-        self._begin = partial(wandb.init, project=project, dir=str(directory), name=directory.name)
+
+    @cached_property
+    def _writer(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self._directory / "tensorboard"))
 
     @cached_property
     def _run(self) -> Any:
-        return self._begin()
+        assert self._wandb is not None
+        return self._wandb.init(project=self._log.wandb, dir=str(self._directory), name=self._directory.name)
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
-        """Write finite numbers by name."""
-        self._run.log(dict(numbers), step=step)
+        """Write finite numbers by name; `step` is the number of requests served."""
+        if self._log.wandb:
+            self._run.log(dict(numbers), step=step)
+        if self._log.tensorboard:
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close."""
-        self._run.finish()
-
-
-Sink = TensorBoard | WeightsAndBiases
-
-
-def open_sinks(directory: OutputDir, log: LogConfig) -> list[Sink]:
-    """The places beside log.csv that the numbers of a run are written to."""
-    found: list[Sink] = [WeightsAndBiases(log.wandb, directory.path)] if log.wandb else []
-    return [*found, TensorBoard(directory.path / "tensorboard")] if log.tensorboard else found
+        if self._log.wandb:
+            self._run.finish()
+        if self._log.tensorboard:
+            self._writer.close()
 
 
 class Reporter:
@@ -84,8 +73,7 @@ class Reporter:
         directory: for log.csv, windows.csv and gate.csv.
         every_s: seconds between two lines.
         print_line: prints a line.
-        sinks: further places for the numbers of a row.
-        part: returns the part of its stream that a request belongs to, by the request's number; None: no parts.
+        metrics: gets the numbers of every row too.
     """
 
     def __init__(
@@ -95,11 +83,10 @@ class Reporter:
         every_s: float = 10.0,
         print_line: Callable[[str], None] = show,
         *,
-        sinks: Sequence[Sink] = (),
-        part: Callable[[int], str] | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.run, self.directory, self.every_s, self.print = run, directory, every_s, print_line
-        self._sinks, self._part = sinks, part
+        self._metrics = metrics
         self._clock = run.loop.engine.clock
         self._began = self._last = self._clock.now()
         self._reported = -1  # rounds at the last line
@@ -123,11 +110,11 @@ class Reporter:
             self.line()
 
     def last(self) -> None:
-        """Write a last line, unless there was one a moment ago, and close the sinks."""
+        """Write a last line, unless there was one a moment ago, and close the metrics."""
         if not self.run.log or self._clock.now() - self._last > 0.2 * self.every_s:
             self.line()
-        for sink in self._sinks:
-            sink.close()
+        if self._metrics is not None:
+            self._metrics.close()
 
     def line(self) -> None:
         """Write a line now, unless no round ran since the last one."""
@@ -143,8 +130,9 @@ class Reporter:
             "serve_s": round(loop.serve_s, 2),
             "learn_s": round(loop.learn_s, 2),
         }
-        if self._part is not None:
-            row["part"] = self._part(max(0, loop.stream.taken - 1))
+        source = loop.stream.workload
+        if isinstance(source, Shifting):
+            row["part"] = source.names[source.part_of(max(0, loop.stream.taken - 1))]
         metrics = dict(loop.metrics)
         if run.learner is not None:
             metrics |= run.learner.counts()
@@ -166,8 +154,8 @@ class Reporter:
         self._window_rows += [{"served": run.served, **window} for window in self._windows.take_rows()]
         self.directory.write_csv("windows.csv", self._window_rows)
         numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-        for sink in self._sinks:
-            sink.write(numbers, run.served)
+        if self._metrics is not None:
+            self._metrics.write(numbers, run.served)
         alpha = numbers.get("alpha", 0.0)
         where = f"  {row['part']}" if "part" in row else ""
         self.print(

@@ -34,23 +34,14 @@ _VISITED_ROUNDS = 1024  # from which a table is made on live decoding
 
 
 class World(NamedTuple):
-    """What an agent learns in.
+    """What an agent learns in."""
 
-    Attributes:
-        task: id of the environment.
-        env: one environment or many, which are reset in the step that ends an episode.
-        plans: in the order of the actions.
-        allowed: [n] bool, plans that can be run at every batch size.
-        paused_timer: on live decoding: a context in which time is not charged to the chooser; else None.
-        hyperparameters: of the agent, for this task.
-    """
-
-    task: str
-    env: VectorEnv[Any, Any, Any]
-    plans: tuple[Plan, ...]
-    allowed: NDArray[np.bool_]
-    paused_timer: Callable[[], AbstractContextManager[None]] | None
-    hyperparameters: dict[str, Any]
+    task: str  # id of the environment
+    env: VectorEnv[Any, Any, Any]  # one environment or many, reset in the step that ends an episode
+    plans: tuple[Plan, ...]  # in the order of the actions
+    allowed: NDArray[np.bool_]  # [n], plans that can be run at every batch size
+    paused_timer: Callable[[], AbstractContextManager[None]] | None  # on live decoding: time not charged to the chooser
+    hyperparameters: dict[str, Any]  # of the agent, for this task
 
 
 def simulated_world(
@@ -71,29 +62,22 @@ def simulated_world(
     return World(SIMULATED, env, env.plans, env.action_masks()[0], None, hyperparameters)
 
 
-def live_world(
-    agent: AgentConfig,
-    *,
-    engine: EngineConfig,
-    target: str,
-    draft: Path | None,
-    temperature: float,
-    batch_sizes: Sequence[int],
-    plans: str | None,
-    reward: str,
-) -> World:
-    """One environment on live decoding; by default with the plans of the agent's policy, or `LIVE_PLANS`."""
+def live_world(agent: AgentConfig, *, engine: EngineConfig, plans: str | None, **settings: Any) -> World:
+    """One environment on live decoding; by default with the plans of the agent's policy, or `LIVE_PLANS`.
+
+    Args:
+        agent: settings of the agent.
+        engine: where it decodes.
+        plans: on offer, separated by commas.
+        **settings: of the environment (`specrl.envs.spec_decode.SpecDecodeEnv`).
+    """
     hyperparameters = agent.read_hyperparameters(SPEC_DECODE)
     env = SpecDecodeEnv(
         engine=engine.name,
         engine_options=engine.options() or None,
-        target=target,
-        draft=draft,
-        temperature=temperature,
-        batch_size=batch_sizes,
         plans=plans or _plans_of(agent.policy) or LIVE_PLANS,
-        reward=reward,
         max_rounds=EPISODE_ROUNDS[SPEC_DECODE],
+        **settings,
     )
     return World(SPEC_DECODE, as_vector(env), env.plans, env.action_masks(), env.off_the_clock, hyperparameters)
 

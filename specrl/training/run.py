@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specrl.agents.draft.gate import Gate
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
@@ -17,10 +18,13 @@ from specrl.measure.machine import environment
 from specrl.models.draft import Draft
 from specrl.models.target import Target
 from specrl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from specrl.training.config import ServingConfig
+from specrl.training.config import CheckpointConfig, ServingConfig
 from specrl.training.deploy import DeployAlways, DeployIfBetter, DeployPolicy
 from specrl.training.loop import OnlineLoop
 from specrl.training.trace_files import pack, unpack
+
+if TYPE_CHECKING:
+    from specrl.training.logger import Reporter
 
 HOLDOUT_FRACTION = 0.125  # of requests for a gate, unless the config has one
 KIND = "online"  # of checkpoints
@@ -159,6 +163,33 @@ class Run:
         directory.write_json("environment.json", environment())
         if self.learner is not None:
             directory.write_json("learner.json", asdict(self.learner.config))
+
+
+def serve(report: Reporter, serving: ServingConfig, checkpoint: CheckpointConfig) -> None:
+    """Serve until enough requests have finished or the time is over, with a checkpoint at the end.
+
+    Args:
+        report: the run, its directory, and its log.
+        serving: `requests` to finish, including those before a resumption, or `max_seconds` of this call, which is
+            checked after each round.
+        checkpoint: when to write checkpoints.
+    """
+    run, clock = report.run, report.run.loop.engine.clock
+    deadline = clock.now() + (math.inf if serving.max_seconds is None else serving.max_seconds)
+    saved, done = run.served, run.served >= serving.requests
+    while not done:
+        run.loop.step()
+        done = run.served >= serving.requests or clock.now() >= deadline
+        if done or run.served - saved >= checkpoint.interval:
+            saved = run.served
+            run.loop.end_session()
+            report.line()
+            run.save(report.directory.path, seconds=report.seconds, replay=checkpoint.keep_replay_buffer)
+            if not done:
+                run.loop.start_session()
+        else:
+            report.maybe()
+    report.last()
 
 
 def _restore_learner(learner: OnlineLearner, checkpoint: Checkpoint, serving: ServingConfig) -> None:

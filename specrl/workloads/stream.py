@@ -55,10 +55,12 @@ class Shifting:
         workloads: in order.
         counts: requests of each. None, for the last one only: without end. Otherwise the stream begins again after the
             last, and each workload continues where it stopped.
+        names: of the parts, for logs.
     """
 
     workloads: tuple[Workload, ...]
     counts: tuple[int | None, ...]
+    names: tuple[str, ...] = ()
 
     def requests(self, seed: int) -> Iterator[Request]:
         """An endless stream; the same seed gives the same requests."""
@@ -111,20 +113,21 @@ def open_stream(
     if str(spec) not in ("stdlib", *SHIFTED) and Path(spec).exists():
         return load(spec, split="all")
     parts, counts = [], []
-    for part in str(spec).split(","):
-        names, at, count = part.strip().partition("@")
+    names = tuple(part.strip() for part in str(spec).split(","))
+    for part in names:
+        mixed, at, count = part.partition("@")
         if at and not (count.isdecimal() and int(count) >= 1):
             raise ValueError(f"{_FORM}, with at least 1 request after '@', but got {part!r}")
         counts.append(int(count) if at else None)
-        parts.append(_mixture(names, part, partial(load, split=split)))
+        parts.append(_mixture(mixed, part, partial(load, split=split)))
     if None in counts[:-1]:
         raise ValueError(f"only a stream's last part may lack its number of requests, but got {str(spec)!r}")
-    return parts[0] if len(parts) == 1 else Shifting(tuple(parts), tuple(counts))
+    return parts[0] if len(parts) == 1 else Shifting(tuple(parts), tuple(counts), names)
 
 
-def _mixture(names: str, part: str, load: Callable[[str], Workload]) -> Workload:
+def _mixture(mixed: str, part: str, load: Callable[[str], Workload]) -> Workload:
     workloads, weights = [], []
-    for each in names.split("+"):
+    for each in mixed.split("+"):
         name, star, number = (piece.strip() for piece in each.partition("*"))
         try:
             weight = float(number) if star else 1.0

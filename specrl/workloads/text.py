@@ -152,11 +152,9 @@ def load_workload(
             'prompt', 'text' (a document), or a conversation: 'messages', 'conversations' (ShareGPT) or 'turns'. A
             conversation is used up to the last turn that is not the assistant's, in the target's chat template; without
             one, the contents are joined. A line with "learn": false is served, and never learnt from.
-        tokenizer: of the target (`specrl.models.tokenizer.load_tokenizer`).
+        tokenizer, max_new_tokens, ignore_eos: as in `TextWorkload`.
         prompt_tokens: prompt length, or the least and the greatest.
-        max_new_tokens: tokens to generate at most.
         temperature: of every request, or several to draw from.
-        ignore_eos: always generate `max_new_tokens`.
         split: 'train', 'held_out' or 'all'. Of 'stdlib', the files that the embedded targets never saw are held out.
             Of other texts it is every twentieth, of fewer than 20 the last, of one document its last tenth.
 
@@ -165,8 +163,8 @@ def load_workload(
     """
     if split not in ("train", "held_out", "all"):
         raise ValueError(f"split must be 'train', 'held_out' or 'all', but got {split!r}")
-    low, *rest = [prompt_tokens] if isinstance(prompt_tokens, int) else [*prompt_tokens] or [0]
-    if len(rest) > 1:
+    lengths = (prompt_tokens, prompt_tokens) if isinstance(prompt_tokens, int) else tuple(prompt_tokens)
+    if len(lengths) != 2:
         raise ValueError(f"prompt_tokens must be a length or two, least and greatest, but got {prompt_tokens}")
     temperatures = (temperature,) if isinstance(temperature, (int, float)) else tuple(temperature)
     if str(spec) == "stdlib":
@@ -178,7 +176,7 @@ def load_workload(
     return TextWorkload(
         tuple(texts),
         tokenizer,
-        (low, rest[0] if rest else low),
+        lengths,
         max_new_tokens,
         temperatures,
         ignore_eos,

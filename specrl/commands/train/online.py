@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 from specrl.agents.draft.config import LearnerConfig
 from specrl.config import DraftConfig, EngineConfig, TargetConfig, WorkloadConfig
-from specrl.core.interfaces import Workload
 from specrl.io.output import OutputDir, hint, show
 from specrl.training.config import CheckpointConfig, LogConfig, ServingConfig
-from specrl.training.logger import Reporter, open_sinks
-from specrl.training.online import serve
-from specrl.training.run import Run
+from specrl.training.logger import Metrics, Reporter
+from specrl.training.run import Run, serve
 from specrl.training.vocabulary import make_draft
-from specrl.workloads.stream import Shifting
 
 
 def train(
@@ -85,15 +81,7 @@ def train(
             seed=seed,
             resume=resumed,
         )
-        report = Reporter(run, directory, sinks=open_sinks(directory, log), part=_part_names(requests, workload.name))
+        report = Reporter(run, directory, metrics=Metrics(log, directory.path))
         serve(report, serving, checkpoint)
     run.write_results(directory)
     show(f"written: {directory.path}", hint(directory.path))
-
-
-def _part_names(source: Workload, name: str) -> Callable[[int], str] | None:
-    """The name of the part of a stream that a request is in, by the number of the request; None: it has no parts."""
-    if not isinstance(source, Shifting):
-        return None
-    names = [part.strip() for part in name.split(",")]
-    return lambda number: names[source.part_of(number)]
