@@ -1,6 +1,6 @@
-"""When learnt draft weights serve: always, or only if they are better.
+"""Serving learnt draft weights only if they are better.
 
-Weights that are better (`DeployIfBetter`) pass two tests. Their accept length on recent held-out sequences must be
+Better weights pass two tests. Their accept length on recent held-out sequences must be
 significantly greater (`Gate.compare`). Then they take turns with the serving draft in a live trial, and must not be
 significantly slower (`judge_trial`). A turn has `TURN` rounds, and a trial is judged after 8, 16 and 32 pairs of turns,
 so a bad draft serves in half of 512 rounds at most, and in half of 128 if it is clearly worse.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specrl.agents.draft.gate import Gate, Verdict, judge_trial
 from specrl.agents.draft.learner import OnlineLearner
-from specrl.core.interfaces import DraftLearner, Engine, PlanChooser
+from specrl.core.interfaces import Engine, PlanChooser
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan
 from specrl.core.rollout import Rollout, Step
@@ -34,36 +34,6 @@ RECENT = 32  # held-out sequences that drafts are compared on
 
 Weights = tuple[int, Mapping[str, Tensor]]  # version; tensors by SGLang's names
 Trial = Generator[Step, None, None]  # its rounds, decoded as they are iterated
-
-
-class DeployAlways:
-    """Serves the learner's newest weights, from the beginning."""
-
-    def __init__(self, engine: Engine, learner: DraftLearner) -> None:
-        self._engine, self._learner = engine, learner
-        self._deploy()
-
-    def _deploy(self) -> None:
-        version, weights = self._learner.weights()
-        if version != self._engine.draft_version:
-            self._engine.load_draft(weights, version=version)
-
-    def after_learning(self, rollout: Rollout, chooser: PlanChooser) -> Trial | None:
-        """Serve the learner's newest weights, without a trial."""
-        self._deploy()
-        return None
-
-    def weights(self) -> Mapping[str, Tensor]:
-        """The weights that serve, by SGLang's names."""
-        return self._learner.weights()[1]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The name of the policy."""
-        return {"policy": "always"}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Serve the weights of the restored learner."""
-        self._deploy()
 
 
 class DeployIfBetter:
@@ -222,6 +192,3 @@ class _PairedChooser(PlanChooser):
     def learn(self, done: Round) -> None:
         if done.draft_version == self._version:
             self._chooser.learn(done)
-
-
-DeployPolicy = DeployAlways | DeployIfBetter

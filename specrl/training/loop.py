@@ -1,7 +1,7 @@
 """The online loop: serve a workload, choose each round's plan, learn the draft from the traffic, measure.
 
 Plain decoding is measured between rounds, at the batch size and context of the session. The learner gets the traces
-outside all timed windows, and the deploy policy decides when the new weights serve.
+outside all timed windows.
 
 A session ends at a checkpoint (`end_session`), and the next one starts after it (`start_session`). Requests in flight
 at a checkpoint are dropped, so a resumed run is identical to one that was not interrupted.
@@ -21,7 +21,7 @@ from specrl.core.plain_cost import PlainCost
 from specrl.core.rollout import Rollout, Step
 from specrl.core.round import Trace
 from specrl.core.round_stats import RecentStats, RoundStats
-from specrl.training.deploy import DeployAlways, DeployPolicy, Trial
+from specrl.training.deploy import DeployIfBetter, Trial
 
 
 @dataclass(slots=True)
@@ -50,15 +50,13 @@ class OnlineLoop:
     """Serves a workload with an engine, a plan chooser and a draft learner.
 
     Args:
-        engine: decodes.
-        workload: the requests, endless.
-        chooser: chooses each round's plan.
+        engine, workload, chooser: decode, ask, and choose each round's plan.
         learner: learns the draft; None: the draft does not change.
         traffic: batch sizes over rounds, repeated.
         sync_every: finished requests between two calls of the learner.
         seed: of requests and sampling.
         baseline: measured plain costs to continue with.
-        deploy: decides when learnt weights serve; None: always.
+        deploy: decides when learnt weights serve; None: the newest always serve.
         state: `state_dict` of a loop to continue.
 
     Attributes:
@@ -80,11 +78,11 @@ class OnlineLoop:
         sync_every: int = 16,
         seed: int = 0,
         baseline: PlainCost | None = None,
-        deploy: DeployPolicy | None = None,
+        deploy: DeployIfBetter | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine, self.chooser, self.learner = engine, chooser, learner
-        self.deploy = DeployAlways(engine, learner) if deploy is None and learner is not None else deploy
+        self.deploy = deploy
         self.baseline = baseline or PlainCost()
         self.recent: dict[int, RecentStats] = {}
         self.metrics: dict[str, float] = {}
@@ -96,6 +94,7 @@ class OnlineLoop:
         self._traffic, self._seed = tuple(traffic), seed
         if state is not None:
             self._load_state_dict(state)
+        self._serve_newest()
         self.start_session()
 
     def start_session(self) -> None:
@@ -160,15 +159,23 @@ class OnlineLoop:
 
     def _learn(self) -> Trial | None:
         """Let the learner learn, and let the policy deploy its weights, perhaps after a trial."""
-        assert self.learner is not None and self.deploy is not None
+        assert self.learner is not None
         began = self.engine.clock.now()
         traces = self._drain(self.learner)
         if self.learner.wants_plan_costs:
             self.learner.set_plan_costs(*plan_costs(self.chooser, self.recent))
         self.metrics = dict(self.learner.learn(traces))
-        trial = self.deploy.after_learning(self._rollout, self.chooser)
+        self._serve_newest()
+        trial = None if self.deploy is None else self.deploy.after_learning(self._rollout, self.chooser)
         self.learn_s += self.engine.clock.now() - began
         return trial
+
+    def _serve_newest(self) -> None:
+        """Serve the learner's newest weights, unless a deploy policy decides about them."""
+        if self.learner is not None and self.deploy is None:
+            version, weights = self.learner.weights()
+            if version != self.engine.draft_version:
+                self.engine.load_draft(weights, version=version)
 
     def _collect(self) -> None:
         """Keep the traces of a trial for the next call of the learner."""

@@ -40,11 +40,10 @@ def learn_from(
 
     Args:
         traces: the recorded sequences.
-        model: the target.
+        model, target: the target and its name.
         draft: the draft to start from.
         config: how to learn.
         directory: for results.
-        target: name of the target.
         epochs: passes through the traces, those before a resumption included.
         seed: of the order of sequences.
         resume: continue after the last epoch in checkpoint/.

@@ -101,8 +101,8 @@ def train_policy(
     Args:
         agent: its settings.
         world: to learn in; it is closed.
-        batch_sizes: that episodes have.
-        profile: on which the policy is compared with the best plans; None: it is not, on live decoding.
+        batch_sizes: of the episodes.
+        profile: on which the policy is compared with the best plans; None: it is not compared.
         seed: of weights, exploration and the comparison.
         directory: where the policy is written; None: nowhere.
 
@@ -181,18 +181,17 @@ def _verify(directory: Path, agent: Agent, served: PlanTable, max_batch_size: in
     """Read back what was written, and compare the choices of policy and table in 1,000 random states.
 
     Raises:
-        ValueError: the table or the policy differs from the one written, or a policy that sees only the batch size
-            differs from its table.
+        ValueError: they differ from what was written, or a policy that sees only the batch size from its table.
     """
     rng, space = np.random.default_rng(0), agent.model.observation_space
     low, high = (getattr(space, name) for name in ("low", "high"))
     vectors = rng.uniform(low, high, size=(1000, len(low))).astype(np.float32)
     sizes = rng.integers(1, max_batch_size, size=1000, endpoint=True)
     vectors[:, 0] = np.log2(sizes) / 10.0
-    read, own, saved = PlanTable(dict(read_plans(directory / PLANS))), agent.chooser(), load_chooser(directory)
-    again, actions = (c.act(vectors, c.network.start(1000))[0] for c in (saved, own))
-    if read.state_dict() != served.state_dict() or (again != actions).any():
-        raise ValueError(f"policy and plans must read back as they were written, but {directory} differs; check it")
-    chosen = [own.plans[action] for action in actions.tolist()]
-    if own.network.is_table and chosen != [read.best(size) for size in sizes.tolist()]:
-        raise ValueError(f"a policy that sees only the batch size must choose as its table, but {directory} differs")
+    own, saved, table = agent.chooser(), load_chooser(directory), PlanTable(dict(read_plans(directory / PLANS)))
+    actions, again = (c.act(vectors, c.network.start(1000))[0] for c in (own, saved))
+    same = table.state_dict() == served.state_dict() and (again == actions).all()
+    if own.network.is_table:
+        same = same and [own.plans[action] for action in actions] == [table.best(size) for size in sizes.tolist()]
+    if not same:
+        raise ValueError(f"policy and plans must choose as before they were written, but {directory} differs; check it")

@@ -19,7 +19,7 @@ from specrl.models.draft import Draft
 from specrl.models.target import Target
 from specrl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from specrl.training.config import CheckpointConfig, ServingConfig
-from specrl.training.deploy import DeployAlways, DeployIfBetter, DeployPolicy
+from specrl.training.deploy import DeployIfBetter
 from specrl.training.loop import OnlineLoop
 from specrl.training.trace_files import pack, unpack
 
@@ -60,11 +60,10 @@ class Run:
 
         Args:
             engine: serves `draft` with the plans of `serving`.
-            model: the target.
+            model, target: the target and its name.
             draft: the draft to start from.
             workload: the requests.
             serving: how they are served.
-            target: name of the target.
             learner: how the draft learns; None: it does not change.
             seed: of everything random.
             resume: directory of the checkpoint to continue; None: a new run.
@@ -90,15 +89,13 @@ class Run:
             chooser.load_state_dict(state["chooser"])
             baseline.load_state_dict(state["baseline"])
         decisions = state.get("decisions", [])
-        deploy: DeployPolicy | None = None
+        deploy = None
         if learns is not None and gated:
             steps = max(1, *(plan.num_steps for plan in chooser.plans))
             gate = Gate(draft.config, model.embedding, num_steps=steps, least_gain=0.0, seed=seed)
             deploy = DeployIfBetter(engine, learns, gate, chooser.plans, seed=seed, on_decision=decisions.append)
-        elif learns is not None:
-            deploy = DeployAlways(engine, learns)
-        if deploy is not None and state:
-            deploy.load_state_dict(state["deploy"])
+            if state:
+                deploy.load_state_dict(state["deploy"])
         loop = OnlineLoop(
             engine,
             workload,
@@ -121,7 +118,9 @@ class Run:
     @property
     def learned(self) -> Draft:
         """The draft that serves now."""
-        return self.draft if self.loop.deploy is None else Draft(self.draft.config, self.loop.deploy.weights())
+        if self.loop.deploy is not None:
+            return Draft(self.draft.config, self.loop.deploy.weights())
+        return self.draft if self.learner is None else Draft(self.draft.config, self.learner.weights()[1])
 
     def save(self, directory: Path, *, seconds: float = 0.0, replay: bool = False) -> None:
         """Write a checkpoint, atomically; the loop's session must have ended.
@@ -139,7 +138,7 @@ class Run:
             "served": self.served,
             "seconds": seconds,
             "learner": None if learner is None else learner.state_dict(),
-            "deploy": None if loop.deploy is None else loop.deploy.state_dict(),
+            "deploy": {"policy": "always"} if loop.deploy is None else loop.deploy.state_dict(),
             "chooser": loop.chooser.state_dict(),
             "baseline": loop.baseline.state_dict(),
             "loop": loop.state_dict(),

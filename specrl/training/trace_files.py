@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +120,13 @@ class Traces:
         Raises:
             ValueError: a shard is missing or damaged.
         """
-        with ExitStack() as stack:
-            files: dict[str, Any] = {}
-            for number in numbers:
-                file, i, note = self._notes[number]
-                try:
-                    if file not in files:
-                        files[file] = stack.enter_context(safe_open(self.path / file, framework="pt"))
-                    names = [name for name in files[file].keys() if name.startswith(f"{i}.")]
-                    tensors = {name: files[file].get_tensor(name) for name in names}
-                except (OSError, SafetensorError) as error:
-                    raise ValueError(
-                        f"traces must be complete, but {file} cannot be read: {error}; record again"
-                    ) from error
-                yield unpack(i, tensors, note)
+        for number in numbers:
+            name, i, note = self._notes[number]
+            try:
+                with safe_open(self.path / name, framework="pt") as file:
+                    tensors = {key: file.get_tensor(key) for key in file.keys() if key.startswith(f"{i}.")}
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"traces must be complete, but {name} cannot be read: {error}; record again"
+                ) from error
+            yield unpack(i, tensors, note)

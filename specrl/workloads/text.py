@@ -176,7 +176,7 @@ def load_workload(
     return TextWorkload(
         tuple(texts),
         tokenizer,
-        lengths,
+        (lengths[0], lengths[1]),
         max_new_tokens,
         temperatures,
         ignore_eos,
