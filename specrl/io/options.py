@@ -16,6 +16,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,21 +94,14 @@ class Options:
         """
         from jsonargparse import ArgumentError
 
-        nested: dict[str, Any] = {}
-        for name, value in self._flat(values).items():
-            group, dot, field = name.partition(".")
-            if dot:
-                nested.setdefault(group, {})[field] = value
-            else:
-                nested[name] = value
         parser = self.parser()
         try:
-            config = parser.parse_object(nested)
+            config = parser.parse_object(self._flat(values))
         except ArgumentError as error:
             raise ValueError(self._explain(str(error))) from error
         if "output_dir" in self.table and config["output_dir"] is None:
             config["output_dir"] = output_dir
-        found = parser.instantiate(config).as_dict()
+        found = config.as_dict()
         for name, kind, _ in read_parameters(self.function):
             if name in self.groups:
                 found[name] = kind(**found[name])
@@ -155,7 +149,7 @@ class Options:
             usage=" ".join([self.command, *(name.upper() for name in needed), "[options]"]),
             description=text,
             epilog="\n".join(epilog),
-            formatter_class=_Help,
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=36),
             exit_on_error=False,
         )
         sections: dict[str, Any] = {"": parser}
@@ -208,13 +202,6 @@ class Options:
     @property
     def _see(self) -> str:
         return f"see '{self.command} --help'"
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of description and epilog, and has a wide column for names."""
-
-    def __init__(self, prog: str, **settings: Any) -> None:
-        super().__init__(prog, **{"max_help_position": 36, **settings})
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

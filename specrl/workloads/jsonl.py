@@ -133,8 +133,9 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        if all(isinstance(part, str) for part in parts):
-            content = "\n".join(parts)
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(parts):
+            content = "\n".join(texts)
     if content is None and turn.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
