@@ -9,17 +9,14 @@ from specrl.agents.draft.config import LearnerConfig
 from specrl.config import DraftConfig, MeasureConfig, TargetConfig, WorkloadConfig
 from specrl.core.clock import WallClock
 from specrl.core.interfaces import Workload
-from specrl.core.plan import Plan
 from specrl.core.rollout import Step
 from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir, hint, show, table
 from specrl.measure.arms import local_arms
 from specrl.measure.machine import environment, torch_threads
 from specrl.measure.paired import PLAIN, ArmResult, measure
-from specrl.measure.plain import PlainSetting, fastest_plain
+from specrl.measure.plain import fastest_plain
 from specrl.measure.tables import block_rows, result_rows, shown
-from specrl.models.draft import Draft
-from specrl.models.target import Target
 from specrl.reports.figures import plot_learning, plot_speedups
 from specrl.training.config import ServingConfig
 from specrl.training.logger import Reporter
@@ -78,8 +75,11 @@ def run_quickstart(
         drafts = {str(plan): (run.learned, plan)}
         if batch == 1:
             drafts[UNLEARNED] = (draft, unlearned[batch])
+        blocks = {str(plan): 2.0, UNLEARNED: 0.25}
+        arms = local_arms(TARGET, target, drafts, fastest[batch], max_context=WORKLOAD.max_context, block_sizes=blocks)
         until = MeasureConfig(PRECISION[batch], measure_seconds * TIME_SHARE[batch])
-        results.append(_measure(target, drafts, held_out, batch, fastest[batch], until, seed))
+        tokens = WORKLOAD.max_new_tokens
+        results.append(measure(arms, held_out, batch_size=batch, block_tokens=tokens, until=until, seed=seed))
     summary = {
         "batch_sizes": {str(measured[0].batch_size): _summary(*measured) for measured in results},
         "requests_served": run.served,
@@ -123,22 +123,6 @@ def _round_row(step: Step) -> dict[str, object]:
         "plain_s": round(step.plain.seconds, 7),
         "draft_version": done.draft_version,
     }
-
-
-def _measure(
-    target: Target,
-    drafts: dict[str, tuple[Draft, Plan]],
-    workload: Workload,
-    batch_size: int,
-    fastest: PlainSetting,
-    until: MeasureConfig,
-    seed: int,
-) -> list[ArmResult]:
-    """Measure drafts with their plans against plain decoding; the draft that has not learned gets smaller blocks."""
-    blocks = {name: 0.25 if name == UNLEARNED else 2.0 for name in drafts}
-    arms = local_arms(TARGET, target, drafts, fastest, max_context=WORKLOAD.max_context, block_sizes=blocks)
-    tokens = WORKLOAD.max_new_tokens
-    return measure(arms, workload, batch_size=batch_size, block_tokens=tokens, until=until, seed=seed)
 
 
 def _summary(plain: ArmResult, learned: ArmResult, unlearned: ArmResult | None = None) -> dict[str, object]:

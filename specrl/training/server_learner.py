@@ -43,7 +43,7 @@ class ServerLearner:
         url: URL of the server. Its API key, if it needs one, is read from SPECRL_API_KEY.
         traces: socket of the server's plugin (SPECRL_TRACES=unix:PATH), on this machine.
         sync_every: finished requests between two updates.
-        seed: seed of the learner.
+        seed: of the learner.
         resume: checkpoint of an earlier run to continue.
 
     Attributes:
@@ -109,7 +109,7 @@ class ServerLearner:
             self._swap()
 
     def save(self, directory: Path) -> None:
-        """Write directory/checkpoint, to resume from; traces and sequences to learn from are not saved."""
+        """Write directory/checkpoint; traces and sequences to learn from are not saved."""
         state = {"requests": self.requests, "learner": self.learner.state_dict()}
         save_checkpoint(directory / "checkpoint", _KIND, Checkpoint(state))
 
@@ -155,7 +155,7 @@ class ServerLearner:
             try:
                 return TraceReader(traces)
             except ServerError:
-                self._client.get("/server_info")
+                self._client.get("/server_info")  # raises an error if the server has gone too
             Event().wait(_WAIT_S)
 
 
@@ -171,7 +171,7 @@ def learn_from_server(
     """Learn until so many requests have finished; checkpoints are written on the way, at the end, and on errors.
 
     Args:
-        learner: the learner.
+        learner: closed at the end.
         directory: for checkpoint/, draft/ and log.csv.
         requests: finished requests in all, those before a resumption included.
         checkpoint_every: requests between two checkpoints.

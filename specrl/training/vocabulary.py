@@ -64,10 +64,10 @@ def make_draft(
     seed: int,
     checkpoint: Path | None = None,
 ) -> Draft:
-    """Load the draft, or make a new one for a workload.
+    """Load the draft, or make a new one, whose `vocab_size` tokens are counted in requests of the workload.
 
     Args:
-        draft: which draft; the `vocab_size` tokens of a new one are counted here.
+        draft: which draft.
         model: the target.
         workload: requests to count tokens of.
         max_context: most tokens of a request.
