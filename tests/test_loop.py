@@ -182,11 +182,6 @@ def test_in_a_trial_both_drafts_run_the_same_plans_and_the_chooser_sees_one() ->
     assert set(seen) == {0}
 
 
-def test_without_held_out_sequences_there_is_no_gate() -> None:
-    with pytest.raises(ValueError, match="learner.holdout_fraction must be above 0"):
-        Lane(new(), holdout_fraction=0.0)
-
-
 class Priced(OnlineLearner):
     """Remembers the costs that were set."""
 

@@ -53,7 +53,7 @@ def record(
         specrl record --requests 2000 --output_dir runs/traces
         specrl train offline runs/traces --epochs 5
     """
-    for name, value in {"requests": requests, "batch_size": batch_size}.items():
+    for name, value in {"requests": requests, "batch_size": batch_size, "shard_sequences": shard_sequences}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, but got {value}")
     chosen = Plan.parse(plan)

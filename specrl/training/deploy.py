@@ -58,10 +58,6 @@ class DeployIfBetter:
         seed: int = 0,
         on_decision: Callable[[dict[str, object]], None] = lambda decision: None,
     ) -> None:
-        if not learner.config.holdout_fraction:
-            raise ValueError(
-                "learner.holdout_fraction must be above 0 to compare drafts, but got 0; set it to 0.125, perhaps"
-            )
         self._engine, self._learner, self._gate = engine, learner, gate
         self._seed, self._on_decision = seed, on_decision
         self._drafting = min((plan for plan in plans if plan.num_steps), key=lambda p: p.num_steps, default=None)

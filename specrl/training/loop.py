@@ -50,7 +50,6 @@ class OnlineLoop:
     """Serves a workload with an engine, a plan chooser and a draft learner.
 
     Args:
-        engine, workload, chooser: decode, ask, and choose each round's plan.
         learner: learns the draft; None: the draft does not change.
         traffic: batch sizes over rounds, repeated.
         sync_every: finished requests between two calls of the learner.

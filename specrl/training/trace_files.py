@@ -49,12 +49,10 @@ class ShardWriter:
         size: sequences in a shard.
 
     Raises:
-        ValueError: a size below 1, or the directory holds sequences already.
+        ValueError: the directory holds sequences already.
     """
 
     def __init__(self, directory: OutputDir, about: Mapping[str, Any], size: int) -> None:
-        if size < 1:
-            raise ValueError(f"a shard must hold at least 1 sequence, but got {size}")
         if (directory.path / INDEX).exists():
             raise ValueError(f"traces must be recorded to a new directory, but {str(directory.path)!r} holds some")
         self._directory, self._about, self._size = directory, dict(about), size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,22 +21,11 @@ _HELD_OUT = REQUESTS // 4  # of them, to test the vocabulary
 _BATCH = 16
 
 
-class Vocabulary(NamedTuple):
-    """The most frequent tokens.
-
-    Attributes:
-        ids: [vocab_size] int64, ascending, for `new_draft(vocabulary=...)`.
-        coverage: share of the counted tokens that are in it.
-        seen: number of different tokens counted; if it is below vocab_size, the lowest other ids fill the rest.
-    """
-
-    ids: Tensor
-    coverage: float
-    seen: int
-
-
-def top_tokens(counts: Tensor, size: int) -> Vocabulary:
+def top_tokens(counts: Tensor, size: int) -> Tensor:
     """The `size` most frequent tokens of `counts [V]`; ties go to the lower ids.
+
+    Returns:
+        [size] int64, ascending, for `new_draft(vocabulary=...)`.
 
     Raises:
         ValueError: a size out of [1, V], or no tokens counted.
@@ -46,8 +34,7 @@ def top_tokens(counts: Tensor, size: int) -> Vocabulary:
         raise ValueError(f"a draft vocabulary must have 1 to {len(counts)} tokens, but got {size}")
     if not counts.any():
         raise ValueError("a draft vocabulary needs counted tokens, but got none")
-    ids = counts.argsort(descending=True, stable=True)[:size].sort().values
-    return Vocabulary(ids, coverage(ids, counts), int(counts.count_nonzero()))
+    return counts.argsort(descending=True, stable=True)[:size].sort().values
 
 
 def coverage(ids: Tensor, counts: Tensor) -> float:
@@ -102,9 +89,7 @@ def _count_tokens(model: Target, workload: Workload, size: int, *, max_context: 
             (counts if done < REQUESTS - _HELD_OUT else held_out).add_(tokens.bincount(minlength=len(counts)))
             done += 1
     engine.close()
-    found = top_tokens(counts, size)
-    show(
-        f"draft vocabulary: {size} of {len(counts)} tokens, {found.seen} of them seen, covering "
-        f"{coverage(found.ids, held_out):.1%} of the text"
-    )
-    return found.ids
+    ids, seen = top_tokens(counts, size), int(counts.count_nonzero())
+    covered = coverage(ids, held_out)
+    show(f"draft vocabulary: {size} of {len(counts)} tokens, {seen} of them seen, covering {covered:.1%} of the text")
+    return ids
