@@ -16,7 +16,6 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -149,7 +148,7 @@ class Options:
             usage=" ".join([self.command, *(name.upper() for name in needed), "[options]"]),
             description=text,
             epilog="\n".join(epilog),
-            formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=36),
+            formatter_class=_Help,
             exit_on_error=False,
         )
         sections: dict[str, Any] = {"": parser}
@@ -202,6 +201,13 @@ class Options:
     @property
     def _see(self) -> str:
         return f"see '{self.command} --help'"
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps line breaks, and has a wide column for names."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 36, **settings})
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
