@@ -104,8 +104,8 @@ def read_conversation(record: Mapping[str, Any], where: str) -> list[Message]:
 
     Args:
         record: with 'messages' or 'conversations', a list of {'role', 'content'} (content: text, or a list of text
-            parts) or {'from', 'value'} (ShareGPT), and an optional 'system' prompt; or with 'turns', the user's
-            texts, of which the first is used.
+            parts) or {'from', 'value'} (ShareGPT), and an optional 'system' prompt; or with 'turns', the user's texts.
+            Only the first of these is used.
         where: file and line, for errors.
 
     Raises:
