@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from specrl.agents.draft import attention
-from specrl.agents.draft.attention import attend, blockwise, whole
+from specrl.agents.draft.attention import attend
 
 BATCH, HEADS, KV_HEADS, LENGTH, SIZE = 2, 4, 2, 9, 8
 
@@ -47,12 +47,11 @@ def results(out: Tensor, queries: Tensor, past: list[tuple[Tensor, Tensor]]) -> 
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("kernel", ["whole", "blockwise"])
-def test_both_kernels_are_one_softmax_under_the_mask(kernel: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_WHOLE_UP_TO", 10**9 if kernel == "whole" else 0)
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_it_is_one_softmax_under_the_mask(in_blocks: bool, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_WHOLE_UP_TO", 0 if in_blocks else 10**9)
     monkeypatch.setattr(attention, "_SCORES", BATCH * HEADS * LENGTH * 4)  # blocks of 4 slots
-    other = blockwise if kernel == "whole" else whole
-    monkeypatch.setattr(attention, other.__name__, None)  # must not be called
     queries, past = passes(count)
     out = attend(queries, past)
     assert out.shape == queries.shape
@@ -68,10 +67,8 @@ def test_slots_before_the_first_that_a_pass_can_have_are_0() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_over_more_slots_than_whole_matrices_are_made_of_both_kernels_agree(
-    count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the serving dtype, in blocks of which the last is smaller."""
+def test_long_sequences_in_float32(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block is smaller than the others."""
     monkeypatch.setattr(attention, "_SCORES", 1 << 19)
     length = attention._WHOLE_UP_TO + 77
     queries, past = passes(count, length, torch.float32)
@@ -80,9 +77,9 @@ def test_over_more_slots_than_whole_matrices_are_made_of_both_kernels_agree(
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kernel", ["whole", "blockwise"])
-def test_bfloat16_stays_close(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_WHOLE_UP_TO", 10**9 if kernel == "whole" else 0)
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_bfloat16_stays_close(in_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_WHOLE_UP_TO", 0 if in_blocks else 10**9)
     monkeypatch.setattr(attention, "_SCORES", BATCH * HEADS * 40 * 16)
     queries, past = passes(3, 40, torch.bfloat16)
     exact = [x.detach().double().requires_grad_() for x in (queries, *(x for pair in past for x in pair))]
@@ -93,24 +90,25 @@ def test_bfloat16_stays_close(kernel: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert float((got.double() - want).detach().norm() / want.detach().norm()) < 0.02
 
 
-def test_the_blockwise_kernel_has_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_SCORES", BATCH * HEADS * 5 * 2)  # blocks of 2, 2 and 1 slots
+def test_the_gradient_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_WHOLE_UP_TO", 0)
+    monkeypatch.setattr(attention, "_SCORES", BATCH * HEADS * 5 * 2)  # blocks of 2 slots or fewer
     queries, past = passes(3, 5)
 
     def f(queries: Tensor, *flat: Tensor) -> Tensor:
-        keys, values, *more = flat
-        return blockwise(queries, keys, values, more[::2], more[1::2])
+        return attend(queries, list(zip(flat[::2], flat[1::2], strict=True)))
 
     assert torch.autograd.gradcheck(f, (queries, *(x for pair in past for x in pair)))
 
 
-def test_large_scores_do_not_overflow() -> None:
+@pytest.mark.parametrize("whole_up_to", [0, 10**9])
+def test_large_scores_do_not_overflow(whole_up_to: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_WHOLE_UP_TO", whole_up_to)
     queries, past = passes(2, 6)
     big = (queries * 100).detach().requires_grad_()
-    for f in (whole, blockwise):
-        out = f(big, *past[0], [past[1][0]], [past[1][1]])
-        (grad,) = torch.autograd.grad(out.sum(), big)
-        assert bool(torch.isfinite(out).all()) and bool(torch.isfinite(grad).all())
+    out = attend(big, past)
+    (grad,) = torch.autograd.grad(out.sum(), big)
+    assert bool(torch.isfinite(out).all()) and bool(torch.isfinite(grad).all())
 
 
 class Largest(TorchDispatchMode):
