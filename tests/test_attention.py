@@ -47,7 +47,6 @@ def results(out: Tensor, queries: Tensor, past: list[tuple[Tensor, Tensor]]) -> 
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("in_blocks", [False, True])
 def test_it_is_one_softmax_under_the_mask(in_blocks: bool, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_WHOLE_UP_TO", 0 if in_blocks else 10**9)
