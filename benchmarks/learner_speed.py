@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specrl.agents.draft.batch import collate
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner, product_dtype
-from specrl.agents.draft.sequences import TrainingSequence, collate
+from specrl.agents.draft.sequences import TrainingSequence
 from specrl.core.clock import WallClock
 from specrl.core.statistics import abba, paired_speedup
 from specrl.measure.machine import keep_large_blocks
@@ -74,23 +75,22 @@ class PlainLearner:
     def loss(self, sequences: list[TrainingSequence]) -> Tensor:
         """All passes at once."""
         c = self.config
-        tokens, features, valid = collate(sequences)
+        batch = collate(sequences, [1.0] * len(sequences), None)
         logits = torch.nn.utils.rnn.pad_sequence([s.logits for s in sequences], batch_first=True)
-        inside = valid[:, 1:]
         p = torch.softmax(logits[:, 1:].float(), -1)
         bfloat16 = product_dtype(c.dtype) == torch.bfloat16
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
             passes = plain_unroll(
                 self.parameters,
                 self.shape,
-                self.embedding[tokens[:, 1:]],
-                features[:, :-1].float(),
+                self.embedding[batch.tokens],
+                batch.features.float(),
                 self.rotation,
                 c.ttt_steps,
             )
         loss = torch.zeros(())
         for k, drafted in enumerate(passes):
-            here = inside.clone()
+            here = batch.inside.clone()
             here[:, :k] = False
             cross = -(p * torch.log_softmax(drafted.float(), -1)).sum(-1)
             loss = loss + c.ttt_decay**k * cross[here].mean()

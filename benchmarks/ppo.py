@@ -20,7 +20,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.callbacks import BaseCallback
 
-from specrl.agents.rl.hyperparameters import HYPERPARAMETERS, read_hyperparameters
+from specrl.agents.rl.hyperparameters import AgentConfig
 from specrl.agents.rl.sb3 import ALGORITHMS, make_agent
 from specrl.core.clock import WallClock
 from specrl.envs import SIMULATED
@@ -74,7 +74,7 @@ class Measure(BaseCallback):
 
 
 def run(args: argparse.Namespace, seed: int) -> list[dict[str, float]]:
-    hyper = read_hyperparameters(args.hyperparameters or HYPERPARAMETERS / f"{args.algo}.yaml", SIMULATED)
+    hyper = AgentConfig(args.algo, hyperparameters=args.hyperparameters).read_hyperparameters(SIMULATED)
     hyper |= {"observe": args.observe} if args.observe else {}
     env = SimulatedVectorEnv(
         hyper["n_envs"],

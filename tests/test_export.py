@@ -15,9 +15,8 @@ from torch import Tensor
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.cli import main
 from specrl.core.plan import Plan
-from specrl.export.bundle import Bundle, check_bundle
+from specrl.export.bundle import Bundle, check_bundle, push_to_hub
 from specrl.export.card import Provenance
-from specrl.export.hub import push_to_hub
 from specrl.export.published import import_draft
 from specrl.export.serving_flags import Serving, plan_serving
 from specrl.models.draft import Draft, load_draft, new_draft
@@ -100,7 +99,7 @@ def test_the_bundle_is_what_its_manifest_says(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'owner/name', but got 'draft'"):
         push_to_hub(written, "draft", dry_run=True)
     (written / "adaptive.json").write_text("{}")
-    with pytest.raises(ValueError, match="'adaptive.json' is not"):
+    with pytest.raises(ValueError, match="'adaptive.json' does not"):
         push_to_hub(written, "me/draft", dry_run=True)
     with pytest.raises(ValueError, match="must hold manifest.json"):
         check_bundle(tmp_path)

@@ -1,11 +1,23 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from specrl.agents.draft import batch
 from specrl.agents.draft import fused_head as fused
-from specrl.agents.draft.fused_head import SHARPNESS, Targets, head_loss, head_steps, make_targets
-from specrl.agents.draft.losses import SLOT_LOSSES, acceptance, greedy_step, parse_loss, sampled_step, top_k_of
+from specrl.agents.draft.batch import Targets, make_targets
+from specrl.agents.draft.fused_head import FusedHead, head_steps
+from specrl.agents.draft.losses import (
+    SLOT_LOSSES,
+    MakeStep,
+    acceptance,
+    greedy_step,
+    parse_loss,
+    sampled_step,
+    top_k_of,
+)
 
 HIDDEN, WORDS, SAID, LENGTHS = 8, 24, (1, 2, 3, 5, 8, 13, 21), (5, 9)
 HEATS = (0.7, 1.5)
@@ -23,13 +35,13 @@ def some_targets(top_k: int | None = None, reduced: bool = True) -> tuple[Target
     tokens[1][-1] = -1
     p = torch.cat([torch.softmax(x / heat, -1) for x, heat in zip(logits, HEATS, strict=True)])
     if not reduced:
-        return make_targets(logits, HEATS, tokens, None, None, top_k), p, torch.cat(tokens)
+        return make_targets(logits, HEATS, tokens, None, top_k), p, torch.cat(tokens)
     there = torch.full((WORDS,), -1)
     there[list(SAID)] = torch.arange(len(SAID))
     p = p[:, list(SAID)]
     p = p if top_k is None else top_k_of(p, top_k)
     known = torch.tensor([int(there[x]) if x >= 0 else -1 for x in torch.cat(tokens).tolist()])
-    return make_targets(logits, HEATS, tokens, there, torch.tensor(SAID), top_k), p, known
+    return make_targets(logits, HEATS, tokens, torch.tensor(SAID), top_k), p, known
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "in pieces"])
@@ -37,7 +49,8 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Blocks of three slots, of which a piece is one, so that ends and remainders are met."""
     if request.param:
         monkeypatch.setattr(fused, "BLOCK", 3 * len(SAID) + 1)
-        monkeypatch.setattr(fused, "PIECE", len(SAID) + 2)
+        for module in (fused, batch):
+            monkeypatch.setattr(module, "PIECE", len(SAID) + 2)
     return bool(request.param)
 
 
@@ -59,7 +72,7 @@ def test_targets_of_a_whole_vocabulary_are_the_softmax() -> None:
 def test_a_slot_of_which_the_draft_has_no_word_counts_nothing() -> None:
     logits = drawn(3, WORDS, seed=0)
     logits[1, list(SAID)] = float("-inf")  # the target never says one of them
-    targets = make_targets([logits], [1.0], [torch.zeros(3, dtype=torch.int64)], None, torch.tensor(SAID))
+    targets = make_targets([logits], [1.0], [torch.zeros(3, dtype=torch.int64)], torch.tensor(SAID))
     p = targets.p(torch.arange(3))
     assert bool((p[1] == 0).all())
     torch.testing.assert_close(p[::2], torch.softmax(logits, -1)[::2, list(SAID)])
@@ -73,23 +86,25 @@ def test_the_head_and_its_loss_are_the_plain_ones_with_both_gradients(loss: str,
     at = torch.tensor([0, 2, 3, 5, 6, 9, 12, 13])
     rows, head, mixture = drawn(len(at), HIDDEN, seed=3), drawn(len(SAID), HIDDEN, seed=4), parse_loss(loss)
 
-    ours_head = torch.full_like(head, 0.5)  # is added to
-    head_t = head.t().contiguous() if pieces else None
-    done = head_loss(rows, head, targets, at, mixture, 0.3, ours_head, head_t)
+    ours_rows, ours_head = rows.clone().requires_grad_(), head.clone().requires_grad_()
+    ours_head.grad = torch.full_like(head, 0.5)  # is added to
+    ours = FusedHead(ours_head, torch.float32)
+    alpha = ours.add_token_losses(ours_rows, targets, at, mixture, 0.3)
+    loss = ours.backward()
 
     plain_rows, plain_head = rows.clone().requires_grad_(), head.clone().requires_grad_()
     logq = torch.log_softmax(plain_rows @ plain_head.T / heat[at], -1)
     total = 0.3 * mixture(logq, p[at], tokens[at]).sum()
     total.backward()
-    torch.testing.assert_close(done.loss, total.detach())
-    torch.testing.assert_close(done.grad_rows, plain_rows.grad)
-    torch.testing.assert_close(ours_head - 0.5, plain_head.grad, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(done.alpha, acceptance(logq.detach().exp(), p[at]).mean())
-    assert float(done.grad_rows.norm()) > 0.01
+    assert loss == pytest.approx(float(total.detach()), rel=1e-5)
+    assert plain_rows.grad is not None and float(plain_rows.grad.norm()) > 0.01
+    torch.testing.assert_close(ours_rows.grad, plain_rows.grad)
+    torch.testing.assert_close(ours_head.grad - 0.5, plain_head.grad, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(alpha, acceptance(logq.detach().exp(), p[at]).mean())
 
 
-@pytest.mark.parametrize("sampled", [True, False])
-def test_steps_of_a_chain_are_the_plain_ones_with_both_gradients(sampled: bool, pieces: bool) -> None:
+@pytest.mark.parametrize("make_step", [sampled_step, partial(greedy_step, sharpness=4.0)])
+def test_steps_of_a_chain_are_the_plain_ones_with_both_gradients(make_step: MakeStep, pieces: bool) -> None:
     targets, p, tokens = some_targets()
     heat = torch.cat([torch.full((n, 1), h) for n, h in zip(LENGTHS, HEATS, strict=True)])
     at = torch.arange(len(p))
@@ -100,9 +115,9 @@ def test_steps_of_a_chain_are_the_plain_ones_with_both_gradients(sampled: bool, 
         head = drawn(len(SAID), HIDDEN, seed=4).requires_grad_()
         if plain:
             q = torch.softmax(rows @ head.T / heat, -1)
-            step = sampled_step(q, p, tokens) if sampled else greedy_step(q, p, tokens, SHARPNESS)
+            step = make_step(q, p, tokens)
         else:
-            step = head_steps(rows, head, targets, at, sampled)
+            step = head_steps(rows, head, targets, at, make_step)
         grad_rows, grad_head = torch.autograd.grad((torch.stack(list(step)) * slopes).sum(), [rows, head])
         found.append([*(x.detach() for x in step), grad_rows, grad_head])
     for ours, theirs in zip(*found, strict=True):
@@ -116,10 +131,13 @@ def test_bfloat16_products_stay_close(loss: str, pieces: bool) -> None:
     rows, head = drawn(14, HIDDEN, seed=3), drawn(len(SAID), HIDDEN, seed=4)
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        grad_head = torch.zeros_like(head)
-        done = head_loss(rows.to(dtype), head.to(dtype), targets, at, parse_loss(loss), 1 / 14, grad_head)
-        assert done.grad_rows.dtype == dtype and grad_head.dtype == torch.float32
-        found.append([done.loss, done.alpha, done.grad_rows.float(), grad_head])
+        leaves = rows.to(dtype).requires_grad_(), head.clone().requires_grad_()
+        ours = FusedHead(leaves[1], dtype)
+        alpha = ours.add_token_losses(leaves[0], targets, at, parse_loss(loss), 1 / 14)
+        total, grads = torch.tensor(ours.backward()), [x.grad for x in leaves]
+        assert grads[0] is not None and grads[1] is not None
+        assert grads[0].dtype == dtype and grads[1].dtype == torch.float32
+        found.append([total, alpha, grads[0].float(), grads[1]])
     for name, got, want in zip(("loss", "alpha", "rows", "head"), *found, strict=True):
         assert float((got - want).norm() / want.norm()) < 0.03, name
 
@@ -143,18 +161,21 @@ def test_all_logits_are_never_held(loss: str, dtype: torch.dtype, monkeypatch: p
     """Not forwards and not backwards; the plain way holds slots · words of them."""
     slots, words, block = 512, 256, 1 << 12
     monkeypatch.setattr(fused, "BLOCK", block)
-    monkeypatch.setattr(fused, "PIECE", block // 4)
+    for module in (fused, batch):
+        monkeypatch.setattr(module, "PIECE", block // 4)
     logits, tokens = drawn(slots, words, seed=0), torch.arange(slots) % words
-    targets = make_targets([logits], [1.0], [tokens], None, None)
-    rows, head = drawn(slots, HIDDEN, seed=1).to(dtype), drawn(words, HIDDEN, seed=2).to(dtype)
-    at, grad_head = torch.arange(slots), torch.zeros(words, HIDDEN)
+    targets = make_targets([logits], [1.0], [tokens], None)
+    rows = drawn(slots, HIDDEN, seed=1).to(dtype).requires_grad_()
+    head, at = drawn(words, HIDDEN, seed=2).requires_grad_(), torch.arange(slots)
     with Largest() as largest:
         if loss == "accept_length":
-            step = head_steps(rows.requires_grad_(), head.requires_grad_(), targets, at, True)
+            step = head_steps(rows, head.to(dtype), targets, at, sampled_step)
             (step.matched + step.accepted).sum().backward()
         else:
-            head_loss(rows, head, targets, at, parse_loss(loss), 1.0, grad_head)
+            ours = FusedHead(head, dtype)
+            ours.add_token_losses(rows, targets, at, parse_loss(loss), 1.0)
+            ours.backward()
     assert 0 < largest.numbers <= block < slots * words // 30
     with Largest() as plain:
-        torch.log_softmax(rows.detach() @ head.detach().T, -1)
+        torch.log_softmax(rows.detach().float() @ head.detach().T, -1)
     assert plain.numbers == slots * words

@@ -195,10 +195,8 @@ def test_a_draft_of_a_reduced_vocabulary_is_judged_by_its_own_words() -> None:
     ("changes", "match"),
     [
         ({"num_steps": 0}, "num_steps must be at least 1"),
-        ({"least": 1}, "least at least 2, but got 3 and 1"),
-        ({"least_gain": 3.0}, "least_gain must be in"),
-        ({"least_gain": float("nan")}, "least_gain must be in"),
-        ({"level": 1.0}, "level in"),
+        ({"least_gain": 3.0}, "least_gain between"),
+        ({"least_gain": float("nan")}, "least_gain between"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], match: str) -> None:
@@ -242,14 +240,6 @@ def test_a_trial_of_a_draft_just_too_slow_passes_one_time_in_forty() -> None:
     assert 1 <= passed <= 25
 
 
-def test_pairs_of_one_prompt_count_as_one() -> None:
-    ours, theirs = speeds(1.2, pairs=8, noise=0.3)
-    whole = np.repeat(np.arange(8), 6)
-    alone = judge_trial(np.repeat(ours, 6), np.repeat(theirs, 6), rng=np.random.default_rng(0)).interval
-    grouped = judge_trial(np.repeat(ours, 6), np.repeat(theirs, 6), groups=whole, rng=np.random.default_rng(0)).interval
-    assert alone is not None and grouped is not None and grouped.half_width > 1.8 * alone.half_width
-
-
 def test_too_few_pairs_pass_nothing() -> None:
     verdict = judge_trial(*speeds(2.0, pairs=7), rng=np.random.default_rng(0))
     assert not verdict.passed and not verdict.harmful and "7 pairs are fewer than the required 8" in verdict.reason
@@ -265,10 +255,8 @@ def test_a_candidate_without_a_speed_is_harmful(speed: float) -> None:
 
 def test_a_trial_needs_pairs() -> None:
     ours, theirs = speeds(1.0)
-    with pytest.raises(ValueError, match="least >= 2 and pairs"):
+    with pytest.raises(ValueError, match="must be paired"):
         judge_trial(ours[1:], theirs, rng=np.random.default_rng(0))
-    with pytest.raises(ValueError, match="least >= 2"):
-        judge_trial(ours, theirs, least=1, rng=np.random.default_rng(0))
     ours[0] = 0.0
-    with pytest.raises(ValueError, match="serving draft's speeds must be finite and above 0"):
+    with pytest.raises(ValueError, match="must be above 0"):
         judge_trial(ours, theirs, rng=np.random.default_rng(0))

@@ -1,96 +1,80 @@
 import math
 
-import pytest
 import torch
 from tiny import AUX_LAYERS, tiny_target
-from torch import Tensor
 
-from specrl.agents.draft.divergence_guard import DivergenceGuard
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.agents.draft.sequences import TrainingSequence
+from specrl.agents.draft.weights import LearntWeights
 from specrl.models.draft import new_draft
 
 NAN = float("nan")
 
 
-def make(
-    max_bad_updates: int = 3,
-) -> tuple[DivergenceGuard, dict[str, Tensor], dict[str, Tensor], torch.optim.Optimizer]:
-    parameters = {"a": torch.ones(2, requires_grad=True), "b": torch.zeros(3, requires_grad=True)}
-    served = {name: t.detach().clone() for name, t in parameters.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
-    return DivergenceGuard(parameters, served, optimizer, max_bad_updates), parameters, served, optimizer
+def make(max_bad_updates: int = 3) -> LearntWeights:
+    config = LearnerConfig(learning_rate=0.1, max_bad_updates=max_bad_updates)
+    return LearntWeights({"a": torch.ones(2), "b": torch.zeros(3)}, config)
 
 
-def step(parameters: dict[str, Tensor], served: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+def step(weights: LearntWeights) -> None:
     """A good update, served in part."""
-    sum((t.sum() for t in parameters.values()), torch.zeros(())).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        for name, tensor in served.items():
-            tensor.lerp_(parameters[name], 0.5)
+    weights.optimizer.zero_grad()
+    sum((t.sum() for t in weights.parameters.values()), torch.zeros(())).backward()
+    weights.step()
 
 
 def test_finite_updates_are_admitted_and_others_are_not() -> None:
-    guard, *_ = make(max_bad_updates=9)
-    assert guard.admits(1.0, 2.0) and guard.admits(-5.0, 0.0)
+    weights = make(max_bad_updates=9)
+    assert weights.admits(1.0, 2.0) and weights.admits(-5.0, 0.0)
     for loss, norm in [(NAN, 1.0), (1.0, NAN), (math.inf, 1.0), (1.0, math.inf), (-math.inf, 1.0)]:
-        assert not guard.admits(loss, norm)
-    assert (guard.bad_updates, guard.rollbacks) == (5, 0)
+        assert not weights.admits(loss, norm)
+    assert (weights.bad_updates, weights.rollbacks) == (5, 0)
 
 
 def test_after_its_patience_the_weights_remembered_return_and_the_optimiser_begins_anew() -> None:
-    guard, parameters, served, optimizer = make()
-    step(parameters, served, optimizer)
-    guard.snapshot()
-    good = {name: t.clone() for name, t in served.items()}
-    step(parameters, served, optimizer)
-    assert optimizer.state
+    weights = make()
+    step(weights)
+    weights.snapshot()
+    good = {name: t.clone() for name, t in weights.averages.items()}
+    step(weights)
+    assert weights.optimizer.state
     for tried in range(3):
-        assert guard.rollbacks == 0, tried
-        assert not guard.admits(NAN, 1.0)
-    assert (guard.bad_updates, guard.rollbacks) == (3, 1)
+        assert weights.rollbacks == 0, tried
+        assert not weights.admits(NAN, 1.0)
+    assert (weights.bad_updates, weights.rollbacks) == (3, 1)
     for name in good:
-        assert torch.equal(parameters[name], good[name]) and torch.equal(served[name], good[name])
+        assert torch.equal(weights.parameters[name], good[name]) and torch.equal(weights.averages[name], good[name])
         assert not torch.equal(good[name], torch.ones(2) if name == "a" else torch.zeros(3))  # not the first ones
-    assert not optimizer.state
-    assert not guard.admits(NAN, 1.0) and guard.rollbacks == 1  # patience begins anew
-    step(parameters, served, optimizer)  # and the parameters are still the optimiser's
-    assert not torch.equal(parameters["a"], good["a"])
+    assert not weights.optimizer.state
+    assert not weights.admits(NAN, 1.0) and weights.rollbacks == 1  # patience begins anew
+    step(weights)  # and the parameters are still the optimiser's
+    assert not torch.equal(weights.parameters["a"], good["a"])
 
 
 def test_a_good_update_between_renews_patience() -> None:
-    guard, *_ = make(max_bad_updates=2)
+    weights = make(max_bad_updates=2)
     for loss in (NAN, 1.0, NAN, 1.0, NAN):
-        guard.admits(loss, 1.0)
-    assert (guard.bad_updates, guard.rollbacks) == (3, 0)
-    guard.admits(NAN, 1.0)
-    assert guard.rollbacks == 1
+        weights.admits(loss, 1.0)
+    assert (weights.bad_updates, weights.rollbacks) == (3, 0)
+    weights.admits(NAN, 1.0)
+    assert weights.rollbacks == 1
 
 
 def test_weights_that_are_not_finite_are_never_remembered() -> None:
-    guard, parameters, served, _ = make(max_bad_updates=1)
+    weights = make(max_bad_updates=1)
     with torch.no_grad():
-        served["b"][1] = NAN
-        parameters["b"][1] = NAN
-    guard.snapshot()
-    guard.admits(NAN, NAN)
-    assert torch.equal(parameters["b"], torch.zeros(3)) and torch.equal(served["b"], torch.zeros(3))
+        weights.averages["b"][1] = NAN
+        weights.parameters["b"][1] = NAN
+    weights.snapshot()
+    weights.admits(NAN, NAN)
+    assert torch.equal(weights.parameters["b"], torch.zeros(3)) and torch.equal(weights.averages["b"], torch.zeros(3))
 
 
 def test_what_is_remembered_does_not_move_with_the_weights() -> None:
-    guard, parameters, served, optimizer = make(max_bad_updates=1)
-    step(parameters, served, optimizer)
-    guard.roll_back()
-    assert torch.equal(parameters["a"], torch.ones(2)) and torch.equal(served["a"], torch.ones(2))
-
-
-def test_a_guard_begins_with_finite_weights() -> None:
-    _, parameters, served, optimizer = make()
-    served["a"][0] = NAN
-    with pytest.raises(ValueError, match="must be finite, but a is not"):
-        DivergenceGuard(parameters, served, optimizer, 3)
+    weights = make(max_bad_updates=1)
+    step(weights)
+    weights.roll_back()
+    assert torch.equal(weights.parameters["a"], torch.ones(2)) and torch.equal(weights.averages["a"], torch.ones(2))
 
 
 # --- in the learner ---

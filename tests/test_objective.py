@@ -1,5 +1,6 @@
 """The learner's gradients against a plain implementation: every pass's logits at once, and one `backward`."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +10,10 @@ import torch.nn.functional as F
 from tiny import lively_draft, tiny_target
 from torch import Tensor
 
-from specrl.agents.draft import attention
+from specrl.agents.draft import attention, batch
 from specrl.agents.draft import fused_head as fused
 from specrl.agents.draft import unroll as unroll_module
 from specrl.agents.draft.config import LearnerConfig
-from specrl.agents.draft.fused_head import SHARPNESS
 from specrl.agents.draft.losses import (
     Step,
     accept_length,
@@ -25,12 +25,11 @@ from specrl.agents.draft.losses import (
     survival,
     top_k_of,
 )
-from specrl.agents.draft.objective import Objective
+from specrl.agents.draft.objective import SHARPNESS, Objective
 from specrl.agents.draft.sequences import RejectedDrafts, TrainingSequence
 from specrl.agents.draft.unroll import unroll
 from specrl.core.interfaces import PlanCost
 from specrl.models.draft import Draft
-from specrl.models.rope import rope_table
 
 WORDS = (1, 2, 3, 5, 6, 8)  # of the reduced vocabulary
 COSTS = (PlanCost(1, 0, 1.0, 1.0), PlanCost(1, 2, 1.0, 1.1), PlanCost(4, 3, 1.5, 2.0))
@@ -54,11 +53,18 @@ def sequences(seed: int = 0, fallen: bool = True) -> list[TrainingSequence]:
     return out
 
 
+def logits_of(
+    parameters: Mapping[str, Tensor], draft: Draft, embeddings: Tensor, features: Tensor, passes: int
+) -> Iterator[Tensor]:
+    """[B, T, Vd] of every pass."""
+    for state in unroll(parameters, draft.config, embeddings, features, passes):
+        yield F.linear(state, parameters["lm_head.weight"])
+
+
 def plain_loss(parameters: dict[str, Tensor], draft: Draft, given: list[TrainingSequence], c: LearnerConfig) -> Tensor:
     """The loss as `LearnerConfig` says it, one sequence at a time."""
-    shape, mixture = draft.config, parse_loss(c.loss)
+    mixture = parse_loss(c.loss)
     said = list(range(V)) if draft.target_ids is None else draft.target_ids.tolist()
-    rotation = rope_table(shape.rope, shape.head_dim, 64)
     embedding = tiny_target().embedding
     at_pass: list[list[Tensor]] = [[] for _ in range(c.ttt_steps)]
     sums, counts, after = torch.zeros(c.ttt_steps), torch.zeros(c.ttt_steps), []
@@ -67,9 +73,9 @@ def plain_loss(parameters: dict[str, Tensor], draft: Draft, given: list[Training
         slots = len(s.tokens) - 1
         tokens = torch.tensor([said.index(x) if x in said else -1 for x in s.tokens[2:].tolist()] + [-1])
         p = torch.softmax(s.logits[1:] / heat, -1)[:, said]
-        known = embedding[s.tokens[1:]][None], s.features[None, :-1], rotation
+        known = embedding[s.tokens[1:]][None], s.features[None, :-1]
         steps = []
-        for k, logits in enumerate(unroll(parameters, shape, *known, min(c.ttt_steps, slots))):
+        for k, logits in enumerate(logits_of(parameters, draft, *known, min(c.ttt_steps, slots))):
             logq = torch.log_softmax(logits[0] / heat, -1)
             if mixture.slot:
                 at_pass[k].append(mixture(logq[k:], p[k:], tokens[k:]))
@@ -98,14 +104,14 @@ def plain_after_rejection(
 ) -> list[Tensor]:
     """Forward KL after each draft that fell: the sequence is run once for each, with the draft in the token's place."""
     assert s.rejected is not None
-    shape, out = draft.config, []
+    out = []
     for at, token, logits in zip(s.rejected.positions.tolist(), s.rejected.tokens, s.rejected.logits, strict=True):
         if not 1 <= at < len(s.tokens) - 1:
             continue
         tokens = s.tokens[1 : at + 2].clone()
         tokens[at] = token
         known = tiny_target().embedding[tokens][None], s.features[None, : at + 1]
-        (drafted,) = unroll(parameters, shape, *known, rope_table(shape.rope, shape.head_dim, 64), 1)
+        (drafted,) = logits_of(parameters, draft, *known, 1)
         p = top_k_of(torch.softmax(logits / heat, -1)[None, said], top_k)[0]
         out.append(-(p * torch.log_softmax(drafted[0, at] / heat, -1)).sum())
     return out
@@ -127,7 +133,8 @@ def ours(draft: Draft, given: list[TrainingSequence], c: LearnerConfig) -> tuple
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "in pieces":
         monkeypatch.setattr(fused, "BLOCK", 25)
-        monkeypatch.setattr(fused, "PIECE", 13)
+        for module in (fused, batch):
+            monkeypatch.setattr(module, "PIECE", 13)
         monkeypatch.setattr(attention, "_WHOLE_UP_TO", 0)
         monkeypatch.setattr(attention, "_SCORES", 64)
         monkeypatch.setattr(unroll_module, "_RECOMPUTE_FROM", 0)
@@ -181,10 +188,9 @@ def test_gradients_are_added_to_those_there() -> None:
 def test_alphas_are_the_mean_odds_that_a_sampled_draft_stands(loss: str) -> None:
     draft, (s, *_) = lively_draft(WORDS), sequences()
     metrics, _ = ours(draft, [s], LearnerConfig(dtype="float32", ttt_steps=3, loss=loss))
-    shape = draft.config
     known = tiny_target().embedding[s.tokens[1:]][None], s.features[None, :-1]
     p = torch.softmax(s.logits[1:], -1)[:, list(WORDS)]
-    passes = unroll(draft.tensors, shape, *known, rope_table(shape.rope, shape.head_dim, 64), 3)
+    passes = logits_of(draft.tensors, draft, *known, 3)
     for k, logits in enumerate(passes):
         alpha = acceptance(torch.softmax(logits[0, k:], -1), p[k:]).mean()
         assert metrics[f"alpha_{k + 1}"] == pytest.approx(float(alpha), rel=1e-5)

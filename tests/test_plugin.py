@@ -423,7 +423,7 @@ def test_every_request_comes_from_its_prompt_to_its_end(hooks: TraceHooks, subsc
     assert subscriber.incomplete == subscriber.dropped == 0
     assembler = Assembler()
     sequences = assembler.add(traces)
-    assert [s.tokens.tolist() for s in sequences] == [*serving.tokens.values()] and assembler.skipped == 0
+    assert [s.tokens.tolist() for s in sequences] == [*serving.tokens.values()] and assembler.counts["skipped"] == 0
 
 
 def test_the_links_of_a_tree_become_parents(hooks: TraceHooks, subscribe: Subscribe) -> None:

@@ -16,7 +16,7 @@ import specrl
 from specrl.agents.choosers.policy_network import NetworkChooser, PolicyNetwork, load_chooser
 from specrl.agents.choosers.table import PlanTable
 from specrl.agents.rl.distill import distill, tabulate
-from specrl.agents.rl.hyperparameters import HYPERPARAMETERS, AgentConfig, read_hyperparameters
+from specrl.agents.rl.hyperparameters import AgentConfig
 from specrl.agents.rl.sb3 import ALGORITHMS, Agent, make_agent
 from specrl.agents.rl.sb3_vector import SB3VectorEnv
 from specrl.agents.rl.training_log import RLTrainingLog
@@ -130,7 +130,10 @@ def test_a_policy_that_sees_the_batch_size_alone_is_its_table(algorithm: str, tm
 
 def test_what_a_policy_may_observe_is_checked() -> None:
     env = simulated()
-    for algorithm, observe, rule in (("ppo", "load", "'all' or"), ("recurrent_ppo", "batch_size", "must be 'all'")):
+    for algorithm, observe, rule in (
+        ("ppo", "load", "must be 'all' or"),
+        ("recurrent_ppo", "batch_size", "'all' for recurrent_ppo"),
+    ):
         with pytest.raises(ValueError, match=rule):
             make_agent(algorithm, env, {**SMALL[algorithm], "observe": observe}, plans=env.plans)
 
@@ -242,7 +245,7 @@ def test_it_goes_on_on_live_decoding_and_updates_are_no_thinking_time(tmp_path: 
     )
     env = as_vector(live)
     agent = make_agent("ppo", env, {**SMALL["ppo"], "n_steps": 32, "normalize": True}, plans=plans)
-    curve = RLTrainingLog(agent, seconds=None, off_the_clock=live.off_the_clock)
+    curve = RLTrainingLog(None, live.off_the_clock)
     thinking, updates = list[float](), list[int]()
     step, train = live.step, agent.model.train  # type: ignore[attr-defined]
 
@@ -257,7 +260,7 @@ def test_it_goes_on_on_live_decoding_and_updates_are_no_thinking_time(tmp_path: 
         updates.append(len(thinking))
 
     live.step, agent.model.train = watched, slow  # type: ignore[method-assign, attr-defined]
-    agent.model.learn(96, callback=curve.callback())
+    agent.model.learn(96, callback=curve)
     assert len(thinking) == 96 and updates == [32, 64, 96]
     assert max(thinking) < 0.1  # those of the steps after an update, too
     assert curve.rows and 0.0 < curve.rows[0]["speedup"] < 10.0
@@ -308,7 +311,7 @@ def test_the_adapter_counts_speedups_and_tells_what_ended() -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("task", ["SpecRL/Simulated-v0", "SpecRL/SpecDecode-v0"])
 def test_shipped_hyperparameters_make_an_agent(algorithm: str, task: str) -> None:
-    hyper = read_hyperparameters(HYPERPARAMETERS / f"{algorithm}.yaml", task)
+    hyper = AgentConfig(algorithm).read_hyperparameters(task)
     assert hyper["n_timesteps"] > 1000
     env = simulated(2)
     agent = make_agent(algorithm, env, {**hyper, "batch_size": 32}, plans=env.plans)

@@ -2,12 +2,12 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import AUX_LAYERS, lively_draft, tiny_target
 from torch import Tensor
 
 from specrl.agents.draft.unroll import unroll
 from specrl.models.draft import Draft, ServingDraft
-from specrl.models.rope import rope_table
 
 BATCH, LENGTH, PASSES = 2, 14, 5  # tokens x_0 .. x_14, of which slots 0 .. 13 predict
 VOCABULARIES = {"whole": None, "reduced": (1, 2, 5, 7, 8)}
@@ -27,9 +27,8 @@ def traffic() -> tuple[Tensor, Tensor]:
 def logits(parameters: Mapping[str, Tensor], draft: Draft, features: Tensor, tokens: Tensor) -> list[Tensor]:
     """[B, T, Vd] of every pass."""
     c = draft.config
-    rotation = rope_table(c.rope, c.head_dim, LENGTH)
     embeddings = tiny_target().embedding[tokens[:, 1:]]
-    return list(unroll(parameters, c, embeddings, features, rotation, PASSES))
+    return [F.linear(x, parameters["lm_head.weight"]) for x in unroll(parameters, c, embeddings, features, PASSES)]
 
 
 @torch.inference_mode()
@@ -121,5 +120,6 @@ def test_one_slot_is_enough_for_one_pass() -> None:
     draft, (tokens, features) = lively_draft(), traffic()
     c = draft.config
     embeddings = tiny_target().embedding[tokens[:, 1:2]]
-    (drafted,) = unroll(draft.tensors, c, embeddings, features[:, :1], rope_table(c.rope, c.head_dim, 1), 1)
+    (state,) = unroll(draft.tensors, c, embeddings, features[:, :1], 1)
+    drafted = F.linear(state, draft.tensors["lm_head.weight"])
     torch.testing.assert_close(drafted, served(draft, features, tokens, 0)[:, :1], atol=1e-4, rtol=0.0)

@@ -7,7 +7,7 @@ tokens of an observation fill the slots before their positions, and drafting con
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,28 +16,6 @@ from torch import Tensor
 
 from specrl.models.draft import Draft, ServingDraft
 from specrl.models.target import Target
-
-
-class Prompt(Protocol):
-    """A new request (see `info["prefills"]`)."""
-
-    @property
-    def row(self) -> int:
-        """Row of observations and actions."""
-        ...
-
-    @property
-    def tokens(self) -> NDArray[np.int64]:
-        """[T] int64."""
-        ...
-
-    @property
-    def features(self) -> NDArray[np.float32]:
-        """[T, 3H] float32."""
-        ...
-
-
-Draw = Callable[[Tensor], NDArray[np.int64]]
 
 
 class DraftActor:
@@ -64,9 +42,9 @@ class DraftActor:
         seed: int = 0,
     ) -> None:
         self.serving = ServingDraft(draft, target)
-        self._num_steps, self._temperature = num_steps, temperature
+        self._rows, self._num_steps, self._temperature = rows, num_steps, temperature
         self._cache = self.serving.new_cache(rows, max_context + 2 * num_steps + 2)
-        self._rows, self._vocab = rows, target.config.vocab_size
+        self._vocab_size = target.config.vocab_size
         self._generator = torch.Generator(target.device).manual_seed(seed)
 
     def load(self, weights: Mapping[str, Tensor], *, version: int) -> None:
@@ -74,20 +52,24 @@ class DraftActor:
         self.serving.load(weights, version=version)
 
     @torch.inference_mode()
-    def read(self, prompts: Iterable[Prompt]) -> None:
-        """Read the prompts of new requests (inside `off_the_clock()`, because it is prefill)."""
+    def read(self, prefills: Iterable[Any]) -> None:
+        """Read the prompts of new requests, `info["prefills"]` (inside `off_the_clock()`, because it is prefill)."""
         device = self.serving.device
-        for prompt in prompts:
-            count = len(prompt.tokens) - 1
+        for prefill in prefills:
+            count = len(prefill.tokens) - 1
             if count:
-                tokens = torch.from_numpy(prompt.tokens[1:])[None].to(device)
-                hidden = self.serving.fuse(self._features(prompt.features[None, :-1]))
+                tokens = torch.from_numpy(prefill.tokens[1:])[None].to(device)
+                hidden = self._fuse(prefill.features[None, :-1])
                 slots = torch.arange(count, device=device)[None]
-                self.serving.decode(tokens, hidden, self._cache, slots, length=count, first_row=prompt.row)
+                self.serving.decode(tokens, hidden, self._cache, slots, length=count, first_row=prefill.row)
 
     @torch.inference_mode()
     def act(
-        self, observation: Mapping[str, Any], num_steps: int | None = None, *, draw: Draw | None = None
+        self,
+        observation: Mapping[str, Any],
+        num_steps: int | None = None,
+        *,
+        draw: Callable[[Tensor], NDArray[np.int64]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draft for the live requests.
 
@@ -106,39 +88,36 @@ class DraftActor:
         width, first = int(counts.max()), observation["positions"][:live, 0] - 1
         slots = torch.from_numpy(first[:, None] + np.arange(width)).to(device)  # padding is overwritten later
         tokens = torch.from_numpy(observation["tokens"][:live, :width]).clamp(min=0).to(device)
-        hidden = self.serving.fuse(self._features(observation["features"][:live, :width]))
-        length = int(first.max()) + width
-        hidden = self.serving.decode(tokens, hidden, self._cache, slots, length=length)
+        hidden = self._fuse(observation["features"][:live, :width])
+        hidden = self.serving.decode(tokens, hidden, self._cache, slots, length=int(first.max()) + width)
         at = torch.from_numpy(counts).to(device)
         state, free = hidden[torch.arange(live, device=device), at - 1], slots[:, 0] + at  # [b, H], [b]
         drafted = torch.full((self._rows, self._num_steps), -1)
-        probabilities = torch.zeros(self._rows, self._num_steps, self._vocab)
+        probabilities = torch.zeros(self._rows, self._num_steps, self._vocab_size)
         length = int((first + counts).max())
         for step in range(steps):
-            chosen, q = self._choose(state, draw)
+            q = self._distribution(state)
+            chosen = self._sample(q) if draw is None else torch.from_numpy(draw(q.cpu())).to(device)
             drafted[:live, step], probabilities[:live, step] = chosen.cpu(), q.cpu()
             if step + 1 < steps:
-                length += 1
-                state = self.serving.decode(
-                    chosen[:, None], state[:, None], self._cache, free[:, None] + step, length=length
-                )[:, 0]
+                slots, length = free[:, None] + step, length + 1
+                state = self.serving.decode(chosen[:, None], state[:, None], self._cache, slots, length=length)[:, 0]
         return drafted, probabilities
 
-    def _features(self, features: NDArray[np.float32]) -> Tensor:
-        return torch.from_numpy(features).to(self.serving.device, self.serving.dtype)
+    def _fuse(self, features: NDArray[np.float32]) -> Tensor:
+        return self.serving.fuse(torch.from_numpy(features).to(self.serving.device, self.serving.dtype))
 
-    def _choose(self, state: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
-        """Drafts [b] int64 as target ids, and q [b, V]."""
+    def _distribution(self, state: Tensor) -> Tensor:
+        """q [b, V]: zero outside the draft's vocabulary, one-hot at temperature 0."""
         logits, ids = self.serving.logits(state), self.serving.target_ids
         if self._temperature:
             q = torch.softmax(logits / self._temperature, -1)
         else:
             q = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1)[:, None], 1.0)
-        if ids is not None:
-            q = q.new_zeros(len(q), self._vocab).index_copy_(1, ids, q)
-        if draw is not None:
-            return torch.from_numpy(draw(q.cpu())).to(q.device), q
+        return q if ids is None else q.new_zeros(len(q), self._vocab_size).index_copy_(1, ids, q)
+
+    def _sample(self, q: Tensor) -> Tensor:
         if not self._temperature:
-            return q.argmax(-1), q
+            return q.argmax(-1)
         noise = torch.empty_like(q).exponential_(generator=self._generator)
-        return (q / noise).argmax(-1), q  # the argmax is a sample of q (exponential race)
+        return (q / noise).argmax(-1)  # a sample of q (exponential race)

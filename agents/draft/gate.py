@@ -7,7 +7,6 @@ were measured with both drafts serving in turns; it does not depend on recorded 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,15 +15,17 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from specrl.agents.draft.fused_head import head_steps, make_targets
-from specrl.agents.draft.objective import draft_ids
-from specrl.agents.draft.sequences import TrainingSequence, collate, next_tokens
-from specrl.agents.draft.unroll import unroll_states
+from specrl.agents.draft.batch import collate
+from specrl.agents.draft.fused_head import head_steps
+from specrl.agents.draft.losses import greedy_step, sampled_step
+from specrl.agents.draft.sequences import TrainingSequence
+from specrl.agents.draft.unroll import unroll
 from specrl.core.statistics import Interval, mean_interval, paired_speedup
 from specrl.models.config import DraftArchitecture
-from specrl.models.rope import rope_table
+from specrl.models.draft import vocabulary_ids
 
-_BATCH = 8  # sequences
+_LEAST = 8  # sequences or pairs that a test needs
+_BATCH = 8  # sequences that are computed together
 _GREEDY_TEMPERATURE = 1e-3  # the best of float16 logits has all the mass then, or shares it with its equals
 
 
@@ -53,10 +54,8 @@ class Gate:
         num_steps: number of drafts at which accept lengths are compared.
         sampled: drafts are sampled and accepted by rejection sampling; otherwise they are the draft's best tokens,
             accepted if the target chooses them.
-        least_gain: in tokens per round; a candidate passes if the lower end of the interval of its gain is above it. A
-            value a little below 0 also accepts candidates that are equally good; 0 requires a significant gain.
-        least: smallest number of sequences.
-        level: of the interval.
+        least_gain: in tokens per round; a candidate passes if the lower end of the 95 % interval of its gain is above
+            it. A value a little below 0 also accepts candidates that are equally good; 0 requires a significant gain.
         seed: of the bootstrap in each comparison.
 
     Raises:
@@ -71,21 +70,15 @@ class Gate:
         num_steps: int = 3,
         sampled: bool = True,
         least_gain: float = -0.02,
-        least: int = 8,
-        level: float = 0.95,
         seed: int = 0,
     ) -> None:
-        if num_steps < 1 or least < 2:
-            raise ValueError(f"num_steps must be at least 1 and least at least 2, but got {num_steps} and {least}")
-        if not -num_steps < least_gain < num_steps or not 0 < level < 1:
+        if num_steps < 1 or not abs(least_gain) < num_steps:
             raise ValueError(
-                f"least_gain must be in (-{num_steps}, {num_steps}) and level in (0, 1), but got {least_gain}, {level}"
+                f"num_steps must be at least 1 and least_gain between -num_steps and num_steps, but got {num_steps} "
+                f"and {least_gain}"
             )
-        self.shape, self.num_steps, self.sampled = shape, num_steps, sampled
-        self.least_gain, self.least, self.level = least_gain, least, level
-        self._embedding = embedding.detach().float()
-        self._rotation = rope_table(shape.rope, shape.head_dim, shape.max_position_embeddings).to(embedding.device)
-        self._seed = seed
+        self.shape, self.num_steps, self.sampled, self.least_gain = shape, num_steps, sampled, least_gain
+        self._embedding, self._seed = embedding.detach().float(), seed
 
     def compare(
         self, serving: Mapping[str, Tensor], candidate: Mapping[str, Tensor], sequences: Sequence[TrainingSequence]
@@ -95,12 +88,12 @@ class Gate:
         if broken:
             return Verdict(False, f"the candidate's {broken[0]} is not finite", harmful=True)
         usable = [s for s in sequences if len(s.tokens) > max(s.prompt_tokens, self.num_steps + 1)]
-        if len(usable) < self.least:
-            return Verdict(False, f"{len(usable)} held-out sequences are fewer than the required {self.least}")
+        if len(usable) < _LEAST:
+            return Verdict(False, f"{len(usable)} held-out sequences are fewer than the required {_LEAST}")
         before, after = (self.accept_lengths(weights, usable) for weights in (serving, candidate))
         if not np.isfinite(after).all():
             return Verdict(False, "the candidate's accept length is not finite", harmful=True)
-        gain = mean_interval(after - before, level=self.level, rng=np.random.default_rng(self._seed))
+        gain = mean_interval(after - before, rng=np.random.default_rng(self._seed))
         passed = gain.low > self.least_gain
         reason = (
             f"accept length {before.mean():.3f} -> {after.mean():.3f}, gain {gain} over {len(usable)} sequences, "
@@ -114,35 +107,24 @@ class Gate:
 
         The expectation is exact given the tokens, because the probability of acceptance is known at each of them.
         """
-        out = []
-        for start in range(0, len(sequences), _BATCH):
-            with self._embedding.device:  # of new tensors, as of weights and sequences
-                out.append(self._accept_lengths(weights, list(sequences[start : start + _BATCH])))
-        return torch.cat(out).double().cpu().numpy()
+        with self._embedding.device:  # of new tensors, as of weights and sequences
+            parts = [sequences[start : start + _BATCH] for start in range(0, len(sequences), _BATCH)]
+            lengths = torch.cat([self._accept_lengths(weights, part) for part in parts])
+        return lengths.double().cpu().numpy()
 
-    def _accept_lengths(self, weights: Mapping[str, Tensor], sequences: list[TrainingSequence]) -> Tensor:
-        tokens, features, valid = collate(sequences)
-        inside = valid[:, 1:]  # [B, T - 1] slots
-        ids = torch.arange(self.shape.draft_vocab_size) + weights["d2t"] if "d2t" in weights else None
-        back = None if ids is None else draft_ids(ids, self.shape.vocab_size)
+    def _accept_lengths(self, weights: Mapping[str, Tensor], sequences: Sequence[TrainingSequence]) -> Tensor:
         temperatures = [max(s.temperature, _GREEDY_TEMPERATURE) for s in sequences]
-        targets = make_targets([s.logits[1:] for s in sequences], temperatures, next_tokens(sequences), back, ids)
-        every, head, matched = torch.arange(len(targets.tokens)), weights["lm_head.weight"], []
-        states = unroll_states(
-            weights,
-            self.shape,
-            self._embedding[tokens[:, 1:]],
-            features[:, :-1].float(),
-            self._rotation,
-            self.num_steps,
-        )
-        for state in states:
-            step = head_steps(state[inside], head, targets, every, self.sampled, sharpness=math.inf)
-            matched.append(torch.zeros(inside.shape).masked_scatter_(inside, step.matched))
-        rounds = expected_rounds(matched, inside)
+        batch = collate(sequences, temperatures, vocabulary_ids(weights, self.shape))
+        slots, matched = torch.arange(len(batch.targets.tokens)), []
+        embeddings, features = self._embedding[batch.tokens], batch.features.float()
+        for state in unroll(weights, self.shape, embeddings, features, self.num_steps):
+            rows, head = state[batch.inside], weights["lm_head.weight"]
+            step = head_steps(rows, head, batch.targets, slots, sampled_step if self.sampled else greedy_step)
+            matched.append(torch.zeros(batch.inside.shape).masked_scatter_(batch.inside, step.matched))
+        rounds = expected_rounds(matched, batch.inside)
         # A slot predicts the token after the next one, and prefill yields the first token of the answer.
-        first = torch.tensor([[max(0, s.prompt_tokens - 1)] for s in sequences])
-        return (inside.sum(1) - first[:, 0]) / rounds.gather(1, first)[:, 0]
+        first = (batch.prompt_tokens - 1).clamp_min(0)
+        return (batch.inside.sum(1) - first[:, 0]) / rounds.gather(1, first)[:, 0]
 
 
 def expected_rounds(matched: Sequence[Tensor], inside: Tensor) -> Tensor:
@@ -169,16 +151,9 @@ def expected_rounds(matched: Sequence[Tensor], inside: Tensor) -> Tensor:
 
 
 def judge_trial(
-    serving: ArrayLike,
-    candidate: ArrayLike,
-    *,
-    least_ratio: float = 0.95,
-    least: int = 8,
-    level: float = 0.95,
-    groups: ArrayLike | None = None,
-    rng: np.random.Generator,
+    serving: ArrayLike, candidate: ArrayLike, *, least_ratio: float = 0.95, rng: np.random.Generator
 ) -> Verdict:
-    """Judge speeds that were measured in turns by the geometric mean of candidate / serving and its interval.
+    """Judge speeds that were measured in turns by the geometric mean of candidate / serving and its 95 % interval.
 
     The candidate passes if the interval is above `least_ratio`, and is harmful if the interval is below. Otherwise the
     trial was too short, and the candidate does not pass.
@@ -186,24 +161,17 @@ def judge_trial(
     Args:
         serving, candidate: [n] tokens per second of paired rounds or blocks of rounds.
         least_ratio: the ratio that the interval must be above.
-        least: smallest number of pairs.
-        level: of the interval.
-        groups: [n] pairs with equal values are resampled together, such as those of one prompt.
         rng: of the bootstrap.
 
     Raises:
-        ValueError: the speeds are not paired, the serving draft's are not finite and above 0, or least is below 2.
+        ValueError: the speeds are not paired, or the serving draft's are not finite and above 0.
     """
     ours, theirs = np.asarray(serving, dtype=np.float64), np.asarray(candidate, dtype=np.float64)
-    if least < 2 or ours.shape != theirs.shape:
-        raise ValueError(f"a trial needs least >= 2 and pairs, but got {least}, {ours.shape} and {theirs.shape}")
-    if not (np.isfinite(ours).all() and (ours > 0).all()):
-        raise ValueError("the serving draft's speeds must be finite and above 0; leave out rounds without tokens")
-    if len(ours) < least:
-        return Verdict(False, f"{len(ours)} pairs are fewer than the required {least}")
+    if len(ours) < _LEAST:
+        return Verdict(False, f"{len(ours)} pairs are fewer than the required {_LEAST}")
     if not (np.isfinite(theirs).all() and (theirs > 0).all()):
         return Verdict(False, "the candidate's speed is not always finite and above 0", harmful=True)
-    ratio = paired_speedup(theirs, ours, groups=groups, level=level, rng=rng)  # seconds a/b = speeds b/a
+    ratio = paired_speedup(theirs, ours, rng=rng)  # seconds a/b = speeds b/a
     passed, worse = ratio.low > least_ratio, ratio.high < least_ratio
     verdict = "above" if passed else "below" if worse else "not significantly above"
     return Verdict(passed, f"speed ratio {ratio} over {len(ours)} pairs, {verdict} {least_ratio:g}", ratio, worse)

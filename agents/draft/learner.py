@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specrl.agents.draft.config import LearnerConfig, product_dtype
-from specrl.agents.draft.divergence_guard import DivergenceGuard
 from specrl.agents.draft.objective import Objective
 from specrl.agents.draft.sequences import Assembler, Replay, TrainingSequence, uniform_hash
+from specrl.agents.draft.weights import LearntWeights
 from specrl.core.clock import Clock
 from specrl.core.interfaces import DraftLearner, PlanCost
 from specrl.core.round import Trace
@@ -43,13 +41,13 @@ class OnlineLearner(DraftLearner):
 
     Attributes:
         parameters: the weights that are learnt, by SGLang's names, float32.
+        optimizer: of the parameters.
         replay: sequences to learn from, on `device`.
         held_out: sequences to compare drafts on, on the target's device.
-        updates: number of good updates.
         requests: number of finished requests taken.
 
     Raises:
-        ValueError: weights that are not finite, or a device that does not exist.
+        ValueError: a device that does not exist.
     """
 
     def __init__(
@@ -64,25 +62,19 @@ class OnlineLearner(DraftLearner):
     ) -> None:
         self.config, self._home = config, embedding.device
         self.device = self._home if config.device is None else _device(config.device)
-        self._bfloat16 = product_dtype(config.dtype, self.device) == torch.bfloat16
-        moved = Draft(draft.config, {n: t.to(self.device) for n, t in draft.tensors.items()})
-        with self._computing():
-            resolved = replace(config, dtype="bfloat16" if self._bfloat16 else "float32")
-            self._objective = Objective(moved, embedding.to(self.device), resolved)
+        self._objective = Objective(draft, embedding.to(self.device), config)
         self.wants_plan_costs = "seconds_saved" in self._objective.mixture.chain
         self._fixed = {n: t for n, t in draft.tensors.items() if n in _VOCABULARY_MAPS}
-        learnt = {n: t for n, t in draft.tensors.items() if n not in _VOCABULARY_MAPS}
-        self.parameters = {n: t.to(self.device, copy=True).requires_grad_() for n, t in learnt.items()}
-        self._averages = {n: t.detach().clone() for n, t in self.parameters.items()}
-        self.optimizer = _adamw(self.parameters.values(), config)
-        self._guard = DivergenceGuard(self.parameters, self._averages, self.optimizer, config.max_bad_updates)
+        learnt = {n: t.to(self.device) for n, t in draft.tensors.items() if n not in _VOCABULARY_MAPS}
+        self._weights = LearntWeights(learnt, config)
+        self.parameters, self.optimizer = self._weights.parameters, self._weights.optimizer
         self._assembler = Assembler(
             sample_rate=config.request_sample_rate, seed=seed, keep_rejected=config.rejected_weight > 0
         )
         self.replay = Replay(config.replay_capacity, config.replay_half_life, seed, config.stale_half_life)
         self.held_out: deque[TrainingSequence] = deque(maxlen=_HOLDOUT_CAPACITY)
-        self.updates = self.requests = 0
-        self._due, self._seed, self._clock, self._gated = 0.0, seed, clock, gated
+        self.requests = 0
+        self._updates_due, self._seed, self._clock, self._gated = 0.0, seed, clock, gated
 
     def learn(self, traces: list[Trace]) -> Mapping[str, float]:
         """Take traces, and make the updates that are due for finished requests.
@@ -94,17 +86,17 @@ class OnlineLearner(DraftLearner):
         """
         self.take(traces)
         metrics: dict[str, list[float]] = {}
-        updates, tokens, bad_updates = 0, 0, self._guard.bad_updates
+        updates, tokens, bad_updates = 0, 0, self._weights.bad_updates
         began = 0.0 if self._clock is None else self._clock.now()
-        while self._due >= 1.0 and len(self.replay):
-            self._due -= 1.0
+        while self._updates_due >= 1.0 and len(self.replay):
+            self._updates_due -= 1.0
             updates += 1
             drawn = self.replay.draw(self.config.batch_size, self.version)
             staleness = sum(self.version - s.draft_version for s in drawn) / len(drawn)
             tokens += sum(len(s.tokens) for s in drawn)
             for name, value in {**self.update(drawn), "staleness": staleness}.items():
                 metrics.setdefault(name, []).append(value)
-        if not self._gated and updates and self._guard.bad_updates == bad_updates:
+        if not self._gated and updates and self._weights.bad_updates == bad_updates:
             self.snapshot()
         means = {name: sum(values) / len(values) for name, values in metrics.items()}
         if self._clock is not None and tokens:
@@ -117,22 +109,13 @@ class OnlineLearner(DraftLearner):
         If the loss or the gradient is not finite, nothing changes and nothing is returned.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        with self._computing():
-            metrics = self._objective.backward(self.parameters, sequences)
+        metrics = self._objective.backward(self.parameters, sequences)
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm))
-        if not self._guard.admits(metrics["loss"], norm):
+        if not self._weights.admits(metrics["loss"], norm):
             self.optimizer.zero_grad(set_to_none=True)
             return {}
-        self.optimizer.step()
-        self.updates += 1
-        self._average_weights()
+        self._weights.step()
         return {**metrics, "gradient_norm": norm}
-
-    @torch.no_grad()
-    def _average_weights(self) -> None:
-        decay = min(self.config.ema_decay, self.updates / (self.updates + 10.0))  # smaller in the first updates
-        for name, average in self._averages.items():
-            average.lerp_(self.parameters[name], 1.0 - decay)
 
     def take(self, traces: Iterable[Trace]) -> None:
         """Take traces; the updates that are due for them are made by the next `learn`."""
@@ -149,7 +132,7 @@ class OnlineLearner(DraftLearner):
                 else:
                     kept.append(sequence.to(self.device))
         self.replay.extend(kept)
-        self._due += len(kept) * self.config.updates_per_request
+        self._updates_due += len(kept) * self.config.updates_per_request
 
     def end_session(self) -> None:
         """Forget unfinished requests: the session is over, and ids start again."""
@@ -159,7 +142,7 @@ class OnlineLearner(DraftLearner):
         """Forget all finished requests, including those held out, and the updates that are due for them."""
         self.replay.clear()
         self.held_out.clear()
-        self._due = 0.0
+        self._updates_due = 0.0
 
     def opt_out(self, requests: Iterable[int]) -> None:
         """Learn nothing from these requests, by id; unfinished ones are forgotten."""
@@ -170,68 +153,60 @@ class OnlineLearner(DraftLearner):
         self._objective.set_plan_costs(costs, speedup)
 
     @property
+    def updates(self) -> int:
+        """Number of good updates."""
+        return self._weights.updates
+
+    @property
     def version(self) -> int:
         """Version of the weights: the number of good updates and rollbacks."""
-        return self.updates + self._guard.rollbacks
+        return self._weights.updates + self._weights.rollbacks
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:
         """The version and a copy of the weights to serve, by SGLang's names."""
-        return self.version, self._copy(self._averages)
+        return self.version, self._copy(self._weights.averages)
 
     def snapshot(self) -> None:
         """Remember the present weights as good ones, for `roll_back`."""
-        self._guard.snapshot()
+        self._weights.snapshot()
 
     def snapshot_weights(self) -> Mapping[str, Tensor]:
         """A copy of the weights of the last `snapshot`, by SGLang's names."""
-        return self._copy(self._guard.good)
+        return self._copy(self._weights.good)
 
     def roll_back(self) -> None:
         """Restore the weights of the last `snapshot` and clear the optimiser's state."""
-        self._guard.roll_back()
-
-    @property
-    def skipped(self) -> int:
-        """Requests without a complete trace from their prefill on, or with values that are not finite."""
-        return self._assembler.skipped
+        self._weights.roll_back()
 
     def counts(self) -> dict[str, float]:
         """Numbers of sequences and updates.
 
         held, held_out, open: sequences in the replay buffer, held out, and being assembled. dropped: pushed out of the
-        replay buffer. skipped: see `skipped`. passed_over, opted_out: left out by sampling, and by request.
-        bad_updates, rollbacks: updates that were not finite, and restorations of good weights.
+        replay buffer. skipped, passed_over, opted_out: see `Assembler`. bad_updates, rollbacks: updates that were not
+        finite, and restorations of good weights.
         """
         numbers = {
             "held": len(self.replay),
             "held_out": len(self.held_out),
             "open": self._assembler.open,
             "dropped": self.replay.dropped,
-            **self._assembler.counts(),
-            "bad_updates": self._guard.bad_updates,
-            "rollbacks": self._guard.rollbacks,
+            **self._assembler.counts,
+            "bad_updates": self._weights.bad_updates,
+            "rollbacks": self._weights.rollbacks,
         }
         return {name: float(number) for name, number in numbers.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The state without sequences (`replay`, `held_out`): 'tensors' by name, all other values JSON-able."""
-        tensors = {}
-        for name, parameter in self.parameters.items():
-            tensors[f"parameters.{name}"] = parameter.detach()
-            tensors[f"averages.{name}"] = self._averages[name]
-            if self._gated:
-                tensors[f"good.{name}"] = self._guard.good[name]
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}.{name}"] = value
         return {
-            "tensors": tensors,
-            "updates": self.updates,
+            "tensors": self._weights.tensors(good=self._gated),
+            "updates": self._weights.updates,
             "requests": self.requests,
-            "due": self._due,
-            "bad_updates": self._guard.bad_updates,
-            "rollbacks": self._guard.rollbacks,
+            "due": self._updates_due,
+            "bad_updates": self._weights.bad_updates,
+            "rollbacks": self._weights.rollbacks,
             "replay": self.replay.state_dict(),
-            "left_out": self._assembler.counts(),
+            "left_out": dict(self._assembler.counts),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -240,31 +215,14 @@ class OnlineLearner(DraftLearner):
         Raises:
             ValueError: the state of a learner of another draft.
         """
-        tensors: Mapping[str, Tensor] = state["tensors"]
-        for name, parameter in self.parameters.items():
-            found = tensors.get(f"parameters.{name}")
-            if found is None or found.shape != parameter.shape:
-                got = "none" if found is None else tuple(found.shape)
-                raise ValueError(
-                    f"a learner's state must fit its draft: {name} is {tuple(parameter.shape)}, but got {got}"
-                )
-        with torch.no_grad():
-            for name, average in self._averages.items():
-                average.copy_(tensors.get(f"good.{name}", tensors[f"averages.{name}"]))
-            self._guard.snapshot()
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"parameters.{name}"])
-                self._averages[name].copy_(tensors[f"averages.{name}"])
-                self.optimizer.state.pop(parameter, None)
-                if f"step.{name}" in tensors:
-                    moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                    self.optimizer.state[parameter] = {
-                        key: tensor.to(self.device, copy=True) for key, tensor in moments.items()
-                    }
-        self.updates, self.requests, self._due = state["updates"], state["requests"], state["due"]
-        self._guard.bad_updates, self._guard.rollbacks = state["bad_updates"], state["rollbacks"]
+        weights = self._weights
+        weights.load_tensors(state["tensors"])
+        weights.updates, weights.bad_updates, weights.rollbacks = (
+            state[name] for name in ("updates", "bad_updates", "rollbacks")
+        )
+        self.requests, self._updates_due = state["requests"], state["due"]
         self.replay.load_state_dict(state["replay"])
-        self._assembler.load_counts(state["left_out"])
+        self._assembler.counts.update(state["left_out"])
 
     def load_sequences(self, replay: Iterable[TrainingSequence], held_out: Iterable[TrainingSequence]) -> None:
         """Restore sequences to learn from and held-out sequences; no updates become due for them."""
@@ -274,24 +232,6 @@ class OnlineLearner(DraftLearner):
     def _copy(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of these weights and of the vocabulary maps, on the target's device."""
         return {name: t.to(self._home, copy=True) for name, t in {**learnt, **self._fixed}.items()}
-
-    def _computing(self) -> ExitStack:
-        """On a GPU, new tensors are created there and products have the dtype of the config."""
-        contexts = ExitStack()
-        if self.device.type != "cpu":
-            contexts.enter_context(self.device)
-            contexts.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bfloat16))
-        return contexts
-
-
-def _adamw(parameters: Iterable[Tensor], config: LearnerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    listed = list(parameters)
-    groups = [
-        {"params": [p for p in listed if p.ndim == 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in listed if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def _device(name: str) -> torch.device:

@@ -79,12 +79,8 @@ class Mixture(NamedTuple):
 
     def __call__(self, logq: Tensor, p: Tensor, token: Tensor) -> Tensor:
         """The weighted sum of the losses of single tokens: [N]."""
-        (name, weight), *rest = self.slot.items()
-        total = SLOT_LOSSES[name](logq, p, token)
-        total = total if weight == 1.0 else weight * total
-        for name, weight in rest:
-            total = total + weight * SLOT_LOSSES[name](logq, p, token)
-        return total
+        losses = [weight * SLOT_LOSSES[name](logq, p, token) for name, weight in self.slot.items()]
+        return torch.stack(losses).sum(0)
 
 
 def parse_loss(text: str) -> Mixture:
@@ -93,7 +89,7 @@ def parse_loss(text: str) -> Mixture:
     Raises:
         ValueError: an unknown name, one named twice, or a weight that is not finite and above 0.
     """
-    weights: dict[str, float] = {}
+    mixture = Mixture({}, {})
     for part in text.split("+"):
         name, colon, number = (piece.strip() for piece in part.partition(":"))
         if name not in SLOT_LOSSES and name not in CHAIN_LOSSES:
@@ -103,13 +99,13 @@ def parse_loss(text: str) -> Mixture:
             weight = float(number) if colon else 1.0
         except ValueError:
             weight = math.nan
+        weights = mixture.slot if name in SLOT_LOSSES else mixture.chain
         if not 0.0 < weight < math.inf or name in weights:
             raise ValueError(
                 f"each loss must appear once and have a finite weight above 0, but got {part!r} in {text!r}"
             )
         weights[name] = weight
-    slot = {name: weight for name, weight in weights.items() if name in SLOT_LOSSES}
-    return Mixture(slot, {name: weight for name, weight in weights.items() if name in CHAIN_LOSSES})
+    return mixture
 
 
 def top_k_of(p: Tensor, k: int) -> Tensor:
@@ -126,13 +122,12 @@ class Step(NamedTuple):
     accepted: Tensor  # probability that the draft is accepted, whatever it is
 
 
-def sampled_step(q: Tensor, p: Tensor, token: Tensor) -> Step:
-    """A draft sampled from q, with rejection sampling: min(1, q(x) / p(x)) and α, exactly.
+MakeStep = Callable[[Tensor, Tensor, Tensor], Step]
+"""A step from q, p [N, Vd] and the next tokens [N] int64, as draft ids (-1: not in the draft's vocabulary)."""
 
-    Args:
-        q, p: [N, Vd] probabilities.
-        token: [N] int64 draft ids, -1 outside.
-    """
+
+def sampled_step(q: Tensor, p: Tensor, token: Tensor) -> Step:
+    """A draft sampled from q, with rejection sampling: min(1, q(x) / p(x)) and α, exactly."""
     at = token.clamp_min(0)[:, None]
     ours, theirs = q.gather(-1, at)[:, 0], p.gather(-1, at)[:, 0]
     can = (token >= 0) & (theirs > _TINY)  # the token may come from another temperature, where p is 0
@@ -168,17 +163,13 @@ def survival(steps: Sequence[Step], starts: Tensor, inside: Tensor) -> tuple[Ten
     """
     reach, valid = starts.to(steps[0].accepted.dtype), starts & inside
     sums, counts = [], []
-    for k, step in enumerate(steps):
-        if k:
-            reach, valid = _later(reach * steps[k - 1].matched), _later(valid) & inside
+    for step in steps:
         sums.append(torch.where(valid, reach * step.accepted, 0.0).sum(-1))
         counts.append(valid.sum(-1))
+        # The next draft is one slot later.
+        reach = torch.nn.functional.pad((reach * step.matched)[:, :-1], (1, 0))
+        valid = torch.nn.functional.pad(valid[:, :-1], (1, 0)) & inside
     return torch.stack(sums, -1), torch.stack(counts, -1)
-
-
-def _later(x: Tensor) -> Tensor:
-    """[B, T] shifted by one slot, with zeros at the start."""
-    return torch.nn.functional.pad(x[:, :-1], (1, 0))
 
 
 def accept_length(survived: Tensor, num_steps: int) -> Tensor:
@@ -186,22 +177,18 @@ def accept_length(survived: Tensor, num_steps: int) -> Tensor:
     return 1.0 + survived[:num_steps].sum()
 
 
-def seconds_saved(survived: Tensor, costs: Sequence[PlanCost], *, speedup: float = 1.0, best: bool = True) -> Tensor:
+def seconds_saved(survived: Tensor, costs: Sequence[PlanCost], *, speedup: float = 1.0) -> Tensor:
     """Σ_B share · (t0(B) · E[τ] - λ · T(B, plan)) ÷ Σ_B share · t0(B): plain decoding steps saved per round.
 
-    T does not depend on the draft's weights, so costs only set the weights of the P_k. With `best`, each batch size
-    runs the plan with the largest term, and by the envelope theorem the gradient is that of this plan. λ = 1 gives
-    seconds saved per round, which favours long rounds; with λ = the speedup of the run, ΣN·t0/B ÷ ΣΔt, maximising it
-    maximises the speedup (Dinkelbach, 1967).
-
-    If plan 0 is the best one, as for an untrained draft, the gradient with `best` is zero. Start with another loss, use
-    a mixture, or set `best` to False.
+    Each batch size runs the plan with the largest term. T does not depend on the draft's weights, so by the envelope
+    theorem the gradient is that of this plan's E[τ]; it is zero if the plan is 0, as for an untrained draft. Start with
+    another loss then, or use a mixture. λ = 1 gives seconds saved per round, which favours long rounds; with λ = the
+    speedup of the run, ΣN·t0/B ÷ ΣΔt, maximising it maximises the speedup (Dinkelbach, 1967).
 
     Args:
         survived: [K], P_k.
-        costs: of the plans at each batch size; with `best`, a batch size has the sum of the shares of its plans.
+        costs: of the plans at each batch size, which has the sum of the shares of its plans.
         speedup: λ.
-        best: use the best plan of each batch size; otherwise each plan by its own share.
 
     Raises:
         ValueError: no costs, or none with a share.
@@ -213,10 +200,5 @@ def seconds_saved(survived: Tensor, costs: Sequence[PlanCost], *, speedup: float
     for batch in dict.fromkeys(cost.batch_size for cost in costs):
         here = [cost for cost in costs if cost.batch_size == batch]
         saved = [cost.plain_s * accept_length(survived, cost.num_steps) - speedup * cost.round_s for cost in here]
-        if best:
-            at = max(range(len(here)), key=lambda i: float(saved[i].detach()))
-            total = total + sum(cost.share for cost in here) * saved[at]
-        else:
-            for cost, value in zip(here, saved, strict=True):
-                total = total + cost.share * value
+        total = total + sum(cost.share for cost in here) * torch.stack(saved).max()
     return total / whole

@@ -22,7 +22,6 @@ of the training-time test (`unroll`) on the request's own tokens, at the slot th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,17 +30,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specrl.agents.draft.unroll import unroll_states
+from specrl.agents.draft.unroll import unroll
 from specrl.models.draft import Draft
-from specrl.models.rope import rope_table
 
 
-@dataclass(slots=True)
-class _Seen:
+class _Seen(NamedTuple):
     """A request so far: L tokens, and the features of slots 0 .. L - 2."""
 
     tokens: list[int]
-    features: list[NDArray[np.float32]] = field(default_factory=list)
+    features: list[NDArray[np.float32]]
 
 
 class _Tested(NamedTuple):
@@ -91,7 +88,6 @@ class Reinforce:
         self.optimizer = torch.optim.Adam(list(self.parameters.values()), lr=learning_rate)
         self.version = 0
         self._embedding = embedding.detach().float().cpu()
-        self._rotation = rope_table(c.rope, c.head_dim, c.max_position_embeddings)
         self._num_steps, self._temperature, self._max_grad_norm = num_steps, temperature, max_grad_norm
         self._forget, self._means = forget, dict[int, tuple[float, float]]()  # reward and weight, by batch size
         ids = torch.arange(c.vocab_size) if draft.target_ids is None else draft.target_ids
@@ -148,7 +144,7 @@ class Reinforce:
         Returns:
             The number of drafts, their mean log_prob, gradient_norm, and updates (0: there was nothing to learn).
         """
-        metrics = {"drafts": 0.0, "log_prob": 0.0, "gradient_norm": 0.0, "updates": 0.0}
+        metrics = dict.fromkeys(("drafts", "log_prob", "gradient_norm", "updates"), 0.0)
         if self._tested:
             logp, advantages = self.log_probabilities()
             self.optimizer.zero_grad(set_to_none=True)
@@ -157,7 +153,7 @@ class Reinforce:
             if np.isfinite(norm):
                 self.optimizer.step()
                 self.version += 1
-                metrics = {"drafts": float(len(logp)), "log_prob": float(logp.detach().mean())}
+                metrics |= {"drafts": float(len(logp)), "log_prob": float(logp.detach().mean())}
                 metrics |= {"gradient_norm": norm, "updates": 1.0}
         self.begin()
         return metrics
@@ -174,7 +170,7 @@ class Reinforce:
             tokens[i, : len(seen.tokens) - 1] = torch.tensor(seen.tokens[1:])
             features[i, : len(seen.features)] = torch.from_numpy(np.stack(seen.features))
         passes = min(self._num_steps, length)
-        states = unroll_states(self.parameters, self.config, self._embedding[tokens], features, self._rotation, passes)
+        states = unroll(self.parameters, self.config, self._embedding[tokens], features, passes)
         parts, advantages = [], []
         for k, state in enumerate(states):
             here = [t for t in self._tested if len(t.drafted) > k]

@@ -20,8 +20,8 @@ from specrl.agents.draft.attention import attend
 from specrl.models.config import DraftArchitecture
 from specrl.models.layer import DecoderLayer, GatedMLP, interleave, rms_norm
 from specrl.models.linear import TrainableLinear
+from specrl.models.rope import rope_table
 
-Parameters = Mapping[str, Tensor]
 _RECOMPUTE_FROM = 1 << 22  # entries of the MLP's gate and up from which the backward pass computes its products again
 
 
@@ -51,59 +51,41 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def unroll(
-    parameters: Parameters,
+    parameters: Mapping[str, Tensor],
     config: DraftArchitecture,
     embeddings: Tensor,
     features: Tensor,
-    rotation: Tensor,
     passes: int,
+    other: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """The draft's logits at every slot, pass after pass.
+    """The inputs of the draft's head at every slot, pass after pass.
 
     Args:
         parameters: the draft's tensors by SGLang's names; those to be learnt require gradients.
         config: the draft's shape.
         embeddings: [B, T, H], the target's embedding of the token after each slot's own.
         features: [B, T, 3H], the target's hidden states.
-        rotation: [>= T, D/2] complex64 rotary table.
         passes: in [1, T].
-
-    Yields:
-        [B, T, Vd] logits of pass k; slots t < k are not meaningful.
-    """
-    for state in unroll_states(parameters, config, embeddings, features, rotation, passes):
-        yield F.linear(state, parameters["lm_head.weight"])
-
-
-def unroll_states(
-    parameters: Parameters,
-    config: DraftArchitecture,
-    embeddings: Tensor,
-    features: Tensor,
-    rotation: Tensor,
-    passes: int,
-    other: Tensor | None = None,
-) -> Iterator[Tensor]:
-    """Inputs of the head [B, T, H], pass after pass; other arguments as in `unroll`.
-
-    Args:
         other: [B, T, H], embeddings of other tokens, such as rejected ones. Adds one more pass at the end: pass 0 as if
             slot t alone had read `other[t]`; its slot 0 is not meaningful.
+
+    Yields:
+        [B, T, H] of pass k; slots t < k are not meaningful.
     """
     c = config
     batch, length, _ = embeddings.shape
     heads, kv_heads, size = c.num_heads, c.num_kv_heads, c.head_dim
-    turn = rotation[:length, None]
+    rotation = rope_table(c.rope, size, length).to(features.device)[:, None]
     past: list[tuple[Tensor, Tensor]] = []  # keys and values [B, Hk, T, D] of every pass
 
     def norm(name: str) -> partial[Tensor]:
-        return partial(rms_norm, weight=parameters[name], eps=c.rms_norm_eps)
+        return partial(rms_norm, weight=parameters[f"{name}.weight"], eps=c.rms_norm_eps)
 
     def attend_to_passes(_: DecoderLayer, qkv: Tensor) -> Tensor:
         qkv = qkv.view(batch, length, heads + 2 * kv_heads, size)
-        turned = _rotate(qkv[:, :, : heads + kv_heads], turn)
-        past.append((turned[:, :, heads:].transpose(1, 2), qkv[:, :, heads + kv_heads :].transpose(1, 2)))
-        attended = attend(turned[:, :, :heads].transpose(1, 2), past)  # [B, heads, T, D]
+        rotated = _rotate(qkv[:, :, : heads + kv_heads], rotation)
+        past.append((rotated[:, :, heads:].transpose(1, 2), qkv[:, :, heads + kv_heads :].transpose(1, 2)))
+        attended = attend(rotated[:, :, :heads].transpose(1, 2), past)  # [B, heads, T, D]
         return attended.transpose(1, 2).reshape(-1, heads * size)
 
     at = "midlayer.self_attn."
@@ -113,20 +95,15 @@ def unroll_states(
     gate_up = torch.cat([_cast(parameters[f"midlayer.mlp.{name}_proj.weight"]) for name in ("gate", "up")])
     down = _cast(parameters["midlayer.mlp.down_proj.weight"])
     mlp = _RecomputedMLP(TrainableLinear(gate_up), TrainableLinear(down), c.intermediate_size)
-    input_norm, hidden_norm = norm("midlayer.input_layernorm.weight"), norm("midlayer.hidden_norm.weight")
+    input_norm, hidden_norm = norm("midlayer.input_layernorm"), norm("midlayer.hidden_norm")
     output = TrainableLinear(parameters[f"{at}o_proj.weight"])
 
     def read(tokens: Tensor) -> Tensor:
         """The tokens' part of queries, keys and values, the same in every pass: [B * T, (heads + 2 kv_heads) * D]."""
         return F.linear(input_norm(tokens), of_token).flatten(0, 1)
 
-    token_part = read(embeddings)
-    layer = DecoderLayer(
-        lambda normed: token_part + F.linear(normed, of_state),
-        output,
-        mlp,
-        norm("midlayer.post_attention_layernorm.weight"),
-    )
+    token_part, mlp_norm = read(embeddings), norm("midlayer.post_attention_layernorm")
+    layer = DecoderLayer(lambda normed: token_part + F.linear(normed, of_state), output, mlp, mlp_norm)
     state = fused = F.linear(features, parameters["fc.weight"])
     for k in range(passes + (other is not None)):
         if k == passes:
@@ -137,4 +114,4 @@ def unroll_states(
             state = F.pad(state[:, :-1], (0, 0, 1, 0))
         rows = state.flatten(0, 1)
         state = layer.forward(hidden_norm(rows), rows, attend_to_passes).view(state.shape)
-        yield norm("norm.weight")(state)
+        yield norm("norm")(state)

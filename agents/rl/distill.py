@@ -15,19 +15,12 @@ from specrl.core.plan import Plan
 
 
 class Distilled(NamedTuple):
-    """A table, and how well it agrees with the policy.
-
-    Attributes:
-        table: lower bound of batch size -> plan.
-        agreement: share of the states in which the policy chose the table's plan.
-        by_batch_size: the same for each batch size.
-        states: number of states.
-    """
+    """A table, and how well it agrees with the policy."""
 
     table: PlanTable
-    agreement: float
-    by_batch_size: dict[int, float]
-    states: int
+    agreement: float  # share of the states in which the policy chose the table's plan
+    by_batch_size: dict[int, float]  # the same for each batch size
+    states: int  # number of states
 
 
 def distill(batch_sizes: NDArray[np.int64], actions: NDArray[np.int64], plans: Sequence[Plan]) -> Distilled:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-HYPERPARAMETERS = Path(__file__).parent / "hyperparameters"  # the shipped files, by algorithm
-
 
 @dataclass(frozen=True)
 class AgentConfig:
@@ -37,32 +35,20 @@ class AgentConfig:
             raise ValueError(f"agent.seconds must be above 0, but got {self.seconds}")
 
     def read_hyperparameters(self, task: str) -> dict[str, Any]:
-        """The hyperparameters for an environment.
+        """The hyperparameters for the environment with the id `task`.
 
         Raises:
             ValueError: no such file, or nothing for this environment in it.
         """
-        return read_hyperparameters(self.hyperparameters or HYPERPARAMETERS / f"{self.algo}.yaml", task)
+        import yaml  # type: ignore[import-untyped]
 
-
-def read_hyperparameters(path: Path, task: str) -> dict[str, Any]:
-    """The hyperparameters for an environment.
-
-    Args:
-        path: of the YAML file.
-        task: id of the environment.
-
-    Raises:
-        ValueError: no such file, or nothing for this environment in it.
-    """
-    import yaml  # type: ignore[import-untyped]
-
-    if not path.is_file():
-        raise ValueError(f"hyperparameters must be a YAML file, but there is no {str(path)!r}")
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} must be YAML, but {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict) or not isinstance(found.get(task), dict) or "n_timesteps" not in found[task]:
-        raise ValueError(f"{str(path)!r} must hold hyperparameters under {task!r}, with n_timesteps")
-    return dict(found[task])
+        path = self.hyperparameters or Path(__file__).parent / "hyperparameters" / f"{self.algo}.yaml"
+        if not path.is_file():
+            raise ValueError(f"hyperparameters must be a YAML file, but there is no {str(path)!r}")
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{str(path)!r} must be YAML, but {' '.join(str(error).split())}") from error
+        if not isinstance(found, dict) or not isinstance(found.get(task), dict) or "n_timesteps" not in found[task]:
+            raise ValueError(f"{str(path)!r} must hold hyperparameters under {task!r}, with n_timesteps")
+        return dict(found[task])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -56,7 +55,12 @@ class SB3VectorEnv(VecEnv):
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Observations, rewards, whether an episode ended, and infos."""
         observations, rewards, terminated, truncated, info = self.env.step(self._actions)
-        self._count(info)
+        for part in (info, info.get("final_info", {})):  # the latter of environments that were reset in this step
+            if all(key in part for key in _SUMMED):
+                tokens, t0, size, seconds = (np.asarray(part[key], dtype=np.float64) for key in _SUMMED)
+                ran = seconds > 0
+                self._plain += float((tokens[ran] * t0[ran] / size[ran]).sum())
+                self._spent += float(seconds.sum())
         over = terminated | truncated
         infos: list[dict[str, Any]] = [{}] * self.num_envs
         for index in np.flatnonzero(over):
@@ -71,15 +75,6 @@ class SB3VectorEnv(VecEnv):
         plain, spent = self._plain, self._spent
         self._plain = self._spent = 0.0
         return plain / spent if spent else float("nan")
-
-    def _count(self, info: Mapping[str, Any]) -> None:
-        """Add the rounds of a step; those of an environment that was reset in it are in 'final_info'."""
-        for part in (info, info.get("final_info", {})):
-            if all(key in part for key in _SUMMED):
-                tokens, t0, size, seconds = (np.asarray(part[key], dtype=np.float64) for key in _SUMMED)
-                ran = seconds > 0
-                self._plain += float((tokens[ran] * t0[ran] / size[ran]).sum())
-                self._spent += float(seconds.sum())
 
     def close(self) -> None:
         """Close the environment."""
@@ -103,11 +98,7 @@ class SB3VectorEnv(VecEnv):
         raise AttributeError(attr_name)
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Not supported.
-
-        Raises:
-            ValueError: always.
-        """
+        """Not supported: raises a ValueError."""
         raise ValueError(f"attributes must be set when the environments are made, but got {attr_name!r}; make new ones")
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:

@@ -1,26 +1,23 @@
-"""The speedup of an agent of Stable-Baselines3 while it learns; on live decoding its updates are not timed."""
+"""The speedup of an agent of Stable-Baselines3 while it learns. This module imports torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
-from specrl.agents.rl.sb3 import Agent
+from stable_baselines3.common.callbacks import BaseCallback
+
 from specrl.core.clock import WallClock
-
-if TYPE_CHECKING:
-    from stable_baselines3.common.callbacks import BaseCallback
 
 _INTERVAL_S = 0.25  # smallest time between two rows
 
 
-class RLTrainingLog:
-    """Logs the speedup while an agent learns, and stops after some seconds.
+class RLTrainingLog(BaseCallback):
+    """A callback for `model.learn` that logs the speedup, and stops after some seconds.
 
     Args:
-        agent: the agent that learns.
-        seconds: to stop after; None: never.
+        max_seconds: to stop after; None: never.
         off_the_clock: of a live environment, so that updates do not count as the agent's time.
 
     Attributes:
@@ -29,48 +26,31 @@ class RLTrainingLog:
     """
 
     def __init__(
-        self, agent: Agent, *, seconds: float | None, off_the_clock: Callable[[], AbstractContextManager[None]] | None
+        self, max_seconds: float | None, off_the_clock: Callable[[], AbstractContextManager[None]] | None
     ) -> None:
+        super().__init__()
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0
-        self._agent, self._limit, self._off = agent, seconds, off_the_clock
+        self._max_seconds, self._off_the_clock = max_seconds, off_the_clock
+        self._clock, self._update = WallClock(), ExitStack()
 
-    def callback(self) -> BaseCallback:
-        """For `model.learn`."""
-        from stable_baselines3.common.callbacks import BaseCallback
+    def _on_training_start(self) -> None:
+        self._began = self._clock.now()
 
-        log, clock = self, WallClock()
-        began, source = clock.now(), _source(self._agent)
+    def _on_rollout_start(self) -> None:
+        self._update.close()
 
-        class Watch(BaseCallback):
-            """Fills the log."""
+    def _on_step(self) -> bool:
+        return self._max_seconds is None or self._clock.now() - self._began < self._max_seconds
 
-            paused: AbstractContextManager[None] | None = None
+    def _on_rollout_end(self) -> None:
+        if self._off_the_clock is not None:
+            self._update.enter_context(self._off_the_clock())
+        self.seconds = self._clock.now() - self._began
+        if not self.rows or self.seconds - self.rows[-1]["seconds"] >= _INTERVAL_S:
+            env: Any = getattr(self.training_env, "venv", self.training_env)  # without its normalisation
+            row = {"timesteps": float(self.num_timesteps), "seconds": self.seconds}
+            self.rows.append({**row, "speedup": env.take_speedup()})
 
-            def _on_rollout_start(self) -> None:
-                if self.paused is not None:
-                    self.paused.__exit__(None, None, None)
-                    self.paused = None
-
-            def _on_step(self) -> bool:
-                return log._limit is None or clock.now() - began < log._limit
-
-            def _on_rollout_end(self) -> None:
-                if log._off is not None:
-                    self.paused = log._off()
-                    self.paused.__enter__()
-                log.seconds = clock.now() - began
-                if not log.rows or log.seconds - log.rows[-1]["seconds"] >= _INTERVAL_S:
-                    row = {"timesteps": float(self.num_timesteps), "seconds": log.seconds}
-                    log.rows.append({**row, "speedup": source.take_speedup()})
-
-            def _on_training_end(self) -> None:
-                self._on_rollout_start()
-
-        return Watch()
-
-
-def _source(agent: Agent) -> Any:
-    """The environment that counts speedups, without its normalisation."""
-    env = agent.model.get_env()
-    return getattr(env, "venv", env)
+    def _on_training_end(self) -> None:
+        self._update.close()

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from specrl.export.bundle import Bundle
-from specrl.export.card import Provenance
-from specrl.export.hub import push_to_hub as push
+from specrl.export.bundle import push_to_hub as push
 from specrl.export.learned_run import LearnedRun
 from specrl.export.serving_flags import Lookahead, plan_serving
 from specrl.io.output import OutputDir, show
@@ -56,14 +55,14 @@ def export(
         specrl export --run runs/day0 --lookahead adaptive --candidates 2
         specrl export --run runs/day0 --push_to_hub me/my-draft --dry_run
     """
-    learned = LearnedRun.read(run)
-    source = Provenance.of(run, target=target or learned.target, temperature=learned.temperature)
+    learned = LearnedRun.read(run, target=target)
+    name = learned.source.target
     bundle = Bundle(
         learned.draft,
         LearnedPolicy(learned.table, learned.plans, None if learned.chooser is None else learned.chooser.state_dict()),
         plan_serving(learned.table, learned.speeds(), lookahead=lookahead, candidates=candidates),
-        source,
-        source.target if hub_id(source.target) else str(target_directory(source.target).resolve()),
+        learned.source,
+        name if hub_id(name) else str(target_directory(name).resolve()),
         as_dtype(dtype),
     )
     directory = OutputDir(output_dir or Path("runs/export")).path / "bundle"

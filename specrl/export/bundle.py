@@ -1,9 +1,10 @@
-"""A directory that serves: the draft as SGLang reads it, the lookahead, the policy, and how to launch it."""
+"""A directory that SGLang serves: the draft, its plans, the policy, the flags, a model card and a manifest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 
 from specrl.core.plan import Plan
 from specrl.export.card import Provenance, model_card
-from specrl.export.serving_flags import ADAPTIVE, Serving, write_serving
+from specrl.export.serving_flags import Serving, write_serving
+from specrl.io.output import OutputDir, to_json
 from specrl.models.checkpoint import write_atomic
 from specrl.models.draft import Draft, load_draft
 from specrl.sglang.plugin.policy import LearnedPolicy
@@ -21,76 +23,49 @@ PLANS, MANIFEST, CARD = "plans.json", "manifest.json", "README.md"
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """What is exported.
-
-    Args:
-        draft: the learned draft.
-        policy: the plans that go with it.
-        serving: how SGLang serves them.
-        source: where it comes from.
-        model_path: of the target, for SGLang.
-        dtype: that the draft's weights are written in.
-    """
+    """What is exported."""
 
     draft: Draft
     policy: LearnedPolicy
-    serving: Serving
+    serving: Serving  # how SGLang serves the policy's plans
     source: Provenance
-    model_path: str
-    dtype: torch.dtype = torch.float32
+    model_path: str  # of the target, for SGLang
+    dtype: torch.dtype = torch.float32  # of the draft's weights on disk
 
     def write(self, directory: Path) -> None:
-        """Write it whole or not at all, after reading all of it back.
+        """Write it whole or not at all, after reading it back.
 
         Raises:
-            ValueError: something read back differs from what was written.
+            ValueError: the draft or the policy differs from the one written.
         """
         write_atomic(directory, self._write)
 
     def _write(self, into: Path) -> None:
-        table = self.policy.table
+        table, output = self.policy.table, OutputDir(into)
         self.draft.save(into / "draft", self.dtype)
-        plans = {"plans": {str(batch): str(plan) for batch, plan in sorted(table.items())}}
-        (into / PLANS).write_text(json.dumps(plans, indent=2) + "\n", encoding="utf-8")
+        output.write_json(PLANS, {"plans": dict(sorted(table.items()))})
         (into / "policy").mkdir()
         self.policy.save(into / "policy")
         sampled = self.source.temperature > 0
-        write_serving(self.serving, self.serving.flags(self.model_path, rejection_sampling=sampled), into)
-        card = model_card(self.draft.config, table, self.serving, self.source)
-        (into / CARD).write_text(card, encoding="utf-8")
-        digests = {path.relative_to(into).as_posix(): _digest(path) for path in _files(into)}
-        (into / MANIFEST).write_text(json.dumps({"sha256": digests}, indent=2) + "\n", encoding="utf-8")
-        self._verify(into)
-
-    def _verify(self, directory: Path) -> None:
-        again = load_draft(directory / "draft")
+        write_serving(self.serving, self.serving.flags(self.model_path, rejection_sampling=sampled), output)
+        output.write_text(CARD, model_card(self.draft.config, table, self.serving, self.source))
+        output.write_json(MANIFEST, {"sha256": _digests(into)})
+        again, policy = load_draft(into / "draft"), LearnedPolicy.load(into / "policy")
+        tensors = self.draft.tensors
+        wanted = {n: t.to(self.dtype).float() if t.is_floating_point() else t for n, t in tensors.items()}
+        wrong = [name for name, t in wanted.items() if not torch.equal(again.tensors[name].cpu(), t.cpu())]
         if again.config != self.draft.config:
-            raise ValueError(f"the exported configuration must read back as it was, but got {again.config}")
-        for name, tensor in self.draft.tensors.items():
-            wanted = tensor if not tensor.is_floating_point() else tensor.to(self.dtype).float()
-            if not torch.equal(again.tensors[name].cpu(), wanted.cpu()):
-                raise ValueError(
-                    f"the exported draft must read back as it was, but {name} does not; is the disk sound?"
-                )
-        policy = LearnedPolicy.load(directory / "policy")
-        if dict(policy.table) != dict(self.policy.table) or policy.state != _plain(self.policy.state):
-            raise ValueError("the exported policy must read back as it was, but it does not; is the disk sound?")
-        config = self.serving.adaptive_config()
-        if config is not None and json.loads((directory / ADAPTIVE).read_text(encoding="utf-8")) != config:
-            raise ValueError(f"{ADAPTIVE} must read back as it was written, but it does not; is the disk sound?")
-        check_bundle(directory)
+            wrong.append("the draft's config.json")
+        if dict(policy.table) != dict(self.policy.table) or policy.state != json.loads(to_json(self.policy.state)):
+            wrong.append("the policy")
+        if wrong:
+            raise ValueError(f"an export must read back as it was, but {wrong[0]} does not; check the disk")
 
 
-def _plain(state: object) -> object:
-    return json.loads(json.dumps(state))
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file but the manifest."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def check_bundle(directory: Path) -> list[str]:
@@ -102,12 +77,34 @@ def check_bundle(directory: Path) -> list[str]:
     manifest = directory / MANIFEST
     if not manifest.is_file():
         raise ValueError(f"a bundle must hold {MANIFEST}, but {str(directory)!r} does not; export it again")
-    said = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
-    found = {path.relative_to(directory).as_posix(): _digest(path) for path in _files(directory)}
-    wrong = sorted(name for name in {*said, *found} if said.get(name) != found.get(name))
+    expected, found = json.loads(manifest.read_text(encoding="utf-8"))["sha256"], _digests(directory)
+    wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
     if wrong:
-        raise ValueError(f"a bundle must be as {MANIFEST} says, but {wrong[0]!r} is not; export it again")
-    return [*sorted(found), MANIFEST]
+        raise ValueError(f"a bundle must agree with {MANIFEST}, but {wrong[0]!r} does not; export it again")
+    return [*found, MANIFEST]
+
+
+def push_to_hub(directory: Path, repository: str, *, dry_run: bool) -> list[str]:
+    """Upload a bundle to a private repository of the Hugging Face Hub, after checking it against its manifest.
+
+    It needs a login (`hf auth login`), but not for a dry run.
+
+    Returns:
+        The files that were uploaded, or with `dry_run` would be.
+
+    Raises:
+        ValueError: a repository that is not 'owner/name', or a damaged bundle.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"a repository is written 'owner/name', but got {repository!r}")
+    files = check_bundle(directory)
+    if not dry_run:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Draft and plans learned by specrl")
+    return files
 
 
 def read_plans(path: Path) -> dict[int, Plan]:

@@ -1,9 +1,9 @@
-"""Reading what a training run left: its draft, its plans, its chooser and its configuration."""
+"""Reading the results of a training run: its draft, its plans, its chooser and where they come from."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,47 +11,53 @@ from typing import Any
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.core.plan import Plan, parse_plans
 from specrl.export.bundle import PLANS, read_plans
+from specrl.export.card import Provenance
 from specrl.export.serving_flags import Speeds
 from specrl.models.draft import Draft, load_draft
 
 _QUICKSTART = {"target": "embedded", "temperature": 0.7}  # `specrl quickstart` has no options for these
+_MEASURED = ("batch_size", "plan", "speedup", "low", "high", "accept_length")  # columns
 
 
 @dataclass(frozen=True, slots=True)
 class LearnedRun:
-    """The result of a training run.
+    """The result of a training run."""
 
-    Attributes:
-        target: name of the target.
-        temperature: of the requests.
-        draft: the learned draft.
-        table: the learned plan per batch size.
-        chooser: as the last checkpoint left it; None: a fixed plan, or no checkpoint.
-    """
-
-    target: str
-    temperature: float
+    source: Provenance
     draft: Draft
-    table: dict[int, Plan]
-    chooser: AdaptiveChooser | None
+    table: dict[int, Plan]  # the learned plan per batch size
+    chooser: AdaptiveChooser | None  # from the last checkpoint; None: a fixed plan, or no checkpoint
 
     @classmethod
-    def read(cls, run: Path) -> LearnedRun:
+    def read(cls, run: Path, *, target: str | None = None) -> LearnedRun:
         """Read the output directory of `specrl train` or `specrl quickstart`.
+
+        Args:
+            run: the directory.
+            target: name of the target; None: the run's.
 
         Raises:
             ValueError: no draft or plans in it, a damaged file, or a configuration of an older version.
         """
         table, draft = read_plans(run / PLANS), load_draft(run / "draft")
-        config = _read_config(run / "config.yaml")
-        plans = config.get("serving", {}).get("plans")
-        return cls(
-            config.get("target", {}).get("name", _QUICKSTART["target"]),
+        text, config = _read_config(run / "config.yaml")
+        source = Provenance(
+            target or config.get("target", {}).get("name", _QUICKSTART["target"]),
             float(config.get("workload", {}).get("temperature", _QUICKSTART["temperature"])),
-            draft,
-            dict(table),
-            None if plans is None else _read_chooser(run / "checkpoint" / "state.json", parse_plans(plans)),
+            _read_json(run / PLANS).get("requests"),
+            _read_measurements(run),
+            _read_json(run / "environment.json"),
+            text,
         )
+        plans, chooser = config.get("serving", {}).get("plans"), None
+        state = _read_json(run / "checkpoint" / "state.json").get("chooser", {})
+        if plans is not None and "survival" in state:  # otherwise a fixed plan
+            chooser = AdaptiveChooser(parse_plans(plans))
+            try:
+                chooser.load_state_dict(state)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{str(run)!r} must hold a checkpoint of this version, but got {error!r}") from error
+        return cls(source, draft, table, chooser)
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -66,32 +72,38 @@ class LearnedRun:
         return {batch: {e.plan: e.speed for e in found if e.tried >= 2.0} for batch, found in estimates.items()}
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text and the content of a run's configuration."""
     import yaml  # type: ignore[import-untyped]
 
-    if not path.is_file():
-        return {}
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        config = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{str(path)!r} must be YAML, but is not: {' '.join(str(error).split())}") from error
-    if isinstance(found.get("target"), str):
+    if isinstance(config.get("target"), str):
         raise ValueError(
-            f"target in {str(path)!r} must be a group of options, but is {found['target']!r}, as in an older version; "
+            f"target in {str(path)!r} must be a group of options, but is {config['target']!r}, as in an older version; "
             "export the run with that version, or write its options as 'specrl train --print_config' does"
         )
-    return dict(found)
+    return text, dict(config)
 
 
-def _read_chooser(path: Path, plans: tuple[Plan, ...]) -> AdaptiveChooser | None:
-    if not path.is_file():
-        return None
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON file; empty if there is none."""
     try:
-        state: Any = json.loads(path.read_text(encoding="utf-8"))["chooser"]
-        if "survival" not in state:  # a fixed plan
-            return None
-        chooser = AdaptiveChooser(plans)
-        chooser.load_state_dict(state)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} must be a checkpoint that this version wrote, but got {error!r}") from error
-    return chooser
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} must be a JSON object, but is not ({error})") from error
+
+
+def _read_measurements(run: Path) -> tuple[dict[str, str], ...]:
+    """The measured rows with a speedup over plain decoding."""
+    rows: list[dict[str, str]] = []
+    for path in (run / "measured.csv", run / "bench.csv"):
+        if path.is_file():
+            rows += csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    rows = [row for row in rows if row.get("speedup") and "A/A" not in row.get("plan", "")]
+    if missing := [key for row in rows for key in _MEASURED if key not in row]:
+        raise ValueError(f"{str(run)!r}'s measurements must have a column {missing[0]!r}, but they do not")
+    return tuple({key: row[key] for key in _MEASURED} for row in rows)

@@ -29,23 +29,13 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A published draft.
-
-    Attributes:
-        name: of the preset.
-        about: the target in words, the draft's own name, notes on plan and parameters, and the name of a simulation
-            profile.
-        draft: figures by their names in config.json, and 'taps': aux layers, whose input is read, as SGLang counts its
-            defaults (explicit ids in config.json are one less).
-        recipe: how it was trained.
-        results: the plan that it is served with, and the accept length and number of parameters as published.
-    """
+    """A published draft. Its 'taps' are the layers whose input it reads; explicit ids in config.json are one less."""
 
     name: str
-    about: Mapping[str, str | None]
-    draft: Mapping[str, Figure]
-    recipe: Mapping[str, Figure]
-    results: Mapping[str, Figure]
+    about: Mapping[str, str | None]  # target, published (its own name), profile (of the simulation), plan, parameters
+    draft: Mapping[str, Figure]  # by their names in config.json, and 'taps'
+    recipe: Mapping[str, Figure]  # how it was trained
+    results: Mapping[str, Figure]  # the plan that it is served with, accept length and number of parameters
 
     def launch_command(self, target: str = "TARGET", draft: str = "DRAFT") -> str:
         """The command that serves the draft with SGLang."""

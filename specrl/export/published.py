@@ -1,7 +1,7 @@
-"""EAGLE3 drafts as others publish them, read into our layout for a warm start; every oddity is reported.
+"""Reads EAGLE3 drafts that others published, as a draft to start from; every change is reported.
 
-Layouts met: `midlayer.*` (the EAGLE-3 authors', SGLang's) and `layers.0.*` (vLLM's, SpecForge's later ones), with or
-without a leading `model.`; the target's embedding inside; vocabulary maps as offsets or as ids, or one of the two only.
+Known layouts: `midlayer.*` (the EAGLE-3 authors', SGLang's) and `layers.0.*` (vLLM's, SpecForge's later ones), with or
+without a leading `model.`; with the target's embedding; vocabulary maps as offsets or as ids, or one of the two only.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from specrl.models.draft import Draft
 from specrl.models.hf_config import read_draft_config
 
 _ARCHITECTURE = "LlamaForCausalLMEagle3"
-_KNOWN_AS = frozenset({_ARCHITECTURE, "Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle", "LlamaModel"})
-_DROPPED = ("embed_tokens.weight", "rotary_emb.inv_freq")
+_OTHER_NAMES = ("Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle", "LlamaModel")
+_DROPPED = {  # tensors by the end of their name
+    "embed_tokens.weight": "the target's own serves",
+    "rotary_emb.inv_freq": "it follows from the configuration",
+}
 _AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -31,65 +34,67 @@ def import_draft(directory: Path, *, num_layers: int | None = None) -> tuple[Dra
 
     Args:
         directory: of the published draft.
-        num_layers: of its target; needed where the draft does not name its aux layers.
+        num_layers: of its target; needed if the draft does not name its aux layers.
 
     Returns:
-        The draft, and a line for everything that was not as SGLang's layout has it.
+        The draft, and a line for everything that differs from SGLang's layout.
 
     Raises:
         ValueError: a variant that would compute something else, by name.
     """
     notes: list[str] = []
-    tensors = _names(read_tensors(Path(directory)), notes)
-    config = _config(Path(directory) / "config.json", tensors, num_layers, notes)
-    _vocabulary(tensors, config, notes)
+    tensors = _rename(read_tensors(directory), notes)
+    config = _config(directory / "config.json", tensors, num_layers, notes)
+    _make_offsets(tensors, config, notes)
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
     if kinds != ["float32"]:
         notes.append(f"weights are {', '.join(kinds)}: learned on in float32")
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return Draft(read_draft_config(Path(temporary)), tensors), notes
+        return Draft(read_draft_config(temporary), tensors), notes
 
 
-def _names(found: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """SGLang's names; what a draft does not keep is dropped."""
+def _rename(found: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """The tensors that a draft keeps, by SGLang's names."""
     out: dict[str, Tensor] = {}
+    renamed = []
     for name, tensor in found.items():
         short = re.sub(r"^layers\.0\.", "midlayer.", name.removeprefix("model."))
-        if short.endswith(_DROPPED):
-            why = "the target's own serves" if short == _DROPPED[0] else "it follows from the configuration"
+        if why := next((why for end, why in _DROPPED.items() if short.endswith(end)), None):
             notes.append(f"{name} is dropped: {why}")
             continue
         if short in out:
             raise ValueError(f"a draft must hold each tensor once, but {short} comes twice, once as {name}")
         out[short] = tensor
-    renamed = sorted(name for name in found if name not in out and not name.endswith(_DROPPED))
+        renamed += [name] * (short != name)
     if renamed:
-        notes.append(f"{len(renamed)} tensors are renamed to SGLang's names, {renamed[0]} among them")
+        notes.append(f"{len(renamed)} tensors are renamed to SGLang's names, {min(renamed)} among them")
     return out
 
 
 def _config(path: Path, tensors: dict[str, Tensor], num_layers: int | None, notes: list[str]) -> dict[str, Any]:
-    """The configuration with what SGLang must find there."""
+    """The configuration with all entries that SGLang needs."""
     if not path.is_file():
         raise ValueError(f"a draft must hold config.json, but {str(path.parent)!r} does not; download it again")
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     names = config.get("architectures") or [_ARCHITECTURE]
     if names != [_ARCHITECTURE]:
-        if len(names) != 1 or names[0] not in _KNOWN_AS:
-            raise ValueError(f"a draft's architecture must be one of {', '.join(sorted(_KNOWN_AS))}, but got {names}")
+        if len(names) != 1 or names[0] not in _OTHER_NAMES:
+            known = ", ".join((_ARCHITECTURE, *_OTHER_NAMES))
+            raise ValueError(f"a draft's architecture must be one of {known}, but got {names}")
         notes.append(f"architecture {names[0]} is read as {_ARCHITECTURE}")
     config["architectures"] = [_ARCHITECTURE]
-    for key, tensor, axis in (("draft_vocab_size", "lm_head.weight", 0), ("target_hidden_size", "fc.weight", 1)):
-        if config.get(key) is None and tensor in tensors:
-            size = tensors[tensor].shape[axis] // (3 if axis else 1)
-            config[key] = size
-            if key == "draft_vocab_size" or size != config.get("hidden_size"):
-                notes.append(f"{key} is not in config.json: {size}, by {tensor}")
+    if config.get("draft_vocab_size") is None and "lm_head.weight" in tensors:
+        config["draft_vocab_size"] = size = len(tensors["lm_head.weight"])
+        notes.append(f"draft_vocab_size is not in config.json: {size}, by lm_head.weight")
+    if config.get("target_hidden_size") is None and "fc.weight" in tensors:
+        config["target_hidden_size"] = size = tensors["fc.weight"].shape[1] // 3
+        if size != config.get("hidden_size"):
+            notes.append(f"target_hidden_size is not in config.json: {size}, by fc.weight")
     eagle = dict(config.get("eagle_config") or {})
-    if config.get(_AUX_LAYERS) is not None:  # at the top, where SGLang does not look
+    if config.get(_AUX_LAYERS) is not None:  # SGLang does not look here
         eagle.setdefault(_AUX_LAYERS, config.pop(_AUX_LAYERS))
-        notes.append(f"{_AUX_LAYERS} stood outside eagle_config")
+        notes.append(f"{_AUX_LAYERS} was outside eagle_config")
     if eagle.get(_AUX_LAYERS) is None:
         if num_layers is None:
             raise ValueError(
@@ -101,13 +106,13 @@ def _config(path: Path, tensors: dict[str, Tensor], num_layers: int | None, note
     return config
 
 
-def _vocabulary(tensors: dict[str, Tensor], config: dict[str, Any], notes: list[str]) -> None:
-    """d2t as offsets, whatever was published."""
-    size, whole = int(config["draft_vocab_size"]), int(config["vocab_size"])
-    if size == whole:
-        for name in ("d2t", "t2d"):
-            if tensors.pop(name, None) is not None:
-                notes.append(f"{name} is dropped: the draft's vocabulary is the target's")
+def _make_offsets(tensors: dict[str, Tensor], config: dict[str, Any], notes: list[str]) -> None:
+    """Replace the vocabulary maps by d2t as offsets."""
+    size = int(config["draft_vocab_size"])
+    if size == int(config["vocab_size"]):
+        for name in {"d2t", "t2d"} & set(tensors):
+            del tensors[name]
+            notes.append(f"{name} is dropped: the draft's vocabulary is the target's")
         return
     if "t2d" in tensors and tensors["t2d"].dtype != torch.bool:
         notes.append(f"t2d is {tensors['t2d'].dtype}: read as truth values")
@@ -120,10 +125,9 @@ def _vocabulary(tensors: dict[str, Tensor], config: dict[str, Any], notes: list[
         notes.append("d2t is missing: worked out from t2d")
         return
     d2t = tensors["d2t"].to(torch.int64)
-    offsets = d2t + torch.arange(len(d2t))
-    if member is not None and not torch.equal(offsets.sort().values, member):
+    tensors["d2t"], index = d2t, torch.arange(len(d2t))
+    if member is not None and not torch.equal((d2t + index).sort().values, member):
         if not torch.equal(d2t.sort().values, member):
             raise ValueError("d2t and t2d must say the same, but they do not, neither as offsets nor as ids")
-        d2t = d2t - torch.arange(len(d2t))
-        notes.append("d2t holds ids: SGLang reads offsets, so they are made ones")
-    tensors["d2t"] = d2t
+        tensors["d2t"] = d2t - index
+        notes.append("d2t holds ids: converted to offsets, which SGLang reads")

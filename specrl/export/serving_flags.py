@@ -9,10 +9,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from specrl.core.plan import Plan
+from specrl.io.output import OutputDir
 from specrl.models.hub import served_as
 
 Lookahead = Literal["auto", "adaptive", "single"]
@@ -22,20 +22,14 @@ ADAPTIVE, SERVE, LAUNCH = "adaptive.json", "serve.yaml", "launch.sh"
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What SGLang is told.
+    """The plans that SGLang runs."""
 
-    Attributes:
-        tiers: lower bound of the batch size -> candidate num_steps, ascending; None: one plan for all.
-        plan: to start with; with no tiers, for all batch sizes. Plan 0: no draft is served.
-        costs: batch size -> the share of speed given up against the learned plan; None: it is not known.
-    """
-
-    tiers: Mapping[int, tuple[int, ...]] | None
-    plan: Plan
-    costs: Mapping[int, float | None] = field(default_factory=dict)
+    tiers: Mapping[int, tuple[int, ...]] | None  # lower bound of the batch size -> candidate num_steps, ascending
+    plan: Plan  # to start with; without tiers, for all batch sizes. Plan 0: no draft is served
+    costs: Mapping[int, float | None] = field(default_factory=dict)  # batch size -> share of speed lost, if known
 
     def adaptive_config(self) -> dict[str, object] | None:
-        """The content of --speculative-adaptive-config. One candidate in a tier pins it."""
+        """The content of --speculative-adaptive-config; None without tiers."""
         if self.tiers is None:
             return None
         return {str(bound): {"candidate_steps": list(steps)} for bound, steps in sorted(self.tiers.items())}
@@ -77,69 +71,64 @@ def plan_serving(
     Raises:
         ValueError: `speeds` are needed but not given, or no candidate.
     """
-    if not table or candidates < 1:
-        raise ValueError(f"serving needs a table and at least one candidate, but got {len(table)} and {candidates}")
+    if candidates < 1:
+        raise ValueError(f"candidates must be at least 1, but got {candidates}")
     if all(plan.num_steps == 0 for plan in table.values()):
         return Serving(None, Plan(0), dict.fromkeys(table, 0.0))
     trees = not all(plan.is_chain for plan in table.values())
     if lookahead == "adaptive" or (lookahead == "auto" and not trees):
-        return _adaptive(table, speeds, candidates, trees)
-    return _single(table, speeds)
+        if speeds is None and (candidates > 1 or trees):
+            why = "a tree must give way to a chain" if trees else f"{candidates} candidates are wanted"
+            raise ValueError(f"the run must hold what it learned of every plan, as {why}, but it does not; use 'train'")
+        return _adaptive(table, speeds or {}, candidates)
+    return _single(table, speeds or {})
 
 
-def _adaptive(table: Mapping[int, Plan], speeds: Speeds | None, candidates: int, trees: bool) -> Serving:
-    if speeds is None and (candidates > 1 or trees):
-        why = "a tree must give way to a chain" if trees else f"{candidates} candidates are wanted"
-        raise ValueError(f"the run must hold what it learned of every plan, as {why}, but it does not; use 'train'")
+def _adaptive(table: Mapping[int, Plan], speeds: Speeds, candidates: int) -> Serving:
+    """The best chains at each batch size, the learned one first."""
     tiers: dict[int, tuple[int, ...]] = {}
     costs: dict[int, float | None] = {}
     for bound, plan in table.items():
-        known = {} if speeds is None else {p: v for p, v in speeds.get(bound, {}).items() if p.is_chain}
-        ranked = sorted(known, key=lambda p: -known[p])
-        if plan.is_chain:  # what was learned comes first, whatever the estimates say by now
-            ranked = [plan, *(p for p in ranked if p != plan)]
+        known = speeds.get(bound, {})
+        ranked = sorted((p for p in known if p.is_chain), key=lambda p: (p != plan, -known[p]))
+        if plan.is_chain and plan not in ranked:
+            ranked.insert(0, plan)
         if not ranked:
             raise ValueError(f"batch size {bound} needs a chain that was tried, but got only the tree {plan}")
         tiers[bound] = tuple(sorted(p.num_steps for p in ranked[:candidates]))
-        costs[bound] = _cost(speeds, bound, ranked[0], plan)
-    most = max(steps for tier in tiers.values() for steps in tier)
-    return Serving(tiers, Plan(most), costs)
+        costs[bound] = _cost(known, ranked[0], plan)
+    return Serving(tiers, Plan(max(max(tier) for tier in tiers.values())), costs)
 
 
-def _single(table: Mapping[int, Plan], speeds: Speeds | None) -> Serving:
-    """The plan that loses the least, as a mean of log speeds over the table's batch sizes; plan 0 cannot be it."""
-    named = [plan for plan in table.values() if plan.num_steps]
-    best = max(named, key=lambda plan: (named.count(plan), not plan.is_chain, plan))
-    if speeds is not None:
-        everywhere = set.intersection(*(set(speeds.get(bound, {})) for bound in table))
-        able = sorted(plan for plan in everywhere if plan.num_steps)
-        if able:
-            best = max(able, key=lambda plan: sum(math.log(speeds[bound][plan]) for bound in table))
-    return Serving(None, best, {bound: _cost(speeds, bound, best, plan) for bound, plan in table.items()})
+def _single(table: Mapping[int, Plan], speeds: Speeds) -> Serving:
+    """The plan with drafts that loses the least, as a mean of log speeds over the table's batch sizes."""
+    able = set.intersection(*(set(speeds.get(bound, {})) for bound in table)) - {Plan(0)}
+    if able:
+        best = max(sorted(able), key=lambda plan: sum(math.log(speeds[bound][plan]) for bound in table))
+    else:  # the most frequent one
+        named = [plan for plan in table.values() if plan.num_steps]
+        best = max(named, key=lambda plan: (named.count(plan), not plan.is_chain, plan))
+    return Serving(None, best, {bound: _cost(speeds.get(bound, {}), best, plan) for bound, plan in table.items()})
 
 
-def _cost(speeds: Speeds | None, batch: int, served: Plan, learned: Plan) -> float | None:
+def _cost(known: Mapping[Plan, float], served: Plan, learned: Plan) -> float | None:
     if served == learned:
         return 0.0
-    known = {} if speeds is None else speeds.get(batch, {})
     return 1.0 - known[served] / known[learned] if served in known and learned in known else None
 
 
-def write_serving(serving: Serving, flags: Mapping[str, object], directory: Path) -> None:
-    """Write adaptive.json (where the lookahead adapts), serve.yaml and launch.sh."""
+def write_serving(serving: Serving, flags: Mapping[str, object], output: OutputDir) -> None:
+    """Write serve.yaml, launch.sh, and adaptive.json if there are tiers."""
     config = serving.adaptive_config()
     if config is not None:
-        (directory / ADAPTIVE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    lines = [f"{flag}: {json.dumps(value)}" for flag, value in flags.items()]  # JSON values are YAML
-    (directory / SERVE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    launch = directory / LAUNCH
-    launch.write_text(_LAUNCH, encoding="utf-8")
-    launch.chmod(0o755)
+        output.write_json(ADAPTIVE, config)
+    output.write_text(SERVE, "".join(f"{flag}: {json.dumps(value)}\n" for flag, value in flags.items()))
+    output.write_text(LAUNCH, _LAUNCH).chmod(0o755)
 
 
 _LAUNCH = """\
 #!/usr/bin/env bash
-# Serve this directory with SGLang 0.5.23. Flags given here win over serve.yaml: ./launch.sh --port 30001
+# Serve this directory with SGLang 0.5.23. Flags given here override serve.yaml: ./launch.sh --port 30001
 set -euo pipefail
 cd "$(dirname "$0")"
 exec "${PYTHON:-python3}" -m sglang.launch_server --config serve.yaml "$@"

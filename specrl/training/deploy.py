@@ -122,7 +122,7 @@ class DeployIfBetter:
     def _decide(self, candidate: Weights, speeds: list[tuple[float, float]]) -> bool:
         """Judge a trial; returns whether it is over."""
         rng = np.random.default_rng([self._seed, candidate[0]])
-        verdict = judge_trial(*np.array(speeds).T, least=PAIRS[0], rng=rng)
+        verdict = judge_trial(*np.array(speeds).T, rng=rng)
         if not (verdict.passed or verdict.harmful or len(speeds) == PAIRS[-1]):
             return False
         self._judged = candidate[0]

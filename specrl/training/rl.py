@@ -16,7 +16,6 @@ from specrl.agents.choosers.table import PlanTable
 from specrl.agents.rl.distill import Distilled, distill, tabulate
 from specrl.agents.rl.hyperparameters import AgentConfig
 from specrl.agents.rl.sb3 import Agent, make_agent
-from specrl.agents.rl.training_log import RLTrainingLog
 from specrl.config import EngineConfig
 from specrl.core.plan import Plan
 from specrl.envs import SIMULATED, SPEC_DECODE
@@ -109,6 +108,8 @@ def train_policy(
     Raises:
         ValueError: plans that the algorithm cannot handle, or a policy that does not fit.
     """
+    from specrl.agents.rl.training_log import RLTrainingLog
+
     if agent.algo != "maskable_ppo" and not world.allowed.all():
         able = ",".join(str(plan) for plan, can in zip(world.plans, world.allowed, strict=True) if can)
         raise ValueError(
@@ -119,8 +120,8 @@ def train_policy(
     learning = make_agent(agent.algo, world.env, hyper, plans=world.plans, allowed=world.allowed.tolist(), seed=seed)
     if agent.policy is not None:
         learning.load(agent.policy)
-    curve = RLTrainingLog(learning, seconds=agent.seconds, off_the_clock=world.paused_timer)
-    learning.model.learn(agent.n_timesteps or int(hyper["n_timesteps"]), callback=curve.callback())
+    curve = RLTrainingLog(agent.seconds, world.paused_timer)
+    learning.model.learn(agent.n_timesteps or int(hyper["n_timesteps"]), callback=curve)
     chooser, compared = learning.chooser(), None
     if profile is None:
         found = distill(*_visit(world.env, chooser), world.plans)

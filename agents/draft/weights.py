@@ -1,0 +1,113 @@
+"""The weights of a learner: those that are learnt, their moving average, and the last good ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from specrl.agents.draft.config import LearnerConfig
+
+
+class LearntWeights:
+    """Weights that are learnt, their moving average, which is served, and the last good average.
+
+    Args:
+        tensors: to start from, float32, by name; they are copied.
+        config: of the optimiser, the average, and the number of bad updates that is allowed.
+
+    Attributes:
+        parameters, averages, good: the three by name.
+        optimizer: AdamW, with weight decay on matrices only.
+        updates, bad_updates, rollbacks: number of good updates, of updates that were not finite, and of restorations of
+            good weights.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: LearnerConfig) -> None:
+        self.parameters = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+        self.averages = {name: t.clone() for name, t in tensors.items()}
+        groups = [
+            {"params": [p for p in self.parameters.values() if p.ndim == 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.parameters.values() if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+        self._ema_decay, self._max_bad_updates = config.ema_decay, config.max_bad_updates
+        self.updates = self.bad_updates = self.rollbacks = self._bad_in_a_row = 0
+        self.snapshot()
+
+    def admits(self, loss: float, gradient_norm: float) -> bool:
+        """Whether an update is finite; after too many in a row that are not, the good weights are restored."""
+        if math.isfinite(loss) and math.isfinite(gradient_norm):
+            self._bad_in_a_row = 0
+            return True
+        self.bad_updates += 1
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= self._max_bad_updates:
+            self.roll_back()
+        return False
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Make a step of the optimiser, and update the averages."""
+        self.optimizer.step()
+        self.updates += 1
+        decay = min(self._ema_decay, self.updates / (self.updates + 10.0))  # smaller in the first updates
+        for name, average in self.averages.items():
+            average.lerp_(self.parameters[name], 1.0 - decay)
+
+    def snapshot(self) -> None:
+        """Remember the present averages as good weights, if they are finite."""
+        if all(bool(torch.isfinite(tensor).all()) for tensor in self.averages.values()):
+            self.good = {name: tensor.clone() for name, tensor in self.averages.items()}
+
+    @torch.no_grad()
+    def roll_back(self) -> None:
+        """Restore the good weights, in parameters and averages, and clear the optimiser's state."""
+        for name, good in self.good.items():
+            self.parameters[name].copy_(good)
+            self.averages[name].copy_(good)
+        self.optimizer.state.clear()
+        self.rollbacks += 1
+        self._bad_in_a_row = 0
+
+    def tensors(self, *, good: bool) -> dict[str, Tensor]:
+        """All tensors of the state by name, the good weights only if they are asked for."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"parameters.{name}"] = parameter.detach()
+            tensors[f"averages.{name}"] = self.averages[name]
+            if good:
+                tensors[f"good.{name}"] = self.good[name]
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}.{name}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore `tensors`; the averages are the good weights if these were not asked for.
+
+        Raises:
+            ValueError: the tensors of another draft.
+        """
+        for name, parameter in self.parameters.items():
+            found = tensors.get(f"parameters.{name}")
+            if found is None or found.shape != parameter.shape:
+                got = "none" if found is None else tuple(found.shape)
+                raise ValueError(
+                    f"a learner's state must fit its draft: {name} is {tuple(parameter.shape)}, but got {got}"
+                )
+        self.good = {
+            name: tensors.get(f"good.{name}", tensors[f"averages.{name}"]).to(p.device, copy=True)
+            for name, p in self.parameters.items()
+        }
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"parameters.{name}"])
+            self.averages[name].copy_(tensors[f"averages.{name}"])
+            self.optimizer.state.pop(parameter, None)
+            if f"step.{name}" in tensors:
+                moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {
+                    key: tensor.to(parameter.device, copy=True) for key, tensor in moments.items()
+                }
