@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specrl.agents.draft.batch import collate
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner, product_dtype
+from specrl.agents.draft.objective import collate
 from specrl.agents.draft.sequences import TrainingSequence
 from specrl.core.clock import WallClock
 from specrl.core.statistics import abba, paired_speedup

@@ -20,8 +20,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.callbacks import BaseCallback
 
-from specrl.agents.rl.hyperparameters import AgentConfig
-from specrl.agents.rl.sb3 import ALGORITHMS, make_agent
+from specrl.agents.rl.sb3 import ALGORITHMS, AgentConfig, make_agent
 from specrl.core.clock import WallClock
 from specrl.envs import SIMULATED
 from specrl.envs.simulated_vector import SimulatedVectorEnv

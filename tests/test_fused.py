@@ -5,10 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specrl.agents.draft import batch
 from specrl.agents.draft import fused_head as fused
-from specrl.agents.draft.batch import Targets, make_targets
-from specrl.agents.draft.fused_head import FusedHead, head_steps
+from specrl.agents.draft.fused_head import FusedHead, Targets, head_steps, make_targets
 from specrl.agents.draft.losses import (
     SLOT_LOSSES,
     MakeStep,
@@ -49,8 +47,7 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Blocks of three slots, of which a piece is one, so that ends and remainders are met."""
     if request.param:
         monkeypatch.setattr(fused, "BLOCK", 3 * len(SAID) + 1)
-        for module in (fused, batch):
-            monkeypatch.setattr(module, "PIECE", len(SAID) + 2)
+        monkeypatch.setattr(fused, "PIECE", len(SAID) + 2)
     return bool(request.param)
 
 
@@ -161,8 +158,7 @@ def test_all_logits_are_never_held(loss: str, dtype: torch.dtype, monkeypatch: p
     """Not forwards and not backwards; the plain way holds slots · words of them."""
     slots, words, block = 512, 256, 1 << 12
     monkeypatch.setattr(fused, "BLOCK", block)
-    for module in (fused, batch):
-        monkeypatch.setattr(module, "PIECE", block // 4)
+    monkeypatch.setattr(fused, "PIECE", block // 4)
     logits, tokens = drawn(slots, words, seed=0), torch.arange(slots) % words
     targets = make_targets([logits], [1.0], [tokens], None)
     rows = drawn(slots, HIDDEN, seed=1).to(dtype).requires_grad_()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tiny import lively_draft, tiny_target
 from torch import Tensor
 
-from specrl.agents.draft import attention, batch
+from specrl.agents.draft import attention
 from specrl.agents.draft import fused_head as fused
 from specrl.agents.draft import unroll as unroll_module
 from specrl.agents.draft.config import LearnerConfig
@@ -133,8 +133,7 @@ def ours(draft: Draft, given: list[TrainingSequence], c: LearnerConfig) -> tuple
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "in pieces":
         monkeypatch.setattr(fused, "BLOCK", 25)
-        for module in (fused, batch):
-            monkeypatch.setattr(module, "PIECE", 13)
+        monkeypatch.setattr(fused, "PIECE", 13)
         monkeypatch.setattr(attention, "_WHOLE_UP_TO", 0)
         monkeypatch.setattr(attention, "_SCORES", 64)
         monkeypatch.setattr(unroll_module, "_RECOMPUTE_FROM", 0)

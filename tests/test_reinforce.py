@@ -128,21 +128,24 @@ def seen(learner: Reinforce, live: int = 2) -> None:
     learner.see(obs, info)
 
 
+def advantages(learner: Reinforce) -> list[float]:
+    return learner.log_probabilities()[1].tolist()
+
+
 def test_advantages_are_against_the_running_mean_of_the_batch_size_before_the_round() -> None:
     learner = Reinforce(tiny_draft(10), tiny_target().embedding, num_steps=K, forget=0.5)
     seen(learner)
     pair, one = torch.tensor([[1, 2, 3], [4, -1, -1]]), torch.tensor([[1, 2, 3]])
     learner.record([0, 1], pair, [0, 0], 2.0)  # no baseline yet
-    assert learner._tested == []
     learner.record([0], one, [3], 9.0)  # nor at batch size 1
     learner.record([0, 1], pair, [1, 0], 5.0)
-    assert [(t.request, t.drafted, t.advantage) for t in learner._tested] == [(0, [1, 2], 3.0), (1, [4], 3.0)]
+    assert advantages(learner) == [3.0, 3.0, 3.0]  # of the first drafts, and the second one of request 0
     learner.record([0, 1], pair, [0, 0], 0.0)  # the mean is (0.5 * 2 + 5) / 1.5
-    assert [t.advantage for t in learner._tested[2:]] == [pytest.approx(-4.0)] * 2
+    assert advantages(learner) == pytest.approx([3.0, 3.0, -4.0, -4.0, 3.0])
     learner.begin()
     seen(learner)
     learner.record([0], one, [0], np.array([10.0]))  # baselines outlive an episode
-    assert [t.advantage for t in learner._tested] == [1.0]
+    assert advantages(learner) == [1.0]
 
 
 def test_without_drafts_nothing_is_learnt() -> None:

@@ -16,10 +16,8 @@ import specrl
 from specrl.agents.choosers.policy_network import NetworkChooser, PolicyNetwork, load_chooser
 from specrl.agents.choosers.table import PlanTable
 from specrl.agents.rl.distill import distill, tabulate
-from specrl.agents.rl.hyperparameters import AgentConfig
-from specrl.agents.rl.sb3 import ALGORITHMS, Agent, make_agent
-from specrl.agents.rl.sb3_vector import SB3VectorEnv
-from specrl.agents.rl.training_log import RLTrainingLog
+from specrl.agents.rl.sb3 import ALGORITHMS, Agent, AgentConfig, make_agent
+from specrl.agents.rl.sb3_vector import RLTrainingLog, SB3VectorEnv
 from specrl.commands.rl import rl
 from specrl.core.interfaces import Request
 from specrl.core.observation import vector_bounds

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import specrl
-from specrl.agents.draft.batch import collate
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
+from specrl.agents.draft.objective import collate
 from specrl.agents.draft.sequences import Assembler, Replay, TrainingSequence
 from specrl.core.interfaces import Request
 from specrl.core.plan import Plan, parse_plans

@@ -114,14 +114,10 @@ class LearnerConfig:
 
 def product_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
     """The dtype of matrix products for a config's `dtype` on a device of this machine."""
-    if name == "auto":
-        return torch.bfloat16 if _has_bfloat16(torch.device(device)) else torch.float32
-    return torch.float32 if name == "float32" else torch.bfloat16
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes products in bfloat16 natively."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    native = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(native.get("avx512_bf16") or native.get("amx_bf16"))
+    if name != "auto":
+        return torch.float32 if name == "float32" else torch.bfloat16
+    if torch.device(device).type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if native else torch.float32

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from specrl.agents.draft.batch import collate
 from specrl.agents.draft.fused_head import head_steps
 from specrl.agents.draft.losses import greedy_step, sampled_step
+from specrl.agents.draft.objective import collate
 from specrl.agents.draft.sequences import TrainingSequence
 from specrl.agents.draft.unroll import unroll
 from specrl.core.statistics import Interval, mean_interval, paired_speedup

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from specrl.agents.draft.batch import Batch, Targets, collate, make_targets
+from specrl.agents.draft import losses
 from specrl.agents.draft.config import LearnerConfig, product_dtype
-from specrl.agents.draft.fused_head import FusedHead, head_steps
-from specrl.agents.draft.losses import (
-    Mixture,
-    Step,
-    accept_length,
-    greedy_step,
-    parse_loss,
-    sampled_step,
-    seconds_saved,
-    survival,
-)
+from specrl.agents.draft.fused_head import FusedHead, Targets, head_steps, make_targets
 from specrl.agents.draft.sequences import TrainingSequence
 from specrl.agents.draft.unroll import unroll
 from specrl.core.interfaces import PlanCost
 from specrl.models.draft import Draft
 
 SHARPNESS = 4.0  # of the surrogate for greedy drafts, see `losses.greedy_step`
-_AFTER_REJECTION = Mixture({"forward_kl": 1.0}, {})
+_SURROGATE_STEP = partial(losses.greedy_step, sharpness=SHARPNESS)
+_AFTER_REJECTION = losses.Mixture({"forward_kl": 1.0}, {})
 
 
 class Objective:
@@ -47,7 +40,7 @@ class Objective:
 
     def __init__(self, draft: Draft, embedding: Tensor, config: LearnerConfig) -> None:
         self._config, self._shape, self._device = config, draft.config, embedding.device
-        self.mixture, self.dtype = parse_loss(config.loss), product_dtype(config.dtype, self._device)
+        self.mixture, self.dtype = losses.parse_loss(config.loss), product_dtype(config.dtype, self._device)
         self._embedding = embedding.detach().float()
         self._target_ids = None if draft.target_ids is None else draft.target_ids.to(self._device)
         self._costs: tuple[PlanCost, ...] = ()
@@ -96,9 +89,9 @@ class Objective:
             ttt_steps,
             None if rejected is None else self._embedding[rejected.tokens],
         )
-        make_step = sampled_step if c.draft_sampling == "sampled" else partial(greedy_step, sharpness=SHARPNESS)
+        make_step = losses.sampled_step if c.draft_sampling == "sampled" else _SURROGATE_STEP
         metrics: dict[str, float] = {}
-        steps: list[Step] = []
+        steps: list[losses.Step] = []
         for k, weight in enumerate(c.step_weights(ttt_steps)):
             inside = batch.inside.clone()
             inside[:, :k] = False  # step k starts at slot k
@@ -109,7 +102,7 @@ class Objective:
             if self.mixture.chain:
                 step = head_steps(rows, head.cast, batch.targets, slots, make_step)
                 metrics.setdefault(f"alpha_{k + 1}", float(step.accepted.detach().mean()))
-                steps.append(Step(*(torch.zeros(inside.shape).masked_scatter(inside, x) for x in step)))
+                steps.append(losses.Step(*(torch.zeros(inside.shape).masked_scatter(inside, x) for x in step)))
         if rejected is not None:
             rows = next(states)[rejected.inside]
             slots = torch.arange(len(rows))
@@ -118,16 +111,16 @@ class Objective:
             head.add_loss(self._chain_loss(steps, batch))
         return metrics
 
-    def _chain_loss(self, steps: list[Step], batch: Batch) -> Tensor:
+    def _chain_loss(self, steps: list[losses.Step], batch: Batch) -> Tensor:
         """Minus the accept length, or minus the plain decoding steps saved: []."""
         chosen_by_target = torch.arange(batch.inside.shape[1]) + 2 >= batch.prompt_tokens  # the slot's next token
-        sums, counts = survival(steps, batch.inside & chosen_by_target, batch.inside)
+        sums, counts = losses.survival(steps, batch.inside & chosen_by_target, batch.inside)
         survived, total = sums.sum(0) / counts.sum(0).clamp_min(1), torch.zeros(())
         for name, weight in self.mixture.chain.items():
             if name == "seconds_saved" and self._costs:
-                total = total - weight * seconds_saved(survived, self._costs, speedup=self._speedup)
+                total = total - weight * losses.seconds_saved(survived, self._costs, speedup=self._speedup)
             else:
-                total = total - weight * accept_length(survived, len(steps))
+                total = total - weight * losses.accept_length(survived, len(steps))
         return total
 
     def _rejected(self, sequences: list[TrainingSequence], temperatures: list[float]) -> _Rejected | None:
@@ -154,3 +147,27 @@ class _Rejected(NamedTuple):
     tokens: Tensor  # [B, T] int64
     inside: Tensor  # [B, T] bool, slots with a rejected draft
     targets: Targets  # of those slots, in order
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B sequences, padded on the right; slot t of T holds features t and token t + 1, and predicts token t + 2."""
+
+    tokens: Tensor  # [B, T] int64, the token that each slot reads
+    features: Tensor  # [B, T, 3H]
+    inside: Tensor  # [B, T] bool, not padding
+    prompt_tokens: Tensor  # [B, 1] int64
+    targets: Targets  # of the slots that are inside, in order
+
+
+def collate(sequences: Sequence[TrainingSequence], temperatures: Sequence[float], target_ids: Tensor | None) -> Batch:
+    """Sequences of at least two tokens as a batch; other arguments as of `make_targets`. Logits are not padded."""
+    next_tokens = [torch.nn.functional.pad(s.tokens[2:], (0, 1), value=-1) for s in sequences]  # the last is not known
+    slots = torch.tensor([[len(s.tokens) - 1] for s in sequences])
+    return Batch(
+        pad_sequence([s.tokens[1:] for s in sequences], batch_first=True),
+        pad_sequence([s.features[:-1] for s in sequences], batch_first=True),
+        torch.arange(int(slots.max())) < slots,
+        torch.tensor([[s.prompt_tokens] for s in sequences]),
+        make_targets([s.logits[1:] for s in sequences], temperatures, next_tokens, target_ids),
+    )

@@ -6,14 +6,12 @@ connectionist reinforcement learning", equation 11)
 
     ∇ E[r] = E[ (r - b) Σ_requests Σ_{k ≤ tested} ∇ log q_θ(x_k | x_1 … x_{k-1}) ]
 
-which is unbiased for any baseline b that was known before the round. Here b is the running mean of the rewards at the
-batch size of the round. Drafts after the first rejected one are left out: r does not depend on them, so their terms
-have mean 0. The estimate is unbiased before its norm is clipped and Adam makes a step.
+for any baseline b that was known before the round; here the running mean of the rewards at its batch size. Drafts after
+the first rejected one are left out: r does not depend on them, so their terms have mean 0.
 
-There are three conditions. Drafts must be verified without q: with rejection sampling, r depends on q_θ itself and the
-formula would lack a term. The weights must be those that drafted, so there is one update per episode. And it is the
-gradient of the reward of the same round: the effect of accepted drafts on later rounds must be part of the reward
-(`differential` charges each round for its time).
+The estimate is unbiased under three conditions. Drafts are verified without q: with rejection sampling, r depends on
+q_θ itself. The weights are those that drafted, so there is one update per episode. And the effect of accepted drafts on
+later rounds is part of the reward (`differential` charges each round for its time).
 
 If x_k was tested, x_1 … x_{k-1} were accepted and are tokens of the request. So log q_θ(x_k) is computed in step k - 1
 of the training-time test (`unroll`) on the request's own tokens, at the slot that the chain had reached.
@@ -42,11 +40,11 @@ class _Seen(NamedTuple):
 
 
 class _Tested(NamedTuple):
-    """The drafts of one request in one round, up to the first rejected one."""
+    """A draft that was accepted, or the first of its chain that was not."""
 
     request: int
-    known: int  # L before the round
-    drafted: list[int]  # x_1 … x_k as draft ids, k at least 1
+    slot: int  # that predicts it
+    draft_id: int
     advantage: float
 
 
@@ -82,7 +80,7 @@ class Reinforce:
                 "temperature, learning_rate, max_grad_norm and num_steps must be above 0 and forget in [0, 1), but got "
                 f"{temperature}, {learning_rate}, {max_grad_norm}, {num_steps} and {forget}"
             )
-        c = self.config = draft.config
+        self.config = draft.config
         self._fixed = {name: t for name, t in draft.tensors.items() if name in ("d2t", "t2d")}
         self.parameters = {n: t.clone().requires_grad_() for n, t in draft.tensors.items() if n not in self._fixed}
         self.optimizer = torch.optim.Adam(list(self.parameters.values()), lr=learning_rate)
@@ -90,15 +88,15 @@ class Reinforce:
         self._embedding = embedding.detach().float().cpu()
         self._num_steps, self._temperature, self._max_grad_norm = num_steps, temperature, max_grad_norm
         self._forget, self._means = forget, dict[int, tuple[float, float]]()  # reward and weight, by batch size
-        ids = torch.arange(c.vocab_size) if draft.target_ids is None else draft.target_ids
+        ids = torch.arange(self.config.vocab_size) if draft.target_ids is None else draft.target_ids
         self._draft_id = {token: i for i, token in enumerate(ids.tolist())}
-        self._seen: dict[int, _Seen] = {}
-        self._tested: list[_Tested] = []
-        self._rounds = 0
+        self.begin()
 
     def begin(self) -> None:
         """Forget the episode so far; request ids start again."""
-        self._seen, self._tested, self._rounds = {}, [], 0
+        self._seen: dict[int, _Seen] = {}
+        self._tested: list[list[_Tested]] = [[] for _ in range(self._num_steps)]  # by step
+        self._rounds = 0
 
     def see(self, observation: Mapping[str, Any], info: Mapping[str, Any]) -> None:
         """Read an observation, before acting on it."""
@@ -130,11 +128,11 @@ class Reinforce:
             rows = zip(ids, drafted[:batch].tolist(), correct, advantages.tolist(), strict=True)
             for request, row, accepted, advantage in rows:
                 chain = [token for token in row if token >= 0][: int(accepted) + 1]
-                if chain:
-                    known = self._seen[request].tokens
-                    tested = [self._draft_id[token] for token in chain]
-                    self._tested.append(_Tested(request, len(known), tested, advantage))
-                    known.extend(chain[: int(accepted)])  # observed again unless the request has ended
+                known = self._seen[request].tokens
+                for k, token in enumerate(chain):
+                    slot = len(known) - 2 + k
+                    self._tested[k].append(_Tested(request, slot, self._draft_id[token], advantage))
+                known.extend(chain[: int(accepted)])  # observed again unless the request has ended
         weight = self._forget * weight + 1.0
         self._means[batch] = (mean + (float(np.mean(reward)) - mean) / weight, weight)
 
@@ -145,7 +143,7 @@ class Reinforce:
             The number of drafts, their mean log_prob, gradient_norm, and updates (0: there was nothing to learn).
         """
         metrics = dict.fromkeys(("drafts", "log_prob", "gradient_norm", "updates"), 0.0)
-        if self._tested:
+        if self._tested[0]:
             logp, advantages = self.log_probabilities()
             self.optimizer.zero_grad(set_to_none=True)
             (-(advantages * logp).sum() / self._rounds).backward()
@@ -160,28 +158,22 @@ class Reinforce:
 
     def log_probabilities(self) -> tuple[Tensor, Tensor]:
         """log q_θ with gradients, and the advantage, of every tested draft since `begin`: [N] and [N] float32."""
-        requests = list(dict.fromkeys(tested.request for tested in self._tested))
-        row = {request: i for i, request in enumerate(requests)}
-        length = max(len(self._seen[request].tokens) for request in requests) - 1  # slots
-        tokens = torch.zeros(len(requests), length, dtype=torch.int64)
-        features = torch.zeros(len(requests), length, 3 * self.config.target_hidden_size)
+        row = {request: i for i, request in enumerate(dict.fromkeys(t.request for t in self._tested[0]))}
+        length = max(len(self._seen[request].tokens) for request in row) - 1  # slots
+        tokens = torch.zeros(len(row), length, dtype=torch.int64)
+        features = torch.zeros(len(row), length, 3 * self.config.target_hidden_size)
         for request, i in row.items():
             seen = self._seen[request]
             tokens[i, : len(seen.tokens) - 1] = torch.tensor(seen.tokens[1:])
             features[i, : len(seen.features)] = torch.from_numpy(np.stack(seen.features))
-        passes = min(self._num_steps, length)
+        passes = sum(1 for tested in self._tested if tested)
         states = unroll(self.parameters, self.config, self._embedding[tokens], features, passes)
         parts, advantages = [], []
-        for k, state in enumerate(states):
-            here = [t for t in self._tested if len(t.drafted) > k]
-            if not here:
-                break
-            rows = torch.tensor([row[t.request] for t in here])
-            slots = torch.tensor([t.known - 2 + k for t in here])
+        for tested, state in zip(self._tested, states, strict=False):
+            rows, slots, draft_ids = torch.tensor([(row[t.request], t.slot, t.draft_id) for t in tested]).T
             logits = F.linear(state[rows, slots], self.parameters["lm_head.weight"]) / self._temperature
-            drafted = torch.tensor([t.drafted[k] for t in here])
-            parts.append(torch.log_softmax(logits, -1).gather(-1, drafted[:, None])[:, 0])
-            advantages += [t.advantage for t in here]
+            parts.append(torch.log_softmax(logits, -1).gather(-1, draft_ids[:, None])[:, 0])
+            advantages += [t.advantage for t in tested]
         return torch.cat(parts), torch.tensor(advantages)
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:

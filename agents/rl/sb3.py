@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium
 import numpy as np
@@ -32,6 +32,53 @@ ALGORITHMS = {
 }
 _ACTIVATIONS = {"tanh": "torch.nn:Tanh", "relu": "torch.nn:ReLU"}
 _NOT_MODEL_ARGUMENTS = ("n_timesteps", "n_envs", "normalize", "observe")
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """The agent of Stable-Baselines3.
+
+    Args:
+        algo: algorithm of Stable-Baselines3 or sb3-contrib.
+        n_timesteps: rounds to learn from; by default those of the hyperparameters.
+        seconds: stop after this much time if that is sooner.
+        hyperparameters: YAML file as RL Baselines3 Zoo writes it, by default a shipped one.
+        policy: directory of a saved policy to continue from, of the same algorithm and plans.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    algo: Literal["ppo", "dqn", "recurrent_ppo", "maskable_ppo"] = "maskable_ppo"
+    n_timesteps: int | None = None
+    seconds: float | None = None
+    hyperparameters: Path | None = None
+    policy: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_timesteps is not None and self.n_timesteps < 1:
+            raise ValueError(f"agent.n_timesteps must be at least 1, but got {self.n_timesteps}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"agent.seconds must be above 0, but got {self.seconds}")
+
+    def read_hyperparameters(self, task: str) -> dict[str, Any]:
+        """The hyperparameters for the environment with the id `task`.
+
+        Raises:
+            ValueError: no such file, or nothing for this environment in it.
+        """
+        import yaml  # type: ignore[import-untyped]
+
+        path = self.hyperparameters or Path(__file__).parent / "hyperparameters" / f"{self.algo}.yaml"
+        if not path.is_file():
+            raise ValueError(f"hyperparameters must be a YAML file, but there is no {str(path)!r}")
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{str(path)!r} must be YAML, but {' '.join(str(error).split())}") from error
+        if not isinstance(found, dict) or not isinstance(found.get(task), dict) or "n_timesteps" not in found[task]:
+            raise ValueError(f"{str(path)!r} must hold hyperparameters under {task!r}, with n_timesteps")
+        return dict(found[task])
 
 
 @dataclass(frozen=True)
@@ -93,18 +140,16 @@ class Agent:
             if described[what] != own:
                 raise ValueError(f"a policy must have the agent's {what}, {own}, but has {described[what]}")
         rule, scale = f"the saved policy in {str(directory)!r} must have the agent's", self._observation_scale()
-        for name, option, ours in ((saved.VISIBLE, "observe", self.visible), (saved.MEAN, "normalize", scale)):
-            if (name in found) != (ours is not None):
+        mean, variance, visible = (found.pop(name, None) for name in (saved.MEAN, saved.VARIANCE, saved.VISIBLE))
+        for option, theirs, ours in (("observe", visible, self.visible), ("normalize", mean, scale)):
+            if (theirs is None) != (ours is None):
                 raise ValueError(f"{rule} {option!r}, but has another; change it")
         try:
-            network = {name: t for name, t in found.items() if name not in (saved.VISIBLE, saved.MEAN, saved.VARIANCE)}
-            self.model.policy.load_state_dict(network)
+            self.model.policy.load_state_dict(found)
         except RuntimeError as error:
             raise ValueError(f"{rule} network, but has another: {' '.join(str(error).split())}") from error
-        if scale is not None:
-            scale.mean, scale.var = (
-                np.array(found[name].numpy(), dtype=np.float64) for name in (saved.MEAN, saved.VARIANCE)
-            )
+        if mean is not None and variance is not None:
+            scale.mean, scale.var = mean.double().numpy(), variance.double().numpy()
             scale.count = float(described["num_timesteps"])
 
     def _observation_scale(self) -> Any:

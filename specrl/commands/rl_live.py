@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from specrl.agents.rl.hyperparameters import AgentConfig
-from specrl.agents.rl.sb3 import Agent
+from specrl.agents.rl.sb3 import Agent, AgentConfig
 from specrl.config import EngineConfig, check_batch_sizes
 from specrl.io.output import OutputDir
 from specrl.training.rl import live_world, train_policy

@@ -13,7 +13,7 @@ import torch
 from specrl.core.plan import Plan
 from specrl.export.card import Provenance, model_card
 from specrl.export.serving_flags import Serving, write_serving
-from specrl.io.output import OutputDir, to_json
+from specrl.io.output import OutputDir
 from specrl.models.checkpoint import write_atomic
 from specrl.models.draft import Draft, load_draft
 from specrl.sglang.plugin.policy import LearnedPolicy
@@ -56,7 +56,7 @@ class Bundle:
         wrong = [name for name, t in wanted.items() if not torch.equal(again.tensors[name].cpu(), t.cpu())]
         if again.config != self.draft.config:
             wrong.append("the draft's config.json")
-        if dict(policy.table) != dict(self.policy.table) or policy.state != json.loads(to_json(self.policy.state)):
+        if dict(policy.table) != dict(self.policy.table) or policy.state != json.loads(json.dumps(self.policy.state)):
             wrong.append("the policy")
         if wrong:
             raise ValueError(f"an export must read back as it was, but {wrong[0]} does not; check the disk")

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from specrl.agents.choosers.policy_network import NetworkChooser, load_chooser
 from specrl.agents.choosers.table import PlanTable
 from specrl.agents.rl.distill import Distilled, distill, tabulate
-from specrl.agents.rl.hyperparameters import AgentConfig
-from specrl.agents.rl.sb3 import Agent, make_agent
+from specrl.agents.rl.sb3 import Agent, AgentConfig, make_agent
 from specrl.config import EngineConfig
 from specrl.core.plan import Plan
 from specrl.envs import SIMULATED, SPEC_DECODE
@@ -108,7 +107,7 @@ def train_policy(
     Raises:
         ValueError: plans that the algorithm cannot handle, or a policy that does not fit.
     """
-    from specrl.agents.rl.training_log import RLTrainingLog
+    from specrl.agents.rl.sb3_vector import RLTrainingLog
 
     if agent.algo != "maskable_ppo" and not world.allowed.all():
         able = ",".join(str(plan) for plan, can in zip(world.plans, world.allowed, strict=True) if can)
