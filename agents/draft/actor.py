@@ -1,7 +1,7 @@
 """An EAGLE3 draft that acts on `SpecRL/DraftTokens-v0`.
 
-It has a KV cache with one row for each request. Slot t of a request holds (features of token t, token t + 1), so the
-tokens of an observation fill the slots before their positions, and drafting continues after the last one.
+Slot t of a request in the KV cache holds (features of token t, token t + 1), so the tokens of an observation fill the
+slots before their positions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from specrl.models.draft import Draft, ServingDraft
 from specrl.models.target import Target
+
+Draw = Callable[[Tensor], NDArray[np.int64]]
 
 
 class DraftActor:
@@ -65,11 +67,7 @@ class DraftActor:
 
     @torch.inference_mode()
     def act(
-        self,
-        observation: Mapping[str, Any],
-        num_steps: int | None = None,
-        *,
-        draw: Callable[[Tensor], NDArray[np.int64]] | None = None,
+        self, observation: Mapping[str, Any], num_steps: int | None = None, *, draw: Draw | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draft for the live requests.
 

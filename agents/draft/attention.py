@@ -55,13 +55,7 @@ def attend(queries: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
 def _attend_rows(queries: Tensor, keys: Tensor, values: Tensor, *own: Tensor) -> Tensor:
     """Attention of n consecutive slots to the m slots of pass 0 up to the last of them, and to their own later slots.
 
-    Args:
-        queries: [B, heads, n, D].
-        keys, values: [B, Hk, m, D].
-        own: keys of each later pass, then values of each, [B, Hk, n, D].
-
-    Returns:
-        [B, heads, n, D].
+    queries [B, heads, n, D]; keys and values [B, Hk, m, D]; own: [B, Hk, n, D] keys of each later pass, then values.
     """
     dtype, rows, columns, count = queries.dtype, queries.shape[2], keys.shape[2], len(own) // 2
     queries = (queries * queries.shape[-1] ** -0.5).unflatten(1, (keys.shape[1], -1))  # [B, Hk, group, n, D]

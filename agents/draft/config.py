@@ -100,10 +100,7 @@ class LearnerConfig:
             require("ttt_weights", f"ttt_steps = {self.ttt_steps} finite numbers of at least 0", fits)
         require("draft_sampling", "'sampled' or 'greedy'", self.draft_sampling in ("sampled", "greedy"))
         require("dtype", "'auto', 'float32' or 'bfloat16'", self.dtype in ("auto", "float32", "bfloat16"))
-        try:
-            parse_loss(self.loss)
-        except ValueError as error:
-            raise ValueError(f"learner.loss: {error}") from error
+        parse_loss(self.loss)
 
     def step_weights(self, steps: int) -> tuple[float, ...]:
         """Weights of the first `steps` steps of the training-time test."""

@@ -1,8 +1,7 @@
 """The draft's head and its losses, without the logits of more than a block of slots in memory.
 
 The logits of a block are computed, replaced by the gradient of the loss in pieces that fit into the cache, and
-multiplied into the gradients of the states and of the head. Besides the two gradients, the peak memory is `BLOCK`
-numbers of the product dtype and about ten times `PIECE` float32 numbers, for any vocabulary and number of slots.
+multiplied into the gradients of the states and of the head.
 """
 
 from __future__ import annotations
@@ -19,15 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from specrl.agents.draft.losses import MakeStep, Mixture, Step, acceptance, top_k_of
 
 BLOCK = 1 << 26  # numbers of one block of logits: 128 MiB in bfloat16
-PIECE = 1 << 20  # numbers of one piece in float32: 4 MiB, about the size of a processor's cache
+PIECE = 1 << 20  # numbers of one piece in float32: 4 MiB, about a processor's cache; about ten exist at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The target's distributions p at M slots, on the draft's vocabulary; p is computed when it is needed.
-
-    p = mass · softmax(logits / temperature). It sums to less than 1 if the draft's vocabulary lacks likely tokens.
-    """
+    """The target's distributions at M slots, on the draft's vocabulary: p = mass · softmax(logits / temperature)."""
 
     logits: Tensor  # [M, Vd], as in the traces
     mass: Tensor  # [M, 1] float32, the target's probability of the draft's vocabulary
@@ -36,7 +32,7 @@ class Targets:
     top_k: int | None = None  # keep the most likely tokens only
 
     def p(self, slots: Tensor) -> Tensor:
-        """[n, Vd] float32 at `slots [n]`."""
+        """p [n, Vd] float32 at `slots [n]`, computed when it is needed."""
         scores = self.logits.index_select(0, slots).float().div_(self.temperature[slots])
         p = torch.softmax(scores, -1).mul_(self.mass[slots])
         return p if self.top_k is None else top_k_of(p, self.top_k)
@@ -86,13 +82,10 @@ class FusedHead:
     Args:
         weight: [Vd, H] float32, the parameter.
         dtype: of the products.
-
-    Attributes:
-        cast: the weight in the dtype of the products, with gradients.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.cast = weight.to(dtype)
+        self.cast = weight.to(dtype)  # with gradients
         self._weight, self._grad = weight, torch.zeros_like(weight)
         self._loss = torch.zeros(())
         self._outputs: list[Tensor] = []
@@ -105,17 +98,13 @@ class FusedHead:
     def add_token_losses(
         self, rows: Tensor, targets: Targets, slots: Tensor, mixture: Mixture, weight: float
     ) -> Tensor:
-        """Add weight · Σ_n loss(softmax(rows · headᵀ / temperature), p), and compute its gradients.
+        """Add weight · Σ_n loss(softmax(rows · headᵀ / temperature), p); returns the mean α [].
 
         Args:
             rows: [N, H] states, N at least 1.
-            targets: the target's distributions.
-            slots: [N] int64, the slot of `targets` for each row.
+            targets, slots: the target's distributions, and the slot [N] int64 of each row in them.
             mixture: of losses of single tokens.
             weight: of each row.
-
-        Returns:
-            [], the mean α.
         """
         head, vocab_size = self.cast.detach(), len(self.cast)
         x, grad_rows = rows.detach().to(head.dtype), torch.empty_like(rows)
@@ -187,7 +176,7 @@ def head_steps(rows: Tensor, head: Tensor, targets: Targets, slots: Tensor, make
         rows: [N, H].
         head: [Vd, H] in the dtype of the products.
         targets, slots: as in `FusedHead.add_token_losses`.
-        make_step: how drafts are proposed and accepted, from q, p and the next tokens.
+        make_step: how drafts are proposed and accepted.
     """
 
     def step(rows: Tensor, head: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,7 @@ class OnlineLearner(DraftLearner):
         gated: only `snapshot` decides which weights are good; otherwise all weights after finite updates are.
 
     Attributes:
-        parameters: the weights that are learnt, by SGLang's names, float32.
-        optimizer: of the parameters.
+        parameters, optimizer: the weights that are learnt, by SGLang's names, float32, and their optimiser.
         replay: sequences to learn from, on `device`.
         held_out: sequences to compare drafts on, on the target's device.
         requests: number of finished requests taken.
@@ -80,9 +79,8 @@ class OnlineLearner(DraftLearner):
         """Take traces, and make the updates that are due for finished requests.
 
         Returns:
-            Means over the good updates of loss, gradient_norm, alpha_k (mean Σ min(p, q) of step k) and staleness
-            (draft versions since a sequence was served); the number of updates tried; tokens_per_s if there is a
-            clock; and `counts`.
+            Means over the updates of loss, gradient_norm, alpha_k (mean Σ min(p, q) of step k) and staleness (draft
+            versions since a sequence was served); number of updates; tokens_per_s if there is a clock; and `counts`.
         """
         self.take(traces)
         metrics: dict[str, list[float]] = {}
@@ -149,7 +147,7 @@ class OnlineLearner(DraftLearner):
         self._assembler.opt_out(requests)
 
     def set_plan_costs(self, costs: Sequence[PlanCost], speedup: float = 1.0) -> None:
-        """Set the costs for the loss 'seconds_saved'; before the first call, that loss is the accept length."""
+        """See `DraftLearner`; before the first call, the loss 'seconds_saved' is the accept length."""
         self._objective.set_plan_costs(costs, speedup)
 
     @property
@@ -179,12 +177,7 @@ class OnlineLearner(DraftLearner):
         self._weights.roll_back()
 
     def counts(self) -> dict[str, float]:
-        """Numbers of sequences and updates.
-
-        held, held_out, open: sequences in the replay buffer, held out, and being assembled. dropped: pushed out of the
-        replay buffer. skipped, passed_over, opted_out: see `Assembler`. bad_updates, rollbacks: updates that were not
-        finite, and restorations of good weights.
-        """
+        """Numbers of sequences and updates; see `Assembler`, `Replay` and `LearntWeights`."""
         numbers = {
             "held": len(self.replay),
             "held_out": len(self.held_out),
@@ -199,12 +192,9 @@ class OnlineLearner(DraftLearner):
     def state_dict(self) -> dict[str, Any]:
         """The state without sequences (`replay`, `held_out`): 'tensors' by name, all other values JSON-able."""
         return {
-            "tensors": self._weights.tensors(good=self._gated),
-            "updates": self._weights.updates,
+            **self._weights.state_dict(good=self._gated),
             "requests": self.requests,
             "due": self._updates_due,
-            "bad_updates": self._weights.bad_updates,
-            "rollbacks": self._weights.rollbacks,
             "replay": self.replay.state_dict(),
             "left_out": dict(self._assembler.counts),
         }
@@ -215,11 +205,7 @@ class OnlineLearner(DraftLearner):
         Raises:
             ValueError: the state of a learner of another draft.
         """
-        weights = self._weights
-        weights.load_tensors(state["tensors"])
-        weights.updates, weights.bad_updates, weights.rollbacks = (
-            state[name] for name in ("updates", "bad_updates", "rollbacks")
-        )
+        self._weights.load_state_dict(state)
         self.requests, self._updates_due = state["requests"], state["due"]
         self.replay.load_state_dict(state["replay"])
         self._assembler.counts.update(state["left_out"])

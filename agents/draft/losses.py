@@ -94,7 +94,7 @@ def parse_loss(text: str) -> Mixture:
         name, colon, number = (piece.strip() for piece in part.partition(":"))
         if name not in SLOT_LOSSES and name not in CHAIN_LOSSES:
             known = ", ".join([*SLOT_LOSSES, *CHAIN_LOSSES])
-            raise ValueError(f"a loss must be one of {known}, or a mixture such as 'lk:0.3+…', but got {text!r}")
+            raise ValueError(f"learner.loss must be one of {known}, or a mixture such as 'lk:0.3+…', but got {text!r}")
         try:
             weight = float(number) if colon else 1.0
         except ValueError:
@@ -118,7 +118,7 @@ def top_k_of(p: Tensor, k: int) -> Tensor:
 class Step(NamedTuple):
     """One draft of a chain along the target's own tokens; both fields have one shape and values in [0, 1]."""
 
-    matched: Tensor  # probability that the target's next token was drafted and accepted (see `survival`)
+    matched: Tensor  # probability that the target's next token was drafted and accepted
     accepted: Tensor  # probability that the draft is accepted, whatever it is
 
 

@@ -31,11 +31,7 @@ class Objective:
     Args:
         draft: its shape and vocabulary are used.
         embedding: [V, H] the target's, on the device of the computation.
-        config: the loss, its weights, temperature and dtype.
-
-    Attributes:
-        mixture: the loss.
-        dtype: of the products.
+        config: the loss, its weights, temperature and dtype (of the products).
     """
 
     def __init__(self, draft: Draft, embedding: Tensor, config: LearnerConfig) -> None:
@@ -52,9 +48,6 @@ class Objective:
 
     def backward(self, parameters: Mapping[str, Tensor], sequences: list[TrainingSequence]) -> dict[str, float]:
         """Add the gradients of the loss to those of `parameters`.
-
-        The gradient with respect to the head's input is computed together with each step's loss. The rest of the draft
-        is differentiated once, from all of these.
 
         Args:
             parameters: the draft's tensors by SGLang's names, leaves with gradients.

@@ -70,16 +70,13 @@ class Assembler:
     """Joins traces into sequences.
 
     A request is skipped if its traces do not start with its prefill, have a gap, or hold features or logits that are
-    not finite in `dtype` (logits of -inf, for impossible tokens, are allowed).
+    not finite in `dtype` (logits of -inf, for impossible tokens, are allowed). `counts` holds the number of requests
+    that were 'skipped', 'passed_over' by sampling, and 'opted_out'.
 
     Args:
         dtype: dtype of the logits that are kept.
-        sample_rate: share of requests to take, by a hash of their ids.
-        seed: of that hash.
+        sample_rate, seed: share of requests to take, by a hash of their ids and the seed.
         keep_rejected: also keep the first rejected draft at each position (the best one of a tree).
-
-    Attributes:
-        counts: number of requests that were 'skipped', 'passed_over' by sampling, or 'opted_out'.
     """
 
     def __init__(
@@ -185,13 +182,10 @@ class Replay:
     """A replay buffer of the most recent sequences; newer ones are drawn more often.
 
     Args:
-        capacity: sequences kept, at least 1; the oldest is dropped first.
+        capacity: sequences kept, at least 1; the oldest is dropped first, and counted in `dropped`.
         half_life: number of newer sequences that halves the probability of being drawn, above 0.
         seed: of the draws.
         stale_half_life: number of newer draft versions that halves it as well; None: versions do not count.
-
-    Attributes:
-        dropped: number of sequences dropped for newer ones.
     """
 
     def __init__(self, capacity: int, half_life: float, seed: int, stale_half_life: float | None = None) -> None:

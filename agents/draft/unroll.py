@@ -2,8 +2,8 @@
 
 EAGLE-3 (Li et al., 2025, arXiv:2503.01840), section 3. Pass 0 reads the target's hidden states; pass k reads the
 states of pass k - 1, one slot later. Slot t holds (state before it, token t + 1) and predicts token t + 2. In pass k,
-slot t attends to the true slots 0 .. t - k of pass 0 and, of each later pass j, to slot t - k + j. That is what a draft
-k steps past the last verified token attends to.
+slot t attends to slots 0 .. t - k of pass 0 and to slot t - k + j of each later pass j, as a draft k steps past the
+last verified token does.
 """
 
 from __future__ import annotations
@@ -44,12 +44,6 @@ def _cast(weight: Tensor) -> Tensor:
     return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
 
 
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate x [B, T, heads, D], whose pairs are neighbours, by rotation [T, 1, D/2] complex64."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
-
-
 def unroll(
     parameters: Mapping[str, Tensor],
     config: DraftArchitecture,
@@ -75,7 +69,7 @@ def unroll(
     c = config
     batch, length, _ = embeddings.shape
     heads, kv_heads, size = c.num_heads, c.num_kv_heads, c.head_dim
-    rotation = rope_table(c.rope, size, length).to(features.device)[:, None]
+    rotation = rope_table(c.rope, size, length).to(features.device)[:, None]  # [T, 1, D / 2]
     past: list[tuple[Tensor, Tensor]] = []  # keys and values [B, Hk, T, D] of every pass
 
     def norm(name: str) -> partial[Tensor]:
@@ -83,7 +77,8 @@ def unroll(
 
     def attend_to_passes(_: DecoderLayer, qkv: Tensor) -> Tensor:
         qkv = qkv.view(batch, length, heads + 2 * kv_heads, size)
-        rotated = _rotate(qkv[:, :, : heads + kv_heads], rotation)
+        pairs = qkv[:, :, : heads + kv_heads].float().unflatten(-1, (-1, 2)).contiguous()
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotation).flatten(-2).to(qkv.dtype)
         past.append((rotated[:, :, heads:].transpose(1, 2), qkv[:, :, heads + kv_heads :].transpose(1, 2)))
         attended = attend(rotated[:, :, :heads].transpose(1, 2), past)  # [B, heads, T, D]
         return attended.transpose(1, 2).reshape(-1, heads * size)
@@ -98,8 +93,7 @@ def unroll(
     input_norm, hidden_norm = norm("midlayer.input_layernorm"), norm("midlayer.hidden_norm")
     output = TrainableLinear(parameters[f"{at}o_proj.weight"])
 
-    def read(tokens: Tensor) -> Tensor:
-        """The tokens' part of queries, keys and values, the same in every pass: [B * T, (heads + 2 kv_heads) * D]."""
+    def read(tokens: Tensor) -> Tensor:  # the tokens' part of queries, keys and values, the same in every pass
         return F.linear(input_norm(tokens), of_token).flatten(0, 1)
 
     token_part, mlp_norm = read(embeddings), norm("midlayer.post_attention_layernorm")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specrl.agents.draft.config import LearnerConfig
+
+_COUNTS = ("updates", "bad_updates", "rollbacks")
 
 
 class LearntWeights:
@@ -72,8 +75,8 @@ class LearntWeights:
         self.rollbacks += 1
         self._bad_in_a_row = 0
 
-    def tensors(self, *, good: bool) -> dict[str, Tensor]:
-        """All tensors of the state by name, the good weights only if they are asked for."""
+    def state_dict(self, *, good: bool) -> dict[str, Any]:
+        """The counts, and 'tensors' by name; the good weights only if they are asked for."""
         tensors = {}
         for name, parameter in self.parameters.items():
             tensors[f"parameters.{name}"] = parameter.detach()
@@ -82,15 +85,16 @@ class LearntWeights:
                 tensors[f"good.{name}"] = self.good[name]
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = value
-        return tensors
+        return {"tensors": tensors, **{name: getattr(self, name) for name in _COUNTS}}
 
     @torch.no_grad()
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore `tensors`; the averages are the good weights if these were not asked for.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`; the averages are the good weights if these were not asked for.
 
         Raises:
-            ValueError: the tensors of another draft.
+            ValueError: the state of another draft.
         """
+        tensors: Mapping[str, Tensor] = state["tensors"]
         for name, parameter in self.parameters.items():
             found = tensors.get(f"parameters.{name}")
             if found is None or found.shape != parameter.shape:
@@ -98,16 +102,15 @@ class LearntWeights:
                 raise ValueError(
                     f"a learner's state must fit its draft: {name} is {tuple(parameter.shape)}, but got {got}"
                 )
-        self.good = {
-            name: tensors.get(f"good.{name}", tensors[f"averages.{name}"]).to(p.device, copy=True)
-            for name, p in self.parameters.items()
-        }
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameters.{name}"])
             self.averages[name].copy_(tensors[f"averages.{name}"])
+            self.good[name].copy_(tensors.get(f"good.{name}", self.averages[name]))
             self.optimizer.state.pop(parameter, None)
             if f"step.{name}" in tensors:
-                moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
                 self.optimizer.state[parameter] = {
-                    key: tensor.to(parameter.device, copy=True) for key, tensor in moments.items()
+                    key: tensors[f"{key}.{name}"].to(parameter.device, copy=True)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
                 }
+        for name in _COUNTS:
+            setattr(self, name, state[name])

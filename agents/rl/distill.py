@@ -27,15 +27,10 @@ def distill(batch_sizes: NDArray[np.int64], actions: NDArray[np.int64], plans: S
     """The table of the plans chosen most often at each batch size; ties go to the plan that is first in `plans`.
 
     Args:
-        batch_sizes: of the states [S] int64.
+        batch_sizes: of the states [S] int64, S at least 1.
         actions: the policy's choice in each, as an index into `plans` [S] int64.
         plans: in the order of the actions.
-
-    Raises:
-        ValueError: no states, or another number of choices.
     """
-    if batch_sizes.ndim != 1 or batch_sizes.shape != actions.shape or not len(actions):
-        raise ValueError(f"there must be a choice for each state, but got {batch_sizes.shape} and {actions.shape}")
     table: dict[int, Plan | str] = {}
     shares: dict[int, float] = {}
     for size in np.unique(batch_sizes).tolist():

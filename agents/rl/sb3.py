@@ -7,6 +7,7 @@ PPO (Schulman et al., arXiv 1707.06347), DQN (Mnih et al., 2015), and from sb3-c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +41,10 @@ class AgentConfig:
 
     Args:
         algo: algorithm of Stable-Baselines3 or sb3-contrib.
-        n_timesteps: rounds to learn from; by default those of the hyperparameters.
+        n_timesteps: rounds to learn from, at least 1; by default those of the hyperparameters.
         seconds: stop after this much time if that is sooner.
         hyperparameters: YAML file as RL Baselines3 Zoo writes it, by default a shipped one.
         policy: directory of a saved policy to continue from, of the same algorithm and plans.
-
-    Raises:
-        ValueError: a number out of range.
     """
 
     algo: Literal["ppo", "dqn", "recurrent_ppo", "maskable_ppo"] = "maskable_ppo"
@@ -185,6 +183,7 @@ def make_agent(
     Raises:
         ValueError: an unknown algorithm, or hyperparameters that it does not have.
     """
+    from stable_baselines3.common.utils import LinearSchedule
     from stable_baselines3.common.vec_env import VecNormalize
 
     from specrl.agents.rl.sb3_vector import SB3VectorEnv
@@ -192,8 +191,11 @@ def make_agent(
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, but got {algorithm!r}")
     options = {key: value for key, value in hyperparameters.items() if key not in _NOT_MODEL_ARGUMENTS}
-    if isinstance(options.get("learning_rate"), str):
-        options["learning_rate"] = _falling(options["learning_rate"])
+    rate = options.get("learning_rate")
+    if isinstance(rate, str):
+        if not re.fullmatch(r"lin_[0-9.e-]+", rate):
+            raise ValueError(f"learning_rate must be a number or 'lin_<number>', but got {rate!r}")
+        options["learning_rate"] = LinearSchedule(float(rate.removeprefix("lin_")), 0.0, 1.0)
     policy_kwargs = dict(options.get("policy_kwargs", {}))
     activation = str(policy_kwargs.pop("activation", "relu" if algorithm == "dqn" else "tanh"))  # the usual ones
     if activation not in _ACTIVATIONS:
@@ -219,13 +221,3 @@ def make_agent(
         raise ValueError(f"hyperparameters must be arguments of {model_class.__name__}, but {error}") from error
     able = tuple(map(bool, allowed)) if allowed is not None else (True,) * len(plans)
     return Agent(model, algorithm, tuple(plans), able, dict(hyperparameters), activation, visible)
-
-
-def _falling(rate: str) -> Any:
-    """'lin_0.001': a schedule from 0.001 to 0 over the training."""
-    from stable_baselines3.common.utils import LinearSchedule
-
-    try:
-        return LinearSchedule(float(rate.removeprefix("lin_")), 0.0, 1.0)
-    except ValueError:
-        raise ValueError(f"learning_rate must be a number or 'lin_<number>', but got {rate!r}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -20,16 +21,11 @@ _SUMMED = ("tokens", "t0_s", "batch_size", "seconds")
 
 
 class SB3VectorEnv(VecEnv):
-    """A Gymnasium vector environment, simulated or live, as a `VecEnv`.
-
-    Infos are empty except at the end of an episode, because thousands of mappings would take longer than the step.
+    """A Gymnasium vector environment, simulated or live, as a `VecEnv`. Infos are given at the end of episodes only.
 
     Args:
-        env: with `AutoresetMode.SAME_STEP`.
+        env: with `AutoresetMode.SAME_STEP`; another mode raises a ValueError.
         visible_features: [D] float32, 1 for entries of an observation to show, else 0; None: all are shown.
-
-    Raises:
-        ValueError: another mode.
     """
 
     def __init__(
@@ -44,7 +40,6 @@ class SB3VectorEnv(VecEnv):
         self.env: Any = env
         self._visible = np.float32(1.0) if visible_features is None else visible_features
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
-        self._actions: NDArray[Any] = np.zeros(env.num_envs, dtype=np.int64)
         self._plain = self._spent = 0.0
 
     def reset(self) -> NDArray[np.float32]:
@@ -56,7 +51,7 @@ class SB3VectorEnv(VecEnv):
 
     def step_async(self, actions: NDArray[Any]) -> None:
         """Set the actions [N] of the next step."""
-        self._actions = actions
+        self._actions: NDArray[Any] = actions
 
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Observations, rewards, whether an episode ended, and infos."""
@@ -88,20 +83,16 @@ class SB3VectorEnv(VecEnv):
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
         """Call a method, such as `action_masks`, which returns a row for each environment."""
-        if hasattr(self.env, method_name):
-            found = getattr(self.env, method_name)(*method_args, **method_kwargs)
-        else:
-            found = self.env.call(method_name, *method_args, **method_kwargs)
+        method = getattr(self.env, method_name, None) or partial(self.env.call, method_name)
+        found = method(*method_args, **method_kwargs)
         return [found[index] for index in self._get_indices(indices)]
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """The attribute of the vector environment, or of each environment."""
         if hasattr(self.env, attr_name):
             return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
-        if hasattr(self.env, "get_attr"):
-            found = self.env.get_attr(attr_name)
-            return [found[index] for index in self._get_indices(indices)]
-        raise AttributeError(attr_name)
+        found = self.env.get_attr(attr_name)
+        return [found[index] for index in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Not supported: raises a ValueError."""
@@ -109,7 +100,7 @@ class SB3VectorEnv(VecEnv):
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
         """Never."""
-        return [False for _ in self._get_indices(indices)]
+        return [False] * len(list(self._get_indices(indices)))
 
 
 class RLTrainingLog(BaseCallback):

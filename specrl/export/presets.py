@@ -46,14 +46,12 @@ class Preset:
 
     def count_parameters(self) -> int | None:
         """Parameters of a draft of this shape; None: a figure of its shape is not known."""
-        size = {key: self.draft[key].value for key in _SHAPE.split()}
-        if None in size.values():
+        vocab, draft_vocab, hidden, *rest = (self.draft[key].value for key in _SHAPE.split())
+        if None in (vocab, draft_vocab, hidden, *rest):
             return None
         shape = DraftArchitecture(
-            size["vocab_size"], size["draft_vocab_size"], size["hidden_size"], size["hidden_size"],
-            size["intermediate_size"], size["num_attention_heads"], size["num_key_value_heads"], size["head_dim"],
-            rms_norm_eps=1e-6, rope=RopeConfig(1e4), max_position_embeddings=1,
-            aux_layers=(1, 2, 3),  # like the three before, it does not matter here
+            vocab, draft_vocab, hidden, hidden, *rest,
+            rms_norm_eps=1e-6, rope=RopeConfig(1e4), max_position_embeddings=1, aux_layers=(1, 2, 3),
         )  # fmt: skip
         return sum(prod(sizes) for name, sizes in expected_draft_tensors(shape).items() if name not in ("d2t", "t2d"))
 
