@@ -15,8 +15,7 @@ from torch import Tensor
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.cli import main
 from specrl.core.plan import Plan
-from specrl.export.bundle import Bundle, check_bundle, push_to_hub
-from specrl.export.card import Provenance
+from specrl.export.bundle import Bundle, Provenance, check_bundle, push_to_hub
 from specrl.export.published import import_draft
 from specrl.export.serving_flags import Serving, plan_serving
 from specrl.models.draft import Draft, load_draft, new_draft

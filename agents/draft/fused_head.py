@@ -57,17 +57,16 @@ def make_targets(
     temperature = torch.cat([torch.full((len(x), 1), float(t)) for x, t in zip(logits, temperatures, strict=True)])
     tokens = torch.cat(list(next_tokens))
     if target_ids is None:
-        kept, mass = list(logits), torch.ones_like(temperature)
+        kept, mass = logits[0] if len(logits) == 1 else torch.cat(list(logits)), torch.ones_like(temperature)
     else:
         draft_ids = torch.full((logits[0].shape[-1],), -1).scatter_(0, target_ids, torch.arange(len(target_ids)))
         tokens = torch.where(tokens >= 0, draft_ids[tokens.clamp_min(0)], tokens)
-        kept = [x.index_select(-1, target_ids) for x in logits]
-        pairs = zip(logits, kept, temperatures, strict=True)
-        mass = torch.cat([(_log_norm(y, t) - _log_norm(x, t)).exp_() for x, y, t in pairs])
-        for y, none in zip(kept, (mass == 0).split([len(y) for y in kept]), strict=True):
-            if bool(none.any()):
-                y.masked_fill_(none, 0.0)  # any finite distribution; its mass is 0
-    return Targets(kept[0] if len(kept) == 1 else torch.cat(kept), mass, temperature, tokens, top_k)
+        parts = [x.index_select(-1, target_ids) for x in logits]
+        triples = zip(logits, parts, temperatures, strict=True)
+        mass = torch.cat([(_log_norm(y, t) - _log_norm(x, t)).exp_() for x, y, t in triples])
+        kept = torch.cat(parts)
+        kept[mass[:, 0] == 0] = 0.0  # any finite distribution; its mass is 0
+    return Targets(kept, mass, temperature, tokens, top_k)
 
 
 def _log_norm(logits: Tensor, temperature: float) -> Tensor:
@@ -108,26 +107,23 @@ class FusedHead:
         """
         head, vocab_size = self.cast.detach(), len(self.cast)
         x, grad_rows = rows.detach().to(head.dtype), torch.empty_like(rows)
-        loss, alpha = torch.zeros(()), torch.zeros(())
+        loss_and_alpha = torch.zeros(2)
         size, piece = max(1, BLOCK // vocab_size), max(1, PIECE // vocab_size)
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             for start in range(0, len(rows), size):
                 block = slice(start, start + size)
                 grad = F.linear(x[block], head)  # [n, Vd], the logits, which are replaced by their gradient below
                 for part, here in zip(grad.split(piece), slots[block].split(piece), strict=True):
-                    temperature, p = targets.temperature[here], targets.p(here)
-                    part_loss, part_alpha, part_grad = _token_losses(
-                        part.float() / temperature, p, targets.tokens[here], mixture
-                    )
-                    loss += part_loss
-                    alpha += part_alpha
+                    temperature, p, token = targets.temperature[here], targets.p(here), targets.tokens[here]
+                    sums, part_grad = _token_losses(part.float() / temperature, p, token, mixture)
+                    loss_and_alpha += sums
                     part.copy_(part_grad.mul_(weight / temperature))
                 grad_rows[block] = F.linear(grad, self._transposed)
                 _add_product(self._grad, grad, x[block])
-        self._loss += loss * weight
+        self._loss += loss_and_alpha[0] * weight
         self._outputs.append(rows)
         self._grads.append(grad_rows)
-        return alpha / len(rows)
+        return loss_and_alpha[1] / len(rows)
 
     def add_loss(self, loss: Tensor) -> None:
         """Add a loss [] with a graph."""
@@ -142,21 +138,18 @@ class FusedHead:
         return float(self._loss)
 
 
-def _token_losses(scores: Tensor, p: Tensor, token: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ loss and Σ α of q = softmax(scores), [] each, and the gradient of the former by `scores` [n, Vd].
-
-    Forward KL alone has the gradient q Σ p - p, which is computed in place.
-    """
-    if mixture.slot == {"forward_kl": 1.0}:
+def _token_losses(scores: Tensor, p: Tensor, token: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
+    """Σ loss and Σ α of q = softmax(scores) [2], and the gradient of the former by `scores` [n, Vd]."""
+    if mixture.slot == {"forward_kl": 1.0}:  # has the gradient q Σ p - p, which is computed in place
         q, mass = torch.softmax(scores, -1), p.sum(-1, keepdim=True)
         log_norm = scores.amax(-1, keepdim=True) - q.amax(-1, keepdim=True).log()
         loss = (mass * log_norm).sum() - scores.mul_(p).sum()
-        return loss, acceptance(q, p).sum(), q.mul_(mass).sub_(p)
+        return torch.stack([loss, acceptance(q, p).sum()]), q.mul_(mass).sub_(p)
     with torch.enable_grad():
         logq = torch.log_softmax(scores.requires_grad_(), -1)
         loss = mixture(logq, p, token).sum()
     (grad,) = torch.autograd.grad(loss, scores)
-    return loss.detach(), acceptance(logq.detach().exp(), p).sum(), grad
+    return torch.stack([loss.detach(), acceptance(logq.detach().exp(), p).sum()]), grad
 
 
 def _add_product(grad_head: Tensor, grad: Tensor, x: Tensor) -> None:

@@ -94,10 +94,9 @@ class Gate:
 
         The expectation is exact given the tokens, because the probability of acceptance is known at each of them.
         """
+        parts = [sequences[start : start + _BATCH] for start in range(0, len(sequences), _BATCH)]
         with self._embedding.device:  # of new tensors, as of weights and sequences
-            parts = [sequences[start : start + _BATCH] for start in range(0, len(sequences), _BATCH)]
-            lengths = torch.cat([self._accept_lengths(weights, part) for part in parts])
-        return lengths.double().cpu().numpy()
+            return torch.cat([self._accept_lengths(weights, part) for part in parts]).double().cpu().numpy()
 
     def _accept_lengths(self, weights: Mapping[str, Tensor], sequences: Sequence[TrainingSequence]) -> Tensor:
         temperatures = [max(s.temperature, _GREEDY_TEMPERATURE) for s in sequences]

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from specrl.core.interfaces import PlanCost
 
-SlotLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 _FLOOR = 1e-8  # of p inside a logarithm: an impossible token costs 18 nats, not infinity
 _TINY = 1e-30  # lower bound of α inside a logarithm, and of divisors
 
@@ -61,13 +60,7 @@ def lk(logq: Tensor, p: Tensor, token: Tensor) -> Tensor:
     return -acceptance(logq.exp(), p).clamp_min(_TINY).log()
 
 
-SLOT_LOSSES: dict[str, SlotLoss] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "next_token": next_token,
-    "total_variation": total_variation,
-    "lk": lk,
-}
+SLOT_LOSSES = {loss.__name__: loss for loss in (forward_kl, reverse_kl, next_token, total_variation, lk)}
 CHAIN_LOSSES = ("accept_length", "seconds_saved")
 
 
@@ -79,8 +72,7 @@ class Mixture(NamedTuple):
 
     def __call__(self, logq: Tensor, p: Tensor, token: Tensor) -> Tensor:
         """The weighted sum of the losses of single tokens: [N]."""
-        losses = [weight * SLOT_LOSSES[name](logq, p, token) for name, weight in self.slot.items()]
-        return torch.stack(losses).sum(0)
+        return torch.stack([w * SLOT_LOSSES[name](logq, p, token) for name, w in self.slot.items()]).sum(0)
 
 
 def parse_loss(text: str) -> Mixture:
@@ -101,9 +93,7 @@ def parse_loss(text: str) -> Mixture:
             weight = math.nan
         weights = mixture.slot if name in SLOT_LOSSES else mixture.chain
         if not 0.0 < weight < math.inf or name in weights:
-            raise ValueError(
-                f"each loss must appear once and have a finite weight above 0, but got {part!r} in {text!r}"
-            )
+            raise ValueError(f"each loss must appear once and have a finite weight above 0, but got {text!r}")
         weights[name] = weight
     return mixture
 

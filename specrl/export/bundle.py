@@ -5,20 +5,44 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from jinja2 import Template
 
 from specrl.core.plan import Plan
-from specrl.export.card import Provenance, model_card
 from specrl.export.serving_flags import Serving, write_serving
 from specrl.io.output import OutputDir
 from specrl.models.checkpoint import write_atomic
+from specrl.models.config import DraftConfig
 from specrl.models.draft import Draft, load_draft
 from specrl.sglang.plugin.policy import LearnedPolicy
 
 PLANS, MANIFEST, CARD = "plans.json", "manifest.json", "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where an export comes from."""
+
+    target: str  # its name
+    temperature: float  # of the requests
+    requests: int | None = None  # number of requests that were learned from; None: not known
+    measured: tuple[Mapping[str, str], ...] = ()  # rows with batch_size, plan, speedup, low, high and accept_length
+    environment: Mapping[str, Any] = field(default_factory=dict)  # of the run, as in environment.json
+    config: str = ""  # of the run, YAML
+
+
+def model_card(config: DraftConfig, table: Mapping[int, Plan], serving: Serving, source: Provenance) -> str:
+    """README.md as a Hugging Face model card, from the template model_card.md."""
+    tiers = serving.tiers or {}
+    served = {b: " or ".join(str(Plan(steps)) for steps in tiers[b]) if tiers else str(serving.plan) for b in table}
+    text = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
+    template = Template(text, trim_blocks=True, keep_trailing_newline=True)
+    return template.render(config=config, table=table, serving=serving, source=source, served=served)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ from typing import Any
 
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.core.plan import Plan, parse_plans
-from specrl.export.bundle import PLANS, read_plans
-from specrl.export.card import Provenance
+from specrl.export.bundle import PLANS, Provenance, read_plans
 from specrl.export.serving_flags import Speeds
 from specrl.models.draft import Draft, load_draft
 

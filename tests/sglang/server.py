@@ -20,8 +20,7 @@ from typing import Any
 
 from specrl.core.clock import WallClock
 from specrl.core.plan import Plan
-from specrl.export.bundle import Bundle
-from specrl.export.card import Provenance
+from specrl.export.bundle import Bundle, Provenance
 from specrl.export.serving_flags import plan_serving
 from specrl.models.draft import Draft
 from specrl.models.embedded import embedded_directory

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from specrl.core.plan import Plan
-from specrl.export.bundle import Bundle
-from specrl.export.card import Provenance
+from specrl.export.bundle import Bundle, Provenance
 from specrl.export.serving_flags import plan_serving
 from specrl.models.draft import Draft, ServingDraft, load_draft, new_draft
 from specrl.models.target import Target
