@@ -134,7 +134,7 @@ def test_every_loss_is_known_by_its_name(name: str) -> None:
         ("", "must be one of forward_kl, .*seconds_saved.*but got ''"),
         ("kl", "must be one of .*but got 'kl'"),
         ("lk+", "must be one of .*but got 'lk\\+'"),
-        ("lk+lk", "appear once .*but got 'lk' in 'lk\\+lk'"),
+        ("lk+lk", "appear once .*but got 'lk\\+lk'"),
         ("lk:0", "weight above 0, but got 'lk:0'"),
         ("lk:-1", "weight above 0"),
         ("lk:nan", "weight above 0"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,19 +37,12 @@ def attend(queries: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
         size = max(1, _SCORES // (batch * heads * length))
         wide = torch.promote_types(keys.dtype, torch.float32)
         keys, values = keys.to(wide), values.to(wide)  # the blocks' gradients are added up in float32
-        blocks = [(start, min(start + size, length)) for start in range(0, length, size)]
-        parts = [
-            checkpoint(
-                _attend_rows,
-                queries[:, :, start:stop],
-                keys[:, :, :stop],
-                values[:, :, :stop],
-                *(x[:, :, start:stop] for x in own),
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            for start, stop in blocks
-        ]
+        recomputed = partial(checkpoint, _attend_rows, use_reentrant=False, preserve_rng_state=False)
+        parts = []
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            here, *own_here = (x[:, :, start:stop] for x in (queries, *own))
+            parts.append(recomputed(here, keys[:, :, :stop], values[:, :, :stop], *own_here))
         out = torch.cat(parts, 2)
     return F.pad(out, (0, 0, k, 0)) if k else out
 

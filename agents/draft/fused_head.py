@@ -87,8 +87,7 @@ class FusedHead:
         self.cast = weight.to(dtype)  # with gradients
         self._weight, self._grad = weight, torch.zeros_like(weight)
         self._loss = torch.zeros(())
-        self._outputs: list[Tensor] = []
-        self._grads: list[Tensor | None] = []
+        self._outputs: list[tuple[Tensor, Tensor | None]] = []  # with their gradients
 
     @cached_property
     def _transposed(self) -> Tensor:
@@ -121,19 +120,17 @@ class FusedHead:
                 grad_rows[block] = F.linear(grad, self._transposed)
                 _add_product(self._grad, grad, x[block])
         self._loss += loss_and_alpha[0] * weight
-        self._outputs.append(rows)
-        self._grads.append(grad_rows)
+        self._outputs.append((rows, grad_rows))
         return loss_and_alpha[1] / len(rows)
 
     def add_loss(self, loss: Tensor) -> None:
         """Add a loss [] with a graph."""
         self._loss += loss.detach()
-        self._outputs.append(loss)
-        self._grads.append(None)
+        self._outputs.append((loss, None))
 
     def backward(self) -> float:
         """Add the gradients of all losses to those of the parameters; returns the sum of the losses."""
-        torch.autograd.backward(self._outputs, self._grads)
+        torch.autograd.backward(*zip(*self._outputs, strict=True))
         self._weight.grad = self._grad if self._weight.grad is None else self._weight.grad.add_(self._grad)
         return float(self._loss)
 

@@ -28,8 +28,8 @@ _VOCABULARY_MAPS = ("d2t", "t2d")  # tensors that are never learnt
 class OnlineLearner(DraftLearner):
     """Learns a draft from the target's own traffic.
 
-    It computes on `config.device`, and its replay buffer is there too: 2 bytes x (vocabulary + 3 hidden sizes) for each
-    token. Weights are returned, and sequences held out, on the target's device.
+    It computes on `config.device`. Its replay buffer is there too: 2 bytes x (vocabulary + 3 hidden sizes) per token.
+    Weights are returned, and sequences held out, on the target's device.
 
     Args:
         draft: the draft to start from.
@@ -211,7 +211,7 @@ class OnlineLearner(DraftLearner):
         self._assembler.counts.update(state["left_out"])
 
     def load_sequences(self, replay: Iterable[TrainingSequence], held_out: Iterable[TrainingSequence]) -> None:
-        """Restore sequences to learn from and held-out sequences; no updates become due for them."""
+        """Restore the sequences; no updates become due for them."""
         self.replay.extend(sequence.to(self.device) for sequence in replay)
         self.held_out.extend(sequence.to(self._home) for sequence in held_out)
 

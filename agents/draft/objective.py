@@ -74,14 +74,9 @@ class Objective:
         index = torch.zeros(batch.inside.shape, dtype=torch.int64)  # of each slot in the targets
         index[batch.inside] = torch.arange(len(batch.targets.tokens))
         ttt_steps = min(c.ttt_steps, index.shape[1])
-        states = unroll(
-            parameters,
-            self._shape,
-            self._embedding[batch.tokens],
-            batch.features.to(self.dtype),
-            ttt_steps,
-            None if rejected is None else self._embedding[rejected.tokens],
-        )
+        embeddings, features = self._embedding[batch.tokens], batch.features.to(self.dtype)
+        other = None if rejected is None else self._embedding[rejected.tokens]
+        states = unroll(parameters, self._shape, embeddings, features, ttt_steps, other)
         make_step = losses.sampled_step if c.draft_sampling == "sampled" else _SURROGATE_STEP
         metrics: dict[str, float] = {}
         steps: list[losses.Step] = []

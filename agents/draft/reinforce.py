@@ -54,14 +54,11 @@ class Reinforce:
     Args:
         draft: the draft to start from.
         embedding: [V, H] the target's.
-        num_steps: K of the environment.
+        num_steps: K of the environment, above 0.
         temperature: of sampling drafts, above 0.
-        learning_rate: of Adam.
-        max_grad_norm: gradients are clipped to this norm.
-        forget: share of the baseline's evidence that is left after another round.
-
-    Raises:
-        ValueError: a number out of range.
+        learning_rate: of Adam, above 0.
+        max_grad_norm: gradients are clipped to this norm, above 0.
+        forget: share of the baseline's evidence that is left after another round, in [0, 1).
     """
 
     def __init__(
@@ -75,11 +72,9 @@ class Reinforce:
         max_grad_norm: float = 1.0,
         forget: float = 0.98,
     ) -> None:
-        if not (temperature > 0 and learning_rate > 0 and max_grad_norm > 0 and num_steps > 0 and 0 <= forget < 1):
-            raise ValueError(
-                "temperature, learning_rate, max_grad_norm and num_steps must be above 0 and forget in [0, 1), but got "
-                f"{temperature}, {learning_rate}, {max_grad_norm}, {num_steps} and {forget}"
-            )
+        given = {"K": num_steps, "temperature": temperature, "learning_rate": learning_rate, "norm": max_grad_norm}
+        if not (all(number > 0 for number in given.values()) and 0 <= forget < 1):
+            raise ValueError(f"all numbers must be above 0 and forget in [0, 1), but got {given} and {forget}")
         self.config = draft.config
         self._fixed = {name: t for name, t in draft.tensors.items() if name in ("d2t", "t2d")}
         self.parameters = {n: t.clone().requires_grad_() for n, t in draft.tensors.items() if n not in self._fixed}
@@ -120,12 +115,12 @@ class Reinforce:
             reward: of the round; or [b], one for each request, whose mean is the reward of the round. Use the latter if
                 each depends on the drafts of its own request only: the variance is smaller.
         """
-        ids, batch = list(request_ids), len(correct)
+        batch = len(correct)
         mean, weight = self._means.get(batch, (0.0, 0.0))
         if weight:  # the first round at a batch size only sets the baseline
             self._rounds += 1
             advantages = np.broadcast_to(np.asarray(reward) - mean, batch) / (batch if np.ndim(reward) else 1)
-            rows = zip(ids, drafted[:batch].tolist(), correct, advantages.tolist(), strict=True)
+            rows = zip(request_ids, drafted[:batch].tolist(), correct, advantages.tolist(), strict=True)
             for request, row, accepted, advantage in rows:
                 chain = [token for token in row if token >= 0][: int(accepted) + 1]
                 known = self._seen[request].tokens
@@ -137,10 +132,9 @@ class Reinforce:
         self._means[batch] = (mean + (float(np.mean(reward)) - mean) / weight, weight)
 
     def update(self) -> dict[str, float]:
-        """One optimiser step on the rounds since `begin`, which are forgotten then.
+        """One optimiser step on the rounds since `begin`, which are then forgotten.
 
-        Returns:
-            The number of drafts, their mean log_prob, gradient_norm, and updates (0: there was nothing to learn).
+        Returns the number of drafts, their mean log_prob, gradient_norm, and updates (0: there was nothing to learn).
         """
         metrics = dict.fromkeys(("drafts", "log_prob", "gradient_norm", "updates"), 0.0)
         if self._tested[0]:
@@ -151,7 +145,7 @@ class Reinforce:
             if np.isfinite(norm):
                 self.optimizer.step()
                 self.version += 1
-                metrics |= {"drafts": float(len(logp)), "log_prob": float(logp.detach().mean())}
+                metrics = {"drafts": float(len(logp)), "log_prob": float(logp.detach().mean())}
                 metrics |= {"gradient_norm": norm, "updates": 1.0}
         self.begin()
         return metrics
@@ -166,7 +160,7 @@ class Reinforce:
             seen = self._seen[request]
             tokens[i, : len(seen.tokens) - 1] = torch.tensor(seen.tokens[1:])
             features[i, : len(seen.features)] = torch.from_numpy(np.stack(seen.features))
-        passes = sum(1 for tested in self._tested if tested)
+        passes = sum(len(tested) > 0 for tested in self._tested)
         states = unroll(self.parameters, self.config, self._embedding[tokens], features, passes)
         parts, advantages = [], []
         for tested, state in zip(self._tested, states, strict=False):

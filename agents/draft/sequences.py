@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -24,14 +24,11 @@ class RejectedDrafts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TrainingSequence:
-    """One finished request as the target saw it: T positions whose next token is known.
-
-    `logits[t]` is the target's distribution over `tokens[t + 1]`, `features[t]` its aux hidden states at `tokens[t]`.
-    """
+    """One finished request as the target saw it: T positions whose next token is known."""
 
     tokens: Tensor  # [T] int64
-    features: Tensor  # [T, 3H]
-    logits: Tensor  # [T, V] float32 or float16
+    features: Tensor  # [T, 3H], the target's aux hidden states at each token
+    logits: Tensor  # [T, V] float32 or float16, the target's distributions over the next tokens
     temperature: float
     draft_version: int  # of its last round
     prompt_tokens: int = 0  # leading tokens that the target did not choose
@@ -88,8 +85,7 @@ class Assembler:
         keep_rejected: bool = False,
     ) -> None:
         self._open: dict[int, _Open | None] = {}  # None: left out, and counted
-        self._dtype, self._sample_rate, self._seed = dtype, sample_rate, seed
-        self._keep_rejected = keep_rejected
+        self._dtype, self._sample_rate, self._seed, self._keep_rejected = dtype, sample_rate, seed, keep_rejected
         self._opted_out: set[int] = set()
         self.counts = {"skipped": 0, "passed_over": 0, "opted_out": 0}
 
@@ -178,48 +174,37 @@ def uniform_hash(request: int, seed: int) -> float:
     return x / 2**64
 
 
-class Replay:
+class Replay(deque[TrainingSequence]):
     """A replay buffer of the most recent sequences; newer ones are drawn more often.
 
     Args:
-        capacity: sequences kept, at least 1; the oldest is dropped first, and counted in `dropped`.
+        capacity: sequences kept, at least 1; `extend` drops the oldest first, and counts them in `dropped`.
         half_life: number of newer sequences that halves the probability of being drawn, above 0.
         seed: of the draws.
         stale_half_life: number of newer draft versions that halves it as well; None: versions do not count.
     """
 
     def __init__(self, capacity: int, half_life: float, seed: int, stale_half_life: float | None = None) -> None:
-        self._held: deque[TrainingSequence] = deque(maxlen=capacity)
-        self._decay = 0.5 ** (1.0 / half_life)
-        self._stale_half_life = stale_half_life
+        super().__init__(maxlen=capacity)
+        self._decay, self._stale_half_life = 0.5 ** (1.0 / half_life), stale_half_life
         self._rng = np.random.default_rng(seed)
         self.dropped = 0
 
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def __iter__(self) -> Iterator[TrainingSequence]:
-        return iter(self._held)
-
-    def clear(self) -> None:
-        """Remove all sequences; they do not count as dropped."""
-        self._held.clear()
-
-    def extend(self, sequences: Iterable[TrainingSequence]) -> None:
+    def extend(self, sequences: Iterable[TrainingSequence], /) -> None:
         """Add newer sequences."""
         for sequence in sequences:
-            self.dropped += len(self._held) == self._held.maxlen
-            self._held.append(sequence)
+            self.dropped += len(self) == self.maxlen
+            self.append(sequence)
 
     def draw(self, count: int, version: int = 0) -> list[TrainingSequence]:
         """`count` sequences (fewer if fewer are held), without repeats, for a draft of this version."""
-        size = len(self._held)
+        size = len(self)
         weights = self._decay ** np.arange(size - 1, -1, -1.0)
         if self._stale_half_life is not None:
-            behind = version - np.array([s.draft_version for s in self._held], dtype=np.float64)
+            behind = version - np.array([s.draft_version for s in self], dtype=np.float64)
             weights *= 0.5 ** ((behind - behind.min()) / self._stale_half_life)
         picks = self._rng.choice(size, min(count, size), replace=False, p=weights / weights.sum())
-        return [self._held[i] for i in picks]
+        return [self[i] for i in picks]
 
     def state_dict(self) -> dict[str, Any]:
         """The state without sequences, JSON-able."""

@@ -99,9 +99,8 @@ class LearntWeights:
             found = tensors.get(f"parameters.{name}")
             if found is None or found.shape != parameter.shape:
                 got = "none" if found is None else tuple(found.shape)
-                raise ValueError(
-                    f"a learner's state must fit its draft: {name} is {tuple(parameter.shape)}, but got {got}"
-                )
+                shape = tuple(parameter.shape)
+                raise ValueError(f"a learner's state must fit its draft: {name} is {shape}, but got {got}")
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameters.{name}"])
             self.averages[name].copy_(tensors[f"averages.{name}"])

@@ -48,9 +48,7 @@ def tabulate(chooser: NetworkChooser, most: int) -> PlanTable:
     """
     network = chooser.network
     if not network.is_table:
-        raise ValueError(
-            "the policy must see the batch size only to be a table, but sees more; train it with 'observe: batch_size'"
-        )
+        raise ValueError("a table's policy must see the batch size only; train it with 'observe: batch_size'")
     vectors = np.zeros((most, network.inputs), dtype=np.float32)
     vectors[:, 0] = [Observer(chooser.plans).observe(size, 1.0).values[0] for size in range(1, most + 1)]
     actions = chooser.act(vectors, network.start(most))[0].tolist()

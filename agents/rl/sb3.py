@@ -167,11 +167,11 @@ def make_agent(
     allowed: Sequence[bool] | None = None,
     seed: int = 0,
 ) -> Agent:
-    """An agent on a Gymnasium vector environment (`AutoresetMode.SAME_STEP`).
+    """An agent on a Gymnasium vector environment.
 
     Args:
         algorithm: 'ppo', 'dqn', 'recurrent_ppo' or 'maskable_ppo'.
-        env: discrete actions.
+        env: discrete actions, `AutoresetMode.SAME_STEP`.
         hyperparameters: arguments of the algorithm as RL Baselines3 Zoo writes them: `policy`, `n_steps`, ...;
             `observe: batch_size` masks everything else, so that the policy is a table ('all': no mask);
             `normalize: true` scales observations (and `normalize: {norm_reward: true}` rewards too); a
@@ -193,7 +193,7 @@ def make_agent(
     options = {key: value for key, value in hyperparameters.items() if key not in _NOT_MODEL_ARGUMENTS}
     rate = options.get("learning_rate")
     if isinstance(rate, str):
-        if not re.fullmatch(r"lin_[0-9.e-]+", rate):
+        if not re.fullmatch(r"lin_\d*\.?\d+(e-?\d+)?", rate):
             raise ValueError(f"learning_rate must be a number or 'lin_<number>', but got {rate!r}")
         options["learning_rate"] = LinearSchedule(float(rate.removeprefix("lin_")), 0.0, 1.0)
     policy_kwargs = dict(options.get("policy_kwargs", {}))
@@ -203,12 +203,10 @@ def make_agent(
     options["policy_kwargs"] = {**policy_kwargs, "activation_fn": resolve_name(_ACTIVATIONS[activation])}
     observe, visible = hyperparameters.get("observe", "all"), None
     if observe not in ("all", "batch_size") or (observe != "all" and algorithm == "recurrent_ppo"):
-        raise ValueError(
-            f"observe must be 'all' or 'batch_size', and 'all' for recurrent_ppo, which sees earlier rounds, but got "
-            f"{observe!r}"
-        )
+        raise ValueError(f"observe must be 'all', or 'batch_size' unless with recurrent_ppo, but got {observe!r}")
     if observe == "batch_size":
-        visible = np.eye(1, *env.single_observation_space.shape, dtype=np.float32)[0]  # the batch size is the first
+        size = gymnasium.spaces.flatdim(env.single_observation_space)
+        visible = np.eye(1, size, dtype=np.float32)[0]  # the batch size is the first entry
     venv: Any = SB3VectorEnv(env, visible)
     normalize = hyperparameters.get("normalize", False)
     if normalize:

@@ -31,12 +31,8 @@ class SB3VectorEnv(VecEnv):
     def __init__(
         self, env: gymnasium.vector.VectorEnv[Any, Any, Any], visible_features: NDArray[np.float32] | None = None
     ) -> None:
-        mode = env.metadata.get("autoreset_mode")
-        if mode != AutoresetMode.SAME_STEP:
-            raise ValueError(
-                f"autoreset_mode must be SAME_STEP for Stable-Baselines3, but got {mode}; make the environment with "
-                "autoreset_mode=AutoresetMode.SAME_STEP"
-            )
+        if (mode := env.metadata.get("autoreset_mode")) != AutoresetMode.SAME_STEP:
+            raise ValueError(f"make the environment with autoreset_mode=AutoresetMode.SAME_STEP, but got {mode}")
         self.env: Any = env
         self._visible = np.float32(1.0) if visible_features is None else visible_features
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
@@ -109,18 +105,14 @@ class RLTrainingLog(BaseCallback):
     Args:
         max_seconds: to stop after; None: never.
         off_the_clock: of a live environment, so that updates do not count as the agent's time.
-
-    Attributes:
-        rows: timesteps, seconds and speedup, a row every quarter of a second.
-        seconds: of learning so far.
     """
 
     def __init__(
         self, max_seconds: float | None, off_the_clock: Callable[[], AbstractContextManager[None]] | None
     ) -> None:
         super().__init__()
-        self.rows: list[dict[str, float]] = []
-        self.seconds = 0.0
+        self.rows: list[dict[str, float]] = []  # timesteps, seconds and speedup, a row every quarter of a second
+        self.seconds = 0.0  # of learning so far
         self._max_seconds, self._off_the_clock = max_seconds, off_the_clock
         self._clock, self._update = WallClock(), ExitStack()
 

@@ -138,9 +138,7 @@ def read_plans(path: Path) -> dict[int, Plan]:
         ValueError: no such file, or not a table of plans.
     """
     if not path.exists():
-        raise ValueError(
-            f"a run must hold {path.name}, but {str(path.parent)!r} does not; name a run that has finished"
-        )
+        raise ValueError(f"a run must hold {path.name}, but {str(path.parent)!r} does not; name a finished run")
     try:
         table = json.loads(path.read_text(encoding="utf-8"))["plans"]
         return {int(batch): Plan.parse(plan) for batch, plan in table.items()}

@@ -14,8 +14,8 @@ from specrl.export.bundle import PLANS, Provenance, read_plans
 from specrl.export.serving_flags import Speeds
 from specrl.models.draft import Draft, load_draft
 
-_QUICKSTART = {"target": "embedded", "temperature": 0.7}  # `specrl quickstart` has no options for these
 _MEASURED = ("batch_size", "plan", "speedup", "low", "high", "accept_length")  # columns
+_QUICKSTART = {"target": "embedded", "temperature": 0.7}  # `specrl quickstart` has no options for these
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,7 @@ class LearnedRun:
 
     @classmethod
     def read(cls, run: Path, *, target: str | None = None) -> LearnedRun:
-        """Read the output directory of `specrl train` or `specrl quickstart`.
-
-        Args:
-            run: the directory.
-            target: name of the target; None: the run's.
+        """Read the output directory of `specrl train` or `specrl quickstart`; `target` None: the run's.
 
         Raises:
             ValueError: no draft or plans in it, a damaged file, or a configuration of an older version.
@@ -105,4 +101,4 @@ def _read_measurements(run: Path) -> tuple[dict[str, str], ...]:
     rows = [row for row in rows if row.get("speedup") and "A/A" not in row.get("plan", "")]
     if missing := [key for row in rows for key in _MEASURED if key not in row]:
         raise ValueError(f"{str(run)!r}'s measurements must have a column {missing[0]!r}, but they do not")
-    return tuple({key: row[key] for key in _MEASURED} for row in rows)
+    return tuple(rows)

@@ -97,9 +97,7 @@ def _config(path: Path, tensors: dict[str, Tensor], num_layers: int | None, note
         notes.append(f"{_AUX_LAYERS} was outside eagle_config")
     if eagle.get(_AUX_LAYERS) is None:
         if num_layers is None:
-            raise ValueError(
-                f"the draft must name its aux layers ({_AUX_LAYERS}), but does not; say how many layers its target has"
-            )
+            raise ValueError(f"the draft must have {_AUX_LAYERS}, but does not; say how many layers its target has")
         eagle[_AUX_LAYERS] = [layer - 1 for layer in default_aux_layers(num_layers)]
         notes.append(f"aux layers are not named: SGLang's defaults for {num_layers} layers, {eagle[_AUX_LAYERS]}")
     config["eagle_config"] = eagle

@@ -35,7 +35,7 @@ class Serving:
         return {str(bound): {"candidate_steps": list(steps)} for bound, steps in sorted(self.tiers.items())}
 
     def flags(self, model_path: str, *, rejection_sampling: bool = False) -> dict[str, object]:
-        """Flags of sglang.launch_server without their dashes; paths of the bundle are relative to it.
+        """Flags of sglang.launch_server without their dashes; the bundle's paths are relative.
 
         `model_path` is a directory, or a Hugging Face id with or without '@revision'.
         """
@@ -63,9 +63,8 @@ def plan_serving(
 
     Args:
         table: lower bound of the batch size -> plan.
-        speeds: as learned; needed for candidates beside the best, and to state what a compromise costs.
-        lookahead: 'adaptive' for the best chain per batch size, 'single' for one plan, 'auto': 'single' only where the
-            table holds a tree.
+        speeds: as learned; needed for more than one candidate, and to replace a tree by a chain.
+        lookahead: 'adaptive': the best chain per batch size; 'single': one plan; 'auto': 'single' if there is a tree.
         candidates: per batch size, among which SGLang's own rule chooses; 1 pins the learned plan.
 
     Raises:
