@@ -87,13 +87,13 @@ def test_the_head_and_its_loss_are_the_plain_ones_with_both_gradients(loss: str,
     ours_head.grad = torch.full_like(head, 0.5)  # is added to
     ours = FusedHead(ours_head, torch.float32)
     alpha = ours.add_token_losses(ours_rows, targets, at, mixture, 0.3)
-    loss = ours.backward()
+    ours_loss = ours.backward()
 
     plain_rows, plain_head = rows.clone().requires_grad_(), head.clone().requires_grad_()
     logq = torch.log_softmax(plain_rows @ plain_head.T / heat[at], -1)
     total = 0.3 * mixture(logq, p[at], tokens[at]).sum()
     total.backward()
-    assert loss == pytest.approx(float(total.detach()), rel=1e-5)
+    assert ours_loss == pytest.approx(float(total.detach()), rel=1e-5)
     assert plain_rows.grad is not None and float(plain_rows.grad.norm()) > 0.01
     torch.testing.assert_close(ours_rows.grad, plain_rows.grad)
     torch.testing.assert_close(ours_head.grad - 0.5, plain_head.grad, atol=2e-6, rtol=1e-5)

@@ -306,7 +306,7 @@ def test_the_adapter_counts_speedups_and_tells_what_ended() -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("task", ["SpecRL/Simulated-v0", "SpecRL/SpecDecode-v0"])
-def test_shipped_hyperparameters_make_an_agent(algorithm: str, task: str) -> None:
+def test_shipped_hyperparameters_make_an_agent(algorithm: Any, task: str) -> None:
     hyper = AgentConfig(algorithm).read_hyperparameters(task)
     assert hyper["n_timesteps"] > 1000
     env = simulated(2)

@@ -1,8 +1,4 @@
-"""An EAGLE3 draft that acts on `SpecRL/DraftTokens-v0`.
-
-Slot t of a request in the KV cache holds (features of token t, token t + 1), so the tokens of an observation fill the
-slots before their positions.
-"""
+"""An EAGLE3 draft that acts on `SpecRL/DraftTokens-v0`. Slot t of its KV cache holds (features t, token t + 1)."""
 
 from __future__ import annotations
 

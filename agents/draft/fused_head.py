@@ -130,7 +130,8 @@ class FusedHead:
 
     def backward(self) -> float:
         """Add the gradients of all losses to those of the parameters; returns the sum of the losses."""
-        torch.autograd.backward(*zip(*self._outputs, strict=True))
+        outputs, grads = zip(*self._outputs, strict=True)
+        torch.autograd.backward(list(outputs), list(grads))
         self._weight.grad = self._grad if self._weight.grad is None else self._weight.grad.add_(self._grad)
         return float(self._loss)
 

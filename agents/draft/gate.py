@@ -90,10 +90,7 @@ class Gate:
 
     @torch.no_grad()
     def accept_lengths(self, weights: Mapping[str, Tensor], sequences: Sequence[TrainingSequence]) -> np.ndarray:
-        """The number of tokens after prefill over the expected number of rounds with `num_steps` drafts: [n] float64.
-
-        The expectation is exact given the tokens, because the probability of acceptance is known at each of them.
-        """
+        """The number of tokens after prefill over the expected number of rounds given the tokens: [n] float64."""
         parts = [sequences[start : start + _BATCH] for start in range(0, len(sequences), _BATCH)]
         with self._embedding.device:  # of new tensors, as of weights and sequences
             return torch.cat([self._accept_lengths(weights, part) for part in parts]).double().cpu().numpy()

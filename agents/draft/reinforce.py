@@ -132,10 +132,7 @@ class Reinforce:
         self._means[batch] = (mean + (float(np.mean(reward)) - mean) / weight, weight)
 
     def update(self) -> dict[str, float]:
-        """One optimiser step on the rounds since `begin`, which are then forgotten.
-
-        Returns the number of drafts, their mean log_prob, gradient_norm, and updates (0: there was nothing to learn).
-        """
+        """One optimiser step on the rounds since `begin`, which are then forgotten; metrics (updates 0: no step)."""
         metrics = dict.fromkeys(("drafts", "log_prob", "gradient_norm", "updates"), 0.0)
         if self._tested[0]:
             logp, advantages = self.log_probabilities()

@@ -24,8 +24,7 @@ class LearntWeights:
     Attributes:
         parameters, averages, good: the three by name.
         optimizer: AdamW, with weight decay on matrices only.
-        updates, bad_updates, rollbacks: number of good updates, of updates that were not finite, and of restorations of
-            good weights.
+        updates, bad_updates, rollbacks: number of good updates, updates that were not finite, and restorations.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], config: LearnerConfig) -> None:

@@ -49,11 +49,9 @@ class Preset:
         vocab, draft_vocab, hidden, *rest = (self.draft[key].value for key in _SHAPE.split())
         if None in (vocab, draft_vocab, hidden, *rest):
             return None
-        shape = DraftArchitecture(
-            vocab, draft_vocab, hidden, hidden, *rest,
-            rms_norm_eps=1e-6, rope=RopeConfig(1e4), max_position_embeddings=1, aux_layers=(1, 2, 3),
-        )  # fmt: skip
-        return sum(prod(sizes) for name, sizes in expected_draft_tensors(shape).items() if name not in ("d2t", "t2d"))
+        sizes: list[Any] = [vocab, draft_vocab, hidden, hidden, *rest, 1e-6, RopeConfig(1e4), 1, (1, 2, 3)]
+        tensors = expected_draft_tensors(DraftArchitecture(*sizes))
+        return sum(prod(shape) for name, shape in tensors.items() if name not in ("d2t", "t2d"))
 
 
 def preset_names() -> tuple[str, ...]:
