@@ -31,8 +31,7 @@ class SGLangEngine(Engine):
 
     Args:
         server: the server that speculates.
-        plans: plans that it can run.
-        fixed: the only one of them, set by its flags; None: its plugin follows the plans that it is sent.
+        plans: plans that it can run; several: its plugin follows the plan that it is sent.
         plain: measures decoding without speculation on the same device; None: `measure_plain` returns None, and only
             ratios over plan 0 can be reported.
         draft: directory of the draft that it serves, for `load_draft` to compare with; None: unknown.
@@ -45,19 +44,17 @@ class SGLangEngine(Engine):
         server: Server,
         plans: Sequence[Plan],
         *,
-        fixed: Plan | None = None,
         plain: PlainServer | None = None,
         draft: Path | None = None,
         timeout_s: float = 60.0,
         request_level: bool = False,
     ) -> None:
-        self._request_level = request_level
         if request_level:
             log.warning("%s", LOST)
             if plain is None:
                 log.warning("%s", NO_BASELINE)
         self.server, self.plans, self.plain = server, tuple(plans), plain
-        self._fixed, self._draft, self._timeout_s = fixed, draft, timeout_s
+        self._draft, self._timeout_s, self._request_level = draft, timeout_s, request_level
         self._clock = WallClock()
         self._version = 0
         self._sessions: dict[bool, Session] = {}  # by `plain`
@@ -117,23 +114,20 @@ class SGLangEngine(Engine):
                     "plain rounds need a server without speculation in lock-step; launch with baseline='alternate'"
                 )
             server = self.plain.server
-        common: dict[str, Any] = {
-            "batch_size": batch_size,
-            "max_batch_size": batch_size if max_batch_size is None else max_batch_size,
-            "seed": seed,
-            "plain": None if plain else self.plain,
-            "version": lambda: self._version,
-            "timeout_s": self._timeout_s,
-        }
-        if self._request_level and not plain:
-            if trace:
-                raise ValueError("trace=True needs the plugin in the server, but there is none that we can reach")
-            session: Session = RequestLevelSession(server, workload, plan=self.plans[0], **common)
-        else:
-            plans, fixed = ((Plan(0),), Plan(0)) if plain else (self.plans, self._fixed)
-            session = LockstepSession(server, workload, plans=plans, fixed=fixed, trace=trace and not plain, **common)
-        self._sessions[plain] = session
-        return session
+        kind = RequestLevelSession if self._request_level and not plain else LockstepSession
+        self._sessions[plain] = kind(
+            server,
+            workload,
+            batch_size=batch_size,
+            max_batch_size=batch_size if max_batch_size is None else max_batch_size,
+            seed=seed,
+            plans=(Plan(0),) if plain else self.plans,
+            version=lambda: self._version,
+            plain=None if plain else self.plain,
+            trace=trace and not plain,
+            timeout_s=self._timeout_s,
+        )
+        return self._sessions[plain]
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
         """Serve these draft weights (by SGLang's names) from the next round on; requests in flight go on.

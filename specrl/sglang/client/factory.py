@@ -16,13 +16,41 @@ from specrl.models.draft import Draft, new_draft
 from specrl.models.embedded import target_directory
 from specrl.models.target import load_target
 from specrl.sglang.client.engine import SGLangEngine
-from specrl.sglang.client.launch import PLANS, ROUNDS, TRACES, Server, check_version
+from specrl.sglang.client.launch import PLANS, ROUNDS, TRACES, VARIABLES, Server, check_version
 from specrl.sglang.client.plain_server import PlainServer, StreamedPlainServer, check_baseline
 from specrl.sglang.client.plugin_client import Rounds
 from specrl.sglang.plugin.hooks import CHECKED
 
 log = logging.getLogger("specrl.sglang.client")
-Baseline = Literal["alternate", "none"]
+
+
+def open_engine(
+    *,
+    target: str | Path = "embedded",
+    draft: Draft | str | Path | None = None,
+    plans: Sequence[Plan],
+    trace: bool = False,
+    server: str | None = None,
+    **options: Any,
+) -> SGLangEngine:
+    """Open the engine, for `specrl.core.registry`.
+
+    With chains and trees among the plans, it is launched for the chains: SGLang cannot switch to a tree.
+
+    Args:
+        target: see `launch_engine`; a running server has its own.
+        draft: the same.
+        plans: plans on offer.
+        trace: send traces.
+        server: URL of a running server; None: launch one.
+        options: options of `attach_engine` or `launch_engine`.
+    """
+    if server is not None:
+        return attach_engine(server, **options)
+    chains = [plan for plan in plans if plan.is_chain]
+    if any(plan.num_steps for plan in chains):
+        plans = chains
+    return launch_engine(target, draft, plans=plans, trace=trace, **options)
 
 
 def launch_engine(
@@ -33,7 +61,7 @@ def launch_engine(
     python: str | Path | None = None,
     flags: Sequence[str] = (),
     plain_flags: Sequence[str] = (),
-    baseline: Baseline = "alternate",
+    baseline: Literal["alternate", "none"] = "alternate",
     trace: bool = False,
     log_dir: str | Path | None = None,
     start_s: float = 600.0,
@@ -70,39 +98,41 @@ def launch_engine(
     if note is not None:
         log.warning("%s", note)
     temporary = tempfile.TemporaryDirectory(prefix="specrl-", ignore_cleanup_errors=True)  # short, for socket paths
-    folder, plain_folder = Path(temporary.name), Path(temporary.name) / "plain"
-    plain_folder.mkdir()
-    draft_directory = _draft_directory(draft, target, folder)
-    fixed = None if serving.tiers is not None else serving.plan
-    model = str(target_directory(target).resolve())
+    folder = Path(temporary.name)
     logs = folder if log_dir is None else Path(log_dir)
     logs.mkdir(parents=True, exist_ok=True)
+    model, draft_directory = str(target_directory(target).resolve()), _draft_directory(draft, target, folder)
 
-    def launch(line: Sequence[str], where: Path, log_name: str, **environment: str) -> Server:
-        rounds = {"SPECRL_ROUNDS": f"unix:{where / ROUNDS}", "SPECRL_LOCKSTEP": f"{lockstep_s:g}"}
+    def launch(name: str, line: Sequence[str], sockets: Sequence[str]) -> Server:
+        where = folder / name
+        where.mkdir()
+        addresses = {VARIABLES[socket]: f"unix:{where / socket}" for socket in sockets}
         return Server.launch(
             line,
             where,
-            log=logs / log_name,
+            log=logs / f"{name}.log",
             python=python,
-            environment={**rounds, **environment},
+            environment={**addresses, "SPECRL_LOCKSTEP": f"{lockstep_s:g}"},
             timeout_s=timeout_s,
         )
 
-    environment = {} if fixed is not None else {"SPECRL_POLICY": f"unix:{folder / PLANS}"}
-    environment |= {"SPECRL_TRACES": f"unix:{folder / TRACES}"} if trace else {}
+    sockets = [ROUNDS]
+    if len(offered) > 1:
+        sockets.append(PLANS)
+    if trace:
+        sockets.append(TRACES)
     line = [*command_line(serving, model, str(draft_directory), folder), "--disable-overlap-schedule", *flags]
-    server = launch(line, folder, "server.log", **environment)
-    plain = None
+    server, plain = launch("server", line, sockets), None
     if baseline == "alternate":
         line = [*_words({"model-path": model}), "--sleep-on-idle", *flags, *plain_flags]
-        plain = PlainServer(launch(line, plain_folder, "plain.log"), timeout_s)
-    engine = SGLangEngine(server, offered, fixed=fixed, plain=plain, draft=draft_directory, timeout_s=timeout_s)
+        plain = PlainServer(launch("plain", line, [ROUNDS]), timeout_s)
+    engine = SGLangEngine(server, offered, plain=plain, draft=draft_directory, timeout_s=timeout_s)
     weakref.finalize(engine, temporary.cleanup)
+    first = {"input_ids": [1, 2, 3], "sampling_params": {"temperature": 0.0, "max_new_tokens": 2, "ignore_eos": True}}
     try:
         for each in (server, *([] if plain is None else [plain.server])):
             each.wait(start_s)
-            _warm_up(each)
+            each.client.post("/generate", first)  # after a request, the plugin listens for certain
     except BaseException:
         engine.close()
         raise
@@ -139,70 +169,38 @@ def attach_engine(
         ServerError: it does not answer.
     """
     server = Server(url, api_key=api_key, timeout_s=timeout_s, sockets=None if sockets is None else Path(sockets))
-    address = server.socket(ROUNDS)
-    if address is None and server.version not in CHECKED:
+    plugin = server.has_socket(ROUNDS)
+    if not plugin and server.version not in CHECKED:
         raise ValueError(
             f"SGLang must be {', '.join(CHECKED)}, or have our plugin, which checks what it needs, but {url} is "
             f"{server.version} without it"
         )
-    plan, steps = _plans_of(server.info)
     plain = None
     if plain_url is not None:
         plain = StreamedPlainServer(Server(plain_url, api_key=plain_api_key or api_key, timeout_s=timeout_s), timeout_s)
         check_baseline(server, plain.server)
-    if address is None:
-        return SGLangEngine(server, (plan,), fixed=plan, plain=plain, timeout_s=timeout_s, request_level=True)
-    rounds = Rounds(address, server.check, timeout_s)
-    rounds.close()
-    if not rounds.lockstep_s:
-        raise ValueError(
-            f"{url} must allow lock-step, but does not; set SPECRL_LOCKSTEP=120 there, or leave out sockets="
-        )
-    follows = server.socket(PLANS) is not None and steps
-    plans = tuple(Plan(count) for count in steps) if follows else (plan,)
-    return SGLangEngine(server, plans, fixed=None if follows else plan, plain=plain, timeout_s=timeout_s)
+    if plugin:
+        rounds = Rounds(server.socket(ROUNDS), server.check, timeout_s)
+        rounds.close()
+        if not rounds.lockstep_s:
+            raise ValueError(
+                f"{url} must allow lock-step, but does not; set SPECRL_LOCKSTEP=120 there, or leave out sockets="
+            )
+    plans = _plans_of(server.info, adaptive=server.has_socket(PLANS))
+    return SGLangEngine(server, plans, plain=plain, timeout_s=timeout_s, request_level=not plugin)
 
 
-def _plans_of(info: Mapping[str, Any]) -> tuple[Plan, tuple[int, ...]]:
-    """The plan that a server was launched with, and the num_steps that it can change to."""
+def _plans_of(info: Mapping[str, Any], *, adaptive: bool) -> tuple[Plan, ...]:
+    """The plan that a server was launched with; if it can change the num_steps, all that it can change to."""
     if not info.get("speculative_algorithm"):
-        return Plan(0), ()
-    names = ("num_steps", "eagle_topk", "num_draft_tokens")
-    plan = Plan(*(int(info[f"speculative_{name}"]) for name in names))
+        return (Plan(0),)
     path = info.get("speculative_adaptive_config")
-    if not info.get("speculative_adaptive") or not path or not Path(path).is_file():
-        return plan, ()
-    tiers = json.loads(Path(path).read_text(encoding="utf-8"))
-    return plan, tuple(sorted({s for bound, tier in tiers.items() if bound.isdigit() for s in tier["candidate_steps"]}))
-
-
-def open_engine(
-    *,
-    target: str | Path = "embedded",
-    draft: Draft | str | Path | None = None,
-    plans: Sequence[Plan],
-    trace: bool = False,
-    server: str | None = None,
-    **options: Any,
-) -> SGLangEngine:
-    """Open the engine, for `specrl.core.registry`.
-
-    With chains and trees among the plans, it is launched for the chains: SGLang cannot switch to a tree.
-
-    Args:
-        target: see `launch_engine`; a running server has its own.
-        draft: the same.
-        plans: plans on offer.
-        trace: send traces.
-        server: URL of a running server; None: launch one.
-        options: options of `attach_engine` or `launch_engine`.
-    """
-    if server is not None:
-        return attach_engine(server, **options)
-    chains = [plan for plan in plans if plan.is_chain]
-    if any(plan.num_steps for plan in chains):
-        plans = chains
-    return launch_engine(target, draft, plans=plans, trace=trace, **options)
+    if adaptive and info.get("speculative_adaptive") and path and Path(path).is_file():
+        tiers = json.loads(Path(path).read_text(encoding="utf-8"))
+        steps = {s for bound, tier in tiers.items() if bound.isdigit() for s in tier["candidate_steps"]}
+        if steps:
+            return tuple(map(Plan, sorted(steps)))
+    return (Plan(*(int(info[f"speculative_{name}"]) for name in ("num_steps", "eagle_topk", "num_draft_tokens"))),)
 
 
 def serving_of(plans: Sequence[Plan]) -> Serving:
@@ -211,10 +209,9 @@ def serving_of(plans: Sequence[Plan]) -> Serving:
     Raises:
         ValueError: no plan drafts, or there is a tree besides other plans.
     """
-    drafting = [plan for plan in plans if plan.num_steps]
-    if not drafting:
+    if not any(plan.num_steps for plan in plans):
         raise ValueError("plans must include one that drafts, but got only 0; for example '0,1/1/2,3/1/4'")
-    trees = [plan for plan in drafting if not plan.is_chain]
+    trees = [plan for plan in plans if not plan.is_chain]
     if trees and len(plans) > 1:
         raise ValueError(
             f"plans must be chains, among which SGLang can switch, or one tree, but got {', '.join(map(str, plans))}; "
@@ -228,8 +225,7 @@ def serving_of(plans: Sequence[Plan]) -> Serving:
 
 def command_line(serving: Serving, target: str, draft: str, folder: Path) -> list[str]:
     """Return the flags of sglang.launch_server; the adaptive config is written to `folder`."""
-    flags = dict(serving.flags(target))
-    flags["speculative-draft-model-path"] = draft
+    flags = {**serving.flags(target), "speculative-draft-model-path": draft}
     config = serving.adaptive_config()
     if config is not None:
         path = folder / ADAPTIVE
@@ -244,12 +240,6 @@ def _words(flags: Mapping[str, object]) -> list[str]:
     for name, value in flags.items():
         out += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return out
-
-
-def _warm_up(server: Server) -> None:
-    """Send one request; then the plugin listens for certain."""
-    sampling = {"temperature": 0.0, "max_new_tokens": 2, "ignore_eos": True}
-    server.client.post("/generate", {"input_ids": [1, 2, 3], "sampling_params": sampling})
 
 
 def _draft_directory(draft: Draft | str | Path | None, target: str | Path, folder: Path) -> Path:

@@ -1,12 +1,11 @@
 """Replace the draft weights of a running SGLang server without dropping requests; checked before and after.
 
-This is SGLang 0.5.23's sequence of calls: /pause_generation (in place), /begin_weight_update,
-/update_weights_from_tensor, /end_weight_update and /continue_generation, with the selector 'draft'. Requests keep their
-place and their kv_cache. All bytes of the weights but the last one are sent before the pause.
+The calls are those of SGLang 0.5.23: /pause_generation (in place), /begin_weight_update, /update_weights_from_tensor,
+/end_weight_update and /continue_generation, with the selector 'draft'. All bytes of the weights but the last one are
+sent before the pause.
 
 SGLang reads weights as a pickle, with an unpickler that accepts tensors and names only. It is written here, of one flat
-tensor, and none is ever read. Its bytes contain the weights: tensors in shared memory can end a server that cannot open
-them.
+tensor, and none is ever read. It contains the weights themselves, because tensors in shared memory can end a server.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from specrl.core.clock import WallClock
+from specrl.core.clock import Clock, WallClock
 from specrl.models.checkpoint import check_tensors, expected_draft_tensors
 from specrl.models.config import DraftArchitecture
 from specrl.models.draft import Draft
@@ -69,30 +68,6 @@ class Swap:
         return sum(list(self.calls_s.values())[2:])
 
 
-class _Calls:
-    """Calls to a server that share one deadline, timed by path."""
-
-    def __init__(self, client: Client) -> None:
-        self.client, self.calls_s, self._clock = client, dict[str, float](), WallClock()
-        self._ends = self._clock.now() + client.timeout_s
-
-    def left_s(self) -> float:
-        left = self._ends - self._clock.now()
-        if left <= 0.0:
-            raise SwapError(f"a swap must end within timeout_s={self.client.timeout_s:g}, but did not; allow it more")
-        return left
-
-    def timed(self, path: str, call: Callable[[], Any]) -> None:
-        began = self._clock.now()
-        answer = call()
-        if isinstance(answer, dict) and answer.get("success") is False:
-            raise SwapError(f"{self.client.url}{path} must succeed, but {answer.get('message')}; see its log")
-        self.calls_s[path.removeprefix("/")] = self._clock.now() - began
-
-    def post(self, path: str, body: object) -> None:
-        self.timed(path, lambda: self.client.post(path, body, timeout_s=self.left_s()))
-
-
 def push(
     url: str,
     weights: Mapping[str, Tensor],
@@ -117,15 +92,16 @@ def push(
         ValueError: weights that do not fit the draft that serves, or a server that cannot swap; nothing was sent.
         SwapError: the server refused, died, took too long, or holds other weights than those that were sent.
     """
-    client = Client(url, api_key=api_key, timeout_s=timeout_s)
+    client, clock = Client(url, api_key=api_key, timeout_s=timeout_s), WallClock()
+    ends = clock.now() + timeout_s
     try:
-        calls = _Calls(client)
-        info = client.get("/server_info", timeout_s=calls.left_s())
+        info = client.get("/server_info")
         _check_server(info)
         check_weights(weights, info.get("speculative_draft_model_path") if like is None else like, version=version)
         sent = {name: t.detach().cpu().contiguous() for name, t in weights.items() if name not in _VOCABULARY_MAPS}
-        _swap(calls, encode(sent, version))
-        checked = client.post("/weights_checker", {"action": "checksum", "selector": "draft"}, timeout_s=calls.left_s())
+        calls_s = _swap(client, encode(sent, version), clock, ends)
+        query = {"action": "checksum", "selector": "draft"}
+        checked = client.post("/weights_checker", query, timeout_s=ends - clock.now())
     except SwapError:
         raise
     except ServerError as error:
@@ -134,28 +110,40 @@ def push(
     exact = str(info.get("device")) == "cpu"
     if exact:
         _compare({name.removeprefix("draft."): digest for name, digest in found["checksums"].items()}, sent)
-    return Swap(version, calls.calls_s, sum(t.nbytes for t in sent.values()), found["per_gpu_checksum"], exact)
+    return Swap(version, calls_s, sum(t.nbytes for t in sent.values()), found["per_gpu_checksum"], exact)
 
 
-def _swap(calls: _Calls, body: bytes) -> None:
-    """Pause, update, go on."""
-    client, update = calls.client, "/update_weights_from_tensor"
+def _swap(client: Client, body: bytes, clock: Clock, ends: float) -> dict[str, float]:
+    """Pause, update, go on; returns the seconds of each call."""
+    calls_s: dict[str, float] = {}
+
+    def timed(path: str, call: Callable[[], Any]) -> None:
+        began = clock.now()
+        answer = call()
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise SwapError(f"{client.url}/{path} must succeed, but {answer.get('message')}; see its log")
+        calls_s[path] = clock.now() - began
+
+    def post(path: str, fields: object) -> None:
+        timed(path, lambda: client.post(f"/{path}", fields, timeout_s=ends - clock.now()))
+
     # The watchdog starts while the server takes in the upload. Only the calls themselves are left for the pause.
     with (
-        client.upload(update, body, timeout_s=calls.left_s()) as finish,
+        client.upload("/update_weights_from_tensor", body, timeout_s=ends - clock.now()) as finish,
         resume_on_crash(client.url, client.headers, client.timeout_s) as resumed,
     ):
         try:
-            calls.post("/pause_generation", {"mode": "in_place"})
-            calls.post("/begin_weight_update", {"selector": "draft"})
-            calls.timed(update, finish)
-            calls.post("/end_weight_update", {})
-            calls.post("/continue_generation", {"torch_empty_cache": False})
+            post("pause_generation", {"mode": "in_place"})
+            post("begin_weight_update", {"selector": "draft"})
+            timed("update_weights_from_tensor", finish)
+            post("end_weight_update", {})
+            post("continue_generation", {"torch_empty_cache": False})
         except BaseException:
             resume(client.url, client.headers, _RESUME_S)
             raise
         finally:
             resumed()
+    return calls_s
 
 
 def recover(url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> None:
@@ -205,12 +193,7 @@ def _check_server(info: Mapping[str, Any]) -> None:
 
 
 def encode(weights: Mapping[str, Tensor], version: int) -> bytes:
-    """Return the body of /update_weights_from_tensor: SGLang's flattened bucket.
-
-    Args:
-        weights: contiguous tensors on the CPU.
-        version: version of the weights.
-    """
+    """Return the body of /update_weights_from_tensor: contiguous tensors on the CPU as SGLang's flattened bucket."""
     ordered = sorted(weights.items(), key=lambda item: -item[1].element_size())  # so that each tensor is aligned
     metadata, at = [], 0
     for name, tensor in ordered:
@@ -230,7 +213,7 @@ def encode(weights: Mapping[str, Tensor], version: int) -> bytes:
 
 
 def served_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights by the names, and stacked and padded as, in SGLang's model."""
+    """Return the weights with the names, stacking and padding of SGLang's model."""
     out: dict[str, Tensor] = {}
     stacks = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
     for stack, parts in stacks.items():

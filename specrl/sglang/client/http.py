@@ -73,7 +73,7 @@ def error_for_status(status: int, url: str, body: str) -> ServerError:
 
 
 class Client:
-    """Calls a server. Many threads may use it at once.
+    """Calls a server. Many threads may use it at once. Without an answer, methods raise a subclass of ServerError.
 
     Args:
         url: URL of the server, 'http://host:port'.
@@ -108,27 +108,15 @@ class Client:
         weakref.finalize(self, self._http.close)  # not before: threads may still wait for answers
 
     def get(self, path: str, *, timeout_s: float | None = None) -> Any:
-        """Return the answer to a GET.
-
-        Raises:
-            ServerError: there is none; its class says why.
-        """
+        """Return the answer to a GET."""
         return self._call("GET", path, None, timeout_s)
 
     def post(self, path: str, body: object, *, timeout_s: float | None = None) -> Any:
-        """Return the answer to a POST of JSON; None if it is empty.
-
-        Raises:
-            ServerError: there is none; its class says why.
-        """
+        """Return the answer to a POST of JSON; None if it is empty."""
         return self._call("POST", path, json.dumps(body).encode(), timeout_s)
 
     def stream(self, path: str, body: object, *, timeout_s: float | None = None) -> Iterator[Any]:
-        """Yield the answers to a POST as they come (server-sent events).
-
-        Raises:
-            ServerError: an answer is missing; its class says why.
-        """
+        """Yield the answers to a POST as they come (server-sent events)."""
         limit = self._limit(timeout_s)
         with self._send("POST", path, json.dumps(body).encode(), limit) as response:
             if response.status_code != 200:
@@ -144,11 +132,7 @@ class Client:
 
     @contextmanager
     def upload(self, path: str, body: bytes, *, timeout_s: float) -> Iterator[Callable[[], Any]]:
-        """Send all of a POST but its last byte; the function that this yields sends that too, and returns the answer.
-
-        Raises:
-            ServerError: there is no answer; its class says why.
-        """
+        """Send a POST except for its last byte; the yielded function sends the last byte and returns the answer."""
         sent, last, given_up = Event(), Event(), Event()
 
         def content() -> Iterator[bytes]:

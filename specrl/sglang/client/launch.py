@@ -25,12 +25,13 @@ from specrl.sglang.client.http import (
     ServerSilent,
     is_out_of_memory,
 )
-from specrl.sglang.plugin.hooks import CHECKED, unchecked_note
+from specrl.sglang.plugin.hooks import CHECKED
 
 _POLL_S = 0.2
-_END_S = 15.0  # that a server has to end by itself
+_END_S = 15.0  # for a server to end by itself
 _LOG_LINES = 12  # in an error
 PLANS, ROUNDS, TRACES = "plans", "rounds", "traces"  # names of the sockets in their folder
+VARIABLES = {PLANS: "SPECRL_POLICY", ROUNDS: "SPECRL_ROUNDS", TRACES: "SPECRL_TRACES"}  # that take their addresses
 
 
 class Server:
@@ -116,11 +117,7 @@ class Server:
         return None if self._process is None else self._process.pid
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until it answers.
-
-        Raises:
-            ServerError: it ended, or did not answer in time; with the end of its log.
-        """
+        """Wait until it answers; raise a ServerError with the end of its log if it ends, or does not in time."""
         clock = WallClock()
         limit = clock.now() + timeout_s
         while True:
@@ -151,9 +148,7 @@ class Server:
         if self._info is None:
             info = self.client.get("/server_info")
             if not isinstance(info, dict):
-                raise ServerFailed(
-                    f"{self.client.url} must describe itself at /server_info, but does not; is it SGLang?"
-                )
+                raise ServerFailed(f"{self.client.url}/server_info must answer an object, but got {info!r:.80}")
             self._info = info
         return self._info
 
@@ -162,15 +157,23 @@ class Server:
         """Version of SGLang."""
         return str(self.info.get("version", "unknown"))
 
-    def socket(self, name: str) -> str | None:
-        """Return the address of the plugin's socket of this name, if it exists."""
-        if self.sockets is None or not (self.sockets / name).is_socket():
-            return None
-        return f"ipc://{(self.sockets / name).absolute()}"
+    def has_socket(self, name: str) -> bool:
+        """Whether the plugin's socket of this name exists."""
+        return self.sockets is not None and (self.sockets / name).is_socket()
 
-    def log_lines(self, text: str) -> str:
-        """Return the lines of its log that contain this text."""
-        return " | ".join(line for line in self._log_lines() if text in line)
+    def socket(self, name: str) -> str:
+        """Return the address of the plugin's socket of this name.
+
+        Raises:
+            ServerFailed: it does not exist.
+        """
+        if self.sockets is None or not self.has_socket(name):
+            found = " | ".join(line for line in self._log_lines() if "SPECRL PLUGIN" in line)
+            raise ServerFailed(
+                f"the server's plugin must listen on its socket {name!r}, but does not; is specrl installed beside "
+                f"SGLang, with {VARIABLES[name]} set? its log has: {found or 'nothing about it'}"
+            )
+        return f"ipc://{(self.sockets / name).absolute()}"
 
     def close(self) -> None:
         """End it with all its processes, if it was launched here; idempotent."""
@@ -192,43 +195,29 @@ def check_version(python: str | Path | None = None) -> str | None:
         python: Python of an environment with SGLang and this package; None: this one.
 
     Raises:
-        ValueError: there is no SGLang, or one whose functions are others.
+        ValueError: there is no SGLang, or one with other functions.
     """
     executable = str(python or sys.executable)
-    done = _run(
-        executable,
-        "from importlib.metadata import version; import specrl.sglang.plugin.entry; print(version('sglang'))",
-        60.0,
-    )
-    if done.returncode:
-        raise ValueError(
-            f"{executable} must have SGLang and specrl, but has not ({_last_line(done.stderr)}); install them there, "
-            "or choose another one with python="
-        )
-    found = done.stdout.strip()
-    if found in CHECKED:
-        return None
-    done = _run(
-        executable, "from specrl.sglang.plugin.hooks import ALL_TARGETS, check_targets as c; c(ALL_TARGETS)", 300.0
-    )
-    if done.returncode:
-        raise ValueError(
-            f"SGLang {found} must be as {', '.join(CHECKED)} is, but {_last_line(done.stderr)}; install that one"
-        )
-    return unchecked_note(found)
-
-
-def _run(executable: str, code: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run([executable, "-c", code], capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run([executable, "-c", _CHECK], capture_output=True, text=True, timeout=300.0, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"python= must be a Python that runs, but {executable!r} does not: {error}") from error
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ValueError(
+            f"{executable} must have SGLang and specrl, but has not ({reason}); install them there, SGLang "
+            f"as version {CHECKED[0]}, or choose another one with python="
+        )
+    return done.stdout.strip() or None
 
 
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no output"])[-1]
-
-
+_CHECK = """
+from specrl.sglang.plugin.hooks import ALL_TARGETS, check_targets, version_note
+note = version_note()
+if note is not None:
+    check_targets(ALL_TARGETS)
+    print(note)
+"""
 _WATCH = """
 import os, signal, sys
 sys.stdin.buffer.read()  # ends when the process that launched the server ends

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
-from threading import Thread
 from typing import Any
 
 from specrl.core.clock import Clock, WallClock
 from specrl.core.round import PlainSample
-from specrl.sglang.client.http import ServerError, ServerFailed, ServerSilent
+from specrl.sglang.client.http import ServerError, ServerFailed
 from specrl.sglang.client.launch import ROUNDS, Server
 from specrl.sglang.client.plugin_client import Rounds
+from specrl.sglang.client.requests import LiveRequests
 from specrl.sglang.client.watchdog import resume_on_crash
 
 WARM_UP_STEPS = 2  # of a measurement, left out
@@ -38,14 +38,11 @@ class PlainServer:
 
     def __init__(self, server: Server, timeout_s: float = 60.0) -> None:
         self.server, self._timeout_s = server, timeout_s
-        self._failed: ServerError | None = None
+        self._requests = LiveRequests(server.client, timeout_s)
         self._rounds: Rounds | None = None
 
     def measure(self, texts: Sequence[Sequence[int]]) -> PlainSample:
-        """Return the usual time of a step that continues these texts together.
-
-        Args:
-            texts: token ids of each live request.
+        """Return the usual time of a step that continues these texts (token ids of each live request) together.
 
         Raises:
             ServerError: the server did not decode them together, or not at all.
@@ -80,45 +77,32 @@ class PlainServer:
 
     def _connect(self) -> Rounds:
         """The server's reports. An idle server may take a second to answer, so the connection is kept."""
-        self._failed = None
         if self._rounds is not None:
             try:
-                self._rounds.received()  # of others
+                self._rounds.received()  # reports of other requests
                 return self._rounds
             except ServerError:  # another client has taken our place
                 self._rounds.close()
-        address = self.server.socket(ROUNDS)
-        if address is None:
-            raise ServerFailed("the server without speculation must report rounds, but its plugin is off; see its log")
-        self._rounds = Rounds(address, self._check, self._timeout_s)
+        self._rounds = Rounds(self.server.socket(ROUNDS), self._check, self._timeout_s)
         return self._rounds
+
+    def _check(self) -> None:
+        self.server.check()
+        self._requests.check()
 
     def _decode(self, texts: Sequence[Sequence[int]], count: int) -> list[PlainSample]:
         """Steps in which all of these texts were continued, with the warm-up."""
+        self._requests = LiveRequests(self.server.client, self._timeout_s)
         rounds, body = self._connect(), _request(texts, count)
-        asking = Thread(target=self._ask, args=(body,), name="specrl-plain", daemon=True)
-        asking.start()
+        self._requests.send("plain", body)
         taken, rids, ended = list[PlainSample](), set(body["rid"]), set[str]()
         while not rids <= ended:
             report = rounds.next()
             ended |= set(report.finished)
             if report.kind == "round" and set(report.requests) == rids:
                 taken.append(PlainSample(len(texts), fmean(report.contexts), report.seconds))
-        asking.join(self._timeout_s)
-        if asking.is_alive():
-            raise ServerSilent(f"{self.server.client.url} must answer within {self._timeout_s:g} s; see its log")
+        self._requests.take("plain", self._timeout_s)
         return taken
-
-    def _check(self) -> None:
-        self.server.check()
-        if self._failed is not None:
-            raise self._failed
-
-    def _ask(self, body: dict[str, Any]) -> None:
-        try:
-            self.server.client.post("/generate", body, timeout_s=self._timeout_s)
-        except ServerError as error:
-            self._failed = error
 
 
 class StreamedPlainServer(PlainServer):
@@ -183,17 +167,25 @@ def check_baseline(server: Server, plain: Server) -> None:
             f"plain_url must be a server without speculation, but {url} runs {algorithm}; start one with the same "
             "--model-path and no --speculative flags"
         )
-    ours, theirs = (each.client.get("/model_info") for each in (server, plain))
-    facts: dict[str, tuple[object, object]] = {"model_path": (_place(ours["model_path"]), _place(theirs["model_path"]))}
-    facts |= {name: (server.info.get(name), plain.info.get(name)) for name in _SAME}
-    if not str(ours.get("weight_version")).isdecimal():  # a number is a draft's, set by a hot swap
-        facts["weight_version"] = (str(ours.get("weight_version")), str(theirs.get("weight_version")))
-    for name, (own, other) in facts.items():
-        if own != other:
+    ours, theirs = _served_model(server), _served_model(plain)
+    if ours["weight_version"].isdecimal():  # the version of a draft, set by a hot swap
+        theirs["weight_version"] = ours["weight_version"]
+    for name, own in ours.items():
+        if theirs[name] != own:
             raise ValueError(
-                f"plain_url must serve what the server does, but {name} is {other!r} at {url} and {own!r} at "
+                f"plain_url must serve what the server does, but {name} is {theirs[name]!r} at {url} and {own!r} at "
                 f"{server.client.url}; start it like the other, without its --speculative flags"
             )
+
+
+def _served_model(server: Server) -> dict[str, Any]:
+    model = server.client.get("/model_info")
+    path = Path(model["model_path"])
+    return {
+        "model_path": str(path.resolve()) if path.is_dir() else model["model_path"],
+        "weight_version": str(model.get("weight_version")),
+        **{name: server.info.get(name) for name in _SAME},
+    }
 
 
 @contextmanager
@@ -207,8 +199,3 @@ def paused(server: Server) -> Iterator[None]:
         finally:
             client.post("/continue_generation", {"torch_empty_cache": False})
             resumed()
-
-
-def _place(path: str) -> str:
-    """The absolute path of a directory; a name that is no directory here as it is."""
-    return str(Path(path).resolve()) if Path(path).is_dir() else path

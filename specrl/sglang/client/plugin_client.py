@@ -17,12 +17,13 @@ _SLICE_S = 0.05  # wait for a message, before the other checks
 
 
 class Connection:
-    """A connection to a socket of the plugin, with a deadline on every message. It belongs to one thread.
+    """A connection to a socket of the plugin. It belongs to one thread.
 
     Args:
         endpoint: address of the socket.
         check: called while waiting; raises an error if waiting is useless.
-        kind: zmq.DEALER for a `Channel` of the plugin, zmq.REQ for the socket that takes plans.
+        timeout_s: seconds that a message may take.
+        kind: zmq.DEALER for a `Channel` of the plugin, zmq.REQ for the socket that receives plans.
         high_water_mark: received messages that may wait for `receive`.
 
     Raises:
@@ -30,11 +31,16 @@ class Connection:
     """
 
     def __init__(
-        self, endpoint: str, check: Callable[[], None], kind: int = zmq.DEALER, high_water_mark: int = 4096
+        self,
+        endpoint: str,
+        check: Callable[[], None],
+        timeout_s: float,
+        kind: int = zmq.DEALER,
+        high_water_mark: int = 4096,
     ) -> None:
         if not is_listening(endpoint):
             raise ServerGone(f"the plugin must listen on {endpoint}, but nobody does; is its server running?")
-        self._endpoint, self._check, self._clock = endpoint, check, WallClock()
+        self._endpoint, self._check, self._timeout_s, self._clock = endpoint, check, timeout_s, WallClock()
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVHWM, high_water_mark)
@@ -42,7 +48,7 @@ class Connection:
         self._socket.connect(endpoint)
 
     def close(self) -> None:
-        """Disconnect; idempotent."""
+        """Disconnect; the server goes on by itself. Idempotent."""
         self._monitor.close()
         self._socket.close()
 
@@ -50,23 +56,28 @@ class Connection:
         """Send a message without tensors."""
         self._socket.send_multipart(encode(Message(header)))
 
-    def hello(self, timeout_s: float) -> Mapping[str, Any]:
-        """Become the channel's client, and return its hello.
+    def hello(self) -> Mapping[str, Any]:
+        """Become the channel's client, and return the header of its answer; without an answer, disconnect.
 
         Raises:
-            ServerError: it does not answer.
+            ServerError: there is no answer.
         """
-        self.send({"kind": "hello"})
-        return self.receive(timeout_s).header
+        try:
+            self.send({"kind": "hello"})
+            return self.receive().header
+        except ServerError:
+            self.close()
+            raise
 
-    def receive(self, timeout_s: float) -> Message:
-        """Return the next message.
+    def receive(self, timeout_s: float | None = None) -> Message:
+        """Return the next message; `timeout_s` replaces that of the connection.
 
         Raises:
             ServerSilent: none came in time.
             ServerGone: the server has gone.
             ServerFailed: the plugin refuses us.
         """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         limit = self._clock.now() + timeout_s
         while (left := limit - self._clock.now()) > 0.0:
             message = self.poll(min(left, _SLICE_S))
@@ -78,10 +89,10 @@ class Connection:
         )
 
     def poll(self, timeout_s: float = 0.0) -> Message | None:
-        """Return the next message if it comes in time; raises what `receive` does, but ServerSilent."""
+        """Return the next message, or None if there is none in time; the other errors are those of `receive`."""
         while self._socket.poll(int(timeout_s * 1000)):
             parts = self._socket.recv_multipart(copy=False)
-            if not parts[0].bytes:  # the plugin asks whether we are still here
+            if not parts[0].bytes:  # the plugin checks whether we are still connected
                 continue
             message = decode([part.buffer for part in parts])
             if message.header.get("kind") == "error":
@@ -93,84 +104,63 @@ class Connection:
         return None
 
 
-class Rounds:
-    """Reports of the server's rounds, and permits for the next ones.
+class Rounds(Connection):
+    """Reports of the server's rounds, and permits for the next ones. Without an answer, methods raise a ServerError.
 
     Args:
         endpoint: address of the socket.
         check: as for `Connection`.
         timeout_s: seconds that a round may take.
 
+    Attributes:
+        lockstep_s: seconds that a round waits for a permit at most; 0: no round waits.
+
     Raises:
         ServerError: the plugin does not answer.
     """
 
     def __init__(self, endpoint: str, check: Callable[[], None], timeout_s: float) -> None:
-        self._connection, self._timeout_s = Connection(endpoint, check), timeout_s
-        self.dropped = 0  # reports that the server did not keep for us
-        try:
-            self.lockstep_s = float(self._connection.hello(timeout_s)["lockstep_s"])  # 0: no round waits
-        except ServerError:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Disconnect; the server goes on by itself."""
-        self._connection.close()
+        super().__init__(endpoint, check, timeout_s)
+        self.lockstep_s = float(self.hello()["lockstep_s"])
 
     def hold(self) -> None:
         """Let no round run without a permit from now on, while we are connected."""
-        self._connection.send({"kind": "hold"})
-        while self._connection.receive(self._timeout_s).header["kind"] != "held":
+        self.send({"kind": "hold"})
+        while self.receive().header["kind"] != "held":
             pass
 
     def permit(self, rounds: int, requests: Sequence[str]) -> None:
-        """Permit so many rounds, once these requests are there."""
-        self._connection.send({"kind": "permit", "rounds": rounds, "requests": list(requests)})
+        """Permit so many rounds, as soon as these requests have arrived."""
+        self.send({"kind": "permit", "rounds": rounds, "requests": list(requests)})
 
     def next(self, timeout_s: float | None = None) -> RoundReport:
-        """Return the next report.
-
-        Raises:
-            ServerError: there is none.
-        """
-        return self._report(self._connection.receive(self._timeout_s if timeout_s is None else timeout_s))
+        """Return the next report."""
+        return _report(self.receive(timeout_s))
 
     def received(self) -> list[RoundReport]:
-        """Return the reports that have come."""
-        found = []
-        while (message := self._connection.poll()) is not None:
-            found.append(self._report(message))
-        return found
-
-    def _report(self, message: Message) -> RoundReport:
-        fields = dict(message.header)
-        try:
-            self.dropped = int(fields.pop("dropped"))
-            return RoundReport(**fields)
-        except (TypeError, KeyError) as error:
-            raise ServerFailed(f"the plugin must report rounds as this version does, but {error}; update it") from error
+        """Return the reports that have arrived."""
+        return [_report(message) for message in iter(self.poll, None)]
 
 
-class Plans:
-    """The plan that the server's rounds follow.
+def _report(message: Message) -> RoundReport:
+    try:
+        return RoundReport(**{name: value for name, value in message.header.items() if name != "dropped"})
+    except TypeError as error:
+        raise ServerFailed(f"the plugin must report rounds as this version does, but {error}; update it") from error
+
+
+class Plans(Connection):
+    """Sends the plan that the server's rounds follow; the last one stays in force after `close`.
 
     Args:
         endpoint: address of the socket.
         check: as for `Connection`.
         timeout_s: seconds that an answer may take.
-
-    Raises:
-        ServerGone: nobody listens there.
     """
 
     def __init__(self, endpoint: str, check: Callable[[], None], timeout_s: float) -> None:
-        self._connection, self._timeout_s = Connection(endpoint, check, zmq.REQ), timeout_s
+        super().__init__(endpoint, check, timeout_s, zmq.REQ)
         self._plan: Plan | None = None
-
-    def close(self) -> None:
-        """Disconnect; the last plan stays in force."""
-        self._connection.close()
 
     def set(self, plan: Plan) -> None:
         """Let the next rounds follow this plan.
@@ -181,8 +171,8 @@ class Plans:
         """
         if plan == self._plan:
             return
-        self._connection.send({"plans": {"1": str(plan)}})
-        answer = self._connection.receive(self._timeout_s).header
+        self.send({"plans": {"1": str(plan)}})
+        answer = self.receive().header
         if "error" in answer:
             raise ValueError(f"plan must be one that the server can run, but got {plan}: {answer['error']}")
         self._plan = plan

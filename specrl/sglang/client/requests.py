@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Any
@@ -12,8 +12,6 @@ from specrl.core.interfaces import Request
 from specrl.sglang.client.http import Client, ServerError, ServerSilent
 from specrl.sglang.plugin.traces import OPT_OUT
 
-_MAX_REQUEST_S = 6 * 3600.0  # in lock-step a request lasts as long as an agent thinks
-
 
 @dataclass
 class LiveRequest:
@@ -21,7 +19,7 @@ class LiveRequest:
 
     Attributes:
         number: its number in the session.
-        request: what is asked.
+        request: prompt and sampling parameters.
         rid: its id on the server.
         output: its tokens so far, as far as they were reported.
         resumed: how many of them were generated before it was parked.
@@ -29,7 +27,7 @@ class LiveRequest:
 
     number: int
     request: Request
-    rid: str
+    rid: str = ""
     output: list[int] = field(default_factory=list)
     resumed: int = 0
 
@@ -44,7 +42,7 @@ class LiveRequest:
         return [*self.request.prompt, *self.output]
 
     def body(self) -> dict[str, Any]:
-        """The body for /generate, which asks for the rest of it."""
+        """The body for /generate, for the rest of its tokens."""
         request = self.request
         sampling: dict[str, Any] = {
             "temperature": request.temperature,
@@ -57,45 +55,36 @@ class LiveRequest:
 
 
 class LiveRequests:
-    """Sends requests and takes their answers.
+    """Sends requests and takes their answers. While waiting, methods raise a ServerError if one failed or is too late.
 
     Args:
         client: calls the server.
+        timeout_s: seconds that a request may take. In lock-step, the agent's thinking is a part of it.
     """
 
-    def __init__(self, client: Client) -> None:
-        self._client, self._clock = client, WallClock()
-        self._answers: dict[str, dict[str, Any]] = {}
-        self._failures: dict[str, ServerError] = {}
+    def __init__(self, client: Client, timeout_s: float = 6 * 3600.0) -> None:
+        self._client, self._timeout_s, self._clock = client, timeout_s, WallClock()
+        self._answers: dict[str, Any] = {}
+        self._failures: list[ServerError] = []
         self._changed = Condition()
 
-    def send(self, request: LiveRequest) -> None:
-        """Send a request; `take` returns its answer."""
-        body = request.body()
-        Thread(target=self._ask, args=(request.rid, body), name=f"specrl-{request.rid}", daemon=True).start()
+    def send(self, rid: str, body: Mapping[str, Any]) -> None:
+        """Send a request to /generate; `take` returns its answer."""
+        Thread(target=self._ask, args=(rid, body), name=f"specrl-{rid}", daemon=True).start()
 
     def check(self) -> None:
         """Raise the error of a request that failed."""
-        failed = next(iter(self._failures.values()), None)
-        if failed is not None:
-            raise failed
+        if self._failures:
+            raise self._failures[0]
 
-    def take(self, rid: str, timeout_s: float) -> dict[str, Any]:
-        """Return the answer to a request.
-
-        Raises:
-            ServerError: a request failed, or there is no answer in time.
-        """
+    def take(self, rid: str, timeout_s: float) -> Any:
+        """Return the answer to a request."""
         with self._changed:
             self._wait(lambda: rid in self._answers, f"request {rid}", timeout_s)
             return self._answers.pop(rid)
 
     def any(self, timeout_s: float) -> str:
-        """Return the id of a request that was answered.
-
-        Raises:
-            ServerError: a request failed, or there is no answer in time.
-        """
+        """Return the id of a request that was answered."""
         with self._changed:
             self._wait(lambda: bool(self._answers), "a request", timeout_s)
             return next(iter(self._answers))
@@ -113,12 +102,12 @@ class LiveRequests:
                 raise ServerSilent(f"{self._client.url} must answer {what} within {timeout_s:g} s; see its log")
             self._changed.wait(min(left, 1.0))
 
-    def _ask(self, rid: str, body: dict[str, Any]) -> None:
+    def _ask(self, rid: str, body: Mapping[str, Any]) -> None:
         try:
-            answer = self._client.post("/generate", body, timeout_s=_MAX_REQUEST_S)
+            answer = self._client.post("/generate", body, timeout_s=self._timeout_s)
         except ServerError as error:
             with self._changed:
-                self._failures[rid] = error
+                self._failures.append(error)
                 self._changed.notify_all()
         else:
             with self._changed:

@@ -1,8 +1,9 @@
-"""Rounds of a server in lock-step: one round whenever its plan was chosen."""
+"""Sessions on a server: what they have in common, and rounds in lock-step."""
 
 from __future__ import annotations
 
 import secrets
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,25 +20,23 @@ from specrl.sglang.client.trace_subscriber import TraceReader
 from specrl.sglang.plugin.rounds import RoundReport
 
 
-class LockstepSession(Session):
-    """B requests on a server that runs one round at a time and waits in between.
-
-    A finished request is replaced after its round. The prefill of its successor comes before the next round, whose
-    `prefill_s` is the time it took. `resize` to fewer requests parks the last ones: the server can end a request only
-    at the end of a round, so one further round runs, which is not reported. Parked requests go on from their tokens.
+class ServerSession(Session):
+    """B requests on a server. If the server fails, methods raise a ServerError, whose class says why.
 
     Args:
-        server: a server with the plugin in lock-step.
+        server: the server.
         workload: source of the requests.
         batch_size: live requests.
-        max_batch_size: the most live requests that it may be resized to.
+        max_batch_size: the largest batch size for `resize`.
         seed: seed of the requests' order.
-        plans: plans that the server can run.
-        fixed: the only one of them, set by the server's flags; None: plans are sent to the plugin.
+        plans: plans that the server can run; one plan: it is the server's own.
         version: returns the version of the draft that serves.
         plain: measures decoding without speculation; None: it is not measured.
         trace: keep traces.
         timeout_s: seconds that a round may take.
+
+    Raises:
+        ValueError: a batch size out of range, or traces that the server cannot send.
     """
 
     def __init__(
@@ -49,72 +48,164 @@ class LockstepSession(Session):
         max_batch_size: int,
         seed: int,
         plans: Sequence[Plan],
-        fixed: Plan | None,
         version: Callable[[], int],
         plain: PlainServer | None,
         trace: bool,
         timeout_s: float,
     ) -> None:
-        _check_batch_size(batch_size, max_batch_size)
         self._server, self._source, self._max_batch_size = server, workload.requests(seed), max_batch_size
         self._offered, self._version, self._plain, self._timeout_s = tuple(plans), version, plain, timeout_s
         self._name = f"specrl-{secrets.token_hex(4)}"
-        self._count = self._sent = 0
-        self._parked: list[LiveRequest] = []
-        self._completed: list[Completion] = []  # since the last reported round
-        self._closed = False
         self._requests = LiveRequests(server.client)
-        self._rounds = Rounds(_address(server, ROUNDS), self._check, timeout_s)
-        self._plans = None if fixed is not None else Plans(_address(server, PLANS), self._check, timeout_s)
-        self._traces = TraceReader(_address(server, TRACES), self._number) if trace else None
-        self._rounds.hold()
-        self._live = [self._new() for _ in range(batch_size)]
-        self._send(self._live)
+        self._live: list[LiveRequest] = []
+        self._created = self._sent = 0
+        self._closed = False
+        self._set_batch_size(batch_size)
+        self._connect(trace)
+        self._fill()
 
     @property
     def batch_size(self) -> int:
         """Live requests."""
-        return len(self._live)
-
-    @property
-    def context_lengths(self) -> Sequence[int]:
-        """Known tokens of each live request, with the one that its prefill adds."""
-        return [live.context for live in self._live]
+        return self._batch_size
 
     def resize(self, batch_size: int) -> None:
         """Change the number of live requests from the next round on.
 
         Raises:
-            ValueError: it is not from 1 to `max_batch_size`.
-            ServerError: the server failed; its class says why.
+            ValueError: it is not from 1 to `max_batch_size`, or the session is closed.
         """
-        self._open()
-        _check_batch_size(batch_size, self._max_batch_size)
-        leaving, self._live = self._live[batch_size:], self._live[:batch_size]
-        if leaving:
-            self._park(leaving)
-        joining = [self._parked.pop() if self._parked else self._new() for _ in range(batch_size - len(self._live))]
-        self._live += joining
-        self._send(joining)
+        self._check_open()
+        self._set_batch_size(batch_size)
+        self._fill()
 
     def round(self, plan: Plan) -> Round:
         """Run one round by this plan.
 
         Raises:
             ValueError: a plan that the server cannot run, or the session is closed.
-            ServerError: the server failed; its class says why.
         """
-        self._open()
+        self._check_open()
         if plan not in self._offered:
             offered = ", ".join(map(str, self._offered))
             raise ValueError(f"plan must be one that the server was launched for ({offered}), but got {plan}")
+        return self._round(plan)
+
+    def close(self) -> None:
+        """End the live requests; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._disconnect()
+        try:
+            self._requests.abort(self._name)
+            for live in self._live:  # the next session starts on an idle server
+                self._requests.take(live.rid, self._timeout_s)
+        except OSError:  # the server has gone, and they with it
+            pass
+
+    @abstractmethod
+    def _connect(self, trace: bool) -> None:
+        """Connect to the server; the last step of construction before requests are sent."""
+
+    @abstractmethod
+    def _fill(self) -> None:
+        """Have as many live requests as `batch_size` asks for."""
+
+    @abstractmethod
+    def _round(self, plan: Plan) -> Round:
+        """Run a round; the arguments are valid."""
+
+    @abstractmethod
+    def _disconnect(self) -> None:
+        """Undo `_connect`."""
+
+    def _set_batch_size(self, batch_size: int) -> None:
+        if not 1 <= batch_size <= self._max_batch_size:
+            raise ValueError(
+                f"batch_size must be from 1 to {self._max_batch_size} (max_batch_size), but got {batch_size}"
+            )
+        self._batch_size = batch_size
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the session is closed; start another one")
+
+    def _new(self) -> LiveRequest:
+        self._created += 1
+        return LiveRequest(self._created - 1, next(self._source))
+
+    def _send(self, joining: Sequence[LiveRequest]) -> None:
+        for live in joining:
+            live.rid = f"{self._name}-{self._sent:08d}-{live.number}"
+            self._sent += 1
+            self._requests.send(live.rid, live.body())
+
+
+class LockstepSession(ServerSession):
+    """B requests on a server that runs one round at a time and waits in between.
+
+    A finished request is replaced after its round. The prefill of its successor comes before the next round, whose
+    `prefill_s` is the time it took. `resize` to fewer requests parks the last ones: the server can end a request only
+    at the end of a round, so one further round runs, which is not reported. Parked requests go on from their tokens.
+    """
+
+    @property
+    def context_lengths(self) -> Sequence[int]:
+        """Known tokens of each live request, with the one that its prefill adds."""
+        return [live.context for live in self._live]
+
+    def measure_plain(self) -> PlainSample | None:
+        """Time a step of the server without speculation on the live requests' texts, while this server waits."""
+        self._check_open()
+        return None if self._plain is None else self._plain.measure([live.text for live in self._live])
+
+    def plain_steps(self, count: int) -> list[PlainSample]:
+        """Time `count` such steps one after another.
+
+        Raises:
+            ValueError: there is no server without speculation.
+        """
+        self._check_open()
+        if self._plain is None:
+            return super().plain_steps(count)
+        return self._plain.steps([live.text for live in self._live], count)
+
+    def drain(self) -> list[Trace]:
+        """Take the traces that have arrived; those of the last rounds may still be on their way."""
+        return [] if self._traces is None else self._traces.take()
+
+    def _connect(self, trace: bool) -> None:
+        server, timeout_s = self._server, self._timeout_s
+        self._parked: list[LiveRequest] = []
+        self._completed: list[Completion] = []  # since the last reported round
+        self._rounds = Rounds(server.socket(ROUNDS), self._check, timeout_s)
+        self._plans = Plans(server.socket(PLANS), self._check, timeout_s) if len(self._offered) > 1 else None
+        self._traces = TraceReader(server.socket(TRACES), self._number) if trace else None
+        self._rounds.hold()
+
+    def _disconnect(self) -> None:
+        for part in (self._rounds, self._plans, self._traces):
+            if part is not None:
+                part.close()
+
+    def _fill(self) -> None:
+        leaving, self._live = self._live[self._batch_size :], self._live[: self._batch_size]
+        if leaving:
+            self._park(leaving)
+        missing = self._batch_size - len(self._live)
+        joining = [self._parked.pop() if self._parked else self._new() for _ in range(missing)]
+        self._live += joining
+        self._send(joining)
+
+    def _round(self, plan: Plan) -> Round:
         if self._plans is not None:
             self._plans.set(plan)
         report = self._step()
         if Plan.parse(report.plan) != plan:
             raise ServerFailed(f"the round must follow {plan}, but followed {report.plan}; see the server's log")
         rows = [report.requests.index(live.rid) for live in self._live]
-        self._end(report, self._live)
+        self._take_ended(report, self._live)
         completed, self._completed = tuple(self._completed), []
         done = Round(
             plan=plan,
@@ -132,58 +223,9 @@ class LockstepSession(Session):
         self._replace(report.finished)
         return done
 
-    def measure_plain(self) -> PlainSample | None:
-        """Time a step of the server without speculation on the live requests' texts, while this server waits."""
-        self._open()
-        return None if self._plain is None else self._plain.measure([live.text for live in self._live])
-
-    def plain_steps(self, count: int) -> list[PlainSample]:
-        """Time `count` such steps one after another.
-
-        Raises:
-            ValueError: there is no server without speculation.
-        """
-        self._open()
-        if self._plain is None:
-            raise ValueError("plain steps need a server without speculation; launch with baseline='alternate'")
-        return self._plain.steps([live.text for live in self._live], count)
-
-    def drain(self) -> list[Trace]:
-        """Take the traces that have come; those of the last rounds may still be on their way."""
-        return [] if self._traces is None else self._traces.take()
-
-    def close(self) -> None:
-        """End what is in flight, and let the server go on by itself; idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        for part in (self._rounds, self._plans, self._traces):
-            if part is not None:
-                part.close()
-        try:
-            self._requests.abort(self._name)
-            for live in self._live:
-                self._requests.take(live.rid, self._timeout_s)
-        except OSError:  # the server has gone, and they with it
-            pass
-
-    def _open(self) -> None:
-        if self._closed:
-            raise ValueError("the session is closed; start another one")
-
     def _check(self) -> None:
         self._server.check()
         self._requests.check()
-
-    def _new(self) -> LiveRequest:
-        self._count += 1
-        return LiveRequest(self._count - 1, next(self._source), "")
-
-    def _send(self, joining: Sequence[LiveRequest]) -> None:
-        for live in joining:
-            live.rid = f"{self._name}-{self._sent:08d}-{live.number}"
-            self._sent += 1
-            self._requests.send(live)
 
     def _number(self, rid: str) -> int:
         """The number of a request; -1 if it is not of this session."""
@@ -207,11 +249,11 @@ class LockstepSession(Session):
                     )
                 return report
             if known.keys() & set(report.finished):
-                self._end(report, self._live)
+                self._take_ended(report, self._live)
                 self._replace(report.finished)
                 self._rounds.permit(1, [live.rid for live in self._live])
 
-    def _end(self, report: RoundReport, requests: Sequence[LiveRequest]) -> None:
+    def _take_ended(self, report: RoundReport, requests: Sequence[LiveRequest]) -> None:
         """Take the answers of those that have ended; one that was aborted is parked with its tokens."""
         for live in requests:
             if live.rid in report.finished:
@@ -236,20 +278,5 @@ class LockstepSession(Session):
         if self._plans is not None and Plan(0) in self._offered:
             self._plans.set(Plan(0))
         report = self._step()
-        self._end(report, [*leaving, *self._live])
+        self._take_ended(report, [*leaving, *self._live])
         self._replace(report.finished)
-
-
-def _check_batch_size(batch_size: int, max_batch_size: int) -> None:
-    if not 1 <= batch_size <= max_batch_size:
-        raise ValueError(f"batch_size must be from 1 to {max_batch_size} (max_batch_size), but got {batch_size}")
-
-
-def _address(server: Server, name: str) -> str:
-    address = server.socket(name)
-    if address is None:
-        raise ServerFailed(
-            f"the server's plugin must listen on its socket {name!r}, but does not; is specrl installed beside SGLang, "
-            f"with SPECRL_{name.upper()} set? its log has: {server.log_lines('SPECRL PLUGIN') or 'nothing about it'}"
-        )
-    return address

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
-from threading import Condition, Thread
+from queue import Empty, Full, Queue
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -24,26 +26,29 @@ _MAX_WAITING = 4096  # traces that wait for `TraceReader.take`; more stay in the
 
 @dataclass(slots=True)
 class _Request:
-    """A request: its number, the pieces of its prompt, and its last trace, kept until the next one has come."""
+    """A request: its number, the pieces of its prompt, and its last trace, kept until the next one arrives."""
 
     number: int
     pieces: list[Message] = field(default_factory=list)
     last: Trace | None = None
-    began: bool = False
-    incomplete: bool = False  # a part of it never came
+    incomplete: bool = False  # a part of it never arrived
 
 
-class Subscriber:
+class Subscriber(Connection):
     """Reads traces from a server's plugin, each of one request. It belongs to one thread.
 
     SGLang computes no logits for a prompt's positions. The logits of a prefill's trace are therefore 0 for the prompt's
     own next token and -inf for all others. A request is left out, and counted in `incomplete`, if its prompt did not
-    come from its start on (it was read from a cache, or was on its way when we connected) or if a round was dropped.
+    arrive from its start on (it was read from a cache, or was on its way when we connected) or if a round was dropped.
 
     Args:
         path: the plugin's socket, a path or an address as in SPECRL_TRACES.
         timeout_s: seconds without a message after which `messages` and `traces` end.
-        number: returns the number for a request of this SGLang id; None: requests are counted as they come.
+        number: returns the number for a request of this SGLang id; None: requests are counted as they arrive.
+
+    Attributes:
+        dropped: messages that the server did not send, because we were slow.
+        incomplete: requests that were left out.
 
     Raises:
         ServerError: nobody listens there, or does not answer.
@@ -52,16 +57,12 @@ class Subscriber:
     def __init__(self, path: str | Path, timeout_s: float = 10.0, number: Callable[[str], int] | None = None) -> None:
         text = str(path)
         address = text if text.startswith(("unix:", "ipc:", "tcp:")) else f"unix:{Path(text).absolute()}"
-        self._timeout_s, self._number = timeout_s, number
+        arrived = count()
+        self._number = number or (lambda _: next(arrived))
         self._requests: dict[str, _Request] = {}
-        self._count = 0
         self.dropped = self.incomplete = 0
-        self._connection = Connection(parse_address(address, "path"), lambda: None, high_water_mark=1)
-        try:
-            self._connection.hello(timeout_s)
-        except ServerError:
-            self.close()
-            raise
+        super().__init__(parse_address(address, "path"), lambda: None, timeout_s, high_water_mark=1)
+        self.hello()
 
     def __enter__(self) -> Subscriber:
         """Return itself; leaving disconnects."""
@@ -70,21 +71,17 @@ class Subscriber:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Disconnect."""
-        self._connection.close()
-
     def messages(self, timeout_s: float | None = None) -> Iterator[Message]:
-        """Yield messages until none comes in time.
+        """Yield messages until none arrives in time.
 
         Raises:
             ServerGone: the server has gone.
             ServerFailed: another client takes its traces.
-            ValueError: something came that is no message.
+            ValueError: something arrived that is no message.
         """
         while True:
             try:
-                message = self._connection.receive(self._timeout_s if timeout_s is None else timeout_s)
+                message = self.receive(timeout_s)
             except ServerSilent:
                 return
             self.dropped = int(message.header["dropped"])
@@ -99,49 +96,37 @@ class Subscriber:
         """Return the traces that a message completes."""
         header, out = message.header, list[Trace]()
         for index, rid in enumerate(header["requests"]):
-            request = self._requests.get(rid)
             if header["kind"] == "finished":
-                if request is not None:
-                    del self._requests[rid]
-                    if request.last is not None and not request.incomplete:
-                        out.append(replace(request.last, finished=(request.number,)))
+                ended = self._requests.pop(rid, None)
+                if ended is not None and ended.last is not None and not ended.incomplete:
+                    out.append(replace(ended.last, finished=(ended.number,)))
                 continue
-            if request is None:
-                number = self._count if self._number is None else self._number(rid)
-                request = self._requests[rid] = _Request(number)
-                self._count += 1
+            if rid not in self._requests:
+                self._requests[rid] = _Request(self._number(rid))
+            request = self._requests[rid]
             if header["kind"] == "prefill":
                 request.pieces.append(message)
             else:
-                out += self._round(request, header, {n: t[index] for n, t in message.tensors.items()}, index)
+                row = {name: tensor[index] for name, tensor in message.tensors.items()}
+                out += self._complete(request, _trace(request.number, header, row, index))
         return out
 
-    def _round(
-        self, request: _Request, header: Mapping[str, Any], row: Mapping[str, Tensor], index: int
-    ) -> list[Trace]:
-        out: list[Trace] = []
-        trace = _trace(request.number, header, row, index)
-        position = int(row["positions"])
-        if not request.began:
-            request.began = True
-            prompt = _prompt(request, int(row["tokens"][0]), position, trace)
-            request.pieces.clear()
-            if prompt is None:
-                self._leave_out(request)
-            else:
-                out.append(prompt)
-        elif request.last is not None and not request.incomplete:
-            accepted = int((request.last.path >= 0).sum())
-            if int(request.last.positions[0]) + accepted == position:
-                out.append(request.last)
-            else:
-                self._leave_out(request)
-        request.last = trace
-        return [] if request.incomplete else out
-
-    def _leave_out(self, request: _Request) -> None:
-        request.incomplete = True
-        self.incomplete += 1
+    def _complete(self, request: _Request, trace: Trace) -> list[Trace]:
+        """Return the trace before this one, or the prompt before the first one; nothing if a part is missing."""
+        before, request.last = request.last, trace
+        if request.incomplete:
+            return []
+        if before is None:
+            complete = _prompt(request.pieces, trace)
+            request.pieces = []
+        else:
+            end = int(before.positions[0]) + int((before.path >= 0).sum())
+            complete = before if end == trace.positions[0] else None
+        if complete is None:
+            request.incomplete = True
+            self.incomplete += 1
+            return []
+        return [complete]
 
 
 def _trace(number: int, header: Mapping[str, Any], row: Mapping[str, Tensor], index: int) -> Trace:
@@ -170,19 +155,18 @@ def _trace(number: int, header: Mapping[str, Any], row: Mapping[str, Tensor], in
     )
 
 
-def _prompt(request: _Request, next_token: int, end: int, first: Trace) -> Trace | None:
+def _prompt(pieces: Sequence[Message], first: Trace) -> Trace | None:
     """The prefill of a request before its first round; None if its pieces do not cover the prompt."""
-    at = 0
-    for piece in request.pieces:
+    end, at = int(first.positions[0]), 0
+    for piece in pieces:
         if int(piece.header["start"]) != at:
             return None
         at += len(piece.tensors["tokens"])
     if at != end or at == 0:
         return None
-    tokens = torch.cat([piece.tensors["tokens"] for piece in request.pieces])
-    features = torch.cat([piece.tensors["features"] for piece in request.pieces])
+    tokens, features = (torch.cat([piece.tensors[name] for piece in pieces]) for name in ("tokens", "features"))
     logits = torch.full((end, first.logits.shape[-1]), float("-inf"))
-    logits.scatter_(1, torch.cat([tokens[1:], torch.tensor([next_token])])[:, None], 0.0)
+    logits.scatter_(1, torch.cat([tokens[1:], first.tokens[0, :1]])[:, None], 0.0)
     rows = torch.arange(end)
     return replace(
         first,
@@ -209,57 +193,51 @@ class TraceReader:
 
     def __init__(self, path: str | Path, number: Callable[[str], int] | None = None) -> None:
         self._subscriber = Subscriber(path, number=number)
-        self._traces: deque[Trace] = deque()
-        self._changed = Condition()
+        self._waiting: Queue[Trace] = Queue(_MAX_WAITING)
         self._error: Exception | None = None
-        self._closed = False
+        self._closed = Event()
         self._thread = Thread(target=self._read, name="specrl-traces", daemon=True)
         self._thread.start()
 
     @property
     def lost(self) -> dict[str, int]:
-        """Messages that the server dropped, and requests that were left out because a part of them did not come."""
+        """Messages that the server dropped, and requests that were left out because a part of them did not arrive."""
         return {"dropped": self._subscriber.dropped, "incomplete": self._subscriber.incomplete}
 
     def take(self, wait_s: float = 0.0) -> list[Trace]:
-        """Return the traces that have come; if there are none, wait for some.
+        """Return the traces that have arrived; if there are none, wait for some.
 
         Raises:
             ServerError: there are none, and no more can come: the server has gone, or another client takes them.
-            ValueError: something came that is no message.
+            ValueError: something arrived that is no message.
         """
-        with self._changed:
-            if not self._traces and self._error is None:
-                self._changed.wait(wait_s)
-            out = list(self._traces)
-            self._traces.clear()
-            self._changed.notify_all()
-            if not out and self._error is not None:
-                raise self._error
+        error, out = self._error, list[Trace]()  # the error is read first: traces may come just before it
+        with suppress(Empty):
+            out.append(self._waiting.get(timeout=0.0 if error else wait_s))
+            while True:
+                out.append(self._waiting.get_nowait())
+        if not out and error is not None:
+            raise error
         return out
 
     def close(self) -> None:
         """Disconnect; idempotent."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed.set()
         self._thread.join()
 
     def _read(self) -> None:
         try:
             with self._subscriber:
-                while not self._closed:
+                while not self._closed.is_set():
                     for message in self._subscriber.messages(_SLICE_S):
-                        self._keep(self._subscriber.take(message))
-                        if self._closed:
+                        for trace in self._subscriber.take(message):
+                            self._keep(trace)
+                        if self._closed.is_set():
                             break
         except (ServerError, ValueError) as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+            self._error = error
 
-    def _keep(self, traces: list[Trace]) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._traces) < _MAX_WAITING)
-            self._traces += [trace for trace in traces if trace.request_ids[0] >= 0]
-            self._changed.notify_all()
+    def _keep(self, trace: Trace) -> None:
+        while trace.request_ids[0] >= 0 and not self._closed.is_set():
+            with suppress(Full):
+                return self._waiting.put(trace, timeout=_SLICE_S)

@@ -1,17 +1,19 @@
 """The plugin's entry point (group `sglang.srt.plugins`). It registers the hooks that the environment asks for.
 
 SGLang calls `register` in each of its processes. Without SPECRL_POLICY, SPECRL_TRACES and SPECRL_ROUNDS it returns at
-once.
+once, and imports nothing.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from specrl.sglang.plugin.failsafe import Failsafe, log
 
 if TYPE_CHECKING:
+    from specrl.sglang.plugin.hooks import HookTarget
     from specrl.sglang.plugin.settings import Settings
 
 
@@ -33,53 +35,44 @@ def register() -> None:
 
 
 def _register_policy(settings: Settings) -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    from specrl.sglang.plugin.hooks import CONTEXT, POLICY, check_targets
+    from specrl.sglang.plugin import hooks
     from specrl.sglang.plugin.lookahead import make_policy
 
-    check_targets(CONTEXT)
-    original = POLICY.check()
+    original = hooks.POLICY.check()
     assert isinstance(original, type)
-    _log_version()
-    HookRegistry.register(POLICY.target, make_policy(original, settings, _tp_size), HookType.REPLACE)
+    _register({hooks.POLICY: make_policy(original, settings, _tp_size)}, replace=True)
 
 
 def _register_traces(settings: Settings) -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    from specrl.sglang.plugin.hooks import CONTEXT, INGEST, PREFILL, VERIFY, check_targets
+    from specrl.sglang.plugin import hooks
     from specrl.sglang.plugin.traces import TraceHooks
 
-    check_targets((*CONTEXT, INGEST, VERIFY, PREFILL))
-    _log_version()
-    hooks = TraceHooks(settings, _tp_rank, _weight_version)
-    HookRegistry.register(INGEST.target, hooks.around_ingest, HookType.AROUND)
-    HookRegistry.register(VERIFY.target, hooks.around_verify, HookType.AROUND)
-    HookRegistry.register(PREFILL.target, hooks.around_prefill, HookType.AROUND)
+    own = TraceHooks(settings, _tp_rank, _weight_version)
+    around = {hooks.INGEST: own.around_ingest, hooks.VERIFY: own.around_verify, hooks.PREFILL: own.around_prefill}
+    _register(around)
 
 
 def _register_rounds(settings: Settings) -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    from specrl.sglang.plugin.hooks import CONTEXT, INGEST, PROCESS, RUN, WORKER, check_targets
+    from specrl.sglang.plugin import hooks
     from specrl.sglang.plugin.rounds import RoundHooks
 
-    check_targets((*CONTEXT, INGEST, RUN, PROCESS, WORKER))
-    _log_version()
-    hooks = RoundHooks(settings, _tp_rank, _tp_size)
-    HookRegistry.register(INGEST.target, hooks.around_ingest, HookType.AROUND)
-    HookRegistry.register(RUN.target, hooks.around_run, HookType.AROUND)
-    HookRegistry.register(PROCESS.target, hooks.around_process, HookType.AROUND)
-    HookRegistry.register(WORKER.target, hooks.around_verify, HookType.AROUND)
+    own = RoundHooks(settings, _tp_rank, _tp_size)
+    around = {hooks.INGEST: own.around_ingest, hooks.RUN: own.around_run, hooks.PROCESS: own.around_process}
+    _register({**around, hooks.WORKER: own.around_verify})
 
 
-def _log_version() -> None:
-    from specrl.sglang.plugin.hooks import version_note
+def _register(functions: Mapping[HookTarget, Callable[..., Any]], *, replace: bool = False) -> None:
+    """Check the hooked functions, then register ours around them or in place of them."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from specrl.sglang.plugin.hooks import CONTEXT, check_targets, version_note
+
+    check_targets((*CONTEXT, *functions))
     note = version_note()
     if note is not None:
         log.warning("specrl plugin: %s", note)
+    for target, function in functions.items():
+        HookRegistry.register(target.target, function, HookType.REPLACE if replace else HookType.AROUND)
 
 
 def _tp_size() -> int:

@@ -12,7 +12,7 @@ log = logging.getLogger("specrl.sglang.plugin")
 
 
 class Failsafe:
-    """Calls the functions of one part of the plugin until one of them fails.
+    """Calls the functions of one part of the plugin until one of them fails; then `on` is False.
 
     Args:
         part: its name, for the log.
@@ -23,17 +23,13 @@ class Failsafe:
         self.part, self.fallback, self.on = part, fallback, True
 
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
-        """Return the function's result; None from the first failure on."""
+        """Return the function's result; None from the first failure on, which is logged."""
         if not self.on:
             return None
         try:
             return function(*args, **kwargs)
-        except Exception as error:  # SGLang must go on serving, whatever it was
-            self.switch_off(f"{type(error).__name__}: {error}")
-            return None
-
-    def switch_off(self, reason: str) -> None:
-        """Switch this part off, and log it once."""
-        if self.on:
+        except Exception as error:  # SGLang must go on serving after any error
             self.on = False
-            log.error("SPECRL PLUGIN: %s is switched off (%s); %s", self.part, " ".join(reason.split()), self.fallback)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            log.error("SPECRL PLUGIN: %s is switched off (%s); %s", self.part, reason, self.fallback)
+            return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 CHECKED = ("0.5.23",)  # versions of SGLang that tests/sglang was run with
 
@@ -42,6 +43,10 @@ class HookTarget:
             if parameters:
                 _check_parameters(getattr(found, name), f"{self.target}.{name}", ("self", *parameters))
         return found
+
+    def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Return the values of `parameters` in a call, which may pass them by position or by name."""
+        return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(self.parameters)]
 
 
 POLICY = HookTarget(
@@ -87,12 +92,15 @@ def check_targets(targets: Iterable[HookTarget]) -> None:
 def version_note() -> str | None:
     """Return a sentence if this version of SGLang was not checked."""
     found = version("sglang")
-    return None if found in CHECKED else unchecked_note(found)
-
-
-def unchecked_note(found: str) -> str:
-    """Return the sentence for a version that was not checked, but whose functions are what the plugin expects."""
+    if found in CHECKED:
+        return None
     return f"SGLang {found} is not one of the checked versions ({', '.join(CHECKED)}); the hooked functions look right"
+
+
+def plan_name(verified: Any) -> str:
+    """Return the plan of SGLang's input of a verification, written out."""
+    steps = verified.spec_steps
+    return f"{steps}/{verified.topk}/{int(verified.draft_token_num)}" if steps else "0"
 
 
 def _check_parameters(function: object, name: str, parameters: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 """SGLang's lookahead by our policies: the num_steps of each round, by batch size.
 
-They come from a policy directory, or from a client that sends plans: JSON such as {"plans": {"1": "3/1/4", "8": "0"}},
-a plan by the smallest batch size it is for, to a REP socket. The answer is {"ok": true, "rounds": n} or {"error": "…"}.
+They come from a policy directory, or from a client that sends plans by their smallest batch size to a REP socket, such
+as {"plans": {"1": "3/1/4", "8": "0"}}. The answer is {"ok": true, "rounds": n} or {"error": "…"}.
 """
 
 from __future__ import annotations
@@ -61,20 +61,16 @@ class Lookahead:
         while self._begun:
             begun_size, plan, began = self._begun.popleft()
             if begun_size == batch_size == len(correct_drafts) and max(correct_drafts) <= plan.num_steps:
+                correct, contexts = np.asarray(correct_drafts, np.int64), np.zeros(batch_size, np.int64)
                 seconds = now - max(began, self._reported_s)
-                self.chooser.learn(_round(plan, correct_drafts, seconds))
+                done = Round(plan, np.arange(batch_size), correct + 1, correct, contexts, 0.0, seconds, 0.0)
+                self.chooser.learn(done)
                 break
         self._reported_s = now
 
 
-def _round(plan: Plan, correct_drafts: Sequence[int], seconds: float) -> Round:
-    correct = np.asarray(correct_drafts, np.int64)
-    unknown = np.zeros(len(correct), np.int64)
-    return Round(plan, np.arange(len(correct)), correct + 1, correct, unknown, 0.0, seconds, 0.0)
-
-
 class PlanServer:
-    """Plans from clients as a controller. The last valid table is used, whether or not its sender is still connected.
+    """Plans from clients as a controller. The last valid table stays in use after its sender has disconnected.
 
     Args:
         endpoint: address of the socket.
@@ -130,11 +126,7 @@ class PlanServer:
 
 
 def check_steps(plans: Iterable[Plan], candidate_steps: Sequence[int]) -> None:
-    """Refuse plans that SGLang has no buffers for.
-
-    Raises:
-        ValueError: a tree, or a num_steps that the adaptive config does not name.
-    """
+    """Raise a ValueError for plans without buffers in SGLang: trees, and a num_steps not in the adaptive config."""
     wrong = sorted({str(plan) for plan in plans if not plan.is_chain or plan.num_steps not in candidate_steps})
     if wrong:
         raise ValueError(
@@ -144,11 +136,11 @@ def check_steps(plans: Iterable[Plan], candidate_steps: Sequence[int]) -> None:
 
 
 def make_lookahead(settings: Settings, candidate_steps: Sequence[int], tp_size: int, clock: Clock) -> Lookahead:
-    """Return the controller for a policy directory.
+    """Return the controller for the policy directory of the settings.
 
     Args:
         settings: settings with a policy.
-        candidate_steps: the candidate steps of the adaptive config.
+        candidate_steps: num_steps that the adaptive config names.
         tp_size: number of ranks of tensor parallelism.
         clock: times the rounds.
 
@@ -187,15 +179,15 @@ def make_policy(original: type[Any], settings: Settings, tp_size: Callable[[], i
             self.controller: Lookahead | PlanServer | None = self._safe.call(self._make_controller)
 
         def _make_controller(self) -> Lookahead | PlanServer:
-            candidate_steps, ranks = list(self.candidate_steps), tp_size()
+            steps, ranks = list(self.candidate_steps), tp_size()
             if settings.plans is None:
-                lookahead = make_lookahead(settings, candidate_steps, ranks, WallClock())
+                lookahead = make_lookahead(settings, steps, ranks, WallClock())
                 kind = type(lookahead.chooser).__name__
-                log.warning("specrl plugin: %s chooses the lookahead among %s", kind, candidate_steps)
+                log.warning("specrl plugin: %s chooses the lookahead among %s", kind, steps)
                 return lookahead
             if ranks > 1:
                 raise ValueError(f"plans can be sent to one rank only, but tensor parallelism has {ranks}")
-            server = PlanServer(settings.plans, lambda table: check_steps(table.values(), candidate_steps))
+            server = PlanServer(settings.plans, lambda table: check_steps(table.values(), steps))
             log.warning("specrl plugin: the lookahead follows the plans sent to %s", settings.plans)
             return server
 
@@ -208,13 +200,11 @@ def make_policy(original: type[Any], settings: Settings, tp_size: Callable[[], i
                 self._safe.call(self.controller.report, num_correct_drafts_per_req, batch_size)
                 if self._safe.on and self.controller.ready:
                     return None  # the next round asks for its steps
-            changed: int | None = super().on_verify_complete(num_correct_drafts_per_req, batch_size)
-            return changed
+            return super().on_verify_complete(num_correct_drafts_per_req, batch_size)
 
         def cuda_graph_bs_for_step(self, step: int) -> list[int] | None:
             if self.controller is None:
-                pruned: list[int] | None = super().cuda_graph_bs_for_step(step)
-                return pruned
+                return super().cuda_graph_bs_for_step(step)
             return None if self._cuda_graph_bs is None else list(self._cuda_graph_bs)  # any step at any batch size
 
     return LearnedParams

@@ -1,12 +1,12 @@
 """Reports of SGLang's rounds to one client, which may also decide when each round runs (lock-step).
 
-The channel (`specrl.sglang.plugin.transport`) sends {"kind": "round" or "prefill", …}, whose fields are those of
-`RoundReport`. A client that wants lock-step sends {"kind": "hold"}; from the answer {"kind": "held"} on, no round runs
-without a permit. {"kind": "permit", "rounds": 1, "requests": ["id", …]} permits one round, once these requests are
-there. Meanwhile SGLang takes in requests, aborts, pauses and weights as usual. A round waits for at most
-SPECRL_LOCKSTEP seconds, and not for a client that has gone.
+The channel (`specrl.sglang.plugin.transport`) sends the fields of `RoundReport`. A client that wants lock-step sends
+{"kind": "hold"}; from the answer {"kind": "held"} on, no round runs without a permit. {"kind": "permit", "rounds": 1,
+"requests": ["id", …]} permits one round, as soon as these requests have arrived. Meanwhile SGLang takes in requests,
+aborts, pauses and weights as usual. A round waits for at most SPECRL_LOCKSTEP seconds, and not for a client that has
+gone.
 
-Everything happens in the scheduler's thread; ZeroMQ's own thread sends what is queued, so nothing here blocks.
+Everything happens in the scheduler's thread. ZeroMQ's own thread sends the queued messages, so nothing here blocks.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from specrl.core.clock import Clock, WallClock
 from specrl.sglang.plugin.failsafe import Failsafe, log
+from specrl.sglang.plugin.hooks import PROCESS, WORKER, plan_name
 from specrl.sglang.plugin.settings import Settings
 from specrl.sglang.plugin.transport import Channel, Message
 
 _POLL_S = 0.001  # wait for a permit, before requests are taken in again
-_CHECK_S = 0.1  # between two looks whether the client is still there
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +97,10 @@ class RoundHooks:
         self.safe = Failsafe("reporting of rounds", "SGLang serves without it")
         self._settings, self._tp_rank, self._tp_size = settings, tp_rank, tp_size
         self._clock: Clock = WallClock() if clock is None else clock
-        self._channel: Channel | None = None
         self._max_waiting = max_waiting
-        self._opened = False
         self._held = False  # whether the client decides when rounds run
         self._permits = 0
-        self._required: frozenset[str] = frozenset()  # requests that must be there before the next round
+        self._required: frozenset[str] = frozenset()  # requests that must have arrived before the next round
         self._turn = self._ended = self._prefill_s = 0.0
         self._running: _Launched | None = None
         self._launched: deque[_Launched] = deque(maxlen=8)
@@ -125,7 +124,7 @@ class RoundHooks:
     def around_verify(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around verify(worker, batch), which verifies the drafts of a batch."""
         if self._running is not None:
-            self.safe.call(self._note_plan, args[1] if len(args) > 1 else kwargs["batch"])
+            self.safe.call(self._note_plan, WORKER.arguments(args, kwargs)[1])
         began = self._clock.now()
         result = original(*args, **kwargs)
         if self._running is not None:
@@ -134,12 +133,11 @@ class RoundHooks:
 
     def around_process(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around process_batch_result(scheduler, batch, result)."""
-        named = dict(zip(("self", "batch", "result"), args, strict=False)) | kwargs
-        batch = named["batch"]
+        scheduler, batch, result = PROCESS.arguments(args, kwargs)
         before = self.safe.call(lambda: [len(request.output_ids) for request in batch.reqs])
         answer = original(*args, **kwargs)
         if before is not None:
-            self.safe.call(self._processed, named["self"], batch, named["result"], before)
+            self.safe.call(self._processed, scheduler, batch, result, before)
         return answer
 
     def close(self) -> None:
@@ -147,31 +145,38 @@ class RoundHooks:
         if self._channel is not None:
             self._channel.close()
 
+    @cached_property
+    def _channel(self) -> Channel | None:
+        """The socket, opened at the first call, in the process that serves; None on other ranks."""
+        if self._tp_rank() != 0:
+            return None
+        lockstep_s, address = self._settings.lockstep_s, self._settings.rounds
+        if lockstep_s and self._tp_size() > 1:
+            raise ValueError(f"lock-step is for one rank, but tensor parallelism has {self._tp_size()}")
+        assert address is not None
+        channel = Channel(address, self._max_waiting, {"lockstep_s": lockstep_s})
+        log.warning("specrl plugin: rounds are reported on %s", address)
+        return channel
+
     def _note_plan(self, batch: Any) -> None:
         assert self._running is not None
-        verified = batch.spec_info  # the verification puts something else there
-        steps, topk, count = verified.spec_steps, verified.topk, verified.draft_token_num
-        self._running.plan = f"{steps}/{topk}/{count}" if steps else "0"
+        self._running.plan = plan_name(batch.spec_info)  # before the verification, which replaces spec_info
 
     def _wait(self, scheduler: Any, ingest: Callable[[], list[Any]]) -> list[Any]:
         """In lock-step, take in requests until the next round is permitted."""
         requests: list[Any] = []
-        channel = self._open()
+        channel = self._channel
         if channel is not None:
             self._receive(channel, scheduler)
-            began = checked = self._clock.now()
+            began = self._clock.now()
             while self._held and channel.connected and not (scheduler._engine_paused or scheduler.gracefully_exit):
                 if self._permits and self._required <= _present(scheduler):
                     break
-                now = self._clock.now()
-                if now - began > self._settings.lockstep_s:
+                if self._clock.now() - began > self._settings.lockstep_s:
                     limit = f"{self._settings.lockstep_s:g} s (SPECRL_LOCKSTEP)"
                     log.warning("specrl plugin: no permit came for %s; SGLang goes on by itself", limit)
                     channel.refuse(f"no permit came for {limit}, or not all of its requests")
                     break
-                if now - checked > _CHECK_S:
-                    checked = now
-                    channel.check_client()
                 self._receive(channel, scheduler, 0.0 if self._permits else _POLL_S)
                 requests += ingest()
         self._turn = self._clock.now()
@@ -201,18 +206,6 @@ class RoundHooks:
             self._permits, self._required = int(header["rounds"]), frozenset(map(str, header["requests"]))
         except (ValueError, KeyError, TypeError) as error:
             channel.refuse(f'a permit must be {{"kind": "permit", "rounds": 1, "requests": []}}, but got {error!r}')
-
-    def _open(self) -> Channel | None:
-        if not self._opened:
-            self._opened = True
-            if self._tp_rank() == 0:
-                if self._settings.lockstep_s and self._tp_size() > 1:
-                    raise ValueError(f"lock-step is for one rank, but tensor parallelism has {self._tp_size()}")
-                assert self._settings.rounds is not None
-                hello = {"lockstep_s": self._settings.lockstep_s}
-                self._channel = Channel(self._settings.rounds, self._max_waiting, hello)
-                log.warning("specrl plugin: rounds are reported on %s", self._settings.rounds)
-        return self._channel
 
     def _processed(self, scheduler: Any, batch: Any, result: Any, before: Sequence[int]) -> None:
         now = self._clock.now()

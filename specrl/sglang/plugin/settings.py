@@ -5,26 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from specrl.sglang.plugin.transport import parse_address
 
 MAX_LOCKSTEP_S = 240.0  # SGLang's watchdog ends a server that does nothing for 300 s
-_SOCKETS = ("unix:", "ipc://", "tcp://")
-_NUMBERS: dict[str, tuple[str, type[float]]] = {
-    "traces_rate": ("TRACES_RATE", float),
-    "traces_max_bytes": ("TRACES_MAX_BYTES", int),
-    "lockstep_s": ("LOCKSTEP", float),
-}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Settings:
-    """What the plugin is asked to do. Addresses of sockets are unix:PATH or tcp://127.0.0.1:PORT.
+    """Settings of the plugin. Addresses of sockets are unix:PATH or tcp://127.0.0.1:PORT.
 
     Attributes:
         policy: SPECRL_POLICY, a directory with policy.json; None: no policy.
-        plans: SPECRL_POLICY, if it is the address of a socket that takes plans; None: no such socket.
+        plans: SPECRL_POLICY, if it is the address of a socket that receives plans; None: no such socket.
         pin: SPECRL_POLICY_PIN=1: use the policy's table and learn nothing; required with tensor parallelism.
         traces: SPECRL_TRACES, address of the socket that sends traces; None: no traces.
         traces_rate: SPECRL_TRACES_RATE, the share of the requests that are traced, in (0, 1].
@@ -33,6 +26,9 @@ class Settings:
         rounds: SPECRL_ROUNDS, address of the socket that reports every round; None: no reports.
         lockstep_s: SPECRL_LOCKSTEP, the longest time in seconds that a round waits for a client's permit; 0: no round
             waits.
+
+    Raises:
+        ValueError: a value out of range.
     """
 
     policy: Path | None = None
@@ -63,36 +59,33 @@ class Settings:
         Raises:
             ValueError: a variable has a wrong value.
         """
+        prefix = "SPECRL_"
+        values = {name[len(prefix) :]: text for name, text in environment.items() if name.startswith(prefix) and text}
 
-        def get(name: str) -> str:
-            return environment.get(f"SPECRL_{name}", "")
+        def number(name: str, default: float) -> float:
+            try:
+                return type(default)(values.get(name, default))
+            except ValueError as error:
+                raise ValueError(f"SPECRL_{name} must be a number, but got {values[name]!r}") from error
 
-        policy = get("POLICY")
-        if not policy and not get("TRACES") and not get("ROUNDS"):
+        def address(name: str) -> str | None:
+            return parse_address(values[name], f"SPECRL_{name}") if name in values else None
+
+        if not values.keys() & {"POLICY", "TRACES", "ROUNDS"}:
             return None
-        if get("TRACES_RING"):
+        if "TRACES_RING" in values:
             raise ValueError("SPECRL_TRACES_RING was replaced; set SPECRL_TRACES_MAX_BYTES, in bytes, instead")
-        if get("POLICY_PIN") not in ("", "0", "1"):
-            raise ValueError(f"SPECRL_POLICY_PIN must be 0 or 1, but got {get('POLICY_PIN')!r}")
-        traces, rounds = (
-            parse_address(get(name), f"SPECRL_{name}") if get(name) else None for name in ("TRACES", "ROUNDS")
-        )
-        numbers: dict[str, Any] = {
-            field: _number(kind, get(name), f"SPECRL_{name}") for field, (name, kind) in _NUMBERS.items() if get(name)
-        }
-        takes_plans = policy.startswith(_SOCKETS)
+        if values.get("POLICY_PIN", "0") not in ("0", "1"):
+            raise ValueError(f"SPECRL_POLICY_PIN must be 0 or 1, but got {values['POLICY_PIN']!r}")
+        policy = values.get("POLICY", "")
+        takes_plans = policy.startswith(("unix:", "ipc://", "tcp://"))
         return cls(
             policy=Path(policy) if policy and not takes_plans else None,
-            plans=parse_address(policy, "SPECRL_POLICY") if takes_plans else None,
-            pin=get("POLICY_PIN") == "1",
-            traces=traces,
-            rounds=rounds,
-            **numbers,
+            plans=address("POLICY") if takes_plans else None,
+            pin=values.get("POLICY_PIN") == "1",
+            traces=address("TRACES"),
+            traces_rate=number("TRACES_RATE", cls.traces_rate),
+            traces_max_bytes=int(number("TRACES_MAX_BYTES", cls.traces_max_bytes)),
+            rounds=address("ROUNDS"),
+            lockstep_s=number("LOCKSTEP", cls.lockstep_s),
         )
-
-
-def _number(kind: type[float], text: str, name: str) -> float:
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise ValueError(f"{name} must be a number, but got {text!r}") from error

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +26,16 @@ from torch import Tensor
 
 from specrl.core.clock import WallClock
 from specrl.sglang.plugin.failsafe import Failsafe, log
+from specrl.sglang.plugin.hooks import PREFILL, VERIFY, plan_name
 from specrl.sglang.plugin.settings import Settings
 from specrl.sglang.plugin.transport import Channel, Message
 
 OPT_OUT = "specrl_traces"  # {"custom_params": {"specrl_traces": false}} in a request's sampling parameters
 _IN_SOCKET = 4  # messages in ZeroMQ's own queue; all others wait in ours, whose bytes are bounded
-_CHECK_S = 0.5  # between two looks whether the client is still there
+
+
+def _nbytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 class _Pending(NamedTuple):
@@ -55,7 +60,7 @@ def _copy(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Pending:
 class TraceQueue:
     """Messages that wait for the client of a channel, in bounded memory.
 
-    Without a client nothing is kept. What waits is thrown away when the client goes or another one comes.
+    Without a client nothing is kept. Waiting messages are dropped when the client goes or another one comes.
 
     Args:
         endpoint: address of the socket.
@@ -67,10 +72,8 @@ class TraceQueue:
 
     def __init__(self, endpoint: str, max_bytes: int) -> None:
         self.waiting_bytes = 0
-        self._max_bytes, self._clock = max_bytes, WallClock()
+        self._max_bytes, self._warned = max_bytes, False
         self._queue: deque[_Pending] = deque()
-        self._checked_s = self._clock.now()
-        self._warned = False
         self._channel = Channel(endpoint, _IN_SOCKET)
         self.close = self._channel.close
 
@@ -87,7 +90,7 @@ class TraceQueue:
     def put(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
         """Queue a message, whose tensors are copied; if it does not fit, it is dropped and counted."""
         tensors = tensors or {}
-        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        nbytes = _nbytes(tensors)
         if self.waiting_bytes + nbytes <= self._max_bytes:
             self._queue.append(_copy(header, tensors))
             self.waiting_bytes += nbytes
@@ -98,19 +101,16 @@ class TraceQueue:
             log.warning("specrl plugin: traces of %d bytes are dropped; raise SPECRL_TRACES_MAX_BYTES", nbytes)
 
     def send(self) -> None:
-        """Take in clients, and send what is ready and fits into the socket."""
+        """Take in clients, and send the messages that are ready and fit into the socket."""
         while (header := self._channel.receive()) is not None:
             if header.get("kind") == "hello":
                 self._clear()
-        if self._clock.now() - self._checked_s > _CHECK_S:
-            self._checked_s = self._clock.now()
-            self._channel.check_client()
         while self._queue and self.wanted:
             message, copied = self._queue[0]
             if (copied is not None and not copied.query()) or not self._channel.send(message):
                 break
             self._queue.popleft()
-            self.waiting_bytes -= message.nbytes
+            self.waiting_bytes -= _nbytes(message.tensors)
         if not self.wanted:
             self._clear()
 
@@ -130,12 +130,19 @@ class TraceHooks:
 
     def __init__(self, settings: Settings, tp_rank: Callable[[], int], weight_version: Callable[[], str] = str) -> None:
         self.safe = Failsafe("tracing", "SGLang serves without it")
-        self.queue: TraceQueue | None = None  # None: not opened yet, or another rank
         self._settings, self._tp_rank, self._weight_version = settings, tp_rank, weight_version
-        self._opened = False
-        self._clock = WallClock()
-        self._verified_s = 0.0
+        self._clock, self._verified_s = WallClock(), 0.0
         self._live: dict[str, Any] = {}  # request id -> SGLang's request
+
+    @cached_property
+    def queue(self) -> TraceQueue | None:
+        """The queue, opened at the first call; None on other ranks than the first."""
+        if self._tp_rank() != 0:
+            return None
+        assert self._settings.traces is not None
+        queue = TraceQueue(self._settings.traces, self._settings.traces_max_bytes)
+        log.warning("specrl plugin: traces are sent on %s", self._settings.traces)
+        return queue
 
     def around_ingest(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ingest_requests(scheduler), which begins every turn of the scheduler's loop."""
@@ -154,13 +161,7 @@ class TraceHooks:
         return original(*args, **kwargs)
 
     def _send(self) -> TraceQueue | None:
-        """Send what waits; return the queue if there is a client."""
-        if not self._opened:
-            self._opened = True
-            if self._tp_rank() == 0:
-                assert self._settings.traces is not None
-                self.queue = TraceQueue(self._settings.traces, self._settings.traces_max_bytes)
-                log.warning("specrl plugin: traces are sent on %s", self._settings.traces)
+        """Send the waiting messages; return the queue if there is a client."""
         if self.queue is None:
             return None
         ended = [rid for rid, request in self._live.items() if request.finished()]
@@ -173,7 +174,7 @@ class TraceHooks:
 
     def _prefill(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         queue = self._send()
-        _, batch, features = _arguments(("self", "batch", "target_hidden_states"), args, kwargs)
+        _, batch, features, _ = PREFILL.arguments(args, kwargs)
         if queue is None or features is None or batch.forward_mode.is_idle():
             return
         first, tokens = 0, batch.input_ids
@@ -188,19 +189,18 @@ class TraceHooks:
         now, before = self._clock.now(), self._verified_s
         self._verified_s = now
         queue = self._send()
-        verified, batch, output = _arguments(("verify_input", "batch", "logits_output"), args, kwargs)
+        verified, batch, output = VERIFY.arguments(args, kwargs)
         if queue is None or batch.forward_mode.is_idle() or output.hidden_states is None:
             return
         chosen = [index for index, request in enumerate(batch.reqs) if self._is_traced(request)]
         if not chosen:
             return
-        n = int(verified.draft_token_num)
         requests = [batch.reqs[index] for index in chosen]
         self._live.update((request.rid, request) for request in requests)
         header = {
             "kind": "round",
             "requests": [request.rid for request in requests],
-            "plan": f"{verified.spec_steps}/{verified.topk}/{n}" if verified.spec_steps else "0",
+            "plan": plan_name(verified),
             "temperatures": [_temperature(request.sampling_params) for request in requests],
             "batch_size": len(batch.reqs),
             "weight_version": self._weight_version(),
@@ -246,8 +246,3 @@ def _round_tensors(
         tensors["children"] = rows(verified.retrieve_next_token).squeeze(-1).long()
         tensors["siblings"] = rows(verified.retrieve_next_sibling).squeeze(-1).long()
     return tensors
-
-
-def _arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Arguments by position or by name."""
-    return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]

@@ -1,16 +1,13 @@
 """The ZeroMQ sockets between the plugin and its clients, and the format of their messages.
 
 A message is one multipart message of ZeroMQ. Its first part is the header, a JSON object with a `kind`. Each further
-part holds the raw bytes of one tensor; the header's `tensors` lists them in this order as [name, dtype, shape]. There
-is no pickle. A message with an empty header means nothing: it is sent to find out whether the client is still there.
+part holds the raw bytes of one tensor; the header's `tensors` lists them in this order as [name, dtype, shape]. A
+message with an empty header means nothing: it is sent to find out whether the client is still there.
 
-Traces and rounds are sent by a `Channel`, a ROUTER socket with one client (a DEALER socket) at a time: the last one
-that sent {"kind": "hello"}. It answers with a hello of its own. The client before it gets {"kind": "error", "error": …}
-and nothing more. The header of every message says how many messages were `dropped` so far, because the client was slow.
-Plans are taken by a REP socket (`specrl.sglang.plugin.lookahead.PlanServer`).
-
-Addresses are unix:PATH (or ipc://PATH), a Unix socket that only this user may use, or tcp://127.0.0.1:PORT, which
-everybody on this machine may use.
+Traces and rounds are sent by a `Channel`. Its client is the DEALER socket that sent {"kind": "hello"} last; the channel
+answers with a hello of its own. The client before it gets {"kind": "error", "error": …} and nothing more. The header of
+every message says how many messages were `dropped` so far, because the client was slow. Plans are received by a REP
+socket (`specrl.sglang.plugin.lookahead.PlanServer`).
 """
 
 from __future__ import annotations
@@ -29,26 +26,19 @@ import torch
 import zmq
 from torch import Tensor
 
+from specrl.core.clock import WallClock
+
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.int64, torch.float32, torch.float16, torch.bfloat16)}
 _LONGEST_PATH = 107  # bytes of a Unix socket's path
 _LOCAL_TCP = re.compile(r"tcp://127\.0\.0\.1:\d+")
+_CHECK_S = 0.1  # between two checks whether the client is still there
 
 
 class Message(NamedTuple):
-    """One message.
-
-    Attributes:
-        header: a JSON object.
-        tensors: tensors on the CPU by name: int64, float32, float16 or bfloat16.
-    """
+    """A JSON object, and tensors on the CPU by name: int64, float32, float16 or bfloat16."""
 
     header: Mapping[str, Any]
     tensors: Mapping[str, Tensor] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def encode(message: Message) -> list[Any]:
@@ -88,11 +78,12 @@ def _tensor(part: bytes | memoryview, dtype: torch.dtype, shape: Sequence[int]) 
 
 
 def parse_address(text: str, name: str) -> str:
-    """Return the ZeroMQ endpoint of unix:PATH, ipc://PATH or tcp://127.0.0.1:PORT.
+    """Return the ZeroMQ endpoint of an address.
 
     Args:
-        text: the address.
-        name: what is set to it, for the error.
+        text: unix:PATH or ipc://PATH, a Unix socket that only this user may use, or tcp://127.0.0.1:PORT, which every
+            user of this machine may use.
+        name: name of the setting, for the error.
 
     Raises:
         ValueError: another address.
@@ -147,30 +138,35 @@ def bind(kind: int, endpoint: str, high_water_mark: int) -> zmq.Socket[bytes]:
 
 
 class Channel:
-    """The plugin's end of a channel with one client at a time. Nothing here waits for the client.
+    """The plugin's end of a connection with one client at a time. Nothing here waits for the client.
 
     It belongs to one thread: ZeroMQ's sockets are not thread-safe.
 
     Args:
-        endpoint: where it listens.
+        endpoint: address of its socket.
         high_water_mark: messages that may wait for the client.
         hello: the header that every new client gets first.
+
+    Attributes:
+        dropped: messages that were not sent; the client finds the number in every header.
 
     Raises:
         ValueError: the endpoint is in use, or cannot be used.
     """
 
     def __init__(self, endpoint: str, high_water_mark: int, hello: Mapping[str, Any] | None = None) -> None:
-        self.dropped = 0  # messages that were not sent, told to the client in every header
+        self.dropped = 0
         self._socket = bind(zmq.ROUTER, endpoint, high_water_mark)
         self._socket.router_mandatory = True  # sending to a client that has gone is an error
         self._hello = {"kind": "hello", **(hello or {})}
         self._client: bytes | None = None
-        self._refusals: list[tuple[bytes, list[Any]]] = []  # to clients that are too slow to take them
+        self._refusals: list[tuple[bytes, list[Any]]] = []  # not sent yet, because these clients are slow
+        self._clock, self._checked_s = WallClock(), 0.0
+        self.close = self._socket.close
 
     @property
     def connected(self) -> bool:
-        """Whether there is a client, as far as is known."""
+        """Whether there is a client; `receive` notices within 0.1 s that it has gone."""
         return self._client is not None
 
     def receive(self, timeout_s: float = 0.0) -> dict[str, Any] | None:
@@ -179,6 +175,10 @@ class Channel:
         The hello of a new client is answered and returned.
         """
         self._refusals = [refusal for refusal in self._refusals if not self._send(*refusal)]
+        now = self._clock.now()
+        if self._client is not None and now - self._checked_s > _CHECK_S:
+            self._checked_s = now
+            self._send(self._client, [b""])
         while self._socket.poll(int(timeout_s * 1000)):
             sender, *parts = self._socket.recv_multipart()
             try:
@@ -199,22 +199,13 @@ class Channel:
         """Send a message to the client, if there is one; False if too many wait for it already."""
         return self._client is None or self._send(self._client, self._encode(message))
 
-    def check_client(self) -> None:
-        """Forget a client that has gone."""
-        if self._client is not None:
-            self._send(self._client, [b""])
-
     def refuse(self, reason: str) -> None:
-        """Tell the client why it is no longer served, and forget it."""
+        """Send the client the reason why it is no longer served, and forget it."""
         if self._client is not None:
             refusal = self._client, self._encode(Message({"kind": "error", "error": reason}))
             if not self._send(*refusal):
                 self._refusals.append(refusal)
             self._client = None
-
-    def close(self) -> None:
-        """Stop listening; idempotent."""
-        self._socket.close()
 
     def _encode(self, message: Message) -> list[Any]:
         return encode(Message({**message.header, "dropped": self.dropped}, message.tensors))
