@@ -13,7 +13,7 @@ from specrl.core.plan import Plan
 from specrl.sglang.client.hot_swap import push
 from specrl.sglang.client.launch import Server
 from specrl.sglang.client.plain_server import PlainServer
-from specrl.sglang.client.request_level import LOST, NO_BASELINE, RequestLevelSession
+from specrl.sglang.client.request_level import RequestLevelSession
 from specrl.sglang.client.session import LockstepSession
 
 if TYPE_CHECKING:
@@ -50,9 +50,15 @@ class SGLangEngine(Engine):
         request_level: bool = False,
     ) -> None:
         if request_level:
-            log.warning("%s", LOST)
-            if plain is None:
-                log.warning("%s", NO_BASELINE)
+            log.warning(
+                "the server has no plugin that we can reach, so only whole requests are seen: no plan per round, no "
+                "traces, no split of seconds, and the server never waits for us"
+            )
+        if request_level and plain is None:
+            log.warning(
+                "no speedup can be measured: the server has no plugin, and no plain_url names one without speculation "
+                "on its device"
+            )
         self.server, self.plans, self.plain = server, tuple(plans), plain
         self._draft, self._timeout_s, self._request_level = draft, timeout_s, request_level
         self._clock = WallClock()

@@ -38,10 +38,7 @@ def open_engine(
     With chains and trees among the plans, it is launched for the chains: SGLang cannot switch to a tree.
 
     Args:
-        target: see `launch_engine`; a running server has its own.
-        draft: the same.
-        plans: plans on offer.
-        trace: send traces.
+        target: see `launch_engine`, also for `draft`, `plans` and `trace`; a running server has its own.
         server: URL of a running server; None: launch one.
         options: options of `attach_engine` or `launch_engine`.
     """

@@ -107,16 +107,7 @@ class Connection:
 class Rounds(Connection):
     """Reports of the server's rounds, and permits for the next ones. Without an answer, methods raise a ServerError.
 
-    Args:
-        endpoint: address of the socket.
-        check: as for `Connection`.
-        timeout_s: seconds that a round may take.
-
-    Attributes:
-        lockstep_s: seconds that a round waits for a permit at most; 0: no round waits.
-
-    Raises:
-        ServerError: the plugin does not answer.
+    The arguments are those of `Connection`. `lockstep_s` is how long a round waits for a permit at most, in seconds.
     """
 
     def __init__(self, endpoint: str, check: Callable[[], None], timeout_s: float) -> None:
@@ -150,13 +141,7 @@ def _report(message: Message) -> RoundReport:
 
 
 class Plans(Connection):
-    """Sends the plan that the server's rounds follow; the last one stays in force after `close`.
-
-    Args:
-        endpoint: address of the socket.
-        check: as for `Connection`.
-        timeout_s: seconds that an answer may take.
-    """
+    """Sends the plan that the server's rounds follow; the last one stays in force after `close`."""
 
     def __init__(self, endpoint: str, check: Callable[[], None], timeout_s: float) -> None:
         super().__init__(endpoint, check, timeout_s, zmq.REQ)

@@ -9,19 +9,11 @@ import numpy as np
 
 from specrl.core.clock import WallClock
 from specrl.core.plan import Plan
-from specrl.core.round import Completion, PlainSample, Round, Trace
+from specrl.core.round import Completion, PlainSample, Round
 from specrl.sglang.client.http import ServerFailed
 from specrl.sglang.client.plain_server import paused
 from specrl.sglang.client.requests import LiveRequest
 from specrl.sglang.client.session import ServerSession
-
-LOST = (
-    "the server has no plugin that we can reach, so only whole requests are seen: no plan per round, no traces, no "
-    "split of seconds, and the server never waits for us"
-)
-NO_BASELINE = (
-    "no speedup can be measured: the server has no plugin, and no plain_url names one without speculation on its device"
-)
 
 
 class RequestLevelSession(ServerSession):
@@ -45,18 +37,6 @@ class RequestLevelSession(ServerSession):
         with paused(self._server):
             return self._plain.measure(self._texts())
 
-    def drain(self) -> list[Trace]:
-        """Return nothing: there are no traces without our plugin."""
-        return []
-
-    def _connect(self, trace: bool) -> None:
-        self._clock = WallClock()
-        if trace:
-            raise ValueError("trace=True needs the plugin in the server, but there is none that we can reach")
-
-    def _disconnect(self) -> None:
-        """Nothing is connected."""
-
     def _fill(self) -> None:
         joining = [self._new() for _ in range(self._batch_size - len(self._live))]
         self._live += joining
@@ -64,7 +44,8 @@ class RequestLevelSession(ServerSession):
 
     def _round(self, plan: Plan) -> Round:
         """Wait until a request ends."""
-        began = self._clock.now()
+        clock = WallClock()
+        began = clock.now()
         rows = list[tuple[int, int, int, int]]()  # request, tokens, correct drafts, context
         ended = list[Completion]()
         while not rows:
@@ -76,7 +57,7 @@ class RequestLevelSession(ServerSession):
             rows += _rounds_of(live, answer, plan)
             self._fill()
         numbers, tokens, correct, contexts = (np.array(column) for column in zip(*rows, strict=True))
-        seconds = max(self._clock.now() - began, 1e-9)
+        seconds = max(clock.now() - began, 1e-9)
         return Round(plan, numbers, tokens, correct, contexts, 0.0, 0.0, seconds, 0.0, self._version(), tuple(ended))
 
     def _texts(self) -> list[list[int]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Any
 
-from specrl.core.clock import WallClock
 from specrl.core.interfaces import Request
 from specrl.sglang.client.http import Client, ServerError, ServerSilent
 from specrl.sglang.plugin.traces import OPT_OUT
@@ -63,7 +62,7 @@ class LiveRequests:
     """
 
     def __init__(self, client: Client, timeout_s: float = 6 * 3600.0) -> None:
-        self._client, self._timeout_s, self._clock = client, timeout_s, WallClock()
+        self._client, self._timeout_s = client, timeout_s
         self._answers: dict[str, Any] = {}
         self._failures: list[ServerError] = []
         self._changed = Condition()
@@ -94,13 +93,10 @@ class LiveRequests:
         self._client.post("/abort_request", {"rid": rid})
 
     def _wait(self, answered: Callable[[], bool], what: str, timeout_s: float) -> None:
-        limit = self._clock.now() + timeout_s
-        while not answered():
+        if not self._changed.wait_for(lambda: answered() or self._failures, timeout_s):
+            raise ServerSilent(f"{self._client.url} must answer {what} within {timeout_s:g} s; see its log")
+        if not answered():
             self.check()
-            left = limit - self._clock.now()
-            if left <= 0.0:
-                raise ServerSilent(f"{self._client.url} must answer {what} within {timeout_s:g} s; see its log")
-            self._changed.wait(min(left, 1.0))
 
     def _ask(self, rid: str, body: Mapping[str, Any]) -> None:
         try:

@@ -91,6 +91,10 @@ class ServerSession(Session):
             raise ValueError(f"plan must be one that the server was launched for ({offered}), but got {plan}")
         return self._round(plan)
 
+    def drain(self) -> list[Trace]:
+        """Take the traces that have arrived; those of the last rounds may still be on their way."""
+        return []
+
     def close(self) -> None:
         """End the live requests; idempotent."""
         if self._closed:
@@ -104,9 +108,13 @@ class ServerSession(Session):
         except OSError:  # the server has gone, and they with it
             pass
 
-    @abstractmethod
     def _connect(self, trace: bool) -> None:
-        """Connect to the server; the last step of construction before requests are sent."""
+        """Connect to the plugin, before any request is sent."""
+        if trace:
+            raise ValueError("trace=True needs the plugin in the server, but there is none that we can reach")
+
+    def _disconnect(self) -> None:
+        """Undo `_connect`."""
 
     @abstractmethod
     def _fill(self) -> None:
@@ -114,11 +122,7 @@ class ServerSession(Session):
 
     @abstractmethod
     def _round(self, plan: Plan) -> Round:
-        """Run a round; the arguments are valid."""
-
-    @abstractmethod
-    def _disconnect(self) -> None:
-        """Undo `_connect`."""
+        """Run a round by a plan that was checked."""
 
     def _set_batch_size(self, batch_size: int) -> None:
         if not 1 <= batch_size <= self._max_batch_size:
@@ -172,7 +176,7 @@ class LockstepSession(ServerSession):
         return self._plain.steps([live.text for live in self._live], count)
 
     def drain(self) -> list[Trace]:
-        """Take the traces that have arrived; those of the last rounds may still be on their way."""
+        """Take the traces that have arrived."""
         return [] if self._traces is None else self._traces.take()
 
     def _connect(self, trace: bool) -> None:

@@ -26,11 +26,9 @@ _MAX_WAITING = 4096  # traces that wait for `TraceReader.take`; more stay in the
 
 @dataclass(slots=True)
 class _Request:
-    """A request: its number, the pieces of its prompt, and its last trace, kept until the next one arrives."""
-
     number: int
-    pieces: list[Message] = field(default_factory=list)
-    last: Trace | None = None
+    pieces: list[Message] = field(default_factory=list)  # of its prompt
+    last: Trace | None = None  # kept until the next one arrives
     incomplete: bool = False  # a part of it never arrived
 
 
@@ -88,7 +86,7 @@ class Subscriber(Connection):
             yield message
 
     def traces(self) -> Iterator[Trace]:
-        """Yield the same as traces; the last one of a request has it in `finished`."""
+        """Yield traces of single requests; the last trace of a request has its number in `finished`."""
         for message in self.messages():
             yield from self.take(message)
 
@@ -183,12 +181,7 @@ def _prompt(pieces: Sequence[Message], first: Trace) -> Trace | None:
 class TraceReader:
     """Reads traces in a thread of its own, so that few wait in the server while its owner is busy.
 
-    Args:
-        path: as for `Subscriber`.
-        number: as for `Subscriber`; requests with a negative number are left out.
-
-    Raises:
-        ServerError: nobody listens there, or does not answer.
+    The arguments and errors are those of `Subscriber`. Requests with a negative number are left out.
     """
 
     def __init__(self, path: str | Path, number: Callable[[str], int] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A learned policy as files: the plan per batch size, and the chooser that goes on learning, where there was one."""
+"""A learned policy as a file: the plan per batch size, and the state of the chooser that goes on learning."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class LearnedPolicy:
-    """What was learned of plans.
+    """A learned table of plans, perhaps with a chooser that goes on learning.
 
     Args:
         table: lower bound of the batch size -> plan.
-        plans: that the chooser may choose.
-        state: of our `AdaptiveChooser` for them, JSON-able; None: the table is all there is.
+        plans: plans that the chooser may choose.
+        state: JSON-able state of an `AdaptiveChooser` for `plans`; None: the table alone.
 
     Raises:
         ValueError: the table is empty, or names a plan that is not among `plans`.
@@ -41,15 +41,14 @@ class LearnedPolicy:
             raise ValueError(f"a policy's table must hold plans among {', '.join(map(str, self.plans))}, but got {got}")
 
     def chooser(self, plans: Sequence[Plan] | None = None, *, costs: bool = True) -> PlanChooser:
-        """The chooser that goes on learning, or the table where there was none.
+        """Return the chooser that goes on learning, or the table if there is no state.
 
         Args:
-            plans: that it may choose; None: those it was made for.
-            costs: believe the costs as they were learned; False where another engine or machine serves. How far drafts
-                survive is believed in any case.
+            plans: plans that it may choose; None: `self.plans`.
+            costs: keep the learned costs; False for another engine or machine. The learned acceptance is always kept.
 
         Raises:
-            ValueError: the chooser's state is not one that this version reads.
+            ValueError: the chooser's state was not written by this version.
         """
         if self.state is None:
             return PlanTable(self.table)
@@ -65,13 +64,13 @@ class LearnedPolicy:
 
     def save(self, directory: Path) -> None:
         """Write policy.json."""
-        said = {
+        content = {
             "format": _FORMAT,
             "plans": list(map(str, self.plans)),
             "table": {str(bound): str(plan) for bound, plan in sorted(self.table.items())},
             "chooser": self.state,
         }
-        (directory / POLICY).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        (directory / POLICY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: Path) -> LearnedPolicy:
@@ -84,12 +83,10 @@ class LearnedPolicy:
         if not path.is_file():
             raise ValueError(f"a policy directory must hold {POLICY}, but {str(directory)!r} does not; export one")
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-            if said["format"] != _FORMAT:
-                raise ValueError(f"format must be {_FORMAT}, but got {said['format']!r}")
-            table = {int(bound): Plan.parse(plan) for bound, plan in said["table"].items()}
-            return cls(table, parse_plans(said["plans"]), said["chooser"])
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["format"] != _FORMAT:
+                raise ValueError(f"format must be {_FORMAT}, but got {found['format']!r}")
+            table = {int(bound): Plan.parse(plan) for bound, plan in found["table"].items()}
+            return cls(table, parse_plans(found["plans"]), found["chooser"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{str(path)!r} must be a policy that this version wrote, but it is not ({error})"
-            ) from error
+            raise ValueError(f"{str(path)!r} must be a policy of this version, but it is not ({error})") from error

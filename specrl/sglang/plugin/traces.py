@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specrl.core.clock import WallClock
 from specrl.sglang.plugin.failsafe import Failsafe, log
 from specrl.sglang.plugin.hooks import PREFILL, VERIFY, plan_name
 from specrl.sglang.plugin.settings import Settings
@@ -34,27 +33,22 @@ OPT_OUT = "specrl_traces"  # {"custom_params": {"specrl_traces": false}} in a re
 _IN_SOCKET = 4  # messages in ZeroMQ's own queue; all others wait in ours, whose bytes are bounded
 
 
-def _nbytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
 class _Pending(NamedTuple):
-    """A message whose tensors may still be on their way from the GPU."""
-
     message: Message
-    copied: torch.cuda.Event | None
+    nbytes: int
+    copied: torch.cuda.Event | None  # from the GPU
 
 
-def _copy(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Pending:
+def _copy(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
     """Start to copy tensors to host memory, without waiting for the GPU."""
     if not any(tensor.is_cuda for tensor in tensors.values()):
-        return _Pending(Message(header, {name: tensor.clone() for name, tensor in tensors.items()}), None)
+        return {name: tensor.clone() for name, tensor in tensors.items()}, None
     copies = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for name, t in tensors.items()}
     for name, tensor in tensors.items():
         copies[name].copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
-    return _Pending(Message(header, copies), copied)
+    return copies, copied
 
 
 class TraceQueue:
@@ -87,12 +81,12 @@ class TraceQueue:
         """Messages that did not fit."""
         return self._channel.dropped
 
-    def put(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+    def put(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor] = {}) -> None:
         """Queue a message, whose tensors are copied; if it does not fit, it is dropped and counted."""
-        tensors = tensors or {}
-        nbytes = _nbytes(tensors)
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
         if self.waiting_bytes + nbytes <= self._max_bytes:
-            self._queue.append(_copy(header, tensors))
+            copies, copied = _copy(tensors)
+            self._queue.append(_Pending(Message(header, copies), nbytes, copied))
             self.waiting_bytes += nbytes
             return
         self._channel.dropped += 1
@@ -106,11 +100,11 @@ class TraceQueue:
             if header.get("kind") == "hello":
                 self._clear()
         while self._queue and self.wanted:
-            message, copied = self._queue[0]
+            message, nbytes, copied = self._queue[0]
             if (copied is not None and not copied.query()) or not self._channel.send(message):
                 break
             self._queue.popleft()
-            self.waiting_bytes -= _nbytes(message.tensors)
+            self.waiting_bytes -= nbytes
         if not self.wanted:
             self._clear()
 
@@ -131,7 +125,6 @@ class TraceHooks:
     def __init__(self, settings: Settings, tp_rank: Callable[[], int], weight_version: Callable[[], str] = str) -> None:
         self.safe = Failsafe("tracing", "SGLang serves without it")
         self._settings, self._tp_rank, self._weight_version = settings, tp_rank, weight_version
-        self._clock, self._verified_s = WallClock(), 0.0
         self._live: dict[str, Any] = {}  # request id -> SGLang's request
 
     @cached_property
@@ -186,8 +179,6 @@ class TraceHooks:
                 queue.put({"kind": "prefill", "requests": [request.rid], "start": int(start)}, tensors)
 
     def _round(self, args: Sequence[Any], kwargs: Mapping[str, Any], result: Sequence[Tensor]) -> None:
-        now, before = self._clock.now(), self._verified_s
-        self._verified_s = now
         queue = self._send()
         verified, batch, output = VERIFY.arguments(args, kwargs)
         if queue is None or batch.forward_mode.is_idle() or output.hidden_states is None:
@@ -196,21 +187,20 @@ class TraceHooks:
         if not chosen:
             return
         requests = [batch.reqs[index] for index in chosen]
+        sampling = [request.sampling_params for request in requests]
         self._live.update((request.rid, request) for request in requests)
         header = {
             "kind": "round",
             "requests": [request.rid for request in requests],
             "plan": plan_name(verified),
-            "temperatures": [_temperature(request.sampling_params) for request in requests],
-            "batch_size": len(batch.reqs),
+            "temperatures": [0.0 if s.top_k == 1 else float(s.temperature) for s in sampling],
             "weight_version": self._weight_version(),
-            "seconds": now - before if before else None,  # since the verification before, on the host
         }
-        queue.put(header, _round_tensors(verified, batch, output, result, chosen))
+        queue.put(header, _round_tensors(verified, batch, output, result[2], chosen))
         queue.send()
 
     def _is_traced(self, request: Any) -> bool:
-        """Whether a request is traced: all of it, or nothing."""
+        """Whether to trace a request, all of it."""
         custom = request.sampling_params.custom_params
         if isinstance(custom, dict) and custom.get(OPT_OUT) is False:
             return False
@@ -218,13 +208,7 @@ class TraceHooks:
         return int.from_bytes(digest, "little") < self._settings.traces_rate * 2.0**64
 
 
-def _temperature(sampling: Any) -> float:
-    return 0.0 if sampling.top_k == 1 else float(sampling.temperature)
-
-
-def _round_tensors(
-    verified: Any, batch: Any, output: Any, result: Sequence[Tensor], chosen: Sequence[int]
-) -> dict[str, Tensor]:
+def _round_tensors(verified: Any, batch: Any, output: Any, accepted: Tensor, chosen: list[int]) -> dict[str, Tensor]:
     """The tensors of a 'round' message, for the chosen rows of the batch."""
     count, n = len(batch.reqs), int(verified.draft_token_num)
     index = torch.tensor(chosen, device=output.next_token_logits.device)
@@ -232,7 +216,7 @@ def _round_tensors(
     def rows(tensor: Tensor) -> Tensor:
         return tensor.view(count, n, -1).index_select(0, index)
 
-    accepted = result[2].view(count, -1).long()
+    accepted = accepted.view(count, -1).long()
     first = torch.arange(count, device=accepted.device)[:, None] * n
     path = torch.where(accepted >= 0, accepted - first, accepted)
     tensors = {
