@@ -24,7 +24,7 @@ from specrl.models.draft import Draft
 from specrl.models.target import Target
 from specrl.sglang.client.hot_swap import Swap, push
 from specrl.sglang.client.http import Client, ServerError, ServerGone
-from specrl.sglang.client.trace_subscriber import TraceReader
+from specrl.sglang.client.trace_subscriber import MAX_WAITING, Subscriber
 from specrl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 API_KEY = "SPECRL_API_KEY"  # in the environment, as others can read command lines
@@ -121,7 +121,8 @@ class ServerLearner:
             "draft_version": self.version,
             "accept_length": self.accept_length,
             "swap_pause_s": max((swap.pause_s for swap in self._swaps), default=math.nan),
-            **self._reader.lost,
+            "dropped": self._reader.dropped,
+            "incomplete": self._reader.incomplete,
             **{name: self._metrics[name] for name in names if name in self._metrics},
         }
 
@@ -137,7 +138,7 @@ class ServerLearner:
 
     def _take(self) -> list[Trace]:
         try:
-            traces = self._reader.take(_WAIT_S)
+            traces = self._reader.received(_WAIT_S)
             if traces:
                 self._heard_s = self.clock.now()
             elif self.clock.now() - self._heard_s > _SILENCE_S:
@@ -149,11 +150,11 @@ class ServerLearner:
             ) from error
         return traces
 
-    def _connect(self, traces: Path) -> TraceReader:
+    def _connect(self, traces: Path) -> Subscriber:
         """Connect to the traces, as soon as the server's plugin listens."""
         while True:
             try:
-                return TraceReader(traces)
+                return Subscriber(traces, max_waiting=MAX_WAITING)
             except ServerError:
                 self._client.get("/server_info")  # raises an error if the server has gone too
             Event().wait(_WAIT_S)

@@ -16,7 +16,7 @@ from specrl.sglang.client.launch import PLANS, ROUNDS, TRACES, Server
 from specrl.sglang.client.plain_server import PlainServer
 from specrl.sglang.client.plugin_client import Plans, Rounds
 from specrl.sglang.client.requests import LiveRequest, LiveRequests
-from specrl.sglang.client.trace_subscriber import TraceReader
+from specrl.sglang.client.trace_subscriber import MAX_WAITING, Subscriber
 from specrl.sglang.plugin.rounds import RoundReport
 
 
@@ -177,7 +177,8 @@ class LockstepSession(ServerSession):
 
     def drain(self) -> list[Trace]:
         """Take the traces that have arrived."""
-        return [] if self._traces is None else self._traces.take()
+        arrived = [] if self._traces is None else self._traces.received()
+        return [trace for trace in arrived if trace.request_ids[0] >= 0]
 
     def _connect(self, trace: bool) -> None:
         server, timeout_s = self._server, self._timeout_s
@@ -185,7 +186,7 @@ class LockstepSession(ServerSession):
         self._completed: list[Completion] = []  # since the last reported round
         self._rounds = Rounds(server.socket(ROUNDS), self._check, timeout_s)
         self._plans = Plans(server.socket(PLANS), self._check, timeout_s) if len(self._offered) > 1 else None
-        self._traces = TraceReader(server.socket(TRACES), self._number) if trace else None
+        self._traces = Subscriber(server.socket(TRACES), timeout_s, self._number, MAX_WAITING) if trace else None
         self._rounds.hold()
 
     def _disconnect(self) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from queue import Empty, Full, Queue
-from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -20,8 +17,7 @@ from specrl.sglang.client.http import ServerError, ServerSilent
 from specrl.sglang.client.plugin_client import Connection
 from specrl.sglang.plugin.transport import Message, parse_address
 
-_SLICE_S = 0.1  # wait of the reading thread, before it looks whether it is closed
-_MAX_WAITING = 4096  # traces that wait for `TraceReader.take`; more stay in the server, which drops and counts them
+MAX_WAITING = 1024  # messages, for a client that is busy between two readings
 
 
 @dataclass(slots=True)
@@ -43,6 +39,7 @@ class Subscriber(Connection):
         path: the plugin's socket, a path or an address as in SPECRL_TRACES.
         timeout_s: seconds without a message after which `messages` and `traces` end.
         number: returns the number for a request of this SGLang id; None: requests are counted as they arrive.
+        max_waiting: messages that may wait in this process; more wait in the server, which drops and counts them.
 
     Attributes:
         dropped: messages that the server did not send, because we were slow.
@@ -52,14 +49,21 @@ class Subscriber(Connection):
         ServerError: nobody listens there, or does not answer.
     """
 
-    def __init__(self, path: str | Path, timeout_s: float = 10.0, number: Callable[[str], int] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        timeout_s: float = 10.0,
+        number: Callable[[str], int] | None = None,
+        max_waiting: int = 1,
+    ) -> None:
         text = str(path)
         address = text if text.startswith(("unix:", "ipc:", "tcp:")) else f"unix:{Path(text).absolute()}"
         arrived = count()
         self._number = number or (lambda _: next(arrived))
         self._requests: dict[str, _Request] = {}
         self.dropped = self.incomplete = 0
-        super().__init__(parse_address(address, "path"), lambda: None, timeout_s, high_water_mark=1)
+        self._error: ServerError | None = None
+        super().__init__(parse_address(address, "path"), lambda: None, timeout_s, high_water_mark=max_waiting)
         self.hello()
 
     def __enter__(self) -> Subscriber:
@@ -89,6 +93,24 @@ class Subscriber(Connection):
         """Yield traces of single requests; the last trace of a request has its number in `finished`."""
         for message in self.messages():
             yield from self.take(message)
+
+    def received(self, wait_s: float = 0.0) -> list[Trace]:
+        """Return the traces that have arrived; if there is no message, wait for one.
+
+        Raises:
+            ServerError: there are none, and no more can come: the server has gone, or another client takes them.
+            ValueError: something arrived that is no message.
+        """
+        out: list[Trace] = []
+        try:
+            while self._error is None and (message := self.poll(wait_s)) is not None:
+                self.dropped, wait_s = int(message.header["dropped"]), 0.0
+                out += self.take(message)
+        except ServerError as error:
+            self._error = error
+        if self._error is not None and not out:
+            raise self._error
+        return out
 
     def take(self, message: Message) -> list[Trace]:
         """Return the traces that a message completes."""
@@ -176,61 +198,3 @@ def _prompt(pieces: Sequence[Message], first: Trace) -> Trace | None:
         path=rows[None],
         plan=None,
     )
-
-
-class TraceReader:
-    """Reads traces in a thread of its own, so that few wait in the server while its owner is busy.
-
-    The arguments and errors are those of `Subscriber`. Requests with a negative number are left out.
-    """
-
-    def __init__(self, path: str | Path, number: Callable[[str], int] | None = None) -> None:
-        self._subscriber = Subscriber(path, number=number)
-        self._waiting: Queue[Trace] = Queue(_MAX_WAITING)
-        self._error: Exception | None = None
-        self._closed = Event()
-        self._thread = Thread(target=self._read, name="specrl-traces", daemon=True)
-        self._thread.start()
-
-    @property
-    def lost(self) -> dict[str, int]:
-        """Messages that the server dropped, and requests that were left out because a part of them did not arrive."""
-        return {"dropped": self._subscriber.dropped, "incomplete": self._subscriber.incomplete}
-
-    def take(self, wait_s: float = 0.0) -> list[Trace]:
-        """Return the traces that have arrived; if there are none, wait for some.
-
-        Raises:
-            ServerError: there are none, and no more can come: the server has gone, or another client takes them.
-            ValueError: something arrived that is no message.
-        """
-        error, out = self._error, list[Trace]()  # the error is read first: traces may come just before it
-        with suppress(Empty):
-            out.append(self._waiting.get(timeout=0.0 if error else wait_s))
-            while True:
-                out.append(self._waiting.get_nowait())
-        if not out and error is not None:
-            raise error
-        return out
-
-    def close(self) -> None:
-        """Disconnect; idempotent."""
-        self._closed.set()
-        self._thread.join()
-
-    def _read(self) -> None:
-        try:
-            with self._subscriber:
-                while not self._closed.is_set():
-                    for message in self._subscriber.messages(_SLICE_S):
-                        for trace in self._subscriber.take(message):
-                            self._keep(trace)
-                        if self._closed.is_set():
-                            break
-        except (ServerError, ValueError) as error:
-            self._error = error
-
-    def _keep(self, trace: Trace) -> None:
-        while trace.request_ids[0] >= 0 and not self._closed.is_set():
-            with suppress(Full):
-                return self._waiting.put(trace, timeout=_SLICE_S)

@@ -89,4 +89,4 @@ class LearnedPolicy:
             table = {int(bound): Plan.parse(plan) for bound, plan in found["table"].items()}
             return cls(table, parse_plans(found["plans"]), found["chooser"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} must be a policy of this version, but it is not ({error})") from error
+            raise ValueError(f"{str(path)!r} must be a policy that this version wrote, but is not ({error})") from error
