@@ -145,7 +145,7 @@ def make_lookahead(settings: Settings, candidate_steps: Sequence[int], tp_size: 
         clock: times the rounds.
 
     Raises:
-        ValueError: there is no policy, its plans have no buffers, or it would learn on several ranks.
+        ValueError: the directory holds no policy, a plan has no buffers, or the policy would learn on several ranks.
     """
     assert settings.policy is not None
     policy = LearnedPolicy.load(settings.policy)

@@ -225,26 +225,17 @@ class RoundHooks:
             self._report(channel, RoundReport("prefill", requests, kept, finished, seconds))
             return
         self._permits = max(self._permits - 1, 0)
-        verify_s = launched.run_s if launched.verify_s is None else launched.verify_s
-        split = str(scheduler.device) == "cpu" and not scheduler.enable_overlap
-        draft_s = launched.run_s - verify_s if split else 0.0
-        verify_s = verify_s if split else 0.0
+        draft_s = verify_s = 0.0
+        if str(scheduler.device) == "cpu" and not scheduler.enable_overlap:
+            verify_s = launched.run_s if launched.verify_s is None else launched.verify_s
+            draft_s = launched.run_s - verify_s
         correct = getattr(result, "num_correct_drafts_per_req_cpu", None) if launched.verify_s is not None else None
         prefill_s, self._prefill_s = self._prefill_s, 0.0
-        report = RoundReport(
-            "round",
-            requests,
-            kept,
-            finished,
-            prefill_s,
-            plan=launched.plan,
-            correct=list(correct or [0] * len(kept)),
-            contexts=[len(r.origin_input_ids) + count for r, count in zip(batch.reqs, before, strict=True)],
-            draft_s=draft_s,
-            verify_s=verify_s,
-            other_s=max(seconds - draft_s - verify_s, 0.0),
-        )
-        self._report(channel, report)
+        correct = correct or [0] * len(kept)
+        contexts = [len(request.origin_input_ids) + count for request, count in zip(batch.reqs, before, strict=True)]
+        times = {"draft_s": draft_s, "verify_s": verify_s, "other_s": max(seconds - draft_s - verify_s, 0.0)}
+        done = RoundReport("round", requests, kept, finished, prefill_s, launched.plan, correct, contexts, **times)
+        self._report(channel, done)
 
     def _report(self, channel: Channel, report: RoundReport) -> None:
         if not channel.send(Message(asdict(report))):

@@ -30,7 +30,6 @@ from specrl.core.clock import WallClock
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.int64, torch.float32, torch.float16, torch.bfloat16)}
 _LONGEST_PATH = 107  # bytes of a Unix socket's path
-_LOCAL_TCP = re.compile(r"tcp://127\.0\.0\.1:\d+")
 _CHECK_S = 0.1  # between two checks whether the client is still there
 
 
@@ -88,15 +87,14 @@ def parse_address(text: str, name: str) -> str:
     Raises:
         ValueError: another address.
     """
-    if _LOCAL_TCP.fullmatch(text):
+    if re.fullmatch(r"tcp://127\.0\.0\.1:\d+", text):
         return text
-    for scheme in ("ipc://", "unix:"):
-        path = text.removeprefix(scheme)
-        if path != text and path.startswith("/"):
-            if len(path.encode()) > _LONGEST_PATH:
-                raise ValueError(f"{name} must have at most {_LONGEST_PATH} bytes, but got {path!r}; shorten it")
-            return f"ipc://{path}"
-    raise ValueError(f"{name} must be unix:/absolute/path or tcp://127.0.0.1:PORT, but got {text!r}")
+    unix = re.fullmatch(r"(?:unix:|ipc://)(/.*)", text)
+    if unix is None:
+        raise ValueError(f"{name} must be unix:/absolute/path or tcp://127.0.0.1:PORT, but got {text!r}")
+    if len(unix[1].encode()) > _LONGEST_PATH:
+        raise ValueError(f"{name} must have at most {_LONGEST_PATH} bytes, but got {unix[1]!r}; shorten it")
+    return f"ipc://{unix[1]}"
 
 
 def is_listening(endpoint: str) -> bool:
@@ -109,12 +107,9 @@ def is_listening(endpoint: str) -> bool:
 
 
 def bind(kind: int, endpoint: str, high_water_mark: int) -> zmq.Socket[bytes]:
-    """Return a socket that listens at the endpoint; the file that a dead process left there is replaced.
+    """Return a ROUTER or REP socket that listens at an endpoint of `parse_address`.
 
-    Args:
-        kind: zmq.ROUTER or zmq.REP.
-        endpoint: from `parse_address`.
-        high_water_mark: messages that may wait in it for each client.
+    The file that a dead process left there is replaced. `high_water_mark` messages may wait for each client.
 
     Raises:
         ValueError: the endpoint is in use, or cannot be used.
