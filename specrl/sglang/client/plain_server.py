@@ -29,6 +29,9 @@ _SAME = ("version", "revision", "dtype", "quantization", "tp_size")  # in /serve
 class PlainServer:
     """Times steps of plain decoding by the plugin's reports.
 
+    Methods take texts, the token ids of each live request. They raise a ServerError if the server did not decode the
+    texts together, or not at all.
+
     Args:
         server: a server without speculation, whose plugin reports rounds.
         timeout_s: seconds that a measurement may take.
@@ -42,24 +45,12 @@ class PlainServer:
         self._rounds: Rounds | None = None
 
     def measure(self, texts: Sequence[Sequence[int]]) -> PlainSample:
-        """Return the usual time of a step that continues these texts (token ids of each live request) together.
-
-        Raises:
-            ServerError: the server did not decode them together, or not at all.
-        """
+        """Return the median time of a step that continues these texts together."""
         seconds = median(step.seconds for step in self.steps(texts, 4))
         return PlainSample(len(texts), fmean(map(len, texts)), seconds)
 
     def steps(self, texts: Sequence[Sequence[int]], count: int) -> list[PlainSample]:
-        """Return consecutive steps that continue these texts together.
-
-        Args:
-            texts: token ids of each live request.
-            count: wanted steps; there may be fewer, but at least one, if requests join one by one.
-
-        Raises:
-            ServerError: the server did not decode them together, or not at all.
-        """
+        """Return `count` consecutive steps; fewer, but at least one, if requests join one by one."""
         for _ in range(_TRIES):
             taken = self._decode(texts, count)
             if len(taken) > WARM_UP_STEPS:
@@ -109,12 +100,7 @@ class StreamedPlainServer(PlainServer):
     """Times steps of plain decoding on a server without our plugin, by the arrival of its tokens.
 
     A step is the time between two tokens of the request that leads, while all requests decode. If tokens come several
-    at once (its --stream-interval, or a slow network), their steps share the time equally.
-
-    Args:
-        server: a server without speculation; closing leaves it running.
-        timeout_s: seconds that a measurement may take.
-        clock: times the arrival of tokens.
+    at once (its --stream-interval, or a slow network), their steps share the time equally. `clock` times their arrival.
     """
 
     lockstep = False

@@ -25,14 +25,10 @@ class ServerSession(Session):
 
     Args:
         server: the server.
-        workload: source of the requests.
-        batch_size: live requests.
-        max_batch_size: the largest batch size for `resize`.
-        seed: seed of the requests' order.
+        workload: as for `Engine.start`, and so are `batch_size`, `max_batch_size`, `seed` and `trace`.
         plans: plans that the server can run; one plan: it is the server's own.
         version: returns the version of the draft that serves.
         plain: measures decoding without speculation; None: it is not measured.
-        trace: keep traces.
         timeout_s: seconds that a round may take.
 
     Raises:
@@ -165,11 +161,7 @@ class LockstepSession(ServerSession):
         return None if self._plain is None else self._plain.measure([live.text for live in self._live])
 
     def plain_steps(self, count: int) -> list[PlainSample]:
-        """Time `count` such steps one after another.
-
-        Raises:
-            ValueError: there is no server without speculation.
-        """
+        """Time `count` such steps one after another; a ValueError without a server without speculation."""
         self._check_open()
         if self._plain is None:
             return super().plain_steps(count)

@@ -16,14 +16,10 @@ from urllib.parse import urlsplit
 
 @contextmanager
 def resume_on_crash(url: str, headers: Mapping[str, str], timeout_s: float) -> Iterator[Callable[[], None]]:
-    """Run the watchdog process; the function that this yields tells it that the server goes on already.
+    """Run the watchdog process; the yielded function ends it once the server goes on.
 
-    Without that call, at the end of this process or after an error, the watchdog lets the server go on.
-
-    Args:
-        url: URL of the server.
-        headers: headers of the calls.
-        timeout_s: seconds that each of these calls may take.
+    Without that call, at the end of this process or after an error, the watchdog lets the server at `url` go on. It
+    sends these headers, and each of its calls may take `timeout_s` seconds.
     """
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__],
