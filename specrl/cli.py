@@ -7,7 +7,6 @@ A command is a function with typed keyword parameters; its signature and docstri
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,15 +27,15 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "quickstart": Command("specrl.commands.quickstart:quickstart", "train a draft and measure its speedup, in minutes"),
-    "train": Command("specrl.commands.train.online:train", "train a draft, and a plan per batch size, while serving"),
-    "train offline": Command("specrl.commands.train.offline:train_offline", "train a draft from recorded traces"),
+    "train": Command("specrl.commands.train:train", "train a draft, and a plan per batch size, while serving"),
+    "train offline": Command("specrl.commands.train:train_offline", "train a draft from recorded traces"),
     "train server": Command(
-        "specrl.commands.train.server:train_server", "train a draft from the traffic of a running SGLang server"
+        "specrl.commands.train:train_server", "train a draft from the traffic of a running SGLang server"
     ),
-    "train ray": Command("specrl.commands.train.ray:train_ray", "train a draft while serving on a Ray cluster"),
+    "train ray": Command("specrl.commands.train:train_ray", "train a draft while serving on a Ray cluster"),
     "record": Command("specrl.commands.record:record", "serve requests and record traces"),
     "export": Command("specrl.commands.export:export", "write the result of a run as a directory that SGLang serves"),
-    "import": Command("specrl.commands.import_draft:import_draft", "convert a published EAGLE3 draft"),
+    "import": Command("specrl.commands.export:import_draft", "convert a published EAGLE3 draft"),
     "doctor": Command("specrl.commands.doctor:doctor", "check this machine, and what would slow it down"),
     "bench": Command("specrl.commands.bench:bench", "measure speculative against plain decoding"),
     "compare": Command("specrl.commands.compare:compare", "measure two drafts or runs, or compare two benchmarks"),
@@ -46,7 +45,7 @@ COMMANDS = {
     "study": Command("specrl.commands.study:study", "search hyperparameters with Optuna"),
     "report": Command("specrl.commands.report:report", "show runs on one HTML page"),
     "rl": Command("specrl.commands.rl:rl", "train a policy that chooses plans, in simulation"),
-    "rl live": Command("specrl.commands.rl_live:rl_live", "train a policy that chooses plans, on live decoding"),
+    "rl live": Command("specrl.commands.rl:rl_live", "train a policy that chooses plans, on live decoding"),
 }
 
 REMOVED_COMMANDS = {  # name: what to use instead
@@ -76,22 +75,21 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
     Wrong input is one line on standard error; SPECRL_DEBUG=1 in the environment shows the traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    known = {name: command for name, command in commands.items() if _exists(command)}
-    name, rest = split_command(words, known)
+    name, rest = split_command(words, commands)
     first = words[0] if words else "--help"
     prog = f"specrl {name}".rstrip()
     try:
         if name:
-            run(name, known[name], rest)
+            run(name, commands[name], rest)
         elif first in ("-h", "--help"):
-            print(_help(known), end="")
+            print(_help(commands), end="")
         elif first == "--version":
             print(f"specrl {specrl.__version__}")
         elif first in REMOVED_COMMANDS:
             raise ValueError(f"the command {first!r} was removed; {REMOVED_COMMANDS[first]}")
         else:
-            near = did_you_mean(first, [*known, "--help", "--version"]) or "; see 'specrl --help'"
-            raise ValueError(f"a command must be one of {', '.join(known)}, but got {first!r}{near}")
+            near = did_you_mean(first, [*commands, "--help", "--version"]) or "; see 'specrl --help'"
+            raise ValueError(f"a command must be one of {', '.join(commands)}, but got {first!r}{near}")
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
@@ -146,10 +144,6 @@ def run(name: str, command: Command, words: Sequence[str]) -> None:
         raise
 
 
-def _exists(command: Command) -> bool:
-    return importlib.util.find_spec(command.target.partition(":")[0]) is not None
-
-
 def _help(commands: Mapping[str, Command]) -> str:
     width = max(map(len, commands))
     lines = "\n".join(f"  {name:{width}}  {command.help}" for name, command in commands.items())
@@ -157,10 +151,7 @@ def _help(commands: Mapping[str, Command]) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    named = isinstance(error, OSError) and error.strerror and error.filename
-    message = f"{error.strerror}: {error.filename}" if named else str(error)  # type: ignore[attr-defined]
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        message = f"{error.strerror}: {error.filename}"
     return " ".join(message.split()) or type(error).__name__
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from specrl.core.checks import require
 from specrl.core.plan import Plan
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ class TargetConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"target.dtype must be 'float32' or 'bfloat16', but got {self.dtype!r}")
+        require(self.dtype in ("float32", "bfloat16"), "target.dtype", "'float32' or 'bfloat16'", self.dtype)
 
     def load(self, *, device: str | None = None) -> Target:
         """Load the model.
@@ -83,10 +83,8 @@ class DraftConfig:
     intermediate_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "intermediate_size"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"draft.{name} must be at least 1, but got {size}")
+        for name, size in {"vocab_size": self.vocab_size, "intermediate_size": self.intermediate_size}.items():
+            require(size is None or size >= 1, f"draft.{name}", "at least 1", size)
             if size is not None and self.path is not None:
                 raise ValueError(
                     f"draft.{name} is for a new draft, but got {size} with draft.path {str(self.path)!r}; "
@@ -141,11 +139,10 @@ class WorkloadConfig:
     temperature: float = 0.7
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"workload.{name} must be at least 1, but got {getattr(self, name)}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"workload.temperature must be a finite number of at least 0, but got {self.temperature}")
+        require(self.prompt_tokens >= 1, "workload.prompt_tokens", "at least 1", self.prompt_tokens)
+        require(self.max_new_tokens >= 1, "workload.max_new_tokens", "at least 1", self.max_new_tokens)
+        known = 0 <= self.temperature < math.inf
+        require(known, "workload.temperature", "a finite number of at least 0", self.temperature)
 
     @property
     def max_context(self) -> int:
@@ -157,7 +154,7 @@ class WorkloadConfig:
 
         Args:
             target: name of the target (`TargetConfig.name`).
-            split: 'train', 'held_out' or 'all'; of a file or directory, all of it is used.
+            split: 'train', 'held_out' or 'all'; a file or directory is always used as a whole.
             ignore_eos: generate `max_new_tokens` whatever the model says; None: for 'held_out' only, so that
                 measured requests have equal lengths.
 
@@ -195,11 +192,9 @@ class EngineConfig:
     flags: str = ""
 
     def __post_init__(self) -> None:
-        if self.name not in ("local", "sglang"):
-            raise ValueError(f"engine.name must be 'local' or 'sglang', but got {self.name!r}")
-        for name in ("python", "flags"):
-            value = getattr(self, name)
-            if value and self.name != "sglang":
+        require(self.name in ("local", "sglang"), "engine.name", "'local' or 'sglang'", self.name)
+        for name, value in {"python": self.python, "flags": self.flags}.items():
+            if value and self.is_local:
                 raise ValueError(
                     f"engine.{name} is for the engine 'sglang', but got {str(value)!r} with {self.name!r}; "
                     "add --engine sglang"
@@ -240,7 +235,7 @@ class EngineConfig:
             max_context: most tokens of a request, for 'local'.
             model: the loaded target, for 'local'; None: it is loaded here.
             use_rejection_sampling: see `specrl.LocalEngine`.
-            trace: record traces, for 'sglang'; a local session is asked for them when it starts.
+            trace: for 'sglang': record traces; a local session is asked for them when it starts.
             plain_in_lockstep: for 'sglang': the server without speculation runs one round at a time too, as
                 measurements of whole plain sessions need.
 
@@ -282,32 +277,12 @@ class MeasureConfig:
     seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.precision < 1:
-            raise ValueError(f"measure.precision must be in (0, 1), but got {self.precision}")
-        if not 0 < self.seconds < math.inf:
-            raise ValueError(f"measure.seconds must be a finite number above 0, but got {self.seconds}")
+        require(0 < self.precision < 1, "measure.precision", "in (0, 1)", self.precision)
+        require(0 < self.seconds < math.inf, "measure.seconds", "a finite number above 0", self.seconds)
 
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
-    """The batch sizes, if there are any and all are at least 1.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Return the batch sizes; raise a ValueError if there are none or one is below 1."""
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes must be numbers of at least 1, but got {list(batch_sizes)}; for example 1,4,16")
     return tuple(batch_sizes)
-
-
-def check_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
-    """The temperatures, if there are any, all are finite and at least 0, and no two are equal.
-
-    Raises:
-        ValueError: they are not.
-    """
-    distinct = len(set(temperatures)) == len(temperatures) > 0
-    if not distinct or not all(0 <= temperature < math.inf for temperature in temperatures):
-        raise ValueError(
-            f"temperatures must be different numbers of at least 0, but got {list(temperatures)}; for example 0,0.7"
-        )
-    return tuple(temperatures)

@@ -121,10 +121,10 @@ def test_the_fastest_setting_is_found_by_batch_size() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seconds": 0.0}, "seconds must be above 0"),
+        ({"seconds": 0.0}, "seconds must be a finite number above 0"),
         ({"threads": (0,)}, "threads must be .* at least 1"),
         ({"batch_sizes": ()}, "batch_sizes must be .* at least 1"),
-        ({"dtypes": ()}, "dtypes must name at least one"),
+        ({"dtypes": ()}, "dtypes must be at least one"),
         ({"target": TargetConfig(device="tpu")}, "device must be one of this machine's"),
     ],
 )

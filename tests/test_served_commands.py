@@ -11,7 +11,7 @@ from tiny import Listed, prompts
 
 from specrl.commands.evaluate import evaluate
 from specrl.commands.profile import profile
-from specrl.commands.rl_live import rl_live
+from specrl.commands.rl import rl_live
 from specrl.config import DraftConfig, EngineConfig, WorkloadConfig
 from specrl.core.interfaces import Engine, Request
 from specrl.core.plan import parse_plans

@@ -13,7 +13,7 @@ import torch
 from test_hot_swap import Fake
 
 from specrl.agents.draft.learner import LearnerConfig
-from specrl.commands.train.server import train_server
+from specrl.commands.train import train_server
 from specrl.io.output import OutputDir
 from specrl.models.draft import Draft, load_draft, new_draft
 from specrl.sglang.plugin.traces import TraceQueue

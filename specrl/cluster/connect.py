@@ -1,4 +1,4 @@
-"""Connects to a Ray cluster that runs, or starts one on this machine for as long as it is needed."""
+"""Connects to a running Ray cluster, or starts one on this machine."""
 
 from __future__ import annotations
 
@@ -6,29 +6,56 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from specrl.core.checks import require
+
 DEVICE = "specrl_device"  # custom resource that a timed trial takes; a node has one for each device
 _ANSWER_TIMEOUT_S = 5.0
-_ENVIRONMENT = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # hide GPUs from actors that ask for none, without a warning
-    "RAY_USAGE_STATS_ENABLED": "0",  # report nothing to Ray's authors
-}
-_LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # bind to loopback, as Ray does on other systems
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """The Ray cluster.
+
+    Args:
+        address: of the cluster, 'auto' or 'local'.
+        engines: how many engines serve, each with its own requests and chooser.
+        max_pending_calls: calls per engine that the learner has not answered yet; further traces are dropped and
+            counted.
+        engine_resource: resource of the cluster that each engine takes one of: 'CPU', 'GPU' or a name of your own.
+        learner_resource: the same for the learner.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    address: str = "auto"
+    engines: int = 1
+    max_pending_calls: int = 2
+    engine_resource: str = "CPU"
+    learner_resource: str = "CPU"
+
+    def __post_init__(self) -> None:
+        require(self.engines >= 1, "ray.engines", "at least 1", self.engines)
+        require(self.max_pending_calls >= 1, "ray.max_pending_calls", "at least 1", self.max_pending_calls)
 
 
 def need_ray(*, loopback: bool = False) -> None:
-    """Import Ray without its warnings.
+    """Import Ray without its warnings and usage reports.
 
     Args:
         loopback: nodes that this process starts listen on loopback only; has no effect once Ray is imported.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: Ray is not installed.
     """
-    for name, value in (_ENVIRONMENT | (_LOOPBACK_ONLY if loopback else {})).items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # hide GPUs from actors that ask for none
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if loopback:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray  # noqa: F401
     except ImportError as error:
@@ -59,7 +86,7 @@ def connected(address: str) -> Iterator[None]:
         if address not in ("local", "auto"):
             check_listens(address)
         ray.init(address, **options)
-    except (OSError, RuntimeError, ValueError) as error:  # a ConnectionError is an OSError
+    except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"--ray must be the address of a running cluster, 'auto' or 'local', but got {address!r}: {error}"
         ) from error
@@ -83,11 +110,7 @@ def take_one(resource: str) -> dict[str, Any]:
 
 
 def need_resource(resource: str, count: int, purpose: str) -> None:
-    """Refuse what the cluster cannot place, because Ray would wait for it.
-
-    Raises:
-        ValueError: the cluster has less of the resource.
-    """
+    """Raise a ValueError if the cluster has less than `count` of a resource; Ray itself would wait for it."""
     import ray
 
     available = ray.cluster_resources().get(resource, 0.0)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from specrl.agents.draft.config import LearnerConfig
 from specrl.agents.draft.sequences import Assembler
-from specrl.cluster.learner import newest_weights
-from specrl.cluster.remote_learner import RemoteLearner
+from specrl.cluster.learner import RemoteLearner, newest_weights
 from specrl.config import TargetConfig
 from specrl.core.batch_schedule import parse_traffic
 from specrl.core.interfaces import Workload
@@ -20,7 +18,6 @@ from specrl.training.config import ServingConfig
 from specrl.training.loop import OnlineLoop
 
 _SEED_STEP = 1_000_003  # between the seeds of two engines
-_LAST_ANSWERS_S = 60.0  # to wait for the learner at the end
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,8 @@ class EngineSettings:
     seed: int = 0
 
 
-class BatchReport(NamedTuple):
+@dataclass(frozen=True)
+class BatchReport:
     """Rounds of an engine at one batch size; all but `rounds` are of recent rounds.
 
     Attributes:
@@ -62,17 +60,17 @@ class BatchReport(NamedTuple):
     rounds: int
 
 
-class EngineReport(NamedTuple):
+@dataclass(frozen=True)
+class EngineReport:
     """An engine's work since it started.
 
     Attributes:
         engine: its number.
         node: Ray's id of the node that it runs on.
-        requests: finished ones.
-        rounds: number of rounds.
+        requests, rounds: numbers of finished requests and of rounds.
         draft_version: of the weights that serve.
         batches: by batch size.
-        counts: `RemoteLearner.counts` and the learner's last metrics.
+        counts: `RemoteLearner.counts`.
     """
 
     engine: int
@@ -98,18 +96,19 @@ class EngineActor:
         import ray
 
         self._number = number
-        handle = ray.get_actor(learner)
+        handle, seed = ray.get_actor(learner), settings.seed + _SEED_STEP * number
         (published, weights), config, serving = newest_weights(handle), settings.learner, settings.serving
-        model, seed = settings.target.load(device="cpu"), settings.seed + _SEED_STEP * number
-        engine = LocalEngine(model, Draft(shape, weights), max_context=settings.max_context)
         self._chooser = serving.make_chooser(seed)
-        assembler = Assembler(
-            sample_rate=config.request_sample_rate, seed=seed, keep_rejected=config.rejected_weight > 0
+        self._learner = RemoteLearner(
+            handle,
+            number,
+            (published.version, weights),
+            Assembler(sample_rate=config.request_sample_rate, seed=seed, keep_rejected=config.rejected_weight > 0),
+            max_pending_calls=settings.max_pending_calls,
         )
-        pending, first = settings.max_pending_calls, (published.version, weights)
-        self._learner = RemoteLearner(handle, number, first, assembler, max_pending_calls=pending)
+        model = settings.target.load(device="cpu")
         self._loop = OnlineLoop(
-            engine,
+            LocalEngine(model, Draft(shape, weights), max_context=settings.max_context),
             settings.workload(),
             self._chooser,
             self._learner,
@@ -141,12 +140,12 @@ class EngineActor:
             rounds=loop.rounds,
             draft_version=loop.engine.draft_version,
             batches=batches,
-            counts={**self._learner.metrics, **self._learner.counts()},
+            counts=self._learner.counts(),
         )
 
     def finish(self) -> EngineReport:
         """End the session and wait for the learner's last answers."""
         self._loop.close()
         self._learner.end_session()
-        self._learner.poll(_LAST_ANSWERS_S)
+        self._learner.poll(timeout_s=60.0)
         return self.report()

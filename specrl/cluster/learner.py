@@ -1,14 +1,14 @@
-"""The learner as a Ray actor: it takes traces of many engines and publishes versioned weights.
+"""The learner on Ray: an actor that learns from the traces of many engines, and the client that an engine calls it by.
 
-Weights are published after the checkpoint that holds them is written. A learner that restarts from its checkpoint is
-therefore never behind the weights that serve, and a version never names two different drafts.
+The actor publishes weights after it has written the checkpoint that holds them. A learner that restarts from its
+checkpoint is therefore never behind the weights that serve, and a version never names two different drafts.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
-from specrl.agents.draft.sequences import TrainingSequence as Traced
+from specrl.agents.draft.sequences import Assembler, TrainingSequence
 from specrl.core.clock import WallClock
+from specrl.core.interfaces import DraftLearner
+from specrl.core.round import Trace
 from specrl.models.draft import load_draft
 from specrl.models.target import load_target
 from specrl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -34,13 +36,13 @@ class SentTraces(NamedTuple):
     notes: str
 
     @classmethod
-    def pack(cls, sequences: Sequence[Traced]) -> SentTraces:
-        """Sequences as they are sent."""
+    def pack(cls, sequences: Sequence[TrainingSequence]) -> SentTraces:
+        """Serialise sequences."""
         tensors, notes = pack(sequences)
-        return cls(to_bytes(tensors), json.dumps(notes))
+        return cls(_to_bytes(tensors), json.dumps(notes))
 
-    def unpack(self) -> list[Traced]:
-        """The sequences."""
+    def unpack(self) -> list[TrainingSequence]:
+        """Return the sequences."""
         tensors = load(self.tensors)
         return [unpack(i, tensors, note) for i, note in enumerate(json.loads(self.notes))]
 
@@ -71,14 +73,12 @@ class LearnerActor:
         seed: of the learner.
 
     Raises:
-        ValueError: `publish_every` below 1, or a checkpoint of another target.
+        ValueError: a checkpoint of another target.
     """
 
     def __init__(
         self, target: str, first: str, config: LearnerConfig, directory: str, *, publish_every: int, seed: int
     ) -> None:
-        if publish_every < 1:
-            raise ValueError(f"publish_every must be at least 1 sequence, but got {publish_every}")
         self._checkpoint, self._target = Path(directory) / CHECKPOINT, target
         embedding = load_target(target).embedding
         self._learner = OnlineLearner(load_draft(first), embedding, config, seed=seed, clock=WallClock())
@@ -115,7 +115,7 @@ class LearnerActor:
         state = {"target": self._target, "taken": self._taken, "restored": self._restored}
         save_checkpoint(self._checkpoint, "cluster", Checkpoint({**state, "learner": self._learner.state_dict()}))
         self._version, weights = self._learner.weights()
-        self._weights = ray.put(to_bytes(weights))
+        self._weights = ray.put(_to_bytes(weights))
         self._unpublished = 0
 
     def _restore(self) -> None:
@@ -127,11 +127,104 @@ class LearnerActor:
         self._restored = int(state["restored"]) + 1
 
 
-def newest_weights(learner: Any) -> tuple[Published, dict[str, Tensor]]:
-    """The learner's last publication and its weights; waits for a learner that restarts.
+class RemoteLearner(DraftLearner):
+    """A draft learner that hands traces to a `LearnerActor` and never waits for it.
+
+    While `max_pending_calls` calls are not answered, further finished requests are dropped and counted. Answers name
+    the newest weights, which serve once they have arrived here. If the learner is killed, only the requests of pending
+    calls are lost.
 
     Args:
-        learner: handle of a `LearnerActor`.
+        learner: handle of the actor.
+        engine: number of this engine.
+        first: version and weights that serve now.
+        assembler: of traces into sequences.
+        max_pending_calls: at least 1.
+
+    Attributes:
+        sent: requests that the learner has taken.
+        dropped: requests that finished while too many calls were pending.
+        lost: requests of calls that a killed learner did not answer.
+    """
+
+    def __init__(
+        self,
+        learner: Any,
+        engine: int,
+        first: tuple[int, Mapping[str, Tensor]],
+        assembler: Assembler,
+        *,
+        max_pending_calls: int = 2,
+    ) -> None:
+        self._learner, self._engine, self._assembler = learner, engine, assembler
+        self._max_pending_calls = max_pending_calls
+        self._version, self._weights = first
+        self._pending: dict[Any, int] = {}  # reference of an answer: requests of the call
+        self._arriving: tuple[int, Any] | None = None  # version and reference of weights on their way here
+        self.sent = self.dropped = self.lost = 0
+        self.metrics: dict[str, float] = {}
+
+    def learn(self, traces: list[Trace]) -> Mapping[str, float]:
+        """Hand over the requests that these traces finish, or drop them."""
+        finished = [sequence for sequence in self._assembler.add(traces) if len(sequence.tokens) > 1]
+        self.poll()
+        if finished and len(self._pending) >= self._max_pending_calls:
+            self.dropped += len(finished)
+        elif finished:
+            call = self._learner.learn.remote(self._engine, SentTraces.pack(finished))
+            self._pending[call] = len(finished)
+        return self.counts()
+
+    def opt_out(self, requests: Iterable[int]) -> None:
+        """Hand over nothing of these requests, by id."""
+        self._assembler.opt_out(requests)
+
+    def weights(self) -> tuple[int, Mapping[str, Tensor]]:
+        """Version and weights that arrived last."""
+        return self._version, self._weights
+
+    def counts(self) -> dict[str, float]:
+        """The learner's last metrics; requests sent, dropped and lost; and calls that are pending."""
+        counts = {"sent": self.sent, "dropped": self.dropped, "lost": self.lost, "pending": len(self._pending)}
+        return self.metrics | {name: float(count) for name, count in counts.items()}
+
+    def poll(self, timeout_s: float = 0.0) -> None:
+        """Take the answers and weights that have arrived; with a timeout, wait up to that long for all of them."""
+        import ray
+
+        if self._pending:
+            ready, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=timeout_s)
+            for answer in ready:
+                self._take_answer(answer, self._pending.pop(answer))
+        if self._arriving is not None:
+            version, reference = self._arriving
+            if ray.wait([reference], timeout=timeout_s, fetch_local=True)[0]:
+                self._arriving = None
+                try:
+                    self._version, self._weights = version, load(ray.get(reference))
+                except ray.exceptions.RayError:  # lost with a killed learner; the next answer names others
+                    pass
+
+    def end_session(self) -> None:
+        """Discard what was seen of unfinished requests."""
+        self._assembler.forget()
+
+    def _take_answer(self, answer: Any, requests: int) -> None:
+        import ray
+
+        try:
+            found = Published(*ray.get(answer))
+        except ray.exceptions.RayActorError:
+            self.lost += requests
+            return
+        self.sent += requests
+        self.metrics = found.metrics
+        if found.version != (self._version if self._arriving is None else self._arriving[0]):
+            self._arriving = (found.version, found.weights[0])
+
+
+def newest_weights(learner: Any) -> tuple[Published, dict[str, Tensor]]:
+    """The last publication of the `LearnerActor` with this handle, and its weights; waits for a restarting learner.
 
     Raises:
         RuntimeError: the weights were lost again and again.
@@ -147,6 +240,5 @@ def newest_weights(learner: Any) -> tuple[Published, dict[str, Tensor]]:
     raise RuntimeError(f"the learner's weights were lost {RESTARTS} times before they arrived")
 
 
-def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as safetensors."""
+def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})

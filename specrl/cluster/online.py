@@ -7,8 +7,7 @@ from dataclasses import asdict
 from typing import Any
 from uuid import uuid4
 
-from specrl.cluster.config import RayConfig
-from specrl.cluster.connect import connected, need_resource, take_one
+from specrl.cluster.connect import RayConfig, connected, need_resource, take_one
 from specrl.cluster.engine import EngineActor, EngineReport, EngineSettings
 from specrl.cluster.learner import CHECKPOINT, RESTARTS, LearnerActor, newest_weights
 from specrl.core.clock import WallClock
@@ -49,7 +48,7 @@ class RayOnlineTrainer:
         rows: of log.csv.
 
     Raises:
-        ValueError: more than the cluster can place.
+        ValueError: the cluster has too few resources.
     """
 
     def __init__(self, config: RayConfig, settings: EngineSettings, first: Draft, out: OutputDir) -> None:
@@ -65,21 +64,18 @@ class RayOnlineTrainer:
         directory, name = out.path.resolve(), f"specrl-learner-{uuid4()}"
         first.save(directory / "first")
         common: dict[str, Any] = {"max_restarts": RESTARTS, "scheduling_strategy": "SPREAD"}
-        self.learner = (
-            remote(LearnerActor)
-            .options(name=name, **take_one(config.learner_resource), **common)
-            .remote(
-                settings.target.name,
-                str(directory / "first"),
-                settings.learner,
-                str(directory),
-                publish_every=settings.serving.weight_sync_interval,
-                seed=settings.seed,
-            )
+        learner = remote(LearnerActor).options(name=name, **take_one(config.learner_resource), **common)
+        self.learner = learner.remote(
+            settings.target.name,
+            str(directory / "first"),
+            settings.learner,
+            str(directory),
+            publish_every=settings.serving.weight_sync_interval,
+            seed=settings.seed,
         )
         # a killed engine restarts and serves its share of requests again
-        make = remote(EngineActor).options(**take_one(config.engine_resource), **common, max_task_retries=RESTARTS)
-        self._engines = [make.remote(number, settings, first.config, name) for number in range(config.engines)]
+        engine = remote(EngineActor).options(**take_one(config.engine_resource), **common, max_task_retries=RESTARTS)
+        self._engines = [engine.remote(number, settings, first.config, name) for number in range(config.engines)]
         self._clock = WallClock()
         self._began = self._clock.now()
 
@@ -96,30 +92,27 @@ class RayOnlineTrainer:
                 busy[engine.serve.remote(now)] = engine
             (done, *_), _ = wait(list(busy), num_returns=1)
             idle.append(busy.pop(done))
-            say(self._add(EngineReport(*get(done))))
+            say(self._add(get(done)))
 
     def finish(self) -> dict[str, object]:
         """End, write draft/, plans.json, engines.json, learner.json and environment.json; return engines.json."""
         from ray import get
 
         for report in get([engine.finish.remote() for engine in self._engines]):
-            self._add(EngineReport(*report))
+            self._add(report)
         get(self.learner.publish.options(max_task_retries=RESTARTS).remote())
         last, weights = newest_weights(self.learner)
         Draft(self.first.config, weights).save(self.out.path / "draft")
         reports = [report for _, report in sorted(self._reports.items())]
         found: dict[str, object] = {
-            "engines": [
-                {**report._asdict(), "batches": {batch: b._asdict() for batch, b in report.batches.items()}}
-                for report in reports
-            ],
+            "engines": [asdict(report) for report in reports],
             "taken": get(self.learner.taken.options(max_task_retries=RESTARTS).remote()),
             "draft_version": last.version,
             "learner": last.metrics,
         }
-        plans = {str(batch): plan for batch, plan in self.plans().items()}
         self.out.write_json("engines.json", found)
-        self.out.write_json("plans.json", {"plans": plans, "requests": sum(report.requests for report in reports)})
+        requests = sum(report.requests for report in reports)
+        self.out.write_json("plans.json", {"plans": self.plans(), "requests": requests})
         self.out.write_json("learner.json", asdict(self.settings.learner))
         self.out.write_json("environment.json", environment())
         return found
@@ -144,13 +137,12 @@ class RayOnlineTrainer:
             "draft_version": report.draft_version,
             **report.counts,
         }
-        parts = [
-            f"{row['seconds']:5} s  {row['requests']:5} requests  engine {report.engine}, draft {row['draft_version']}"
-        ]
-        parts[0] += "".join(f"  {report.counts[key]:.0f} {key}" for key in ("dropped", "lost") if report.counts[key])
+        text = f"{row['seconds']:5} s  {row['requests']:5} requests  engine {report.engine}"
+        text += f", draft {report.draft_version}"
+        text += "".join(f"  {report.counts[key]:.0f} {key}" for key in ("dropped", "lost") if report.counts[key])
         for batch, b in report.batches.items():
             row |= {f"plan_{batch}": b.plan, f"speedup_{batch}": b.speedup, f"accept_length_{batch}": b.accept_length}
-            parts.append(f"batch {batch}: {b.plan} {b.speedup:.2f}x, {b.accept_length:.2f} tokens")
+            text += f"  |  batch {batch}: {b.plan} {b.speedup:.2f}x, {b.accept_length:.2f} tokens"
         self.rows.append(row)
         self.out.write_csv("log.csv", self.rows)
-        return "  |  ".join(parts)
+        return text

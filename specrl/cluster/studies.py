@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from specrl.cluster.connect import DEVICE, connected, need_resource
+from specrl.cluster.connect import DEVICE, connected, need_resource, take_one
 from specrl.studies.config import Study
 from specrl.studies.goals import Measured, OnBlock
 from specrl.studies.trial import RunTrial, run_trial
@@ -35,8 +35,7 @@ def trial_runner(address: str, study: Study, *, run: RunTrial = run_trial) -> It
 
         resource = DEVICE if study.device is not None else "CPU"
         need_resource(resource, 1, "trials")
-        options: dict[str, Any] = {"num_cpus": 1, "resources": {DEVICE: 1} if study.device is not None else {}}
-        task = ray.remote(run).options(**options, max_retries=RETRIES)
+        task = ray.remote(run).options(**take_one(resource), max_retries=RETRIES)
 
         def run_there(
             study: Study, params: Mapping[str, Any], directory: Path, on_block: OnBlock | None = None

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-from specrl.config import (
-    DraftConfig,
-    EngineConfig,
-    MeasureConfig,
-    TargetConfig,
-    WorkloadConfig,
-    check_batch_sizes,
-    check_temperatures,
-)
+from specrl.config import DraftConfig, EngineConfig, MeasureConfig, TargetConfig, WorkloadConfig, check_batch_sizes
+from specrl.core.checks import require
 from specrl.core.plan import parse_plans
 from specrl.io.output import OutputDir, hint, show, table
-from specrl.measure.bench import Cells, bench_engine, bench_profile, warnings
+from specrl.measure.bench import bench_engine, bench_profile, warnings
 from specrl.measure.tables import COLUMNS, cell_rows, shown, write_bench
 from specrl.simulation.engine import SimulatedEngine
 
-PLANS = "0,1/1/2,3/1/4,3/2/6"
-CHAINS = "0,1/1/2,3/1/4"  # SGLang cannot switch between chains and trees
-BATCH_SIZES = (1, 4, 16)
+CHAINS = "0,1/1/2,3/1/4"
+PLANS = f"{CHAINS},3/2/6"  # SGLang cannot switch between chains and trees
 
 
 def bench(
@@ -41,24 +34,19 @@ def bench(
 ) -> list[dict[str, object]]:
     """Measure the speedup of every plan over plain decoding, at every batch size.
 
-    Plain decoding is decoding without a draft, in the fastest setting of dtype and threads on this machine. It
-    alternates with the plans in one process, on the same prompts, which are held out from training. The first arm
-    measures plain decoding against itself (A/A); its interval must contain 1. Prefill is timed separately and is in
-    no speedup.
+    Plain decoding uses no draft and the fastest setting of dtype and threads on this machine. It alternates with the
+    plans in one process, on the same prompts, which are held out from training. The first arm measures plain decoding
+    against itself (A/A); its interval must contain 1. Prefill is timed separately and is in no speedup.
 
     With --engine sglang two servers are launched, with and without speculation. Each is idle while the other one is
     measured. Plans are chains, or one tree; each continues the requests where the one before left them.
 
-    With --profile rounds are simulated, with the same random numbers for every plan and without A/A; target, prompts
-    and temperature are the profile's. Simulated tokens/s of a published table are all tokens over all seconds; the
-    mean over requests is 1 to 3 % higher.
+    With --profile rounds are simulated, with the same random numbers for every plan and without A/A. Target, prompts
+    and temperature are the profile's. The tokens/s of published tables are all tokens over all seconds; the mean over
+    requests is 1 to 3 % higher.
 
     Args:
-        engine: decodes.
-        target: the target model.
         draft: the draft model; a random one accepts next to nothing.
-        workload: the prompts.
-        measure: how long to measure, for each batch size.
         profile: simulate this profile: a name such as 'aurora-minimax-m2.1', or a .json file.
         batch_sizes: requests decoded together; by default 1,4,16, or all of the profile.
         plans: num_steps/topk/num_draft_tokens, separated by commas; by default 0,1/1/2,3/1/4,3/2/6 (SGLang: without
@@ -78,13 +66,13 @@ def bench(
         specrl bench --engine sglang --plans 0,1/1/2,3/1/4 --engine.python ../sglang/bin/python
     """
     sizes = None if batch_sizes is None else check_batch_sizes(batch_sizes)
-    at = check_temperatures((workload.temperature,) if temperatures is None else temperatures)
+    at = (workload.temperature,) if temperatures is None else temperatures
+    distinct = len(set(at)) == len(at) > 0 and all(0 <= temperature < math.inf for temperature in at)
+    require(distinct, "temperatures", "different numbers of at least 0, such as 0,0.7,", at)
     chosen = None if plans is None else parse_plans(plans)
     settings: dict[str, object] = {"engine": engine.name, "seed": seed, "precision": measure.precision}
-    cells: Cells
     if profile is not None:
-        if not engine.is_local:
-            raise ValueError(f"a profile must be simulated in this process, but got engine {engine.name!r} with it")
+        require(engine.is_local, "engine", "'local' with a profile, which is simulated", engine.name)
         simulated = SimulatedEngine(profile)
         title, new_tokens = simulated.profile.name, simulated.profile.max_new_tokens
         source = simulated.profile.provenance["source"]
@@ -99,7 +87,7 @@ def bench(
             target,
             draft,
             workload,
-            batch_sizes=sizes or BATCH_SIZES,
+            batch_sizes=sizes or (1, 4, 16),
             plans=chosen or parse_plans(PLANS if engine.is_local else CHAINS),
             temperatures=at,
             until=measure,

@@ -37,9 +37,6 @@ def compare(
     Args:
         a: EAGLE3 draft directory, output directory of 'specrl train' or 'quickstart', or of 'specrl bench'.
         b: of the same kind.
-        target: the target model.
-        workload: the prompts.
-        measure: how long to measure, for each batch size.
         plan: num_steps/topk/num_draft_tokens for both; by default the plan that each run chose, or 3/1/4.
         batch_sizes: requests decoded together.
         use_rejection_sampling: sample chains from the draft; else drafts are its best tokens (SGLang's default).

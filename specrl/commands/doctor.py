@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
 
 from specrl.config import DTypeName, TargetConfig, WorkloadConfig, check_batch_sizes
+from specrl.core.checks import require
 from specrl.core.clock import WallClock
 from specrl.io.output import OutputDir, show, table
 from specrl.measure import machine
@@ -48,12 +50,9 @@ def doctor(
     device, cores, sizes = default_device(target.device), machine.usable_cores(), check_batch_sizes(batch_sizes)
     check_device(device)
     counts = thread_counts(cores) if threads is None else threads
-    if not counts or min(counts) < 1:
-        raise ValueError(f"threads must be numbers of at least 1, but got {list(counts)}; for example 1,2")
-    if not dtypes:
-        raise ValueError("dtypes must name at least one, but got none; for example float32")
-    if not 0.0 < seconds < float("inf"):
-        raise ValueError(f"seconds must be above 0, but got {seconds}; 10 is enough for most machines")
+    require(bool(counts) and min(counts) >= 1, "threads", "numbers of at least 1, such as 1,2,", counts)
+    require(bool(dtypes), "dtypes", "at least one, such as float32,", dtypes)
+    require(0.0 < seconds < math.inf, "seconds", "a finite number above 0", seconds)
     load = os.getloadavg()[0]  # before this program adds to it
     record, prompts = machine.environment(), WorkloadConfig().open(target.name, "held_out")
     settings = time_plain(target, prompts, dtypes=dtypes, threads=counts, batch_sizes=sizes, seconds=seconds)

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from specrl.config import DraftConfig, EngineConfig, TargetConfig, WorkloadConfig
+from specrl.core.checks import require
 from specrl.core.plan import parse_plans
 from specrl.evaluation.backends import Backend, SimulatedBackend, open_live
 from specrl.evaluation.regret import gap_lines
@@ -35,13 +36,11 @@ def evaluate(
     In simulation all choosers have the same random numbers with a seed, and the same command gives the same numbers
     again. Live, plain decoding, the choosers and every single plan take turns in one process. The share is the time
     that the best plan per batch size needs for the same expected tokens, over the time that the choices need: 1 is the
-    best table.
+    best table. Live, the oracle headroom is printed too: the best plan per batch size over the best single plan, each
+    chosen on all cycles of the load but the one that it is measured on, and how much of it each chooser closes.
 
     With --engine sglang two servers are launched, with and without speculation. Each is idle while the other one is
     measured, and all choosers decode the same requests, each continuing where the one before left them.
-
-    Live, the oracle headroom is printed as well: the best plan per batch size over the best single plan, each chosen
-    on all cycles of the load but the one that it is measured on, and how much of it each chooser closes.
 
     Args:
         profiles: names or .json files; 'live' is the engine on this machine; by default all that are shipped.
@@ -49,11 +48,10 @@ def evaluate(
             'throughput-eager', 'threshold', 'median-greedy', 'ucb1', 'exp3', 'best-table', or a plan such as '3/1/4'.
         reference: the chooser that the others are compared with; one of them.
         seeds: runs of each chooser on each profile.
-        schedule: the load.
-        engine: live: decodes.
+        engine: live: the engine that decodes.
         target: live: the target model.
         draft: live: the draft model; a random one accepts next to nothing.
-        workload: live: the prompts.
+        workload: live: the requests.
         plans: live: num_steps/topk/num_draft_tokens, separated by commas (SGLang: chains, or one tree); a profile
             has its own.
         leaderboard: a .csv file to which the results are appended.
@@ -68,8 +66,7 @@ def evaluate(
     """
     if not engine.is_local and "live" not in profiles:
         raise ValueError(f"engine is for '--profiles live', but got {engine.name!r} for {profiles or 'all profiles'}")
-    if seeds < 2 and profiles != ("live",):
-        raise ValueError(f"seeds must be at least 2 for an interval, but got {seeds}")
+    require(seeds >= 2 or profiles == ("live",), "seeds", "at least 2 for an interval", seeds)
     if reference not in choosers or len(set(choosers)) < len(choosers):
         raise ValueError(f"reference must be one of the choosers, each named once, but got {reference!r} of {choosers}")
     phases, shifts = schedule.phases, parse_shifts(schedule.shifts)

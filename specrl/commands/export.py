@@ -1,4 +1,4 @@
-"""`specrl export`: write the result of a run as a directory that SGLang serves."""
+"""`specrl export` and `specrl import`: drafts to and from the layout that SGLang reads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 from specrl.export.bundle import Bundle
 from specrl.export.bundle import push_to_hub as push
 from specrl.export.learned_run import LearnedRun
+from specrl.export.published import import_draft as read_published
 from specrl.export.serving_flags import Lookahead, plan_serving
 from specrl.io.output import OutputDir, show
 from specrl.models.embedded import target_directory
@@ -72,4 +73,29 @@ def export(
     if push_to_hub is not None:
         files = push(directory, push_to_hub, dry_run=dry_run)
         show(f"{'would upload' if dry_run else 'uploaded'} to {push_to_hub}: {', '.join(files)}")
+    return directory
+
+
+def import_draft(*, draft: Path, num_layers: int | None = None, output_dir: Path | None = None) -> Path:
+    """Convert a published EAGLE3 draft to the layout that SGLang reads, and print what was changed.
+
+    `specrl train --draft` starts from the directory `draft` in output_dir. Only safetensors are read, and nothing is
+    downloaded.
+
+    Args:
+        draft: directory with config.json and safetensors.
+        num_layers: layers of its target; needed if the draft does not name the layers that it reads.
+        output_dir: where draft/ goes; by default runs/import-<time>.
+
+    Raises:
+        ValueError: a variant that would compute something else, by name.
+
+    Example:
+        specrl import --draft downloads/EAGLE3-LLaMA3.1-Instruct-8B --num_layers 32 --output_dir warm
+        specrl train --draft warm/draft --target downloads/Llama-3.1-8B-Instruct
+    """
+    learned, notes = read_published(draft, num_layers=num_layers)
+    directory = OutputDir(output_dir or Path("runs/import")).path / "draft"
+    learned.save(directory)
+    show(*(f"note: {note}" for note in notes), f"written: {directory}")
     return directory

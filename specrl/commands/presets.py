@@ -5,21 +5,12 @@ from __future__ import annotations
 from specrl.export.presets import Figure, Preset, load_preset, preset_names
 from specrl.io.output import show, table
 
-_COLUMNS = {  # figure: heading
-    "hidden_size": "hidden",
-    "intermediate_size": "MLP",
-    "vocab_size": "vocabulary",
-    "draft_vocab_size": "of draft",
-    "num_attention_heads": "heads",
-    "taps": "aux layers",
-}
-
 
 def presets(*, name: str | None = None, target: str = "TARGET", draft: str = "DRAFT") -> None:
     """List published EAGLE3 drafts, or show the shape, recipe and launch command of one, with sources.
 
-    '?' is what no source states. `specrl import` converts a downloaded draft, and `specrl train --draft` goes on from
-    it.
+    '?' marks values that no source states. `specrl import` converts a downloaded draft, and `specrl train --draft`
+    starts from it.
 
     Args:
         name: of a preset; by default all are listed.
@@ -51,10 +42,15 @@ def presets(*, name: str | None = None, target: str = "TARGET", draft: str = "DR
 
 
 def _row(preset: Preset) -> dict[str, object]:
-    counted = preset.count_parameters()
+    counted, draft = preset.count_parameters(), preset.draft
     return {
         "preset": preset.name,
-        **{heading: _text(preset.draft[key]) for key, heading in _COLUMNS.items()},
+        "hidden": _text(draft["hidden_size"]),
+        "MLP": _text(draft["intermediate_size"]),
+        "vocabulary": _text(draft["vocab_size"]),
+        "of draft": _text(draft["draft_vocab_size"]),
+        "heads": _text(draft["num_attention_heads"]),
+        "aux layers": _text(draft["taps"]),
         "parameters": "?" if counted is None else f"{counted / 1e6:.0f}M",
         "plan": _text(preset.results["plan"]),
         "accept length": _text(preset.results["accept_length"]),

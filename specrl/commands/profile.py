@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 from specrl.config import DraftConfig, EngineConfig, TargetConfig, WorkloadConfig, check_batch_sizes
+from specrl.core.checks import require
 from specrl.core.plan import parse_plans
 from specrl.io.output import OutputDir, show, table
 from specrl.measure.arms import open_engine
@@ -14,8 +16,8 @@ from specrl.measure.recording import profile_rows, record_blocks
 from specrl.simulation.fit import fit_recording
 from specrl.simulation.profile import Profile
 
-PLANS = "0,1/1/2,2/1/3,3/1/4,4/1/5,3/2/6"
-CHAINS = "0,1/1/2,2/1/3,3/1/4,4/1/5"  # SGLang cannot switch between chains and trees
+CHAINS = "0,1/1/2,2/1/3,3/1/4,4/1/5"
+PLANS = f"{CHAINS},3/2/6"  # SGLang cannot switch between chains and trees
 
 
 def profile(
@@ -35,18 +37,14 @@ def profile(
     """Record rounds of every plan and plain steps at every batch size, and fit a profile for simulation.
 
     Each pass takes blocks of 8 rounds of each plan (after two that are not counted) and of as many plain steps, there
-    and back, so that a drift of the machine affects all equally. Afterwards 'SpecRL/Simulated-v0' with
-    profile='DIR/profile.json' simulates this machine, and 'specrl evaluate --profiles DIR/profile.json' compares
-    choosers on it. Let nothing else run meanwhile.
+    and back, so that a drift of the machine affects all equally. Run nothing else meanwhile. 'SpecRL/Simulated-v0' with
+    profile='DIR/profile.json' simulates this machine; 'specrl evaluate --profiles DIR/profile.json' compares choosers.
 
     With --engine sglang two servers are launched, with and without speculation, in lock-step; each is idle while the
     other one is measured. Rounds do not overlap there, so the profile has no result delay.
 
     Args:
-        engine: decodes.
-        target: the target model.
         draft: the draft model; a random one accepts next to nothing.
-        workload: the prompts.
         batch_sizes: requests decoded together.
         plans: that the profile offers, num_steps/topk/num_draft_tokens, separated by commas; by default
             0,1/1/2,2/1/3,3/1/4,4/1/5,3/2/6 (SGLang: without the tree).
@@ -64,8 +62,7 @@ def profile(
         specrl profile --engine sglang --draft exported/bundle/draft --engine.python ../sglang/bin/python
     """
     sizes = sorted(set(check_batch_sizes(batch_sizes)))
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"seconds must be above 0, but got {seconds}")
+    require(0 < seconds < math.inf, "seconds", "a finite number above 0", seconds)
     offered = parse_plans(plans or (PLANS if engine.is_local else CHAINS))
     prompts = workload.open(target.name, "held_out")
     decoder = open_engine(engine, target, draft, workload, offered, use_rejection_sampling=use_rejection_sampling)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from specrl.core.checks import require
 from specrl.io.output import OutputDir, to_json
 from specrl.training.quickstart import run_quickstart
 
@@ -20,10 +21,9 @@ def quickstart(
     """Train an EAGLE3 draft from random initialisation while serving, and measure its speedup.
 
     Serves continuations of the Python standard library's sources with the embedded target at temperature 0.7, at
-    batch sizes 1, 4 and 16 in turn. The draft learns from the requests, and a chooser learns which plan (how many
-    tokens to draft) pays at each batch size. Then every batch size is measured on held-out prompts, alternating with
-    plain decoding in the fastest setting of this machine. Takes less than 6 minutes on two cores; run nothing else
-    meanwhile.
+    batch sizes 1, 4 and 16. The draft learns from the requests, and a chooser learns the best plan (how many tokens to
+    draft) of each batch size. Then every batch size is measured on held-out prompts, in turns with plain decoding in
+    its fastest setting on this machine. Takes less than 6 minutes on two cores; run nothing else meanwhile.
 
     Args:
         train_seconds: seconds of serving and learning.
@@ -41,8 +41,7 @@ def quickstart(
     """
     durations = {"train_seconds": train_seconds, "measure_seconds": measure_seconds, "idle_seconds": idle_seconds}
     for name, value in durations.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, but got {value}")
+        require(value > 0, name, "above 0", value)
     directory = OutputDir(output_dir or Path("runs/quickstart"))
     summary = run_quickstart(directory, **durations, seed=seed)
     print(json.dumps(json.loads(to_json(summary))))

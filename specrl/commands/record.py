@@ -35,10 +35,8 @@ def record(
     2 bytes x (vocabulary + 3 x hidden size) for the target's logits and hidden states in float16.
 
     Args:
-        target: the model.
         draft: EAGLE3 draft directory; by default none, and the recorded hidden states are those that a new draft reads.
         plan: of every round, such as 3/1/4; 0 without a draft.
-        workload: the requests.
         batch_size: requests decoded together.
         requests: number of requests to serve; one with "learn": false is not recorded.
         rejected: record rejected drafts too, with the target's distribution after them (for learner.rejected_weight).

@@ -1,20 +1,22 @@
-"""`specrl rl`: train a policy that chooses plans with deep reinforcement learning, in simulation."""
+"""`specrl rl`: train a policy that chooses plans with deep reinforcement learning, in simulation or live."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from specrl.agents.rl.sb3 import Agent, AgentConfig
-from specrl.config import check_batch_sizes
+from specrl.config import EngineConfig, check_batch_sizes
 from specrl.io.output import OutputDir
-from specrl.training.rl import simulated_world, train_policy
+from specrl.training.rl import live_world, simulated_world, train_policy
+
+BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
 
 
 def rl(
     *,
     agent: AgentConfig = AgentConfig(),
     profile: str = "aurora-qwen3-coder-next-fp8",
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 24, 32),
+    batch_sizes: tuple[int, ...] = BATCH_SIZES,
     plans: str | None = None,
     reward: str = "differential",
     seed: int = 0,
@@ -22,8 +24,8 @@ def rl(
 ) -> Agent:
     """Train an agent of Stable-Baselines3 that chooses the plan of every round, in simulation.
 
-    Each episode has one of the batch sizes. Written are policy.safetensors and policy.json (the policy; no pickle),
-    plans.json (a plan per batch size, for serving), curve.csv (speedup while learning) and results.json.
+    Writes policy.safetensors and policy.json (the policy; no pickle), plans.json (a plan per batch size, for serving),
+    curve.csv (speedup while learning) and results.json.
 
     With 'observe: batch_size' in the hyperparameters, as for maskable_ppo, the policy sees the batch size only, and
     plans.json is the policy at every batch size up to the largest; this is checked in 1,000 states. With 'observe:
@@ -50,3 +52,53 @@ def rl(
     world = simulated_world(agent, profile=profile, batch_sizes=sizes, plans=plans, reward=reward)
     directory = None if output_dir is None else OutputDir(output_dir)
     return train_policy(agent, world, batch_sizes=sizes, profile=profile, seed=seed, directory=directory)
+
+
+def rl_live(
+    *,
+    agent: AgentConfig = AgentConfig(),
+    engine: EngineConfig = EngineConfig(),
+    target: str = "embedded",
+    draft: Path | None = None,
+    temperature: float = 0.7,
+    batch_sizes: tuple[int, ...] = BATCH_SIZES,
+    plans: str | None = None,
+    reward: str = "differential",
+    seed: int = 0,
+    output_dir: Path | None = None,
+) -> Agent:
+    """Train an agent of Stable-Baselines3 that chooses the plan of every round, on live decoding.
+
+    Rounds are timed, so run nothing else meanwhile. Choosing with torch counts as the chooser's time, updates of the
+    agent do not. Files are those of `specrl rl`.
+
+    Args:
+        agent: algorithm and length of the training.
+        target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        draft: EAGLE3 draft directory; by default a random one, of which almost no token is accepted.
+        temperature: of sampling; 0 is greedy.
+        batch_sizes: of which each episode draws one.
+        plans: on offer, separated by commas; by default the policy's, else 0 to 4/1/5.
+        reward: by name, as the environments have it.
+        seed: of weights, exploration and environments.
+        output_dir: where results go; by default runs/rl-live-<time>.
+
+    Raises:
+        ValueError: an argument out of range, or a policy that does not fit.
+
+    Example:
+        specrl rl live --agent.policy runs/sim --draft runs/quickstart/draft --batch_sizes 1,4 --agent.seconds 120
+    """
+    sizes = check_batch_sizes(batch_sizes)
+    world = live_world(
+        agent,
+        engine=engine,
+        target=target,
+        draft=draft,
+        temperature=temperature,
+        batch_size=sizes,
+        plans=plans,
+        reward=reward,
+    )
+    directory = None if output_dir is None else OutputDir(output_dir)
+    return train_policy(agent, world, batch_sizes=sizes, seed=seed, directory=directory)

@@ -11,11 +11,10 @@ import torch
 from small import LEARNER, small, small_draft, write_target
 
 from specrl.agents.draft.learner import OnlineLearner
-from specrl.agents.draft.sequences import Assembler, Sequence
-from specrl.cluster.config import RayConfig
-from specrl.cluster.learner import CHECKPOINT, LearnerActor, SentTraces, newest_weights
+from specrl.agents.draft.sequences import Assembler, TrainingSequence
+from specrl.cluster.connect import RayConfig
+from specrl.cluster.learner import CHECKPOINT, LearnerActor, RemoteLearner, SentTraces, newest_weights
 from specrl.cluster.online import RayOnlineTrainer
-from specrl.cluster.remote_learner import RemoteLearner
 from specrl.core.round import Trace
 from specrl.io.output import OutputDir
 from specrl.models.draft import load_draft
@@ -154,7 +153,7 @@ def test_a_learner_continues_from_its_checkpoint(tmp_path: Path) -> None:
 
     generator = torch.Generator().manual_seed(0)
     sequences = [
-        Sequence(
+        TrainingSequence(
             torch.randint(1, 10, (12,), generator=generator),
             torch.randn(12, 96, generator=generator),
             torch.randn(12, 10, generator=generator),
