@@ -1,10 +1,14 @@
-"""What MkDocs does to a page before it renders it: formulas, and the pages of the environments.
+"""Renders parts of the documentation before MkDocs does: formulas, environments, commands and options.
 
-A fence ```math holds LaTeX and becomes MathML, which browsers show by themselves: no script, no network. A comment
-<!-- environment: envs/spec_decode.py SpecDecodeEnv -->, with the line below it, which is for readers of the source,
-becomes that class's docstring, with its arguments as a table.
-Sources are read, not imported, so that the documentation builds without torch. Whatever does not fit raises: a page
-cannot go stale silently.
+A fence ```math holds LaTeX and becomes MathML, which browsers show without a script. A comment, with the line below
+it, is replaced by text from the sources:
+
+    <!-- environment: envs/spec_decode.py SpecDecodeEnv -->    the class's docstring, with its arguments as a table
+    <!-- options: specrl/config.py TargetConfig -->            the dataclass's fields as a table
+    <!-- commands: specrl/cli.py COMMANDS -->                  every command with its description and its options
+
+Sources are parsed and not imported, so the documentation builds without torch. An argument without a description is
+an error.
 """
 
 from __future__ import annotations
@@ -12,16 +16,20 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 _MATH = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-_ENVIRONMENT = re.compile(r"^<!-- environment: (\S+) (\w+) -->\n.*$", re.MULTILINE)
+_GENERATED = re.compile(r"^<!-- (environment|options|commands): (\S+) (\w+) -->\n.*$", re.MULTILINE)
+_CONFIG_PAGE = "config.md"  # beside the page of the commands; it has a heading for each group of options
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """MkDocs calls this for every page."""
-    markdown = _ENVIRONMENT.sub(lambda found: environment(ROOT / found[1], found[2]), markdown)
+    render = {"environment": environment, "options": options, "commands": commands}
+    markdown = _GENERATED.sub(lambda found: render[found[1]](ROOT / found[2], found[3]), markdown)
     return _MATH.sub(lambda found: formula(found[1]), markdown)
 
 
@@ -38,18 +46,120 @@ def environment(path: Path, name: str) -> str:
     Raises:
         ValueError: no such class, or arguments and docstring differ.
     """
-    body = ast.parse(path.read_text(encoding="utf-8")).body
-    found = next((node for node in body if isinstance(node, ast.ClassDef) and node.name == name), None)
-    if found is None:
-        raise ValueError(f"{path} must hold the class {name}, but does not")
-    text = inspect.cleandoc(ast.get_docstring(found, clean=False) or "")
-    before, _, rest = text.partition("## Arguments\n")
+    cls = _find(path, name, ast.ClassDef)
+    before, _, rest = _docstring(cls).partition("## Arguments\n")
     arguments, _, after = rest.partition("\n\n")
-    return f"{before}## Arguments\n\n{_table(_meanings(arguments), _defaults(found))}\n\n{after}"
+    init = next(node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    table = _table("Argument", _meanings(arguments), {k: ast.unparse(v) if v else "" for k, v in _keywords(init)})
+    return f"{before}## Arguments\n\n{table}\n\n{after}"
+
+
+def options(path: Path, name: str) -> str:
+    """The fields of the dataclass `name` as a table.
+
+    Raises:
+        ValueError: no such class, or fields and docstring differ.
+    """
+    cls = _find(path, name, ast.ClassDef)
+    fields = [node for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    defaults = {node.target.id: _value(path, node.value) for node in fields if isinstance(node.target, ast.Name)}
+    return _table("Key", _sections(_docstring(cls)).meanings, defaults)
+
+
+def commands(path: Path, name: str) -> str:
+    """Every command of the dictionary `name`: its description, its options as a table, and its examples.
+
+    Raises:
+        ValueError: no such dictionary or command, or options and docstring differ.
+    """
+    assigned = next((n for n in _parse(path).body if isinstance(n, ast.Assign) and _target(n) == name), None)
+    if assigned is None or not isinstance(assigned.value, ast.Dict):
+        raise ValueError(f"{path} must assign a dictionary to {name}, but does not")
+    out = []
+    for key, call in zip(assigned.value.keys, assigned.value.values, strict=True):
+        assert isinstance(key, ast.Constant) and isinstance(call, ast.Call)
+        module, _, function = ast.literal_eval(call.args[0]).partition(":")
+        out.append(_command(f"specrl {key.value}", ROOT / (module.replace(".", "/") + ".py"), function))
+    return "\n\n".join(out)
+
+
+def _command(title: str, path: Path, function: str) -> str:
+    node = _find(path, function, ast.FunctionDef)
+    text = _sections(_docstring(node))
+    defaults = {
+        name: None if isinstance(default, ast.Call) and not default.args else _value(path, default)
+        for name, default in _keywords(node)
+    }
+    table = _table("Option", text.meanings, defaults, dashes="--")
+    return f"## {title}\n\n{_escape(text.about)}\n\n```bash\n{text.example}\n```\n\n{table}"
+
+
+class _Sections(NamedTuple):
+    """The parts of a docstring in Google's style."""
+
+    about: str
+    meanings: list[tuple[list[str], str]]
+    example: str
+
+
+def _sections(docstring: str) -> _Sections:
+    about, *rest = re.split(r"^(Args|Raises|Example|Attributes|Returns):\n", docstring, flags=re.MULTILINE)
+    found = dict(zip(rest[::2], rest[1::2], strict=True))
+    return _Sections(about.strip(), _meanings(found.get("Args", "").rstrip()), inspect.cleandoc(found.get("Example", "")))
+
+
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _find(path: Path, name: str, kind: type[ast.ClassDef] | type[ast.FunctionDef]) -> ast.ClassDef | ast.FunctionDef:
+    found = next((node for node in _parse(path).body if isinstance(node, kind) and node.name == name), None)
+    if found is None:
+        raise ValueError(f"{path} must define {name}, but does not")
+    return found
+
+
+def _docstring(node: ast.ClassDef | ast.FunctionDef) -> str:
+    return inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+
+
+def _keywords(function: ast.ClassDef | ast.FunctionDef) -> list[tuple[str, ast.expr | None]]:
+    """Keyword arguments and their defaults."""
+    assert isinstance(function, ast.FunctionDef)
+    pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    return [(argument.arg, default) for argument, default in pairs]
+
+
+def _target(node: ast.Assign) -> str:
+    return node.targets[0].id if isinstance(node.targets[0], ast.Name) else ""
+
+
+def _value(path: Path, default: ast.expr | None) -> str:
+    """A default as the command line takes it; '' if there is none."""
+    if isinstance(default, ast.Name):
+        return _constant(path, default.id)
+    if isinstance(default, ast.Call) and default.args:  # Path("runs")
+        default = default.args[0]
+    value = None if default is None else ast.literal_eval(default)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _constant(path: Path, name: str) -> str:
+    """The value of a module's constant, which may be imported from another module of the package."""
+    for node in _parse(path).body:
+        if isinstance(node, ast.Assign) and _target(node) == name:
+            return _value(path, node.value)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
+            return _value(path, node.value)
+        if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
+            return _constant(ROOT / (str(node.module).replace(".", "/") + ".py"), name)
+    raise ValueError(f"{path} must define {name}, but does not")
 
 
 def _meanings(block: str) -> list[tuple[list[str], str]]:
-    """Names and what is said of them: entries are indented by four, their further lines by more."""
+    """Names and their descriptions: entries are indented by four, continuation lines by more."""
     entries: list[str] = []
     for line in block.splitlines():
         if line.startswith("     "):
@@ -59,19 +169,23 @@ def _meanings(block: str) -> list[tuple[list[str], str]]:
     return [(names.split(", "), meaning.strip()) for names, _, meaning in (entry.partition(":") for entry in entries)]
 
 
-def _defaults(cls: ast.ClassDef) -> dict[str, str]:
-    """Keyword arguments of `__init__` and what they are unless given."""
-    init = next(node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
-    pairs = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
-    return {argument.arg: "" if default is None else ast.unparse(default) for argument, default in pairs}
-
-
-def _table(meanings: list[tuple[list[str], str]], defaults: dict[str, str]) -> str:
+def _table(
+    title: str, meanings: list[tuple[list[str], str]], defaults: Mapping[str, str | None], dashes: str = ""
+) -> str:
+    """Names, defaults and descriptions. A name whose default is None is a group of options, which has its own table."""
     named = [name for names, _ in meanings for name in names]
     if sorted(named) != sorted(defaults):
         raise ValueError(f"the docstring must name every argument once, but {set(named) ^ set(defaults)} differ")
-    lines = ["| Argument | Default | Meaning |", "|---|---|---|"]
+    lines = [f"| {title} | Default | Meaning |", "|---|---|---|"]
     for names, meaning in meanings:
         for name in names:
-            lines.append(f"| `{name}` | `{defaults[name]}` | {meaning} |".replace("``", ""))
+            default = defaults[name]
+            shown = f"[`{dashes}{name}.…`]({_CONFIG_PAGE}#{name})" if default is None else f"`{dashes}{name}`"
+            lines.append(f"| {shown} | `{default or ''}` | {_escape(meaning)} |".replace(" `` ", " "))
     return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    """Text whose angle brackets are no HTML; code in backticks is left alone."""
+    parts = text.split("`")
+    return "`".join(part if i % 2 else part.replace("<", "&lt;").replace("|", "\\|") for i, part in enumerate(parts))
