@@ -138,8 +138,8 @@ def _value(path: Path, default: ast.expr | None) -> str:
     """A default as the command line takes it; '' if there is none."""
     if isinstance(default, ast.Name):
         return _constant(path, default.id)
-    if isinstance(default, ast.Call) and default.args:  # Path("runs")
-        default = default.args[0]
+    if isinstance(default, ast.Call):  # Path("runs"), or field(default_factory=dict)
+        default = default.args[0] if default.args else None
     value = None if default is None else ast.literal_eval(default)
     if isinstance(value, tuple):
         return ",".join(map(str, value))
