@@ -2,7 +2,7 @@
 
     python examples/own_chooser.py
 
-No base class: `plans`, `choose` and `learn` are all there is (docs/architecture.md, "Three seams").
+No base class: `plans`, `choose` and `learn` are all there is (docs/extend/chooser.md).
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class WorkloadConfig:
 
     Args:
         name: 'stdlib', a file or directory of prompts, or a stream such as 'stdlib@500,own.jsonl'. All forms are in
-            docs/own/model.md.
+            docs/guides/model.md.
         prompt_tokens: tokens of a prompt. A conversation is never cut, but left out if it is longer.
         max_new_tokens: tokens generated per request.
         temperature: of sampling; 0 is greedy.

@@ -84,7 +84,7 @@ class Measured:
     the same random numbers. Trials are therefore compared block by block.
 
     Attributes:
-        values: by name, in the units of `docs/studies.md`.
+        values: by name, in the units of `docs/guides/studies.md`.
         intervals: 95 %, of the values that are measured in blocks.
         blocks: [n] each, of the same values; logarithms of speedups, other values as they are.
     """
