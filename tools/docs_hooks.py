@@ -7,6 +7,7 @@ it, is replaced by text from the sources:
     <!-- options: specrl/config.py TargetConfig -->            the dataclass's fields as a table
     <!-- commands: specrl/cli.py COMMANDS -->                  every command with its description and its options
 
+Links to files of the repository that are not part of the site become their text.
 Sources are parsed and not imported, so the documentation builds without torch. An argument without a description is
 an error.
 """
@@ -23,6 +24,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 _MATH = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _GENERATED = re.compile(r"^<!-- (environment|options|commands): (\S+) (\w+) -->\n.*$", re.MULTILINE)
+_OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?:benchmarks|examples|tests)/[^)]*\)")
 _CONFIG_PAGE = "config.md"  # beside the page of the commands; it has a heading for each group of options
 
 
@@ -30,6 +32,7 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     """MkDocs calls this for every page."""
     render = {"environment": environment, "options": options, "commands": commands}
     markdown = _GENERATED.sub(lambda found: render[found[1]](ROOT / found[2], found[3]), markdown)
+    markdown = _OUTSIDE.sub(r"\1", markdown)
     return _MATH.sub(lambda found: formula(found[1]), markdown)
 
 
