@@ -17,7 +17,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 from specrl.agents.choosers.registry import CHOOSERS
 from specrl.agents.draft.losses import SLOT_LOSSES
-from specrl.cli import options_of, split_command
+from specrl.cli import COMMANDS, options_of, split_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -149,23 +149,38 @@ def test_every_example_is_run_by_a_test() -> None:
 
 
 @pytest.mark.parametrize("name", ["spec_decode", "draft_tokens", "simulated"])
-def test_pages_of_environments_come_from_docstrings(name: str, tmp_path: Path) -> None:
-    rendered = hooks()["on_page_markdown"]((ROOT / f"docs/environments/{name}.md").read_text(encoding="utf-8"))
+def test_pages_of_environments_come_from_docstrings(name: str) -> None:
+    rendered = render(f"environments/{name}.md")
     assert "| `batch_size` | `" in rendered and "## Version history\n* v0: initial version" in rendered
-    assert "    batch_size" not in rendered and "<!--" not in rendered and "built site" not in rendered
+    assert "    batch_size" not in rendered
 
 
-def test_a_page_of_an_environment_cannot_go_stale(tmp_path: Path) -> None:
-    cls = 'class Env:\n    """Text.\n\n    ## Arguments\n        one: said.{}\n\n    ## End\n    """\n'
+def test_reference_comes_from_the_sources() -> None:
+    commands, keys = render("reference/cli.md"), render("reference/config.md")
+    groups = set(re.findall(r"\(config\.md#(\w+)\)", commands))
+    assert re.findall(r"^## specrl (.*)$", commands, re.MULTILINE) == list(COMMANDS)
+    assert groups and groups <= set(re.findall(r"^## (\w+)$", keys, re.MULTILINE))
+    assert "| `--seed` | `0` |" in commands and "| `betas` | `0.9,0.95` | of AdamW. |" in keys
+
+
+def test_an_argument_without_a_description_is_an_error(tmp_path: Path) -> None:
+    cls = 'class Env:\n    """Text.\n\n    ## Arguments\n        one: first.{}\n\n    ## End\n    """\n'
     init = "    def __init__(self, *, one: int = 1, two: str = 'x') -> None: ...\n"
-    (tmp_path / "whole.py").write_text(cls.format("\n        two: said\n            as well.") + init)
+    (tmp_path / "whole.py").write_text(cls.format("\n        two: second,\n            continued.") + init)
     (tmp_path / "stale.py").write_text(cls.format("") + init)
     table = hooks()["environment"](tmp_path / "whole.py", "Env")
-    assert "| `one` | `1` | said. |\n| `two` | `'x'` | said as well. |\n\n## End" in table
+    assert "| `one` | `1` | first. |\n| `two` | `'x'` | second, continued. |\n\n## End" in table
     with pytest.raises(ValueError, match=r"every argument once, but \{'two'\} differ"):
         hooks()["environment"](tmp_path / "stale.py", "Env")
-    with pytest.raises(ValueError, match="must hold the class Other"):
+    with pytest.raises(ValueError, match="must define Other"):
         hooks()["environment"](tmp_path / "whole.py", "Other")
+
+
+def render(page: str) -> str:
+    """A page of docs/ as MkDocs gets it."""
+    rendered: str = hooks()["on_page_markdown"]((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    assert "<!--" not in rendered and "built site" not in rendered
+    return rendered
 
 
 def hooks() -> dict[str, Any]:

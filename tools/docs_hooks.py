@@ -108,7 +108,8 @@ class _Sections(NamedTuple):
 def _sections(docstring: str) -> _Sections:
     about, *rest = re.split(r"^(Args|Raises|Example|Attributes|Returns):\n", docstring, flags=re.MULTILINE)
     found = dict(zip(rest[::2], rest[1::2], strict=True))
-    return _Sections(about.strip(), _meanings(found.get("Args", "").rstrip()), inspect.cleandoc(found.get("Example", "")))
+    arguments, example = found.get("Args", ""), found.get("Example", "")
+    return _Sections(about.strip(), _meanings(arguments.rstrip()), inspect.cleandoc(example))
 
 
 def _parse(path: Path) -> ast.Module:
