@@ -4,7 +4,7 @@ A fence ```math holds LaTeX and becomes MathML, which browsers show without a sc
 it, is replaced by text from the sources:
 
     <!-- environment: envs/spec_decode.py SpecDecodeEnv -->    the class's docstring, with its arguments as a table
-    <!-- options: specrl/config.py TargetConfig -->            the dataclass's fields as a table
+    <!-- options: specrl/config.py TargetConfig -->            the dataclass's description and its fields as a table
     <!-- commands: specrl/cli.py COMMANDS -->                  every command with its description and its options
 
 Links to files of the repository that are not part of the site become their text.
@@ -58,7 +58,7 @@ def environment(path: Path, name: str) -> str:
 
 
 def options(path: Path, name: str) -> str:
-    """The fields of the dataclass `name` as a table.
+    """The description of the dataclass `name`, and its fields as a table.
 
     Raises:
         ValueError: no such class, or fields and docstring differ.
@@ -66,7 +66,8 @@ def options(path: Path, name: str) -> str:
     cls = _find(path, name, ast.ClassDef)
     fields = [node for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
     defaults = {node.target.id: _value(path, node.value) for node in fields if isinstance(node.target, ast.Name)}
-    return _table("Key", _sections(_docstring(cls)).meanings, defaults)
+    text = _sections(_docstring(cls))
+    return f"{_escape(text.about)}\n\n{_table('Key', text.meanings, defaults)}"
 
 
 def commands(path: Path, name: str) -> str:
