@@ -83,7 +83,7 @@ def commands(path: Path, name: str) -> str:
     for key, call in zip(assigned.value.keys, assigned.value.values, strict=True):
         assert isinstance(key, ast.Constant) and isinstance(call, ast.Call)
         module, _, function = ast.literal_eval(call.args[0]).partition(":")
-        out.append(_command(f"specrl {key.value}", ROOT / (module.replace(".", "/") + ".py"), function))
+        out.append(_command(f"specrl {key.value!s}", ROOT / (module.replace(".", "/") + ".py"), function))
     return "\n\n".join(out)
 
 
