@@ -17,7 +17,7 @@ from specrl.core.plan import Plan
 from specrl.export.serving_flags import Serving, write_serving
 from specrl.io.output import OutputDir
 from specrl.models.checkpoint import write_atomic
-from specrl.models.config import DraftConfig
+from specrl.models.config import DraftArchitecture
 from specrl.models.draft import Draft, load_draft
 from specrl.sglang.plugin.policy import LearnedPolicy
 
@@ -36,7 +36,7 @@ class Provenance:
     config: str = ""  # of the run, YAML
 
 
-def model_card(config: DraftConfig, table: Mapping[int, Plan], serving: Serving, source: Provenance) -> str:
+def model_card(config: DraftArchitecture, table: Mapping[int, Plan], serving: Serving, source: Provenance) -> str:
     """README.md as a Hugging Face model card, from the template model_card.md."""
     tiers = serving.tiers or {}
     served = {b: " or ".join(str(Plan(steps)) for steps in tiers[b]) if tiers else str(serving.plan) for b in table}
