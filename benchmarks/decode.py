@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,7 +24,9 @@ from specrl.core.interfaces import Request
 from specrl.core.plan import Plan
 from specrl.core.statistics import abba, paired_speedup
 from specrl.measure.machine import keep_large_blocks
+from specrl.models.draft import ServingDraft
 from specrl.models.embedded import embedded_directory
+from specrl.models.target import Target
 
 PROMPT, NEW = 64, 64
 CLOCK = WallClock()
@@ -68,43 +72,45 @@ def theirs(model: torch.nn.Module, prompts: list[tuple[int, ...]]) -> float:
 
 
 def host_share(engine: specrl.LocalEngine, batch: int, plan: Plan, generator: torch.Generator) -> dict[str, float]:
-    """Milliseconds of a speculative round and what of it is spent outside the two models' forward passes."""
+    """Milliseconds of a speculative round, and its share outside the forward passes of target and draft."""
     prompts = [tuple(torch.randint(1, 500, (PROMPT,), generator=generator).tolist()) for _ in range(batch)]
     session = engine.start(Fixed(prompts), batch_size=batch, seed=0)
-    forward = [0.0]
-
-    def timed(function):  # type: ignore[no-untyped-def]
-        def call(*args, **kwargs):  # type: ignore[no-untyped-def]
-            began = CLOCK.now()
-            result = function(*args, **kwargs)
-            forward[0] += CLOCK.now() - began
-            return result
-
-        return call
-
-    session.target, session.draft = _Timed(session.target, timed), _Timed(session.draft, timed)  # type: ignore[assignment]
-    rounds = []
-    for index in range(160):
-        forward[0] = 0.0
-        done = session.round(plan)
-        if index >= 10:
-            rounds.append((done.seconds, done.seconds - forward[0]))
+    with ExitStack() as stack:
+        forward = ForwardTime()
+        for model, names in ((Target, ("decode",)), (ServingDraft, ("fuse", "decode", "logits"))):
+            for name in names:
+                stack.enter_context(patch.object(model, name, forward.timed(getattr(model, name))))
+        rounds = []
+        for index in range(160):
+            forward.seconds = 0.0
+            done = session.round(plan)
+            if index >= 10:
+                rounds.append((done.seconds, done.seconds - forward.seconds))
     session.close()
     seconds, host = np.median(np.array(rounds), 0)
     return {"round_ms": seconds * 1e3, "host_ms": host * 1e3, "host_share": host / seconds}
 
 
-class _Timed:
-    """A model whose forward passes are timed."""
+class ForwardTime:
+    """Seconds in the functions that it wraps; a call inside another one counts once."""
 
-    def __init__(self, model, timed) -> None:  # type: ignore[no-untyped-def]
-        self._model = model
-        for name in ("decode", "fuse", "logits"):
-            if hasattr(model, name):
-                setattr(self, name, timed(getattr(model, name)))
+    def __init__(self) -> None:
+        self.seconds, self._inside = 0.0, False
 
-    def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
-        return getattr(self._model, name)
+    def timed(self, function):  # type: ignore[no-untyped-def]
+        """The function, with its time added to `seconds`."""
+
+        def call(*args, **kwargs):  # type: ignore[no-untyped-def]
+            if self._inside:
+                return function(*args, **kwargs)
+            self._inside, began = True, CLOCK.now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._inside = False
+                self.seconds += CLOCK.now() - began
+
+        return call
 
 
 def main() -> None:
