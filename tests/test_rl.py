@@ -129,8 +129,8 @@ def test_a_policy_that_sees_the_batch_size_alone_is_its_table(algorithm: str, tm
 def test_what_a_policy_may_observe_is_checked() -> None:
     env = simulated()
     for algorithm, observe, rule in (
-        ("ppo", "load", "must be 'all' or"),
-        ("recurrent_ppo", "batch_size", "'all' for recurrent_ppo"),
+        ("ppo", "load", "observe must be 'all'"),
+        ("recurrent_ppo", "batch_size", "unless with recurrent_ppo"),
     ):
         with pytest.raises(ValueError, match=rule):
             make_agent(algorithm, env, {**SMALL[algorithm], "observe": observe}, plans=env.plans)
