@@ -4,12 +4,12 @@ A fence ```math holds LaTeX and becomes MathML, which browsers show without a sc
 it, is replaced by text from the sources:
 
     <!-- environment: envs/spec_decode.py SpecDecodeEnv -->    the class's docstring, with its arguments as a table
-    <!-- options: specrl/config.py TargetConfig -->            the dataclass's description and its fields as a table
+    <!-- options: TargetConfig -->                             the dataclass's description and its fields as a table
     <!-- commands: specrl/cli.py COMMANDS -->                  every command with its description and its options
 
 Links to files of the repository that are not part of the site become their text.
 Sources are parsed and not imported, so the documentation builds without torch. An argument without a description is
-an error.
+an error. A group of options is described by its command or by its class.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 _MATH = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-_GENERATED = re.compile(r"^<!-- (environment|options|commands): (\S+) (\w+) -->\n.*$", re.MULTILINE)
+_GENERATED = re.compile(r"^<!-- (environment|options|commands): (?:(\S+) )?(\w+) -->\n.*$", re.MULTILINE)
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?:benchmarks|examples|tests)/[^)]*\)")
 _CONFIG_PAGE = "config.md"  # beside the page of the commands; it has a heading for each group of options
 
@@ -31,7 +31,7 @@ _CONFIG_PAGE = "config.md"  # beside the page of the commands; it has a heading 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """MkDocs calls this for every page."""
     render = {"environment": environment, "options": options, "commands": commands}
-    markdown = _GENERATED.sub(lambda found: render[found[1]](ROOT / found[2], found[3]), markdown)
+    markdown = _GENERATED.sub(lambda found: render[found[1]](_place(found[2], found[3]), found[3]), markdown)
     markdown = _OUTSIDE.sub(r"\1", markdown)
     return _MATH.sub(lambda found: formula(found[1]), markdown)
 
@@ -83,7 +83,7 @@ def commands(path: Path, name: str) -> str:
     for key, call in zip(assigned.value.keys, assigned.value.values, strict=True):
         assert isinstance(key, ast.Constant) and isinstance(call, ast.Call)
         module, _, function = ast.literal_eval(call.args[0]).partition(":")
-        out.append(_command(f"specrl {key.value!s}", ROOT / (module.replace(".", "/") + ".py"), function))
+        out.append(_command(f"specrl {key.value!s}", _file(module), function))
     return "\n\n".join(out)
 
 
@@ -94,7 +94,14 @@ def _command(title: str, path: Path, function: str) -> str:
         name: None if isinstance(default, ast.Call) and not default.args else _value(path, default)
         for name, default in _keywords(node)
     }
-    table = _table("Option", text.meanings, defaults, dashes="--")
+    described = {name for names, _ in text.meanings for name in names}
+    groups = []
+    for name, default in _keywords(node):
+        if name not in described and defaults[name] is None:  # `TargetConfig()`: described by its class
+            cls = ast.unparse(default.func) if isinstance(default, ast.Call) else ""
+            about = _docstring(_find(_place(None, cls), cls, ast.ClassDef)).partition("\n")[0]
+            groups.append(([name], about[0].lower() + about[1:]))
+    table = _table("Option", text.meanings + groups, defaults, dashes="--")
     return f"## {title}\n\n{_escape(text.about)}\n\n```bash\n{text.example}\n```\n\n{table}"
 
 
@@ -111,6 +118,22 @@ def _sections(docstring: str) -> _Sections:
     found = dict(zip(rest[::2], rest[1::2], strict=True))
     arguments, example = found.get("Args", ""), found.get("Example", "")
     return _Sections(about.strip(), _meanings(arguments.rstrip()), inspect.cleandoc(example))
+
+
+def _place(path: str | None, name: str) -> Path:
+    """The file of a name; of a class, it is found by searching the package."""
+    if path is not None:
+        return ROOT / path
+    sources = {file.resolve() for folder in ("specrl", "envs", "agents") for file in (ROOT / folder).rglob("*.py")}
+    found = [file for file in sources if re.search(rf"^class {name}\b", file.read_text(encoding="utf-8"), re.MULTILINE)]
+    if len(found) != 1:
+        raise ValueError(f"one file must define the class {name}, but {len(found)} do: {sorted(map(str, found))}")
+    return found[0]
+
+
+def _file(module: str) -> Path:
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def _parse(path: Path) -> ast.Module:
@@ -159,7 +182,7 @@ def _constant(path: Path, name: str) -> str:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
             return _value(path, node.value)
         if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
-            return _constant(ROOT / (str(node.module).replace(".", "/") + ".py"), name)
+            return _constant(_file(str(node.module)), name)
     raise ValueError(f"{path} must define {name}, but does not")
 
 
