@@ -201,7 +201,7 @@ def _plans_of(info: Mapping[str, Any], *, adaptive: bool) -> tuple[Plan, ...]:
 
 
 def serving_of(plans: Sequence[Plan]) -> Serving:
-    """Return how to serve these plans: chains, each of which may run in the next round, or one tree.
+    """Return how to serve these plans: chains, among which SGLang can switch, or one tree.
 
     Raises:
         ValueError: no plan drafts, or there is a tree besides other plans.

@@ -86,7 +86,7 @@ def push(
         version: version of the weights.
         like: the draft that the server was started with, or its directory; None: the directory that the server names.
         api_key: API key of the server; None: it needs none.
-        timeout_s: seconds for all of it. Even after that the server is told to go on.
+        timeout_s: seconds for all of it. After a timeout, two more calls let the server go on.
 
     Raises:
         ValueError: weights that do not fit the draft that serves, or a server that cannot swap; nothing was sent.

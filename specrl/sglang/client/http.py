@@ -50,7 +50,7 @@ class ServerFailed(ServerError):
 
 
 class SwapError(ServerError):
-    """The server did not take new draft weights; it was told to go on with those it has."""
+    """The server did not take new draft weights; it goes on with its old ones."""
 
 
 def is_out_of_memory(text: str) -> bool:

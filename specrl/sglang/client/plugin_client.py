@@ -115,7 +115,7 @@ class Rounds(Connection):
         self.lockstep_s = float(self.hello()["lockstep_s"])
 
     def hold(self) -> None:
-        """Let no round run without a permit from now on, while we are connected."""
+        """From now on, every round waits for a permit while we are connected."""
         self.send({"kind": "hold"})
         while self.receive().header["kind"] != "held":
             pass
