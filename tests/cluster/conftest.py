@@ -12,9 +12,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 HERE = Path(__file__).parent
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
-)  # workers import them
+ROOT = HERE.parent.parent
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (HERE, HERE.parent, ROOT, ROOT / "tools")))  # for Ray's workers
 
 from own_locks import own_locks  # noqa: E402, F401 - used by all tests
 
