@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--first_seed", type=int, default=0, help="develop on others than those of the result")
     parser.add_argument("--rounds", type=int, default=3600, help="of a run; six batch sizes share them")
     parser.add_argument("--only", default="", help="choosers, separated by commas; ours is always there")
-    parser.add_argument("--shift", default="", help="one of steady, dearer, worse, better; all by default")
+    parser.add_argument("--shift", default="", help="one of steady, costlier, worse, better; all by default")
     parser.add_argument("--table", default="", help="one of the tables; all by default")
     parser.add_argument("--bursts", type=float, default=0.0, help="share of rounds in bursts of five 1.5x slower ones")
     parser.add_argument("--workers", type=int, default=2, help="processes")

@@ -224,7 +224,7 @@ def report(directory: Path) -> None:
 
 
 def _censored(runs: list[dict[str, Any]], mark: str) -> float:
-    """Requests by which surely none of the runs that never reached the mark had reached it."""
+    """Requests up to which no run had reached the mark, among those that never did."""
     return min((r["ended"]["requests"] for r in runs if mark not in r["reached"]), default=np.inf)
 
 

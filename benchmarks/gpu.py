@@ -63,7 +63,7 @@ def run_stage(words: Sequence[str], seconds: float) -> int:
 
 
 def run_all(output: Path, options: Sequence[str], *, minutes: float, run_stage: RunStage = run_stage) -> int:
-    """Run all stages, whatever becomes of the others, and write stages.json; returns how many failed.
+    """Run all stages, also after one fails, and write stages.json; returns how many failed.
 
     Args:
         output: directory of the results.

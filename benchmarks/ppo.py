@@ -5,7 +5,7 @@
 The load moves: each episode of training draws one of the batch sizes; in the measurement they change every 64 rounds.
 The share is the seconds that the best plans of the profile need for the same tokens over the seconds that the policy
 spends, both played with the same seed. Training runs with the shipped hyperparameters and `specrl rl`'s environment;
-its clock stands still during measurements. Prints a line per measurement and, last, one line of JSON. The aim: a share
+its clock is stopped during measurements. Prints a line per measurement and, last, one line of JSON. The aim: a share
 of at least 0.97 within 120 seconds on two cores.
 """
 

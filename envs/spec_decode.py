@@ -246,11 +246,11 @@ class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
         return self._rollout.observe()
 
     def _new_baseline(self) -> PlanZeroBaseline:
-        """A new baseline; rounds of plan 0 may stand in for plain decoding if that leaves a choice of plans."""
+        """A new baseline; rounds of plan 0 may replace plain decoding if that leaves a choice of plans."""
         return PlanZeroBaseline(may_stand_in=bool(self._mask.sum() > 1 and self.engine.supports(Plan(0))))
 
     def _over_plan_zero(self, step: Step, outcome: Outcome) -> dict[str, float]:
-        """The comparison with rounds of plan 0 in `info`; nan for plain decoding if they stand in for it."""
+        """The comparison with rounds of plan 0 in `info`; nan for plain decoding if they replace it."""
         self.baseline.record(step.round)
         info = dict.fromkeys(("t0_s", "t0_error_s", "episode_speedup"), math.nan) if self.baseline.stands_in else {}
         seconds = self.baseline.plan_zero_s(outcome.batch_size)

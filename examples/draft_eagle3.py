@@ -25,7 +25,7 @@ def play(env: DraftTokensEnv, actor: DraftActor, learner: Reinforce | None, seed
     observation, info = env.reset(seed=seed)
     over, lengths = False, []
     while not over:
-        with env.off_the_clock():  # prefill, and what is learnt from
+        with env.off_the_clock():  # prefill, and learning
             actor.read(info["prefills"])
             if learner is not None:
                 learner.see(observation, info)

@@ -59,14 +59,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Shift:
-    """From round `at` on: plans with three steps or more cost `dearer` times as much, every a_k `kinder` times.
+    """From round `at` on: plans with three steps or more cost `costlier` times as much, every a_k `kinder` times.
 
     Before it, a_k is `first` times the table's.
     """
 
     name: str
     at: int = 0
-    dearer: float = 1.0
+    costlier: float = 1.0
     kinder: float = 1.0
     first: float = 1.0
 
@@ -148,7 +148,7 @@ EARLY = recorded("embedded-fp32-early")  # 5/1/6 is best for one or two requests
 TABLES = (CODER_NEXT, EMBEDDED, TREES, BF16, EARLY)
 STEADY = Shift("steady")
 SHIFTS = (
-    Shift("dearer", at=1800, dearer=1.3),
+    Shift("costlier", at=1800, costlier=1.3),
     Shift("worse", at=1800, kinder=0.7),
     Shift("better", at=1800, first=0.7),
 )
@@ -201,9 +201,9 @@ class Script:
         self.tokens = np.array(
             [[1.0 + sum(then.get(Survival.family(p), ())[: p.num_steps]) for p in plans] for then in self.survival]
         )
-        dear = [shift.dearer if p.num_steps >= 3 else 1.0 for p in plans]
+        factors = [shift.costlier if p.num_steps >= 3 else 1.0 for p in plans]
         base = np.array([[table.cost(b, p) for p in plans] for b in self.loads])
-        self.seconds = np.stack([base, base * dear])
+        self.seconds = np.stack([base, base * factors])
         self.after = (~before).astype(np.int64) if shift.at else np.ones(rounds, dtype=np.int64)
         self.load = np.searchsorted(self.loads, self.batches)
 

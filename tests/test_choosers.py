@@ -25,10 +25,10 @@ class World:
     def __init__(self, seed: int, rates: Sequence[float] = LEARNED) -> None:
         self.rng = np.random.default_rng(seed)
         self.rates = np.array(rates)
-        self.dearer = 1.0  # of plans with three steps or more
+        self.costlier = 1.0  # of plans with three steps or more
 
     def seconds(self, batch: int, plan: Plan) -> float:
-        factor = self.dearer if plan.num_steps >= 3 else 1.0
+        factor = self.costlier if plan.num_steps >= 3 else 1.0
         return PLAIN_S[batch] * COSTS[batch][plan.num_steps] * factor
 
     def speed(self, batch: int, plan: Plan) -> float:
@@ -88,7 +88,7 @@ def test_where_drafts_are_worthless_it_settles_on_plan_0() -> None:
 def test_it_follows_costs_that_shift() -> None:
     world, chooser = World(1), AdaptiveChooser(PLANS, seed=1)
     world.run(chooser, (1,), 600)
-    world.dearer = 1.6
+    world.costlier = 1.6
     world.run(chooser, (1,), 500)
     assert world.speed(1, chooser.best(1)) >= 0.98 * world.best(1)
 
@@ -145,9 +145,9 @@ def test_an_untried_cost_is_guessed_from_other_batch_sizes() -> None:
 def test_a_change_of_one_cost_is_partly_believed_of_the_others() -> None:
     costs, rng, truth = Costs(PLANS), np.random.default_rng(0), {Plan(3): 1e-3, Plan(4): 2e-3}
 
-    def play(rounds: int, dearer: float) -> None:
+    def play(rounds: int, costlier: float) -> None:
         for _ in range(rounds):
-            costs.learn(1, Plan(4), 2e-3 * dearer * np.exp(0.05 * rng.standard_normal()))
+            costs.learn(1, Plan(4), 2e-3 * costlier * np.exp(0.05 * rng.standard_normal()))
 
     for batch, plan in ((1, Plan(3)), (8, Plan(4)), (8, Plan(3))):
         for _ in range(60):

@@ -47,7 +47,7 @@ def test_the_corpus_leaves_out_what_serves_as_shifted_traffic() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_models_held_out_python_as_well_as_its_log_says(name: str) -> None:
-    """Bits per byte over 16 windows; which files there are depends on the interpreter, hence the wide tolerance."""
+    """Bits per byte over 16 windows; the files depend on the interpreter, so the tolerance is wide."""
     directory = embedded_directory(name)
     stages = json.loads((directory / "log.json").read_text()).values()
     logged = [row["bits_per_byte"] for rows in stages for row in rows][-1]

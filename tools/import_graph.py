@@ -32,7 +32,7 @@ def module_graph() -> dict[str, set[str]]:
 
 
 def folder_of(module: str) -> str:
-    """The folder that a module belongs to; modules of the package itself stand alone."""
+    """The folder that a module belongs to; a module of the package itself is its own folder."""
     parts = module.split(".")
     depth = 3 if ".".join(parts[:2]) in NESTED else 2
     return ".".join(parts[:depth])

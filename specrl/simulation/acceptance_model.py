@@ -4,7 +4,7 @@ Draft k of a request of skill a is accepted, given that the first k - 1 were, wi
 the logistic function and a ~ N(0, s²) over requests: the logit-normal distribution (Atchison and Shen, Biometrika
 67(2), 1980). So P_k(a) = Π_{j≤k} σ(b_j + a) and τ(a) = 1 + Σ_k P_k(a).
 
-A request of n tokens is in n / τ(a) rounds: rounds see the skill a with density φ(a/s) / τ(a), hence more of the
+A request of n tokens is in n / τ(a) rounds: rounds see the skill a with density φ(a/s) / τ(a), so more of the
 unskilled, and the accept length that an engine reports, tokens over rounds, is E[τ] = 1 / E_a[1 / τ(a)] (the
 renewal-reward theorem).
 """

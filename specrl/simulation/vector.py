@@ -136,7 +136,7 @@ class VectorSimulator:
     def plain(self, cell: Ints, rng: np.random.Generator) -> Floats:
         """Seconds of a plain step of the sessions `cell`, at the profile's context: [len(cell)] float64.
 
-        Without hiccups, which whoever estimates plain costs sorts out.
+        Without the pauses of the machine, which estimates of plain costs filter out.
         """
         size, plain = self.size[cell], len(self._plans)
         noise = self._jitter[size, plain] * rng.standard_normal(len(cell))
