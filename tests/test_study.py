@@ -114,7 +114,7 @@ def instant(study: Study, params: Mapping[str, Any], directory: Path, on_block: 
         ({"objectives": ["speedup", "pause_ms"], "pruner": {}}, "pruner needs one objective"),
         ({"sampler": "grid"}, "sampler 'grid' needs"),
         ({"sampler": "grid", "search": {"seed": {"int": [0, 1]}}, "trials": 3}, "at most the 2 points"),
-        ({"budget": {"blocks": 1}}, "blocks and seeds of at least 2"),
+        ({"budget": {"blocks": 1}}, "budget.blocks must be at least 2"),
         ({"budget": {"block": 1}}, "block"),
     ],
 )

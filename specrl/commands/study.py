@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from specrl.core.checks import require
 from specrl.io.output import OutputDir, show
-from specrl.studies.config import Study, find_study, read_study
+from specrl.studies.config import Study, read_study
 from specrl.studies.optimize import count_trials, need_optuna, open_study, optimize
 from specrl.studies.report import summarize, write_report
 from specrl.studies.trial import device_lock
-
-SAVED = "study.yaml"
 
 
 def study(
@@ -64,11 +63,10 @@ def study(
 
     need_optuna()
     out = OutputDir(output_dir or Path("runs/study"))
-    saved = out.path / SAVED
-    file = find_study(spec or (saved if saved.is_file() else "learner"))
-    asked = read_study(file)
-    if jobs < 1 or (trials is not None and trials < 1):
-        raise ValueError(f"jobs and trials must be at least 1, but got {jobs} and {trials}")
+    saved = out.path / "study.yaml"
+    asked = read_study(spec or (saved if saved.is_file() else "learner"))
+    require(jobs >= 1, "jobs", "at least 1", jobs)
+    require(trials is None or trials >= 1, "trials", "at least 1", trials)
     if jobs > 1 and (asked.device is not None or ray is not None):
         why = "with --ray the cluster decides how many trials run at once" if ray else "a timed trial needs its device"
         raise ValueError(f"{why}, so jobs must be 1, but got {jobs}; leave it out")
@@ -77,8 +75,7 @@ def study(
     total = trials or kept.user_attrs.get("trials") or asked.trials
     kept.set_user_attr("trials", total)
     if not saved.is_file():
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-        out.write_text(SAVED, yaml.safe_dump({"name": asked.name, **given}, sort_keys=False))
+        out.write_text(saved.name, yaml.safe_dump(asked.to_dict(), sort_keys=False))
     done, _ = count_trials(kept)
     show(f"study {asked.name!r}: {done} of {total} trials finished" + (f"; {asked.about}" if asked.about else ""))
     try:
@@ -107,15 +104,13 @@ def _helpers(spec: Study, url: str, directory: Path, total: int, jobs: int) -> I
         process.start()
     try:
         yield
-    except BaseException:
+        for process in others:
+            process.join()
+    finally:
         for process in others:
             process.terminate()
-        raise
-    for process in others:
-        process.join()
 
 
 def _help(spec: Study, url: str, directory: Path, total: int, worker: int) -> None:
-    need_optuna()
     parent = multiprocessing.parent_process()
     optimize(spec, url, directory, total, worker=worker, wanted=lambda: parent is None or parent.is_alive())

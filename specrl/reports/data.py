@@ -89,6 +89,11 @@ class RunData:
     leaderboard: Sequence[Row]
     regret: Sequence[Row]
 
+    @property
+    def speedups(self) -> list[PlanResult]:
+        """The results of speculative decoding that have a speedup."""
+        return [result for result in self.results if result.speculative and result.speedup is not None]
+
 
 def read_runs(paths: Sequence[Path]) -> list[RunData]:
     """Read run directories. Each is named by its last parts that make its name unique.

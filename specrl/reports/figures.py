@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
@@ -52,15 +54,12 @@ _STYLE: Any = {
 }  # fmt: skip
 _DECISIONS = {"passed a trial": "^", "passed held-out": "2", "refused": "v", "harmful": "X"}  # of the gate: marker
 
-P = ParamSpec("P")
 
-
-def draw_svg(paint: Callable[Concatenate[Axes, P], None], *args: P.args, **kwargs: P.kwargs) -> str:
+def draw_svg(paint: Callable[[Axes], None]) -> str:
     """The SVG document of a figure, in the light theme, that a `paint_...` function of this module draws."""
     with matplotlib.rc_context(_STYLE):
         file = io.StringIO()
-        figure = _figure([lambda axes: paint(axes, *args, **kwargs)], _WIDTH, 3.0)
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        _figure([paint], _WIDTH, 3.0).savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
 
@@ -95,6 +94,26 @@ def plot_regret(rows: Sequence[Row], path: Path) -> None:
     sources = dict.fromkeys(row["source"] for row in rows)
     paints = [partial(paint_regret, rows=[row for row in rows if row["source"] == source]) for source in sources]
     _save_png(path, paints, width=4.8 * len(sources), height=3.6)
+
+
+def save_plot(draw: Callable[[], Any], path: Path) -> None:
+    """Save what one of Optuna's matplotlib functions draws, unless the study has too few trials for it.
+
+    Args:
+        draw: draws a figure of its own and returns its axes, one or an array of them.
+        path: of the PNG file.
+    """
+    plt.switch_backend("agg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna's notes on experimental functions and on parameters with one value
+        try:
+            axes = np.ravel(draw())
+        except (ValueError, RuntimeError):
+            return
+        figure = axes[0].figure
+        figure.set_size_inches(max(7.0, 3.2 * len(axes)), 4.2)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+        plt.close(figure)
 
 
 def thin(rows: Sequence[Row], most: int = _MAX_POINTS) -> Sequence[Row]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from specrl.core.statistics import Interval
 from specrl.reports import figures
 from specrl.reports.data import PARTS, PlanResult, Row, RunData, batch_sizes, interval
-
-T = TypeVar("T")
-Columns = Mapping[str, Callable[[T], object]]  # of a table: heading -> text of an item's field
 
 
 class Table(NamedTuple):
@@ -43,12 +40,13 @@ def number(value: Interval | None, unit: str = "", digits: int = 3) -> str:
     return f"{value.value:,.{digits}f}{unit}{bounds if known else ''}"
 
 
-def _table(caption: str, items: Iterable[T], columns: Columns[T]) -> Iterator[Table]:
-    """A table with a row for each item and without empty columns; none for no items."""
-    rows = [[_text(field(item)) for field in columns.values()] for item in items]
-    kept = [n for n in range(len(columns)) if n == 0 or any(row[n] != "–" for row in rows)]
+def _table(caption: str, rows: Sequence[Row]) -> Iterator[Table]:
+    """A table of rows by heading, without empty columns; nothing if there are no rows."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    texts = [{name: _text(row.get(name)) for name in names} for row in rows]
+    head = [name for name in names if name == names[0] or any(row[name] != "–" for row in texts)]
     if rows:
-        yield Table(caption, [list(columns)[n] for n in kept], [[row[n] for n in kept] for row in rows])
+        yield Table(caption, head, [[row[name] for name in head] for row in texts])
 
 
 def _text(value: object) -> str:
@@ -60,17 +58,20 @@ def _text(value: object) -> str:
 
 
 def _overview(runs: Sequence[RunData]) -> Iterator[Table]:
-    columns: Columns[RunData] = {
-        "run": lambda run: run.name,
-        "made by": lambda run: [f"specrl {command}" for command in run.commands],
-        "date, UTC": lambda run: run.environment.get("date_utc"),
-        "requests served": lambda run: f"{run.log[-1]['requests']:,.0f}" if run.log else None,
-        "chosen plan, measured speedup [95 %]": _chosen_plans,
-        "processor": lambda run: run.environment.get("cpu"),
-        "cores": lambda run: run.environment.get("cores"),
-        "commit": lambda run: str(run.environment.get("commit") or "")[:12],
-    }
-    yield from _table("The runs on this page", runs, columns)
+    rows = [
+        {
+            "run": run.name,
+            "made by": [f"specrl {command}" for command in run.commands],
+            "date, UTC": run.environment.get("date_utc"),
+            "requests served": f"{run.log[-1]['requests']:,.0f}" if run.log else None,
+            "chosen plan, measured speedup [95 %]": _chosen_plans(run),
+            "processor": run.environment.get("cpu"),
+            "cores": run.environment.get("cores"),
+            "commit": str(run.environment.get("commit") or "")[:12],
+        }
+        for run in runs
+    ]
+    yield from _table("The runs on this page", rows)
 
 
 def _chosen_plans(run: RunData) -> str:
@@ -82,36 +83,36 @@ def _chosen_plans(run: RunData) -> str:
 def _learning(run: RunData, runs: Sequence[RunData]) -> Content:
     if not run.log:
         return
+    logs = [other.log for other in runs]
     for quantity, label in (("accept_length", "Accept length"), ("speedup", "Speedup")):
-        logs = [other.log for other in runs]
-        svg = figures.draw_svg(figures.paint_learning, run.log, quantity, logs, run.gate)
+        svg = figures.draw_svg(
+            partial(figures.paint_learning, log=run.log, quantity=quantity, logs=logs, gate=run.gate)
+        )
         yield Drawing(svg, f"{label} over the last 400 rounds at each batch size, by requests served.")
-    columns: dict[str, Callable[[Row], object]] = {
-        "requests": lambda row: f"{row['requests']:,.0f}",
-        "seconds": lambda row: f"{row['seconds']:,.0f}",
-        "draft version": lambda row: f"{row['draft_version']:.0f}",
-    }
-    for b in batch_sizes(run.log):
-        columns[f"batch size {b}: plan"] = partial(_field, f"plan_{b}")
-        columns[f"batch size {b}: speedup [95 %]"] = partial(_number, f"speedup_{b}", "×", 3)
-        columns[f"batch size {b}: accept length [95 %]"] = partial(_number, f"accept_length_{b}", "", 2)
-    yield from _table(f"Learning curve of {run.name}", figures.thin(run.log), columns)
-    gate: Columns[Row] = {
-        "requests": lambda row: f"{row['requests']:.0f}",
-        "draft version": lambda row: f"{row['version']:.0f}",
-        "look": partial(_field, "look"),
-        "decision": figures.decision,
-        "reason": partial(_field, "reason"),
-    }
-    yield from _table(f"Decisions of the gate of {run.name}", run.gate, gate)
-
-
-def _field(key: str, row: Row) -> object:
-    return row.get(key)
-
-
-def _number(key: str, unit: str, digits: int, row: Row) -> str:
-    return number(interval(row, key), unit, digits)
+    rows: list[Row] = []
+    for line in figures.thin(run.log):
+        row: dict[str, object] = {
+            "requests": f"{line['requests']:,.0f}",
+            "seconds": f"{line['seconds']:,.0f}",
+            "draft version": f"{line['draft_version']:.0f}",
+        }
+        for b in batch_sizes(run.log):
+            row[f"batch size {b}: plan"] = line.get(f"plan_{b}")
+            row[f"batch size {b}: speedup [95 %]"] = number(interval(line, f"speedup_{b}"), "×")
+            row[f"batch size {b}: accept length [95 %]"] = number(interval(line, f"accept_length_{b}"), digits=2)
+        rows.append(row)
+    yield from _table(f"Learning curve of {run.name}", rows)
+    rows = [
+        {
+            "requests": f"{line['requests']:.0f}",
+            "draft version": f"{line['version']:.0f}",
+            "look": line["look"],
+            "decision": figures.decision(line),
+            "reason": line["reason"],
+        }
+        for line in run.gate
+    ]
+    yield from _table(f"Decisions of the gate of {run.name}", rows)
 
 
 def _origin(result: PlanResult) -> str:
@@ -119,30 +120,22 @@ def _origin(result: PlanResult) -> str:
     return origin + ("" if result.temperature is None else f", temperature {result.temperature:g}")
 
 
-_PLAN: Columns[PlanResult] = {
-    "batch size": lambda result: result.batch_size,
-    "plan": lambda result: result.plan,
-    "how": _origin,
-}
+def _plan(result: PlanResult) -> dict[str, object]:
+    """The columns that identify a result."""
+    return {"batch size": result.batch_size, "plan": result.plan, "how": _origin(result)}
 
 
-def _by_origin(results: Iterable[PlanResult]) -> Iterator[tuple[str, list[PlanResult]]]:
+def _by_origin(results: Sequence[PlanResult]) -> Iterator[tuple[str, list[PlanResult]]]:
     """Results that belong in one figure, with a title."""
-    groups: dict[str, list[PlanResult]] = {}
-    for result in results:
-        groups.setdefault(_origin(result), []).append(result)
-    yield from groups.items()
+    for origin in dict.fromkeys(map(_origin, results)):
+        yield origin, [result for result in results if _origin(result) == origin]
 
 
 def _speedups(run: RunData, runs: Sequence[RunData]) -> Content:
-    for title, results in _by_origin(filter(_has_speedup, run.results)):
+    for title, results in _by_origin(run.speedups):
         chosen, why = _chosen(run, results, runs)
-        svg = figures.draw_svg(figures.paint_heatmap, results, chosen)
+        svg = figures.draw_svg(partial(figures.paint_heatmap, results=results, chosen=chosen))
         yield Drawing(svg, f"Speedup over plain decoding, {title}. ★ {why}.")
-
-
-def _has_speedup(result: PlanResult) -> bool:
-    return result.speculative and result.speedup is not None
 
 
 def _chosen(run: RunData, results: Sequence[PlanResult], runs: Sequence[RunData]) -> tuple[Mapping[int, str], str]:
@@ -161,11 +154,10 @@ def _speedup_table(runs: Sequence[RunData]) -> Iterator[Table]:
     """Speedups of all runs, side by side."""
     rows: dict[tuple[str, float, int, str], dict[str, object]] = {}
     for run in runs:
-        for r in filter(_has_speedup, run.results):
-            row = rows.setdefault((r.origin, r.temperature or 0.0, r.batch_size, r.plan), {})
-            row |= {head: field(r) for head, field in _PLAN.items()} | {run.name: number(r.speedup, "×")}
-    columns = {head: partial(_field, head) for head in (*_PLAN, *(run.name for run in runs))}
-    yield from _table("Speedup over plain decoding [95 %]", [row for _, row in sorted(rows.items())], columns)
+        for r in run.speedups:
+            row = rows.setdefault((r.origin, r.temperature or 0.0, r.batch_size, r.plan), _plan(r))
+            row[run.name] = number(r.speedup, "×")
+    yield from _table("Speedup over plain decoding [95 %]", [row for _, row in sorted(rows.items())])
 
 
 def _acceptance(run: RunData, runs: Sequence[RunData]) -> Content:
@@ -173,76 +165,81 @@ def _acceptance(run: RunData, runs: Sequence[RunData]) -> Content:
     for title, results in _by_origin(known):
         ascending = sorted(results, key=lambda r: (math.isfinite(r.acceptance[0].low), len(r.acceptance)))
         longest = dict(sorted({result.batch_size: result for result in ascending}.items()))
-        svg = figures.draw_svg(figures.paint_acceptance, list(longest.values()))
+        svg = figures.draw_svg(partial(figures.paint_acceptance, results=list(longest.values())))
         yield Drawing(svg, f"Acceptance by position, {title}: the longest plan at each batch size.")
-    positions = range(max((len(result.acceptance) for result in known), default=0))
-    columns = {f"position {n + 1} [95 %]": partial(_at_position, n) for n in positions}
-    yield from _table(f"Acceptance by position of {run.name}", known, {**_PLAN, **columns})
-
-
-def _at_position(n: int, result: PlanResult) -> str:
-    if n >= len(result.acceptance):
-        return ""
-    share = result.acceptance[n]
-    return number(Interval(100 * share.value, 100 * share.low, 100 * share.high), " %", 1)
+    rows = []
+    for result in known:
+        row = _plan(result)
+        for position, share in enumerate(result.acceptance, 1):
+            percent = Interval(100 * share.value, 100 * share.low, 100 * share.high)
+            row[f"position {position} [95 %]"] = number(percent, " %", 1)
+        rows.append(row)
+    yield from _table(f"Acceptance by position of {run.name}", rows)
 
 
 def _breakdown(run: RunData, runs: Sequence[RunData]) -> Content:
     known = [result for result in run.results if result.parts_ms]
     for title, results in _by_origin(known):
-        yield Drawing(figures.draw_svg(figures.paint_breakdown, results), f"Time of a round by part, {title}.")
-    columns: dict[str, Callable[[PlanResult], object]] = {
-        **_PLAN,
-        **{f"{part} [95 %]": partial(_part, part) for part in PARTS},
-        "round [95 %]": lambda result: number(result.round_ms, " ms"),
-    }
-    yield from _table(f"Time of a round of {run.name}", known, columns)
-
-
-def _part(part: str, result: PlanResult) -> str:
-    return number((result.parts_ms or {}).get(part), " ms")
+        svg = figures.draw_svg(partial(figures.paint_breakdown, results=results))
+        yield Drawing(svg, f"Time of a round by part, {title}.")
+    rows = []
+    for result in known:
+        parts = {f"{part} [95 %]": number((result.parts_ms or {}).get(part), " ms") for part in PARTS}
+        rows.append({**_plan(result), **parts, "round [95 %]": number(result.round_ms, " ms")})
+    yield from _table(f"Time of a round of {run.name}", rows)
 
 
 def _costs(run: RunData, runs: Sequence[RunData]) -> Content:
-    columns: Columns[PlanResult] = {
-        **_PLAN,
-        "ms per round or plain step [95 %]": lambda result: number(result.round_ms, " ms"),
-        "accept length [95 %]": lambda result: number(result.accept_length, digits=2),
-        "tokens/s of a request, median (5th to 95th percentile)": lambda result: (
-            "{:,.0f} ({:,.0f} to {:,.0f})".format(*result.request_tps) if result.request_tps else None
-        ),
-        "spread of a round (log SD)": lambda result: None if result.spread is None else f"{result.spread:.1%}",
-    }
-    yield from _table(f"Costs of {run.name}", (result for result in run.results if result.round_ms), columns)
+    rows = []
+    for result in run.results:
+        tps, spread = result.request_tps, result.spread
+        row = {
+            **_plan(result),
+            "ms per round or plain step [95 %]": number(result.round_ms, " ms"),
+            "accept length [95 %]": number(result.accept_length, digits=2),
+            "tokens/s of a request, median (5th to 95th percentile)": (
+                f"{tps[0]:,.0f} ({tps[1]:,.0f} to {tps[2]:,.0f})" if tps else None
+            ),
+            "spread of a round (log SD)": None if spread is None else f"{spread:.1%}",
+        }
+        if result.round_ms:
+            rows.append(row)
+    yield from _table(f"Costs of {run.name}", rows)
 
 
 def _regret(run: RunData, runs: Sequence[RunData]) -> Content:
-    columns: Columns[Row] = {
-        "chooser": partial(_field, "chooser"),
-        "rounds": lambda row: f"{row['round']:,.0f}",
-        "regret, mean of seeds": lambda row: f"{row['regret']:,.1f}",
-        "least": lambda row: f"{row['least']:,.1f}",
-        "greatest": lambda row: f"{row['greatest']:,.1f}",
-    }
     for source in dict.fromkeys(row["source"] for row in run.regret):
-        rows = [row for row in run.regret if row["source"] == source]
-        yield Drawing(figures.draw_svg(figures.paint_regret, rows), f"Regret on {source}: mean and range over seeds.")
-        yield from _table(f"Regret on {source} at the end", {row["chooser"]: row for row in rows}.values(), columns)
+        own = [row for row in run.regret if row["source"] == source]
+        svg = figures.draw_svg(partial(figures.paint_regret, rows=own))
+        yield Drawing(svg, f"Regret on {source}: mean and range over seeds.")
+        rows = [
+            {
+                "chooser": chooser,
+                "rounds": f"{row['round']:,.0f}",
+                "regret, mean of seeds": f"{row['regret']:,.1f}",
+                "least": f"{row['least']:,.1f}",
+                "greatest": f"{row['greatest']:,.1f}",
+            }
+            for chooser, row in {row["chooser"]: row for row in own}.items()
+        ]
+        yield from _table(f"Regret on {source} at the end", rows)
 
 
 def _leaderboard(run: RunData, runs: Sequence[RunData]) -> Content:
-    columns: Columns[Row] = {
-        "chooser": partial(_field, "chooser"),
-        "source": partial(_field, "source"),
-        "seeds": lambda row: f"{row['seeds']:.0f}",
-        "speedup [95 %]": partial(_number, "speedup", "×", 3),
-        "share of the best table [95 %]": partial(_number, "share", "", 3),
-        "at the end [95 %]": partial(_number, "end", "", 3),
-        "P(better than the reference) [95 %]": partial(_number, "better", "", 2),
-        "regret, rounds (mean of seeds)": lambda row: f"{row['regret']:,.1f}",
-    }
-    rows = sorted(run.leaderboard, key=lambda row: (row["source"], -(row["share"] or 0.0)))
-    yield from _table(f"Choosers of {run.name}", rows, columns)
+    rows = [
+        {
+            "chooser": row["chooser"],
+            "source": row["source"],
+            "seeds": f"{row['seeds']:.0f}",
+            "speedup [95 %]": number(interval(row, "speedup"), "×"),
+            "share of the best table [95 %]": number(interval(row, "share")),
+            "at the end [95 %]": number(interval(row, "end")),
+            "P(better than the reference) [95 %]": number(interval(row, "better"), digits=2),
+            "regret, rounds (mean of seeds)": f"{row['regret']:,.1f}",
+        }
+        for row in sorted(run.leaderboard, key=lambda row: (row["source"], -(row["share"] or 0.0)))
+    ]
+    yield from _table(f"Choosers of {run.name}", rows)
 
 
 def _environment(runs: Sequence[RunData]) -> Iterator[Table]:
@@ -253,15 +250,14 @@ def _environment(runs: Sequence[RunData]) -> Iterator[Table]:
         rows: list[Row] = []
         for key in dict.fromkeys(key for record in records.values() for key in record):
             texts = {name: _text(record.get(key)) for name, record in records.items()}
+            same = {"same?": "same" if len(set(texts.values())) == 1 else "differs"} if len(runs) > 1 else {}
             if set(texts.values()) != {"–"}:
-                rows.append({"": key, **texts, "same?": "same" if len(set(texts.values())) == 1 else "differs"})
-        heads = ["", *records, *(["same?"] if len(runs) > 1 else [])]
-        yield from _table(caption, rows, {head: partial(_field, head) for head in heads})
+                rows.append({"": key, **texts, **same})
+        yield from _table(caption, rows)
 
 
-OF_RUN: dict[
-    str, Callable[[RunData, Sequence[RunData]], Content]
-] = {  # id of a section: its content for one of the runs
+# for each section, by id: its content for one of the runs, and its tables that compare all runs
+OF_RUN: dict[str, Callable[[RunData, Sequence[RunData]], Content]] = {
     "learning": _learning,
     "speedups": _speedups,
     "acceptance": _acceptance,
@@ -270,7 +266,7 @@ OF_RUN: dict[
     "regret": _regret,
     "leaderboard": _leaderboard,
 }
-OF_ALL: dict[str, Callable[[Sequence[RunData]], Iterator[Table]]] = {  # its tables that compare all runs
+OF_ALL: dict[str, Callable[[Sequence[RunData]], Iterator[Table]]] = {
     "overview": _overview,
     "speedups": _speedup_table,
     "environment": _environment,

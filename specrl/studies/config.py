@@ -1,4 +1,4 @@
-"""A study's YAML file: what is asked, of which trials, and within which search space."""
+"""A study's YAML file: the question, the trials and the search space."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
+from specrl.core.checks import require
 from specrl.core.plan import parse_plans
 from specrl.io.options import Options, did_you_mean
 from specrl.io.output import to_json
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 STUDIES = Path(__file__).parent
+_options = cache(Options)
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,17 @@ class Study:
     trials: int = 30
 
     def __post_init__(self) -> None:
+        require(self.trials >= 1, "trials", "at least 1", self.trials)
+        require(bool(self.search), "search", "one or more parameters", self.search)
         _check_objectives(self)
         if self.pruner is not None and (len(self.objectives) > 1 or self.objectives[0] not in BY_BLOCK):
-            raise ValueError(
-                f"pruner needs one objective, of {', '.join(BY_BLOCK)}, but got {', '.join(self.objectives)}; write "
-                "'pruner: null'"
-            )
-        if self.trials < 1 or not self.search:
-            raise ValueError(f"a study needs trials and search, but got {self.trials} and {self.search}")
+            known, found = ", ".join(BY_BLOCK), ", ".join(self.objectives)
+            raise ValueError(f"pruner needs one objective, of {known}, but got {found}; write 'pruner: null'")
         if self.sampler == "grid":
             if endless := [name for name, values in self.grid().items() if not values]:
                 raise ValueError(f"sampler 'grid' needs categorical, plans or int, but {endless[0]} is another kind")
-            if self.trials > (size := prod(map(len, self.grid().values()))):
-                raise ValueError(f"trials must be at most the {size} points of the grid, but got {self.trials}")
+            size = prod(map(len, self.grid().values()))
+            require(self.trials <= size, "trials", f"at most the {size} points of the grid", self.trials)
         _check_parameters(self)
 
     @property
@@ -97,7 +97,7 @@ class Study:
         return {name: read_distribution(name, given) for name, given in self.search.items()}
 
     def grid(self) -> dict[str, list[Any]]:
-        """Every value of each searched parameter; [] of one that has too many."""
+        """Every value of each searched parameter; [] for a parameter with too many values."""
         return {name: list_values(found) for name, found in self.distributions.items()}
 
     def make_trial(self, params: Mapping[str, Any]) -> tuple[LiveTrial | SimulatedTrial, str]:
@@ -108,16 +108,14 @@ class Study:
         """
         live = self.trial == "train"
         requests = {"serving.requests": self.budget.requests} if live else {}
-        kind: Any = self.kind
-        found = _options("specrl train" if live else "specrl study", kind).resolve({**requests, **self.fixed, **params})
-        return kind(**found.arguments), found.yaml
+        options = _options("specrl train" if live else "specrl study", self.kind)  # type: ignore[arg-type]
+        found = options.resolve({**requests, **self.fixed, **params})
+        return self.kind(**found.arguments), found.yaml
 
-    def to_json(self) -> dict[str, Any]:
-        """All that decides what its trials measure."""
-        return cast(dict[str, Any], json.loads(to_json({f: v for f, v in asdict(self).items() if f not in _FREE})))
-
-
-_FREE = ("about", "trials")  # may change while a study goes on
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of its file, as JSON has them."""
+        found: dict[str, Any] = json.loads(to_json(asdict(self)))
+        return found
 
 
 def read_distribution(name: str, given: Any) -> BaseDistribution:
@@ -149,30 +147,21 @@ def read_distribution(name: str, given: Any) -> BaseDistribution:
         raise ValueError(f"search.{name}: {error}") from error
 
 
-def list_values(found: BaseDistribution) -> list[Any]:
-    """Every value of a distribution; [] if there are too many."""
-    from optuna.distributions import CategoricalDistribution, IntDistribution
+def attributes(found: BaseDistribution) -> dict[str, Any]:
+    """The choices of a categorical distribution; low, high, log and step of another one."""
+    from optuna.distributions import distribution_to_json
 
-    if isinstance(found, CategoricalDistribution):
-        return list(found.choices)
+    attributes: dict[str, Any] = json.loads(distribution_to_json(found))["attributes"]
+    return attributes
+
+
+def list_values(found: BaseDistribution) -> list[Any]:
+    """Every value of a categorical distribution or of integers; [] for other distributions."""
+    from optuna.distributions import IntDistribution
+
     if isinstance(found, IntDistribution) and not found.log:
         return list(range(found.low, found.high + 1, found.step))
-    return []
-
-
-def find_study(name: str | Path) -> Path:
-    """The file of a ready-made study, or the path of a file.
-
-    Raises:
-        ValueError: neither.
-    """
-    ready = {path.stem: path for path in sorted(STUDIES.glob("*.yaml"))}
-    if str(name) in ready:
-        return ready[str(name)]
-    if not Path(name).is_file():
-        meant = did_you_mean(str(name), list(ready))
-        raise ValueError(f"a study must be a YAML file or one of {', '.join(ready)}, but got {str(name)!r}{meant}")
-    return Path(name)
+    return list(attributes(found).get("choices", []))
 
 
 def read_study(name: str | Path) -> Study:
@@ -183,7 +172,11 @@ def read_study(name: str | Path) -> Study:
     """
     import yaml  # type: ignore[import-untyped]
 
-    path = find_study(name)
+    ready = {path.stem: path for path in sorted(STUDIES.glob("*.yaml"))}
+    path = ready.get(str(name), Path(name))
+    if not path.is_file():
+        meant = did_you_mean(str(name), list(ready))
+        raise ValueError(f"a study must be a YAML file or one of {', '.join(ready)}, but got {str(name)!r}{meant}")
     try:
         return make_study(yaml.safe_load(path.read_text(encoding="utf-8")), path.stem)
     except (ValueError, yaml.YAMLError) as error:
@@ -196,14 +189,8 @@ def make_study(given: Any, name: str) -> Study:
     Raises:
         ValueError: something in it does not fit.
     """
-    if not isinstance(given, dict):
-        raise ValueError(f"a study must be a mapping, but got {given!r}")
+    require(isinstance(given, dict), "a study", "a mapping", given)
     return Study(**_options("specrl study", Study).resolve({"name": name, **given}).arguments)
-
-
-@cache
-def _options(command: str, kind: Any) -> Options:
-    return Options(command, kind)
 
 
 def _check_objectives(study: Study) -> None:
@@ -215,26 +202,22 @@ def _check_objectives(study: Study) -> None:
     for level, name in LEVELS.items():
         if (name in study.objectives) != (level in study.levels):
             raise ValueError(f"objective {name} and levels.{level} go together, but got {study.levels}")
-    if set(study.levels) - set(LEVELS) or any(level <= 0 for level in study.levels.values()):
-        raise ValueError(f"levels must be {' or '.join(LEVELS)}, above 0, but got {study.levels}")
-    if "accept_length" in study.levels and not str(study.fixed.get("serving.chooser", ""))[:1].isdigit():
+    levels, limits = study.levels, study.constraints
+    fits = set(levels) <= set(LEVELS) and all(level > 0 for level in levels.values())
+    require(fits, "levels", f"{' or '.join(LEVELS)}, above 0", levels)
+    if "accept_length" in levels and not str(study.fixed.get("serving.chooser", ""))[:1].isdigit():
         raise ValueError("levels.accept_length needs a fixed plan, but got none; for example serving.chooser: 4/1/5")
-    limits = {"peak_memory_mib", "pause_ms"} & set(known)
-    if set(study.constraints) - limits or any(most <= 0 for most in study.constraints.values()):
-        raise ValueError(
-            f"constraints must be peak_memory_mib or pause_ms of live trials, above 0, but got {study.constraints}"
-        )
+    fits = set(limits) <= {"peak_memory_mib", "pause_ms"} & set(known) and all(most > 0 for most in limits.values())
+    require(fits, "constraints", "peak_memory_mib or pause_ms of live trials, above 0", limits)
 
 
 def _check_parameters(study: Study) -> None:
     """Check the names and values of fixed parameters, and the choices or bounds of searched ones."""
-    from optuna.distributions import distribution_to_json
-
     if both := sorted(set(study.fixed) & set(study.search)):
         raise ValueError(f"a parameter is searched or fixed, but {both[0]!r} is both; take it out of one")
     study.make_trial({})
     for name, found in study.distributions.items():
-        limits = json.loads(distribution_to_json(found))["attributes"]
+        limits = attributes(found)
         for value in limits["choices"] if "choices" in limits else (limits["low"], limits["high"]):
             try:
                 study.make_trial({name: value})

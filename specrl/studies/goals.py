@@ -1,18 +1,20 @@
-"""The goals of a study and the measurements of a trial: the values that pass between a study and its trials."""
+"""The budget of a trial and its measurements."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from specrl.core.checks import require
 from specrl.core.plan import parse_plans
 from specrl.core.statistics import Interval, mean_interval
 
 BY_BLOCK = ("speedup", "accept_length", "share", "end", "regret")  # objectives that are measured block by block
 LEVELS = {"accept_length": "requests_to_accept_length", "speedup": "seconds_to_speedup"}  # level: objective
+
+OnBlock = Callable[[int, float], None]  # called with the number and the value of a block of the first objective
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Budget:
         plan: live: the plan to measure; by default the one chosen for each batch size while serving.
         rounds: simulated: rounds of each simulation.
         seeds: simulated: simulations on each profile, with the same random numbers in every trial.
+
+    Raises:
+        ValueError: a number out of range, or no plan.
     """
 
     requests: int = 400
@@ -36,40 +41,11 @@ class Budget:
     seeds: int = 6
 
     def __post_init__(self) -> None:
-        if min(self.requests, self.rounds, *self.batch_sizes) < 1 or min(self.blocks, self.seeds) < 2:
-            raise ValueError(
-                "budget must have requests, rounds and batch_sizes of at least 1, blocks and seeds of at least 2, but "
-                f"got {asdict(self)}"
-            )
+        for name, least in {"requests": 1, "rounds": 1, "blocks": 2, "seeds": 2}.items():
+            require(getattr(self, name) >= least, f"budget.{name}", f"at least {least}", getattr(self, name))
+        require(min(self.batch_sizes) >= 1, "budget.batch_sizes", "at least 1", self.batch_sizes)
         if self.plan is not None:
             parse_plans(self.plan)
-
-
-class Goals(Protocol):
-    """The settings of a study that its trials use."""
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """Names of the values to optimise."""
-        ...
-
-    @property
-    def levels(self) -> Mapping[str, float]:
-        """Levels that objectives wait for, by quantity."""
-        ...
-
-    @property
-    def constraints(self) -> Mapping[str, float]:
-        """Greatest allowed values by name."""
-        ...
-
-    @property
-    def budget(self) -> Budget:
-        """The size of one trial."""
-        ...
-
-
-OnBlock = Callable[[int, float], None]
 
 
 class NotReached(Exception):
@@ -79,9 +55,6 @@ class NotReached(Exception):
 @dataclass(slots=True)
 class Measured:
     """The measurements of a trial.
-
-    Every trial of a study measures the same blocks: live, the same prompts in turns with plain decoding; in simulation,
-    the same random numbers. Trials are therefore compared block by block.
 
     Attributes:
         values: by name, in the units of `docs/guides/studies.md`.
@@ -93,10 +66,31 @@ class Measured:
     intervals: dict[str, Interval] = field(default_factory=dict)
     blocks: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, name: str, samples: list[float]) -> None:
-        """Add a value that is measured in blocks: the mean of `samples`, or the geometric mean of speedups."""
+
+def measure_blocks(blocks: Iterable[Mapping[str, float]], objective: str, on_block: OnBlock | None) -> Measured:
+    """Measure values block by block.
+
+    Every trial of a study measures the same blocks: live, the same prompts in turns with plain decoding; in simulation,
+    the same random numbers. Trials are therefore compared block by block.
+
+    Args:
+        blocks: values by name, with the logarithm of a speedup.
+        objective: of these values the one that `on_block` gets.
+        on_block: called after each block; None: nothing is called.
+
+    Returns:
+        The mean of each value over the blocks, or the geometric mean of speedups.
+    """
+    found = Measured()
+    for number, block in enumerate(blocks):
+        for name, value in block.items():
+            found.blocks.setdefault(name, []).append(value)
+        if on_block is not None and objective in block:
+            on_block(number, block[objective])
+    for name, samples in found.blocks.items():
         mean = mean_interval(samples, rng=np.random.default_rng(0))
         if name == "speedup":
             with np.errstate(over="ignore"):
                 mean = Interval(*np.exp([mean.value, mean.low, mean.high]).tolist())
-        self.values[name], self.intervals[name], self.blocks[name] = mean.value, mean, samples
+        found.values[name], found.intervals[name] = mean.value, mean
+    return found

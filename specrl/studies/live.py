@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,11 +24,14 @@ from specrl.measure.arms import local_arms
 from specrl.measure.paired import SessionPool, start_arms, take_turns
 from specrl.measure.plain import PlainSetting, fastest_plain
 from specrl.models.target import Target, default_device
-from specrl.studies.goals import LEVELS, Goals, Measured, NotReached, OnBlock
+from specrl.studies.goals import LEVELS, Measured, NotReached, OnBlock, measure_blocks
 from specrl.training.config import CheckpointConfig, ServingConfig
 from specrl.training.logger import Reporter
 from specrl.training.run import Run, serve
 from specrl.training.vocabulary import make_draft
+
+if TYPE_CHECKING:
+    from specrl.studies.config import Study
 
 MIN_ROUNDS = 20  # at every batch size before a level counts as reached
 
@@ -60,7 +63,7 @@ class LiveTrial:
         """The device that its rounds are timed on, as torch names it."""
         return default_device(self.target.device)
 
-    def measure(self, study: Goals, out: OutputDir, on_block: OnBlock | None = None) -> Measured:
+    def measure(self, study: Study, out: OutputDir, on_block: OnBlock | None = None) -> Measured:
         """Serve and learn, then measure the learned draft and plans against plain decoding.
 
         Args:
@@ -74,8 +77,8 @@ class LiveTrial:
         model, prompts = self.target.load(), self.workload.open(self.target.name, "train")
         serving, context = self.serving, self.workload.max_context
         draft = make_draft(self.draft, model, prompts, max_context=context, seed=self.seed)
-        limits_memory = "peak_memory_mib" in (*study.objectives, *study.constraints)
-        if limits_memory:
+        reads_memory = "peak_memory_mib" in (*study.objectives, *study.constraints)
+        if reads_memory:
             reset_peak_memory()
         run = Run.start(
             LocalEngine(model, draft, max_context=context),
@@ -91,40 +94,33 @@ class LiveTrial:
         serve(log, serving, CheckpointConfig(serving.requests))
         watch.end_pause()
         run.write_results(out)
-        found = Measured({"learner_seconds": run.loop.learn_s, "pause_ms": 1e3 * watch.pause_s, **watch.reached})
-        if limits_memory:
-            found.values["peak_memory_mib"] = peak_memory_mib()
+        values = {"learner_seconds": run.loop.learn_s, "pause_ms": 1e3 * watch.pause_s, **watch.reached}
+        if reads_memory:
+            values["peak_memory_mib"] = peak_memory_mib()
         for name in study.objectives:
             if name in LEVELS.values() and name not in watch.reached:
                 raise NotReached(f"{name}: not within {serving.requests} requests")
-        blocks: dict[str, list[float]] = {"speedup": [], "accept_length": []}
-        reported = blocks.get(study.objectives[0])
-        for speedup, accept_length in self._blocks(study, run, model):
-            blocks["speedup"].append(float(np.log(speedup)))
-            blocks["accept_length"].append(accept_length)
-            if on_block is not None and reported is not None:
-                on_block(len(reported) - 1, reported[-1])
-        for name, samples in blocks.items():
-            found.add(name, samples)
+        found = measure_blocks(self._blocks(study, run, model), study.objectives[0], on_block)
+        found.values = {**values, **found.values}
         return found
 
-    def _blocks(self, study: Goals, run: Run, model: Target) -> Iterator[tuple[float, float]]:
-        """Speedup and accept length of each block: plain decoding and the result in turns on the same prompts."""
+    def _blocks(self, study: Study, run: Run, model: Target) -> Iterator[dict[str, float]]:
+        """Measure plain decoding and the result in turns on the same prompts."""
         budget, workload, table = study.budget, self.workload, run.table()
         prompts = workload.open(self.target.name, "held_out")
         for batch in budget.batch_sizes:
             nearest = min(table, key=lambda size: (abs(np.log(size / batch)), size))
             plan = table[nearest] if budget.plan is None else Plan.parse(budget.plan)
             fastest = _fastest(self.target, workload, batch)
-            drafted, context = {"learned": (run.learned, plan)}, workload.max_context
+            drafted = {"learned": (run.learned, plan)}
             sessions = SessionPool(prompts, batch_size=batch, seed=0)
-            plain, learned = local_arms(self.target, model, drafted, fastest, max_context=context)
+            plain, learned = local_arms(self.target, model, drafted, fastest, max_context=workload.max_context)
             start_arms([plain, learned], sessions)
             try:
                 for _ in range(budget.blocks):
                     take_turns([plain, learned], batch * workload.max_new_tokens)
-                    speedup = float(plain.seconds_per_token[-1] / learned.seconds_per_token[-1])
-                    yield speedup, learned.blocks[-1].accept_length
+                    speedup = plain.seconds_per_token[-1] / learned.seconds_per_token[-1]
+                    yield {"speedup": float(np.log(speedup)), "accept_length": learned.blocks[-1].accept_length}
             finally:
                 sessions.close()
 
@@ -161,11 +157,7 @@ def _fastest(target: TargetConfig, workload: WorkloadConfig, batch: int) -> Plai
 
 
 def reset_peak_memory() -> None:
-    """Reset the peak memory of the process and of its GPU.
-
-    Raises:
-        ValueError: the system cannot reset it.
-    """
+    """Reset the peak memory of the process and of its GPU; raise a ValueError if the system cannot."""
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # return memory that earlier trials freed
         trim(0)

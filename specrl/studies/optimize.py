@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from specrl.studies.config import Study
+from specrl.studies.config import Study, attributes
 from specrl.studies.goals import NotReached
 from specrl.studies.trial import RunTrial, measure_trial
 
@@ -27,11 +26,7 @@ MAX_RETRIES = 2  # of a trial whose process was killed
 
 
 def need_optuna() -> None:
-    """Import Optuna and what its pruner needs.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """Import Optuna and what its pruner needs; raise a ValueError if it is not installed."""
     try:
         importlib.import_module("optuna")
         importlib.import_module("scipy.stats")  # for WilcoxonPruner
@@ -39,23 +34,13 @@ def need_optuna() -> None:
         raise ValueError(f"'specrl study' needs Optuna, but got {error}; 'pip install specrl[study]'") from error
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Optuna's warnings about its experimental parts."""
-    import optuna
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
-
-
 def open_study(spec: Study, url: str, *, worker: int = 0, grace_s: int = GRACE_S) -> optuna.Study:
-    """Open the study of this name in a storage, or create it.
+    """Open the study of this name in a storage, or create it; this process no longer warns of experimental features.
 
     Args:
         spec: the study.
         url: of the storage, as SQLAlchemy writes it.
-        worker: number of the process, which sets the random numbers of processes apart.
+        worker: number of the process, which gives each process random numbers of its own.
         grace_s: seconds without a heartbeat after which a trial is failed and queued again.
 
     Raises:
@@ -64,21 +49,21 @@ def open_study(spec: Study, url: str, *, worker: int = 0, grace_s: int = GRACE_S
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     try:
-        with _quiet():
-            storage = optuna.storages.RDBStorage(
-                url,
-                engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
-                heartbeat_interval=max(1, grace_s // 4),
-                grace_period=grace_s,
-                heartbeat_stale_trial_callback=_retry,
-            )
+        storage = optuna.storages.RDBStorage(
+            url,
+            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
+            heartbeat_interval=max(1, grace_s // 4),
+            grace_period=grace_s,
+            heartbeat_stale_trial_callback=_retry,
+        )
         study = optuna.create_study(
             storage=storage, study_name=spec.name, directions=spec.directions, load_if_exists=True, pruner=_pruner(spec)
         )
     except (ImportError, SQLAlchemyError) as error:
         raise ValueError(f"storage must be a database that opens, but {url!r} does not: {error}") from error
-    now = spec.to_json()
+    now = {name: value for name, value in spec.to_dict().items() if name not in ("about", "trials")}
     before = study.user_attrs.get("spec")
     if before is None:
         study.set_user_attr("spec", now)
@@ -95,8 +80,7 @@ def _retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
     """Queue a trial again."""
     import optuna
 
-    with _quiet():
-        optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES)(study, trial)
+    optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES)(study, trial)
 
 
 def _pruner(spec: Study) -> optuna.pruners.BasePruner:
@@ -105,8 +89,7 @@ def _pruner(spec: Study) -> optuna.pruners.BasePruner:
     if spec.pruner is None:
         return optuna.pruners.NopPruner()
     try:
-        with _quiet():
-            return optuna.pruners.WilcoxonPruner(**spec.pruner)
+        return optuna.pruners.WilcoxonPruner(**spec.pruner)
     except (TypeError, ValueError) as error:
         raise ValueError(f"pruner must hold p_threshold and n_startup_steps, but got {spec.pruner}: {error}") from error
 
@@ -117,17 +100,14 @@ def _sampler(spec: Study, offset: int) -> optuna.samplers.BaseSampler:
 
     if spec.sampler == "grid":  # numbers its points by the seed, so all processes need the same
         return optuna.samplers.GridSampler(spec.grid(), seed=spec.seed)
-    if spec.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=spec.seed + offset)
-    return optuna.samplers.TPESampler(seed=spec.seed + offset)
+    make = optuna.samplers.RandomSampler if spec.sampler == "random" else optuna.samplers.TPESampler
+    return make(seed=spec.seed + offset)
 
 
 def count_trials(study: optuna.Study) -> tuple[int, int]:
     """Trials that are completed or pruned, and trials that run."""
-    from optuna.trial import TrialState
-
-    states = [trial.state for trial in study.get_trials(deepcopy=False)]
-    return states.count(TrialState.COMPLETE) + states.count(TrialState.PRUNED), states.count(TrialState.RUNNING)
+    states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
+    return states.count("COMPLETE") + states.count("PRUNED"), states.count("RUNNING")
 
 
 def optimize(
@@ -153,8 +133,7 @@ def optimize(
         total: trials.
         run: runs one trial; this process holds the device of timed trials already.
         jobs: threads that call `run` at once.
-        worker: number of this process.
-        grace_s: as for `open_study`.
+        worker, grace_s: as for `open_study`.
         wanted: asked before new trials begin.
 
     Raises:
@@ -165,7 +144,10 @@ def optimize(
     study = open_study(spec, url, worker=worker, grace_s=grace_s)
 
     def objective(trial: optuna.Trial) -> list[float]:
-        params = {name: suggest(trial, name, found) for name, found in spec.distributions.items()}
+        params = {}
+        for name, found in spec.distributions.items():
+            suggest = getattr(trial, f"suggest_{type(found).__name__.removesuffix('Distribution').lower()}")
+            params[name] = suggest(name, **attributes(found))
         place = directory / "trials" / f"{trial.number:04d}"
         trial.set_user_attr("directory", str(place))
 
@@ -175,17 +157,17 @@ def optimize(
                 raise optuna.TrialPruned
 
         try:
-            found = run(spec, params, place, on_block if len(spec.objectives) == 1 else None)
+            measured = run(spec, params, place, on_block if len(spec.objectives) == 1 else None)
         except NotReached as error:
             raise optuna.TrialPruned(str(error)) from error
         except KeyboardInterrupt:
             _retry(study, study.get_trials()[trial.number])
             raise
-        trial.set_user_attr("values", found.values)
-        trial.set_user_attr("intervals", {name: [i.value, i.low, i.high] for name, i in found.intervals.items()})
+        trial.set_user_attr("values", measured.values)
+        trial.set_user_attr("intervals", {name: [i.value, i.low, i.high] for name, i in measured.intervals.items()})
         for name, most in spec.constraints.items():
-            trial.set_constraint(name, found.values[name] - most)
-        return [found.values[name] for name in spec.objectives]
+            trial.set_constraint(name, measured.values[name] - most)
+        return [measured.values[name] for name in spec.objectives]
 
     def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         last = [trial.state.name for trial in study.get_trials(deepcopy=False)[-MAX_FAILURES:]]
@@ -194,35 +176,22 @@ def optimize(
         if sum(count_trials(study)) >= total or not wanted():
             study.stop()
 
-    catch = (RuntimeError, MemoryError)
     while wanted():
         _wait_for_others(study, total, grace_s)
         done, running = count_trials(study)
         if done >= total:
             return
-        study.optimize(objective, max(1, total - done - running), n_jobs=jobs, catch=catch, callbacks=[after])
+        left = max(1, total - done - running)
+        study.optimize(objective, left, n_jobs=jobs, catch=(RuntimeError, MemoryError), callbacks=[after])
 
 
 def _wait_for_others(study: optuna.Study, total: int, grace_s: int) -> None:
-    """Fail trials without heartbeats. If others may be the last ones, wait for them, but not longer than for those."""
+    """Fail trials without heartbeats. If running trials may be the last ones, wait until they end or are failed."""
     import optuna
 
     for _ in range(5 * (grace_s + 5)):
-        with _quiet():
-            optuna.storages.fail_stale_trials(study)
+        optuna.storages.fail_stale_trials(study)
         done, running = count_trials(study)
         if done >= total or done + running < total:
             return
         Event().wait(0.2)
-
-
-def suggest(trial: optuna.Trial, name: str, found: optuna.distributions.BaseDistribution) -> Any:
-    """The trial's value of a parameter."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if isinstance(found, FloatDistribution):
-        return trial.suggest_float(name, found.low, found.high, step=found.step, log=found.log)
-    if isinstance(found, IntDistribution):
-        return trial.suggest_int(name, found.low, found.high, step=found.step, log=found.log)
-    assert isinstance(found, CategoricalDistribution)
-    return trial.suggest_categorical(name, found.choices)

@@ -14,7 +14,7 @@ from rich.console import RenderableType
 from specrl.core.statistics import mean_interval
 from specrl.io.output import OutputDir, table
 from specrl.measure.machine import environment
-from specrl.reports.study import save_plot
+from specrl.reports.figures import save_plot
 from specrl.studies.config import Study, list_values
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def write_report(study: optuna.Study, spec: Study, out: OutputDir) -> dict[str, 
 
 
 def summarize(found: Mapping[str, Any], spec: Study, url: str, directory: Path) -> list[RenderableType]:
-    """The best trials as a table, and the commands that go on from them."""
+    """The best trials as a table, and commands for further steps."""
     best: Sequence[Mapping[str, Any]] = found["best"]
     finished = ", ".join(f"{count} {state}" for state, count in found["trials"].items())
     if not best:
@@ -55,10 +55,12 @@ def summarize(found: Mapping[str, Any], spec: Study, url: str, directory: Path) 
         return [f"no trial was completed{why} ({finished}); see {directory / 'trials.csv'}"]
     rows = []
     for trial in best[:SHOWN]:
-        shown = {"trial": trial["trial"]}
+        row = {"trial": trial["trial"]}
         for name in spec.objectives:
-            shown[f"{name} [95 %]" if f"{name}_low" in trial else name] = _interval(trial, name)
-        rows.append({**shown, **{name: trial[name] for name in spec.search}})
+            known = f"{name}_low" in trial
+            bounds = f" [{trial[f'{name}_low']:.4g}, {trial[f'{name}_high']:.4g}]" if known else ""
+            row[f"{name} [95 %]" if known else name] = f"{trial[name]:.4g}{bounds}"
+        rows.append({**row, **{name: trial[name] for name in spec.search}})
     title = "Pareto front" if len(spec.objectives) > 1 else "best trials"
     out: list[RenderableType] = [table(rows, title=f"{spec.name}: {title} of {finished}")]
     place = best[0]["directory"]
@@ -74,7 +76,7 @@ def summarize(found: Mapping[str, Any], spec: Study, url: str, directory: Path) 
 
 
 def mean_by_value(spec: Study, complete: Sequence[Trial]) -> list[dict[str, object]]:
-    """Mean and 95 % interval over trials of each objective, for each value of each parameter that has few."""
+    """Mean and 95 % interval over trials of each objective, for each value of the parameters with few values."""
     out: list[dict[str, object]] = []
     for name, found in spec.distributions.items():
         for value in list_values(found):
@@ -109,19 +111,12 @@ def _row(spec: Study, trial: Trial) -> dict[str, Any]:
     row |= {f"above {name}": excess for name, excess in trial.constraints.items()}
     row |= {name: trial.params.get(name) for name in spec.search}
     row["seconds"] = None if trial.duration is None else trial.duration.total_seconds()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        row["retry_of"] = optuna.storages.RetryHeartbeatStaleTrialCallback.retried_trial_number(trial)
+    row["retry_of"] = optuna.storages.RetryHeartbeatStaleTrialCallback.retried_trial_number(trial)
     return {**row, "directory": trial.user_attrs.get("directory")}
 
 
-def _interval(trial: Mapping[str, Any], name: str) -> str:
-    low, high = trial.get(f"{name}_low"), trial.get(f"{name}_high")
-    return f"{trial[name]:.4g}" + ("" if low is None else f" [{low:.4g}, {high:.4g}]")
-
-
 def _targets(spec: Study) -> dict[str, Callable[[Trial], float] | None]:
-    """For each objective the function by which Optuna reads it from a trial; None: it is the only one."""
+    """For each of several objectives the function that reads it from a trial; None for a single objective."""
     if len(spec.objectives) == 1:
         return {spec.objectives[0]: None}
     return {name: partial(_objective, index) for index, name in enumerate(spec.objectives)}
@@ -132,7 +127,7 @@ def _objective(index: int, trial: Trial) -> float:
 
 
 def _importance(study: optuna.Study, target: Callable[[Trial], float] | None) -> dict[str, float]:
-    """Share of each parameter (PED-ANOVA; Watanabe et al., 2023, arXiv 2304.10255); {} of too few trials."""
+    """Share of each parameter (PED-ANOVA; Watanabe et al., 2023, arXiv 2304.10255); {} if there are too few trials."""
     import optuna
 
     with warnings.catch_warnings():
@@ -146,13 +141,16 @@ def _importance(study: optuna.Study, target: Callable[[Trial], float] | None) ->
 def _plot(study: optuna.Study, spec: Study, directory: Path) -> None:
     import optuna.visualization.matplotlib as plots
 
+    by_objective: dict[str, Callable[..., object]] = {
+        "history": plots.plot_optimization_history,
+        "slice": plots.plot_slice,
+    }
+    if len(spec.search) > 1:
+        by_objective["importance"] = plots.plot_param_importances
     for name, target in _targets(spec).items():
-        end = "" if target is None else f"-{name}"
-        given: dict[str, Any] = {"target": target, "target_name": name}
-        save_plot(partial(plots.plot_optimization_history, study, **given), directory / f"history{end}.png")
-        save_plot(partial(plots.plot_slice, study, **given), directory / f"slice{end}.png")
-        if len(spec.search) > 1:
-            save_plot(partial(plots.plot_param_importances, study, **given), directory / f"importance{end}.png")
+        for kind, plot in by_objective.items():
+            path = directory / (f"{kind}.png" if target is None else f"{kind}-{name}.png")
+            save_plot(partial(plot, study, target=target, target_name=name), path)
     if len(spec.objectives) == 1:
         save_plot(partial(plots.plot_intermediate_values, study), directory / "blocks.png")
     elif len(spec.objectives) <= 3:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -13,12 +13,16 @@ from specrl.agents.choosers.costs import Costs
 from specrl.agents.choosers.registry import Known, make_chooser
 from specrl.agents.choosers.survival import Survival
 from specrl.core.batch_schedule import parse_traffic
+from specrl.core.checks import require
 from specrl.core.interfaces import PlanChooser
 from specrl.evaluation.backends import SimulatedBackend
 from specrl.evaluation.simulation import LOAD, parse_shifts
 from specrl.io.output import OutputDir
 from specrl.simulation.profile import load_profile, shipped_profiles
-from specrl.studies.goals import Goals, Measured, OnBlock
+from specrl.studies.goals import Budget, Measured, OnBlock, measure_blocks
+
+if TYPE_CHECKING:
+    from specrl.studies.config import Study
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,10 @@ class AdaptiveSettings:
     cost_drift: float = 0.02
 
     def __post_init__(self) -> None:
-        if min(self.revisit, self.survival_memory, self.cost_memory) < 1 or not 0 < self.version_memory <= 1:
-            raise ValueError(f"memories must be at least 1 round and version_memory in (0, 1], but got {self}")
-        if not self.cost_drift > 0:
-            raise ValueError(f"adaptive.cost_drift must be above 0, but got {self.cost_drift}")
+        for name in ("revisit", "survival_memory", "cost_memory"):
+            require(getattr(self, name) >= 1, f"adaptive.{name}", "at least 1 round", getattr(self, name))
+        require(0 < self.version_memory <= 1, "adaptive.version_memory", "in (0, 1]", self.version_memory)
+        require(self.cost_drift > 0, "adaptive.cost_drift", "above 0", self.cost_drift)
 
     def make(self, known: Known, seed: int) -> AdaptiveChooser:
         """A new chooser with these settings."""
@@ -79,33 +83,30 @@ class SimulatedTrial:
     shifts: str = ""
     adaptive: AdaptiveSettings = AdaptiveSettings()
 
-    def measure(self, study: Goals, out: OutputDir, on_block: OnBlock | None = None) -> Measured:
+    def measure(self, study: Study, out: OutputDir, on_block: OnBlock | None = None) -> Measured:
         """Simulate every profile `budget.seeds` times; a block is one simulation.
 
         Returns:
             'share' of the speed of the best plan per batch size, 'end' (the same over the last quarter), 'speedup' and
             'regret' in rounds.
         """
-        phases, shifts, budget = parse_traffic(self.traffic), parse_shifts(self.shifts), study.budget
+        return measure_blocks(self._blocks(study.budget), study.objectives[0], on_block)
+
+    def _blocks(self, budget: Budget) -> Iterator[dict[str, float]]:
+        phases, shifts = parse_traffic(self.traffic), parse_shifts(self.shifts)
         profiles = [load_profile(name) for name in self.profiles or shipped_profiles()]
         sources = [SimulatedBackend(profile, phases, budget.rounds, shifts) for profile in profiles]
-        blocks: dict[str, list[float]] = {name: [] for name in self.OBJECTIVES}
-        reported = blocks[study.objectives[0]]
         for seed in range(budget.seeds):
             for source in sources:
                 score = source.score(self._chooser(source.simulation.known, seed), seed)
-                blocks["share"].append(score.share)
-                blocks["end"].append(score.end)
-                blocks["speedup"].append(float(np.log(score.speedups).mean()))
-                blocks["regret"].append(float(score.regret[-1]))
-                if on_block is not None:
-                    on_block(len(reported) - 1, reported[-1])
-        found = Measured()
-        for name, samples in blocks.items():
-            found.add(name, samples)
-        return found
+                yield {
+                    "share": score.share,
+                    "end": score.end,
+                    "speedup": float(np.log(score.speedups).mean()),
+                    "regret": float(score.regret[-1]),
+                }
 
     def _chooser(self, known: Known, seed: int) -> PlanChooser:
-        return (
-            self.adaptive.make(known, seed) if self.chooser == "adaptive" else make_chooser(self.chooser, known, seed)
-        )
+        if self.chooser == "adaptive":
+            return self.adaptive.make(known, seed)
+        return make_chooser(self.chooser, known, seed)

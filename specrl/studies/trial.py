@@ -1,4 +1,4 @@
-"""One trial of a study: what it measures, and `run_trial`, which runs one in this process."""
+"""Runs one trial of a study in this process."""
 
 from __future__ import annotations
 
@@ -52,11 +52,7 @@ def measure_trial(
 
 @contextmanager
 def device_lock(study: Study) -> Iterator[None]:
-    """Hold the device of timed trials.
-
-    Raises:
-        ValueError: another program times something on it.
-    """
+    """Hold the device of timed trials; raise a ValueError if another program times something on it."""
     if study.device is None:
         yield
         return
