@@ -43,11 +43,12 @@ test-ray: $(ray)  ## run the tests on a Ray cluster of two nodes on this machine
 
 check: check-static check-ranges test  ## everything that must hold before a commit: the two below, and the tests
 
-check-static: $(dev)  ## ruff (format and lint), mypy, import-linter
+check-static: $(dev)  ## ruff (format and lint), mypy, import-linter, phrases that are hard to read
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/python tools/check_language.py
 
 check-ranges: $(resolved)  ## whether the version ranges resolve, SGLang's pins included (again when they change)
 

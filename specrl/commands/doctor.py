@@ -30,7 +30,7 @@ def doctor(
 
     Times plain decoding in every combination of dtype and threads (speedups are measured against the fastest one),
     then checks the clock, the steadiness of repeated work, other load, memory allocation, OpenMP and SGLang. Takes
-    about 20 seconds; let nothing else run meanwhile.
+    about 20 seconds; run nothing else meanwhile.
 
     Args:
         target: the target model; target.dtype is not used.

@@ -1,4 +1,4 @@
-"""A study's YAML file: the question, the trials and the search space."""
+"""The YAML file of a study: its trials, objectives, search space and budget."""
 
 from __future__ import annotations
 
