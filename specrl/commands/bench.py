@@ -68,7 +68,7 @@ def bench(
     sizes = None if batch_sizes is None else check_batch_sizes(batch_sizes)
     at = (workload.temperature,) if temperatures is None else temperatures
     distinct = len(set(at)) == len(at) > 0 and all(0 <= temperature < math.inf for temperature in at)
-    require(distinct, "temperatures", "different numbers of at least 0, such as 0,0.7,", at)
+    require(distinct, "temperatures", "different numbers of at least 0, such as 0,0.7", at)
     chosen = None if plans is None else parse_plans(plans)
     settings: dict[str, object] = {"engine": engine.name, "seed": seed, "precision": measure.precision}
     if profile is not None:

@@ -50,8 +50,8 @@ def doctor(
     device, cores, sizes = default_device(target.device), machine.usable_cores(), check_batch_sizes(batch_sizes)
     check_device(device)
     counts = thread_counts(cores) if threads is None else threads
-    require(bool(counts) and min(counts) >= 1, "threads", "numbers of at least 1, such as 1,2,", counts)
-    require(bool(dtypes), "dtypes", "at least one, such as float32,", dtypes)
+    require(bool(counts) and min(counts) >= 1, "threads", "numbers of at least 1, such as 1,2", counts)
+    require(bool(dtypes), "dtypes", "at least one, such as float32", dtypes)
     require(0.0 < seconds < math.inf, "seconds", "a finite number above 0", seconds)
     load = os.getloadavg()[0]  # before this program adds to it
     record, prompts = machine.environment(), WorkloadConfig().open(target.name, "held_out")
