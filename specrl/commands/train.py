@@ -221,7 +221,12 @@ def train_ray(
         specrl train ray --ray 10.0.0.1:6379 --ray.engines 7 --serving.requests 20000 --output_dir /shared/run
     """
     require(serving.deploy == "always", "serving.deploy", "'always' (leave it out) on Ray", serving.deploy)
-    require(serving.max_seconds is None, "serving.max_seconds", "left out on Ray (set serving.requests)", serving.max_seconds)
+    require(
+        serving.max_seconds is None,
+        "serving.max_seconds",
+        "left out on Ray (set serving.requests)",
+        serving.max_seconds,
+    )
     model, requests = target.load(device="cpu"), workload.open(target.name, "train", ignore_eos=False)
     settings = EngineSettings(
         target,
