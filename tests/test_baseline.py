@@ -20,7 +20,6 @@ def test_each_batch_size_has_its_own_cost() -> None:
     cost = fed([(1, 100.0, 2e-3), (16, 100.0, 5e-3)] * 5)
     assert cost.estimate(1, 100.0).seconds == pytest.approx(2e-3)
     assert cost.estimate(16, 100.0).seconds == pytest.approx(5e-3)
-    assert cost.known(1) and not cost.known(4)
 
 
 def test_it_is_a_line_over_context() -> None:
@@ -76,21 +75,16 @@ def test_it_follows_a_machine_that_becomes_slower() -> None:
 def test_it_is_measured_densely_at_first_and_seldom_later() -> None:
     cost, measured = PlainCost(every=10), []
     for index in range(60):
-        cost.tick(4, 100.0)
-        if cost.due(4, 100.0):
+        for _ in range(cost.samples_due(4)):
             measured.append(index)
             cost.add(PlainSample(4, 100.0, 2e-3))
-    assert measured == [0, 2, 4, 6, 8, 10, 12, 14, 24, 34, 44, 54]
+    assert measured == [0, 0, 0, 2, 4, 6, 8, 10, 20, 30, 40, 50]
 
 
 def test_rounds_at_another_batch_size_do_not_make_it_due() -> None:
     cost = fed([(4, 100.0, 2e-3)])
-    for _ in range(10):
-        cost.tick(1, 100.0)
-    assert cost.due(1, 100.0) and not cost.due(4, 100.0)
-    cost.tick(4, 100.0)
-    cost.tick(4, 100.0)
-    assert cost.due(4, 100.0)
+    assert [cost.samples_due(1) for _ in range(10)] == [3] * 10
+    assert [cost.samples_due(4) for _ in range(2)] == [0, 1]
 
 
 def test_state_survives_json() -> None:
@@ -101,7 +95,8 @@ def test_state_survives_json() -> None:
     again.load_state_dict(json.loads(json.dumps(cost.state_dict())))
     assert again.state_dict() == cost.state_dict()
     assert [again.estimate(b, 300.0) for b in (1, 8)] == [cost.estimate(b, 300.0) for b in (1, 8)]
-    assert not again.known(3)
+    with pytest.raises(ValueError, match="batch size 3 first; measured: 1, 8"):
+        again.estimate(3, 10.0)
     for _ in range(60):  # the window goes on
         again.add(PlainSample(8, 100.0, 0.5))
     assert again.estimate(8, 100.0).samples == 48
@@ -119,7 +114,8 @@ def test_impossible_times_are_refused(seconds: float) -> None:
     cost = PlainCost()
     with pytest.raises(ValueError, match=f"must take a finite time above 0, but got {seconds} s"):
         cost.add(PlainSample(1, 10.0, seconds))
-    assert not cost.known(1)
+    with pytest.raises(ValueError, match="measured: none"):
+        cost.estimate(1, 10.0)
 
 
 @pytest.mark.parametrize(("window", "every"), [(3, 24), (48, 0)])

@@ -163,7 +163,7 @@ def test_panels(engine: specrl.LocalEngine) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"engine": "locl"}, "engine must be 'local', 'sglang' or an Engine, but got 'locl'; did you mean 'local'"),
+        ({"engine": "locl"}, "engine must be one of local, sglang or an Engine, but got 'locl'; did you mean 'local'"),
         ({"target": "embeded"}, "'embeded'"),
         ({"reward": "speed"}, "reward must be one of .*did you mean 'speedup'"),
         ({"plans": "3/1"}, "a plan is written .* but got '3/1'"),

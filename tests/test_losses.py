@@ -395,7 +395,7 @@ BAD: dict[str, Any] = {"batch_size": 0, "num_steps": -1, "plain_s": 0.0, "round_
 @pytest.mark.parametrize("change", [*BAD.items(), ("share", math.inf)])
 def test_a_cost_out_of_range_is_refused(change: tuple[str, Any]) -> None:
     PlanCost(**GOOD)
-    with pytest.raises(ValueError, match="plan's cost needs"):
+    with pytest.raises(ValueError, match="plan's cost must be"):
         PlanCost(**{**GOOD, change[0]: change[1]})
 
 

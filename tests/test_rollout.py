@@ -57,7 +57,7 @@ def test_a_chooser_sees_the_batch_size_of_its_round_and_learns_from_every_round(
     steps = list(islice(rollout.play(chooser, engine.clock), 6))
     assert [seen.batch_size for seen in chooser.seen] == [2, 2, 8, 2, 2, 8]
     assert [step.round.batch_size for step in steps] == [2, 2, 8, 2, 2, 8]
-    assert [str(step.plan) for step in steps] == ["3/1/4", "3/1/4", "1/1/2"] * 2
+    assert [str(step.round.plan) for step in steps] == ["3/1/4", "3/1/4", "1/1/2"] * 2
     assert chooser.learnt == [step.round for step in steps]
 
 
@@ -126,9 +126,9 @@ def test_recent_statistics_have_intervals_that_contain_their_values() -> None:
         recent.add(made_up_round(Plan(3), 2, rng.integers(0, 4, 2).tolist(), seconds), 0.003, 1e-4)
     found = recent.intervals()
     assert found is not None
-    speedup, accept_length = found
-    assert speedup.value == pytest.approx(recent.speedup) and speedup.low < recent.speedup < speedup.high
-    assert accept_length.value == pytest.approx(recent.accept_length) and 0.0 < accept_length.half_width < 0.5
+    (speedup, accept_length), total = found, recent.total
+    assert speedup.value == pytest.approx(total.speedup) and speedup.low < total.speedup < speedup.high
+    assert accept_length.value == pytest.approx(total.accept_length) and 0.0 < accept_length.half_width < 0.5
     assert recent.total.rounds == RECENT_BLOCKS * BLOCK and recent.rounds == (RECENT_BLOCKS + 3) * BLOCK
     again = RecentStats()
     again.load_state_dict(json.loads(json.dumps(recent.state_dict())))

@@ -129,10 +129,11 @@ class EngineActor:
         import ray
 
         loop = self._loop
-        batches = {
-            batch: BatchReport(str(self._chooser.best(batch)), stats.speedup, stats.accept_length, stats.rounds)
-            for batch, stats in sorted(loop.recent.items())
-        }
+        batches = {}
+        for batch, stats in sorted(loop.recent.items()):
+            total = stats.total
+            plan = str(self._chooser.best(batch))
+            batches[batch] = BatchReport(plan, total.speedup, total.accept_length, stats.rounds)
         return EngineReport(
             engine=self._number,
             node=ray.get_runtime_context().get_node_id(),

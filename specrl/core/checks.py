@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 def require(condition: bool, name: str, rule: str, value: object) -> None:
     """Raise a ValueError 'NAME must be RULE, but got VALUE' unless a condition holds."""
     if not condition:
         raise ValueError(f"{name} must be {rule}, but got {value!r}")
+
+
+def require_known(name: str, value: object, known: Iterable[str], others: str = "") -> None:
+    """Raise a ValueError with the known values and the most similar one unless `value` is one of them.
+
+    Args:
+        name: of the setting.
+        value: the value that was given.
+        known: the values that are allowed.
+        others: ends the list of known values, such as ' or a plan'.
+    """
+    names = list(known)
+    if value not in names:
+        close = difflib.get_close_matches(str(value), names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name} must be one of {', '.join(names)}{others}, but got {value!r}{hint}")

@@ -11,7 +11,6 @@ class Clock(Protocol):
 
     def now(self) -> float:
         """Seconds now, after all work given to the device so far is done."""
-        ...
 
 
 class WallClock:
@@ -23,17 +22,14 @@ class WallClock:
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
-        if str(device).startswith("cuda"):
-            import torch
-
-            self._wait = lambda: torch.cuda.synchronize(device)
-        else:
-            self._wait = None  # type: ignore[assignment]
+        self._cuda = str(device).startswith("cuda")
 
     def now(self) -> float:
         """Seconds of `time.perf_counter`, device-synchronised."""
-        if self._wait is not None:
-            self._wait()
+        if self._cuda:
+            import torch
+
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from specrl.core.checks import require
 from specrl.core.clock import Clock
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan
@@ -14,6 +15,11 @@ from specrl.core.round import PlainSample, Round, Trace
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+NOT_MEASURED = (
+    "the engine must measure plain decoding between rounds, but it does not; use 'local', or 'sglang' with "
+    "baseline='alternate', or plain_url= for a running server"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,10 @@ class Request:
         max_new_tokens: tokens to generate at most, at least 1.
         temperature: 0 is greedy.
         ignore_eos: go on to `max_new_tokens` even after the end-of-sequence token (fixed-length measurements).
-        learn: whether a draft may be learnt from it.
+        learn: whether a draft may learn from it.
+
+    Raises:
+        ValueError: a value out of range.
     """
 
     prompt: tuple[int, ...]
@@ -37,122 +46,97 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("a prompt must hold at least one token, but got none; start it with the bos token")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, but got {self.max_new_tokens}")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and at least 0, but got {self.temperature}; 0 is greedy")
+        require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
+        require(0.0 <= self.temperature < math.inf, "temperature", "finite and at least 0", self.temperature)
 
 
 class Workload(Protocol):
-    """A source of requests; the same seed gives the same requests in the same order, endlessly."""
+    """A source of requests."""
 
     def requests(self, seed: int) -> Iterator[Request]:
-        """An endless, reproducible stream of requests."""
-        ...
+        """An endless stream of requests; the same seed gives the same requests in the same order."""
 
 
 @runtime_checkable
 class Session(Protocol):
-    """Closed-loop decoding at fixed concurrency: a finished request is replaced by the next prompt.
-
-    Inherit from this class to get the defaults of methods that have one.
-    """
+    """Decoding at fixed concurrency: a finished request is replaced by the next prompt. Inherit from this class."""
 
     @property
     def batch_size(self) -> int:
-        """Live requests."""
-        ...
+        """Number of live requests."""
 
     @property
     def context_lengths(self) -> Sequence[int]:
-        """Tokens known of each live request."""
-        ...
+        """Number of known tokens of each live request."""
 
     def resize(self, batch_size: int) -> None:
-        """Decode `batch_size` requests from the next round on; further ones are admitted, or the last ones parked."""
-        ...
+        """Decode `batch_size` requests from the next round on; admits further requests, or parks the last ones."""
 
     def round(self, plan: Plan) -> Round:
         """Propose, verify and commit once for every live request."""
-        ...
 
     def measure_plain(self) -> PlainSample | None:
-        """Time one step of plain decoding on the live requests and throw its tokens away.
+        """Time one step of plain decoding on the live requests and discard its tokens; the session does not change.
 
-        Nothing of the session changes, so that the baseline can be re-measured between rounds at the batch
-        size and context they have. None where the engine measures its baseline elsewhere.
+        None if the engine cannot measure its baseline between rounds.
         """
-        ...
 
     def plain_steps(self, count: int) -> list[PlainSample]:
-        """Time `count` plain decoding steps. Default: one `measure_plain` after the other.
+        """Time `count` plain decoding steps. Default: calls `measure_plain` for each.
 
         Raises:
             ValueError: the engine does not measure plain decoding.
         """
         samples = [sample for _ in range(count) if (sample := self.measure_plain()) is not None]
         if len(samples) < count:
-            raise ValueError(
-                "the engine must measure plain decoding between rounds, but it does not; use 'local', or 'sglang' with "
-                "baseline='alternate'"
-            )
+            raise ValueError(NOT_MEASURED)
         return samples
 
     def drain(self) -> list[Trace]:
-        """Take the traces of the rounds since the last call (outside any timed window)."""
-        ...
+        """Take the traces of the rounds since the last call. Call it outside of timed windows."""
 
     def close(self) -> None:
         """End the session; idempotent."""
-        ...
 
 
 @runtime_checkable
 class ProposalSession(Session, Protocol):
-    """A session that verifies what somebody else drafted, too."""
+    """A session that also verifies drafts that are given to it."""
 
     @property
     def request_ids(self) -> Sequence[int]:
-        """Of the live requests, row by row."""
-        ...
+        """The id of each live request."""
 
     @property
     def last_tokens(self) -> Sequence[int]:
         """The last committed token of each live request."""
-        ...
 
     def round_with(self, drafted: Tensor, distributions: Tensor | None = None) -> Round:
-        """Verify and commit these drafts for every live request; `draft_s` is what taking them over took.
+        """Verify and commit these drafts for every live request; `draft_s` is the time to copy them.
 
         Args:
             drafted: [B, s] int64 chains of target ids, -1 after the end of a shorter one; s may be 0.
             distributions: [B, s, V] float32 that each draft was sampled from, given those before it, for rejection
-                sampling; None: drafts are accepted where the target itself chooses them. A request's
-                output is the target's own under every proposal without them, and under every greedy one. With them
-                it is where the drafts are truly such samples, which nobody can check.
+                sampling. None: a draft is accepted if the target itself chooses it. The output is the target's own
+                for any drafts if it is None or decoding is greedy; otherwise only if the drafts are such samples,
+                which cannot be checked.
 
         Raises:
-            ValueError: a shape, dtype, token or distribution that is not one. Nothing is committed then.
+            ValueError: a wrong shape, dtype, token or distribution. Nothing is committed then.
         """
-        ...
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """A decoder of one target, with or without a draft.
-
-    Inherit from this class to get the defaults of methods that have one.
-    """
+    """A decoder of one target, with or without a draft. Inherit from this class to get the defaults."""
 
     @property
     def clock(self) -> Clock:
-        """The clock its rounds are timed on."""
-        ...
+        """The clock that times its rounds."""
 
     @property
     def draft_version(self) -> int:
-        """Version of the draft weights that serve now."""
-        ...
+        """Version of the draft weights in use."""
 
     @property
     def result_delay(self) -> int:
@@ -161,16 +145,15 @@ class Engine(Protocol):
 
     @property
     def single_session(self) -> bool:
-        """Whether starting a session ends the one before, one plain session beside it aside. Default: False."""
+        """Whether a new session ends the one before, except one plain session beside it. Default: False."""
         return False
 
     def facts(self) -> dict[str, Any]:
-        """What results should record about the engine, as JSON-able values. Default: nothing."""
+        """Facts about the engine that results should record, JSON-able. Default: none."""
         return {}
 
     def supports(self, plan: Plan) -> bool:
         """Whether a session of this engine can run `plan`."""
-        ...
 
     def start(
         self,
@@ -185,43 +168,33 @@ class Engine(Protocol):
         """Prefill `batch_size` requests and be ready for the first round.
 
         Args:
-            workload: where the requests come from.
+            workload: the source of the requests.
             batch_size: live requests, at least 1.
             seed: of the requests' order and of sampling.
-            max_batch_size: the most that the session may be resized to; None: `batch_size`.
-            plain: decode without any draft: no feature capture, no catch-up. The only plan is then 0.
+            max_batch_size: the largest size that the session may be resized to; None: `batch_size`.
+            plain: decode without any draft, feature capture or catch-up. The only plan is then 0.
             trace: keep traces for `drain`.
 
         Raises:
             ValueError: a batch size or requests that do not fit, or the engine has no plain or no traced sessions.
             OSError: the server that an engine decodes on does not serve (`specrl.sglang.client.http`).
         """
-        ...
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
-        """Serve these draft weights from the next round on."""
-        ...
+        """Use these draft weights from the next round on."""
 
     def close(self) -> None:
         """Release everything; idempotent."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class PlanEstimate:
-    """What a chooser believes about a plan at one batch size.
-
-    Attributes:
-        plan: the plan.
-        accept_length: expected tokens per request and round.
-        seconds: expected seconds of a round.
-        tried: how much evidence there is; 0: the plan never ran at this batch size.
-    """
+    """A chooser's estimate of a plan at one batch size."""
 
     plan: Plan
-    accept_length: float
-    seconds: float
-    tried: float
+    accept_length: float  # expected tokens per request and round
+    seconds: float  # expected seconds of a round
+    tried: float  # amount of evidence; 0: the plan never ran at this batch size
 
     @property
     def speed(self) -> float:
@@ -251,11 +224,9 @@ class PlanCost:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        good = all(math.isfinite(x) and x > 0 for x in (self.plain_s, self.round_s)) and 0 <= self.share < math.inf
-        if not good or self.batch_size < 1 or self.num_steps < 0:
-            raise ValueError(
-                f"a plan's cost needs seconds above 0 and counts and a share of at least 0, but got {self}"
-            )
+        seconds = 0 < self.plain_s < math.inf and 0 < self.round_s < math.inf
+        counts = self.batch_size >= 1 and self.num_steps >= 0 and 0 <= self.share < math.inf
+        require(seconds and counts, "a plan's cost", "of seconds above 0, and counts and a share of at least 0", self)
 
 
 class PlanChooser(Protocol):
@@ -269,7 +240,6 @@ class PlanChooser(Protocol):
 
     def choose(self, observation: Observation) -> Plan:
         """One of `plans` for the next round."""
-        ...
 
     def learn(self, done: Round) -> None:
         """Learn from a finished round; later rounds may have been chosen already. Default: nothing is learnt."""
@@ -280,7 +250,7 @@ class PlanChooser(Protocol):
         return None
 
     def estimates(self, batch_size: int) -> list[PlanEstimate]:
-        """What is believed about each plan at a batch size. Default: nothing."""
+        """Estimates of all plans at a batch size. Default: none."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
@@ -293,21 +263,15 @@ class PlanChooser(Protocol):
 
 
 class DraftLearner(Protocol):
-    """Learns draft weights from traces. Inherit from it: all methods but `learn` and `weights` have defaults.
+    """Learns draft weights from traces. Inherit from it: all methods but `learn` and `weights` have defaults."""
 
-    Attributes:
-        wants_plan_costs: whether the loss counts seconds, so that `set_plan_costs` should be called.
-    """
-
-    wants_plan_costs: bool = False
+    wants_plan_costs: bool = False  # whether the loss counts seconds, so that `set_plan_costs` should be called
 
     def learn(self, traces: list[Trace]) -> Mapping[str, float]:
         """Learn from traces; returns metrics by name."""
-        ...
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:
         """The version and the weights to serve, by SGLang's names."""
-        ...
 
     def take(self, traces: Iterable[Trace]) -> None:
         """Keep traces for the next call of `learn`. Default: they are dropped."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from specrl.core.checks import require
 from specrl.core.plan import Plan
 from specrl.core.round import Round
 
@@ -26,12 +27,7 @@ COST_OCTAVES = math.log2(MAX_COST)
 
 
 class Layout(NamedTuple):
-    """The parts of `Observation.vector`; the five entries before them describe the batch.
-
-    Attributes:
-        size: entries in all.
-        survival, costs, tried, last_plan: slices of the parts.
-    """
+    """The number of entries of `Observation.vector`, and its parts after the first five entries."""
 
     size: int
     survival: slice
@@ -43,7 +39,7 @@ class Layout(NamedTuple):
     def of(cls, steps: int, plans: int) -> Layout:
         """The layout for a largest num_steps of `steps` and a number of plans."""
         ends = [5, 5 + steps, *(5 + steps + (part + 1) * plans for part in range(3))]
-        return cls(ends[-1], *(slice(*ends[i : i + 2]) for i in range(4)))
+        return cls(ends[-1], *map(slice, ends, ends[1:]))
 
 
 class Observation(NamedTuple):
@@ -118,12 +114,11 @@ class Observer:
 
     Args:
         plans: the plans to choose from, in the order of the actions.
-        memory: rounds after which an average has forgotten all but 1/e.
+        memory: rounds after which an average has forgotten all but 1/e, at least 1.
     """
 
     def __init__(self, plans: Sequence[Plan], memory: float = MEMORY) -> None:
-        if not memory >= 1.0:
-            raise ValueError(f"memory must be at least 1 round, but got {memory}")
+        require(memory >= 1.0, "memory", "at least 1 round", memory)
         self.plans = tuple(plans)
         self._index = {plan: i for i, plan in enumerate(self.plans)}
         self._steps = max((plan.num_steps for plan in self.plans), default=0)
@@ -139,22 +134,17 @@ class Observer:
         self._last, self._age, self._version = 0, 0, -1
 
     def record(self, done: Round, plain_s: float) -> None:
-        """Add a finished round; `plain_s`: t0, seconds of a plain decoding step at its batch size and context.
-
-        This is plain Python because it runs between rounds of a few milliseconds, and NumPy is slower on a dozen
-        numbers.
-        """
+        """Add a finished round; `plain_s`: t0, seconds of a plain decoding step at its batch size and context."""
+        # Plain Python, because NumPy is slower on a dozen numbers, and this runs between rounds of few milliseconds.
         keep, correct = self._keep, done.correct_drafts.tolist()
         share = 1.0 / len(correct)
         self._correct = self._correct * keep + sum(correct) * share
         self._weight = self._weight * keep + 1.0
-        steps = done.plan.num_steps
-        if steps:
-            reached = len(correct)
-            for k in range(steps):
-                reached -= correct.count(k)
-                self._survived[k] = self._survived[k] * keep + reached * share
-                self._proposed[k] = self._proposed[k] * keep + 1.0
+        reached = len(correct)
+        for k in range(done.plan.num_steps):
+            reached -= correct.count(k)
+            self._survived[k] = self._survived[k] * keep + reached * share
+            self._proposed[k] = self._proposed[k] * keep + 1.0
         ratio = min(max(math.log2(max(done.seconds, 1e-9) / plain_s), -COST_OCTAVES), COST_OCTAVES)
         costs, tried = self._costs_at(len(correct))
         index = self._index[done.plan]
@@ -183,7 +173,6 @@ class Observer:
         return Observation(batch_size, context, values, steps)
 
     def _costs_at(self, batch_size: int) -> tuple[list[float], list[float]]:
-        found = self._costs.get(batch_size)
-        if found is None:
-            found = self._costs[batch_size] = [0.0] * len(self.plans), [0.0] * len(self.plans)
-        return found
+        if batch_size not in self._costs:
+            self._costs[batch_size] = [0.0] * len(self.plans), [0.0] * len(self.plans)
+        return self._costs[batch_size]

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from specrl.core.interfaces import Session
+from specrl.core.interfaces import NOT_MEASURED, Session
 from specrl.core.round import PlainSample
 
 WINDOW = 48  # samples kept for each batch size
@@ -37,7 +37,7 @@ class _Cell:
     contexts: deque[float]
     seconds: deque[float]
     since: int = 0  # rounds since the last sample
-    line: tuple[float, float, float, float] | None = field(default=None)  # level, slope, centre, error
+    line: tuple[float, float, float, float] | None = None  # level, slope, centre, error
 
 
 class PlainCost:
@@ -57,6 +57,9 @@ class PlainCost:
         self.window, self.every = window, every
         self._cells: dict[int, _Cell] = {}
 
+    def _new_cell(self, contexts: list[float], seconds: list[float]) -> _Cell:
+        return _Cell(deque(contexts, maxlen=self.window), deque(seconds, maxlen=self.window))
+
     def add(self, sample: PlainSample) -> None:
         """Add a measured plain step.
 
@@ -65,24 +68,19 @@ class PlainCost:
         """
         if not (math.isfinite(sample.seconds) and sample.seconds > 0):
             raise ValueError(f"a plain step must take a finite time above 0, but got {sample.seconds} s")
-        cell = self._cells.get(sample.batch_size)
-        if cell is None:
-            cell = self._cells[sample.batch_size] = _Cell(deque(maxlen=self.window), deque(maxlen=self.window))
+        cell = self._cells.setdefault(sample.batch_size, self._new_cell([], []))
         cell.contexts.append(sample.context)
         cell.seconds.append(sample.seconds)
         cell.since, cell.line = 0, None
 
     def update(self, session: Session, context: float) -> None:
-        """Measure plain decoding between two rounds of a session, if a sample is due.
+        """Measure plain decoding between two rounds of a session, if samples are due.
 
         Raises:
             ValueError: the engine does not measure plain decoding between rounds.
         """
-        batch = session.batch_size
-        self.tick(batch, context)
-        if self.due(batch, context):
-            for _ in range(1 if self.known(batch) else FIRST_SAMPLES):
-                self.add(self.measure(session))
+        for _ in range(self.samples_due(session.batch_size)):
+            self.add(self.measure(session))
 
     def measure(self, session: Session) -> PlainSample:
         """One sample of plain decoding on the live requests of a session.
@@ -92,24 +90,19 @@ class PlainCost:
         """
         sample = session.measure_plain()
         if sample is None:
-            raise no_plain_measurement()
+            raise ValueError(NOT_MEASURED)
         return sample
 
-    def tick(self, batch_size: int, context: float) -> None:
-        """Count a round at this batch size, which is about to run."""
-        if batch_size in self._cells:
-            self._cells[batch_size].since += 1
+    def samples_due(self, batch_size: int) -> int:
+        """Number of samples to take before the next round, which is at this batch size and is counted here.
 
-    def known(self, batch_size: int) -> bool:
-        """Whether plain decoding was ever measured at this batch size."""
-        return batch_size in self._cells
-
-    def due(self, batch_size: int, context: float) -> bool:
-        """Whether to measure before the next round: every second round at first, then every `every` rounds."""
+        Every second round at first, then every `every` rounds.
+        """
         cell = self._cells.get(batch_size)
         if cell is None:
-            return True
-        return cell.since >= (DENSE_INTERVAL if len(cell.seconds) < DENSE_SAMPLES else self.every)
+            return FIRST_SAMPLES
+        cell.since += 1
+        return int(cell.since >= (DENSE_INTERVAL if len(cell.seconds) < DENSE_SAMPLES else self.every))
 
     def estimate(self, batch_size: int, context: float) -> PlainEstimate:
         """t0 at this batch size and mean context.
@@ -134,18 +127,7 @@ class PlainCost:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`."""
-        self._cells = {
-            int(batch): _Cell(deque(cell["contexts"], maxlen=self.window), deque(cell["seconds"], maxlen=self.window))
-            for batch, cell in state["cells"].items()
-        }
-
-
-def no_plain_measurement() -> ValueError:
-    """The error for an engine that does not measure plain decoding between rounds."""
-    return ValueError(
-        "the engine must measure plain decoding between rounds, but it does not; use 'local', or 'sglang' with "
-        "baseline='alternate', or plain_url= for a running server"
-    )
+        self._cells = {int(batch): self._new_cell(**cell) for batch, cell in state["cells"].items()}
 
 
 def _fit(contexts: np.ndarray, seconds: np.ndarray) -> tuple[float, float, float, float]:

@@ -33,11 +33,9 @@ class Baseline(Protocol):
         Raises:
             ValueError: the baseline must measure plain decoding, but the engine cannot.
         """
-        ...
 
     def estimate(self, batch_size: int, context: float) -> PlainEstimate:
         """Seconds of one plain decoding step at this batch size and mean context."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +43,11 @@ class Step:
     """One round of a rollout.
 
     Attributes:
-        plan: the plan of the round.
         round: the result of the round.
         plain: seconds of a plain decoding step at the batch size and context of the round.
         thinking_s: seconds that choosing the plan took.
     """
 
-    plan: Plan
     round: Round
     plain: PlainEstimate
     thinking_s: float
@@ -60,11 +56,6 @@ class Step:
     def seconds(self) -> float:
         """Seconds of the round, the choice of the plan included and prefill excluded."""
         return self.round.seconds + self.thinking_s
-
-    @property
-    def plain_total_s(self) -> float:
-        """Seconds that plain decoding would have taken for the tokens of the round: N · t0 / B."""
-        return float(self.round.tokens.sum()) * self.plain.seconds / self.round.batch_size
 
 
 class Rollout:
@@ -137,7 +128,7 @@ class Rollout:
         self.baseline.update(self.session, context)
         done = decode_round()
         self._ready = False
-        return Step(done.plan, done, self.baseline.estimate(batch, context), thinking_s)
+        return Step(done, self.baseline.estimate(batch, context), thinking_s)
 
     def arrived(self) -> Iterator[Step]:
         """The steps whose results are known by now, each once; the observation includes them from then on."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,6 @@ WINDOW = 64  # rounds of a window of live traffic
 BLOCK = 16  # rounds of a block; neighbouring rounds are alike, so intervals resample blocks
 RECENT_BLOCKS = 25  # blocks of the recent statistics
 _MIN_BLOCKS = 8  # blocks that an interval needs
-_PARTS = ("draft_s", "verify_s", "other_s")
-_SUMS = ("rounds", "requests", "tokens", "tokens_per_request", "plain_s", *_PARTS, "thinking_s", "prefill_s")
 
 
 @dataclass(slots=True)
@@ -63,7 +62,7 @@ class RoundStats:
             plain_s: seconds of a plain decoding step at its batch size and context.
             thinking_s: seconds that choosing its plan took.
         """
-        correct, tokens, steps = done.correct_drafts.tolist(), sum(done.tokens.tolist()), done.plan.num_steps
+        correct, tokens = done.correct_drafts.tolist(), sum(done.tokens.tolist())
         batch = len(correct)
         self.rounds += 1
         self.requests += batch
@@ -75,28 +74,23 @@ class RoundStats:
         self.other_s += done.other_s
         self.thinking_s += thinking_s
         self.prefill_s += done.prefill_s
-        if steps:
-            self._lengthen(steps)
-            reached = batch  # requests whose first `position` drafts were accepted
-            for position in range(steps):
-                reached -= correct.count(position)
-                self.proposed[position] += batch
-                self.accepted[position] += reached
+        for counts in (self.proposed, self.accepted):
+            counts += [0] * (done.plan.num_steps - len(counts))
+        reached = batch  # requests whose first `position` drafts were accepted
+        for position in range(done.plan.num_steps):
+            reached -= correct.count(position)
+            self.proposed[position] += batch
+            self.accepted[position] += reached
 
     def merge(self, other: RoundStats) -> None:
         """Add the rounds of another statistic."""
-        for name in _SUMS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self._lengthen(len(other.proposed))
-        for position, (proposed, accepted) in enumerate(zip(other.proposed, other.accepted, strict=True)):
-            self.proposed[position] += proposed
-            self.accepted[position] += accepted
-
-    def _lengthen(self, steps: int) -> None:
-        missing = steps - len(self.proposed)
-        if missing > 0:
-            self.proposed += [0] * missing
-            self.accepted += [0] * missing
+        for entry in fields(self):
+            mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
+            if isinstance(mine, list):
+                total = [a + b for a, b in zip_longest(mine, theirs, fillvalue=0)]
+            else:
+                total = mine + theirs
+            setattr(self, entry.name, total)
 
     @property
     def seconds(self) -> float:
@@ -121,7 +115,7 @@ class RoundStats:
     def row(self) -> dict[str, object]:
         """The sums as a row of a CSV file; accepted_1 is the count of the first draft position."""
         row: dict[str, object] = {"rounds": self.rounds, "requests": self.requests, "tokens": self.tokens}
-        row |= {name: round(getattr(self, name), 7) for name in ("plain_s", *_PARTS)}
+        row |= {name: round(getattr(self, name), 7) for name in ("plain_s", "draft_s", "verify_s", "other_s")}
         return row | {f"accepted_{position}": count for position, count in enumerate(self.accepted, 1)}
 
 
@@ -151,16 +145,6 @@ class RecentStats:
             total.merge(block)
         return total
 
-    @property
-    def speedup(self) -> float:
-        """Recent speedup over plain decoding; nan without rounds."""
-        return self.total.speedup
-
-    @property
-    def accept_length(self) -> float:
-        """Recent mean tokens per request and verification, the bonus token included; nan without rounds."""
-        return self.total.accept_length
-
     def intervals(self) -> tuple[Interval, Interval] | None:
         """95 % intervals of speedup and accept length, by resampling blocks; None: fewer than 8 full blocks.
 
@@ -168,13 +152,11 @@ class RecentStats:
         """
         if self.rounds < _MIN_BLOCKS * BLOCK:
             return None
-        sums = [(b.plain_s, b.seconds, b.requests + sum(b.accepted), b.requests) for b in self._blocks]
-        plain_s, seconds, tokens, requests = np.array(sums, dtype=np.float64).T
-        speedup, accept_length = (
-            ratio_of_sums(top, bottom, resamples=1000, rng=np.random.default_rng(0))
-            for top, bottom in ((plain_s, seconds), (tokens, requests))
+        blocks = self._blocks
+        return (
+            _interval([b.plain_s for b in blocks], [b.seconds for b in blocks]),
+            _interval([b.requests + sum(b.accepted) for b in blocks], [b.requests for b in blocks]),
         )
-        return speedup, accept_length
 
     def state_dict(self) -> dict[str, Any]:
         """The blocks, JSON-able."""
@@ -184,6 +166,10 @@ class RecentStats:
         """Restore a `state_dict`."""
         self.rounds = state["rounds"]
         self._blocks = deque((RoundStats(**block) for block in state["blocks"]), maxlen=RECENT_BLOCKS)
+
+
+def _interval(numerator: list[float], denominator: list[float]) -> Interval:
+    return ratio_of_sums(numerator, denominator, resamples=1000, rng=np.random.default_rng(0))
 
 
 class StatsByWindow:
