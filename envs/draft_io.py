@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.spaces.utils import flatten_space
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -46,29 +47,22 @@ class ObservationWindow:
         self, rows: int, num_steps: int, feature_size: int, vocab_size: int, max_context: int, flat: bool
     ) -> None:
         shape = (rows, num_steps + 1)
+        boxes = {
+            "features": spaces.Box(-_LARGEST, _LARGEST, (*shape, feature_size), dtype=np.float32),
+            "tokens": spaces.Box(-1, vocab_size - 1, shape, dtype=np.int64),
+            "positions": spaces.Box(-1, max_context, shape, dtype=np.int64),
+            "mask": spaces.Box(0, 1, shape, dtype=np.int8),
+            "last": spaces.Box(0, vocab_size - 1, (rows,), dtype=np.int64),
+            "live": spaces.Box(0, 1, (rows,), dtype=np.int8),
+        }
         self._flat = flat
-        self._arrays: Arrays = {
-            "features": np.zeros((*shape, feature_size), dtype=np.float32),
-            "tokens": np.full(shape, -1, dtype=np.int64),
-            "positions": np.full(shape, -1, dtype=np.int64),
-            "mask": np.zeros(shape, dtype=np.int8),
-            "last": np.zeros(rows, dtype=np.int64),
-            "live": np.zeros(rows, dtype=np.int8),
-        }
-        bounds = {
-            "features": (-_LARGEST, _LARGEST),
-            "tokens": (-1, vocab_size - 1),
-            "positions": (-1, max_context),
-            "mask": (0, 1),
-            "last": (0, vocab_size - 1),
-            "live": (0, 1),
-        }
-        self.space = spaces.Dict({name: self._box(name, *bounds[name]) for name in bounds})
+        self._arrays: Arrays = {name: np.zeros(box.shape, dtype=box.dtype) for name, box in boxes.items()}
+        self.space = spaces.Dict({name: flatten_space(box) if flat else box for name, box in boxes.items()})
 
-    def _box(self, name: str, low: float, high: float) -> spaces.Box:
-        array = self._arrays[name]
-        shape = (array.size,) if self._flat else array.shape
-        return spaces.Box(low, high, shape, dtype=array.dtype.type)
+    def clear(self) -> None:
+        """Forget all tokens."""
+        for name, array in self._arrays.items():
+            array[:] = -1 if name in ("tokens", "positions") else 0
 
     def read(self, session: ProposalSession, traces: Iterable[Trace]) -> tuple[Prefill, ...]:
         """Read the traces since the last call; returns the new requests."""
@@ -118,11 +112,9 @@ class ActionDecoder:
 
     def __init__(self, rows: int, num_steps: int, vocab_size: int, flat: bool) -> None:
         self._shape, self._vocab, self._flat = (rows, num_steps), vocab_size, flat
-        if flat:
-            tokens = spaces.MultiDiscrete([vocab_size + 1] * (rows * num_steps))
-        else:
-            tokens = spaces.MultiDiscrete(np.full(self._shape, vocab_size + 1), start=np.full(self._shape, -1))
-        self.space: spaces.Space[Any] = tokens
+        self._lowest = 0 if flat else -1
+        shape = (rows * num_steps,) if flat else self._shape
+        self.space = spaces.MultiDiscrete(np.full(shape, vocab_size + 1), start=np.full(shape, self._lowest))
 
     def read(self, action: Any, live: int) -> Tensor:
         """The drafts of the live requests: [live, s] int64, s the length of the longest draft.
@@ -130,22 +122,16 @@ class ActionDecoder:
         Raises:
             ValueError: another shape or dtype, or a token out of range.
         """
-        tokens = self._tokens(np.asarray(action))[:live]
-        ended = np.logical_or.accumulate(tokens < 0, 1)
-        steps = int((~ended).sum(1).max())
-        return torch.from_numpy(np.where(ended, -1, tokens)[:, :steps])
-
-    def _tokens(self, tokens: NDArray[Any]) -> Ints:
-        """[B, K] int64; -1: no draft."""
-        rows, steps = self._shape
-        shape = (rows * steps,) if self._flat else self._shape
+        tokens, lowest, highest = np.asarray(action), self._lowest, self._lowest + self._vocab
+        shape = self.space.shape
         if tokens.shape != shape or tokens.dtype.kind not in "iu":
             raise ValueError(f"an action must be integers {list(shape)}, but got {tokens.dtype} {list(tokens.shape)}")
-        low, high = (0, self._vocab) if self._flat else (-1, self._vocab - 1)
-        if not low <= tokens.min() <= tokens.max() <= high:
-            raise ValueError(f"drafted tokens must be in [{low}, {high}], but got {tokens.min()}..{tokens.max()}")
-        tokens = tokens.astype(np.int64)
-        return np.where(tokens == self._vocab, -1, tokens).reshape(self._shape) if self._flat else tokens
+        if not lowest <= tokens.min() <= tokens.max() <= highest:
+            raise ValueError(f"drafted tokens must be in [{lowest}, {highest}], but got {tokens.min()}..{tokens.max()}")
+        tokens = tokens.astype(np.int64).reshape(self._shape)[:live]
+        ended = np.logical_or.accumulate((tokens < 0) | (tokens == self._vocab), 1)
+        steps = int((~ended).sum(1).max())
+        return torch.from_numpy(np.where(ended, -1, tokens)[:, :steps])
 
 
 class SampledDrafts:
@@ -157,14 +143,18 @@ class SampledDrafts:
     Args:
         num_steps: K, the longest draft.
         vocab_size: V.
-        seed: of the samples.
     """
 
-    def __init__(self, num_steps: int, vocab_size: int, seed: int) -> None:
+    def __init__(self, num_steps: int, vocab_size: int) -> None:
         self._num_steps, self._vocab = num_steps, vocab_size
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator()
         self._tokens: list[Tensor] = []  # [live] each
         self._q: list[Tensor] = []  # [live, V] each
+
+    def reset(self, seed: int) -> None:
+        """Begin an episode; `seed` is of the samples."""
+        self._generator.manual_seed(seed)
+        self.clear()
 
     def draw(self, q: Any, live: int) -> Ints:
         """Draw one more draft for each of the `live` requests (see `DraftTokensEnv.draw`)."""

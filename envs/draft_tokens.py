@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 
-from specrl.core.batch_schedule import batch_sizes
+from specrl.core.batch_schedule import BatchSizes, batch_sizes
+from specrl.core.checks import require
 from specrl.core.interfaces import ProposalSession, Workload
 from specrl.core.plain_cost import PlainCost
 from specrl.core.rollout import Rollout
-from specrl.core.round import Ints, Trace
+from specrl.core.round import Ints
 from specrl.decoding.engine import LocalEngine
 from specrl.decoding.propose import MAX_DRAFT_TOKENS
 from specrl.envs.draft_io import ActionDecoder, Arrays, ObservationWindow, Prefill, SampledDrafts
-from specrl.envs.rewards import make_reward
-from specrl.envs.spec_decode import BatchSizes, read_batch_sizes
-from specrl.envs.timed_env import TimedEnv, check_episode, named_workload
+from specrl.envs.timed_env import TimedEnv
 from specrl.models.config import default_aux_layers
 from specrl.models.target import load_target
 
@@ -90,7 +88,6 @@ class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
 
     engine: LocalEngine
     _title = "DraftTokens"
-    metadata = {"render_modes": ["ansi", "human"], "render_fps": 30}
 
     def __init__(
         self,
@@ -113,32 +110,27 @@ class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
         allow_parallel: bool = False,
         render_mode: str | None = None,
     ) -> None:
-        if not 1 <= num_steps < MAX_DRAFT_TOKENS:
-            raise ValueError(f"num_steps must be in [1, {MAX_DRAFT_TOKENS - 1}], but got {num_steps}")
-        check_episode(max_rounds, max_tokens, reward)
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode must be None, 'ansi' or 'human', but got {render_mode!r}")
-        self.render_mode = render_mode
-        self._phases, self._drawn = read_batch_sizes(batch_size)
-        self._max_rounds, self._max_tokens, self._trace = max_rounds, max_tokens, trace
-        self._reward = make_reward(reward)
-        owned = isinstance(engine, str)
-        self.engine = _drafting_engine(engine, target, aux_layers, prompt_tokens + max_new_tokens)
-        if isinstance(workload, (str, Path)):
-            workload = named_workload(workload, target, prompt_tokens, max_new_tokens, temperature, ignore_eos)
-        self.workload: Workload = workload
-        config = self.engine.target.config
-        rows = max(phase.batch_size for phase in (*self._phases, *self._drawn))
-        self._rows, features = rows, len(self.engine.aux_layers) * config.hidden_size
-        self._new_window = partial(
-            ObservationWindow, rows, num_steps, features, config.vocab_size, self.engine.max_context, flat
+        require(1 <= num_steps < MAX_DRAFT_TOKENS, "num_steps", f"in [1, {MAX_DRAFT_TOKENS - 1}]", num_steps)
+        self._set_episodes(batch_size, reward, max_rounds, max_tokens, trace, render_mode)
+        self._set_engine(
+            _drafting_engine(engine, target, aux_layers, prompt_tokens + max_new_tokens),
+            workload,
+            target,
+            owned=isinstance(engine, str),
+            allow_parallel=allow_parallel,
+            prompt_tokens=prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            ignore_eos=ignore_eos,
         )
-        self._new_drafts = partial(SampledDrafts, num_steps, config.vocab_size)
-        self._window = self._new_window()
+        config = self.engine.target.config
+        rows = max(phase.batch_size for schedule in self._schedules for phase in schedule)
+        self._rows, features = rows, len(self.engine.aux_layers) * config.hidden_size
+        self._window = ObservationWindow(rows, num_steps, features, config.vocab_size, self.engine.max_context, flat)
+        self._drafts = SampledDrafts(num_steps, config.vocab_size)
         self._decoder = ActionDecoder(rows, num_steps, config.vocab_size, flat)
         self.observation_space, self.action_space = self._window.space, self._decoder.space
         self.baseline = PlainCost()
-        self._set_up(owned=owned, allow_parallel=allow_parallel)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Arrays, dict[str, Any]]:
         """Begin an episode with new prompts; there are no options."""
@@ -151,8 +143,9 @@ class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
             seed=int(self.np_random.integers(2**31)),
             trace=True,
         )
-        self._session, self._window, self._traces = session, self._new_window(), list[Trace]()
-        self._drafts = self._new_drafts(seed=int(self.np_random.integers(2**31)))
+        self._session = session
+        self._window.clear()
+        self._drafts.reset(seed=int(self.np_random.integers(2**31)))
         self._rollout = Rollout(session, (), self.baseline, batch_sizes=batch_sizes(phases))
         observation, info = self._observe(session)
         self._start_agent_clock()
@@ -197,19 +190,6 @@ class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
             ValueError: before `reset`, another shape or dtype, rows that are not distributions, or too many draws.
         """
         return self._drafts.draw(q, self._running().batch_size)
-
-    def drain(self) -> list[Trace]:
-        """Take the traces of the rounds so far; off the clock. Needs `trace=True`.
-
-        Raises:
-            ValueError: the environment keeps no traces.
-        """
-        if not self._trace:
-            raise ValueError("drain needs traces, but the environment keeps none; make it with trace=True")
-        self._running()
-        with self.off_the_clock():
-            traces, self._traces = self._traces, []
-        return traces
 
     def _observe(self, session: ProposalSession) -> tuple[Arrays, dict[str, Any]]:
         """The observation before the next round, and the part of `info` about its requests."""

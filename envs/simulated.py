@@ -9,9 +9,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from specrl.core.batch_schedule import BatchSizes, read_schedules
 from specrl.core.plan import Plan, parse_plans
 from specrl.envs.rewards import make_reward
-from specrl.envs.spec_decode import BatchSizes, SpecDecodeEnv, read_batch_sizes
+from specrl.envs.spec_decode import SpecDecodeEnv
 from specrl.simulation.engine import Requests, SimulatedEngine
 from specrl.simulation.profile import Profile, Shift, load_profile
 
@@ -103,8 +104,7 @@ def simulation(
         ValueError: a batch size or plan is not in the profile.
     """
     known = load_profile(profile)
-    trace, drawn = read_batch_sizes(batch_size)
-    sizes = [phase.batch_size for phase in (*trace, *drawn)]
+    sizes = [phase.batch_size for schedule in read_schedules(batch_size) for phase in schedule]
     engine = SimulatedEngine(known, batch_sizes=(min(sizes), max(sizes)), extrapolate=extrapolate, shifts=shifts)
     for size in sizes:
         engine.cost(size, None)

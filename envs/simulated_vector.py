@@ -13,13 +13,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from specrl.core.batch_schedule import batch_sizes
+from specrl.core.batch_schedule import BatchSizes, read_schedules
+from specrl.core.checks import require
 from specrl.core.observation import vector_bounds
 from specrl.core.plain_cost import DENSE_INTERVAL, DENSE_SAMPLES, FIRST_SAMPLES, INTERVAL, WINDOW
 from specrl.core.plan import Plan
 from specrl.envs.rewards import Outcome, make_reward
 from specrl.envs.simulated import MAX_ROUNDS, Lengths, simulation
-from specrl.envs.spec_decode import BatchSizes, read_batch_sizes
 from specrl.envs.timed_env import check_episode
 from specrl.envs.vector_observer import VectorObserver
 from specrl.simulation.profile import Profile, Shift
@@ -73,12 +73,10 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         autoreset_mode: AutoresetMode = AutoresetMode.NEXT_STEP,
         stagger: bool = False,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, but got {num_envs}")
-        if render_mode is not None:
-            raise ValueError(f"render_mode must be None for vectorised environments, but got {render_mode!r}")
-        if autoreset_mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
-            raise ValueError(f"autoreset_mode must be NEXT_STEP or SAME_STEP, but got {autoreset_mode}")
+        modes = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
+        require(num_envs >= 1, "num_envs", "at least 1", num_envs)
+        require(render_mode is None, "render_mode", "None for vectorised environments", render_mode)
+        require(autoreset_mode in modes, "autoreset_mode", "NEXT_STEP or SAME_STEP", autoreset_mode)
         self._at_once = autoreset_mode == AutoresetMode.SAME_STEP
         self.metadata = {**self.metadata, "autoreset_mode": autoreset_mode}
         engine, requests, self.plans = simulation(
@@ -96,14 +94,13 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         self.num_envs, self.profile = num_envs, engine.profile
         self._reward_name, self._reward = reward, make_reward(reward)
         self._max_rounds, self._max_tokens, self._delay = max_rounds, max_tokens, engine.result_delay
-        trace, drawn = read_batch_sizes(batch_size)
-        sizes = sorted({phase.batch_size for phase in (*trace, *drawn)})
-        turns = batch_sizes(trace)
-        period = sum(phase.rounds for phase in trace)
-        self._trace = np.array([sizes.index(next(turns)) for _ in range(period)], dtype=np.int64)
-        self._drawn = np.array([sizes.index(phase.batch_size) for phase in drawn], dtype=np.int64)
-        able = [plan for plan, can in zip(self.plans, self._mask, strict=True) if can]
-        runs = [plan if can else able[0] for plan, can in zip(self.plans, self._mask, strict=True)]
+        schedules = read_schedules(batch_size)
+        sizes = sorted({phase.batch_size for schedule in schedules for phase in schedule})
+        self._first = np.array([sizes.index(schedule[0].batch_size) for schedule in schedules])
+        rounds = [phase.rounds for phase in schedules[0]]  # several schedules have one phase each
+        self._trace = np.repeat([sizes.index(phase.batch_size) for phase in schedules[0]], rounds)
+        able = self.plans[int(self._mask.argmax())]
+        runs = [plan if can else able for plan, can in zip(self.plans, self._mask, strict=True)]
         self._sessions = VectorSimulator(engine, requests, runs, sizes, num_envs)
         self._observer = VectorObserver(self.plans, sizes, num_envs)
         self._cells, self._env = len(sizes), np.arange(num_envs)
@@ -127,16 +124,16 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
             self._samples = np.zeros(len(self._t0), dtype=np.int64)
             self._since = np.zeros(len(self._t0), dtype=np.int64)
             self._size = np.zeros(self.num_envs, dtype=np.int64)
-        self._position = np.zeros(self.num_envs, dtype=np.int64)  # in the trace
-        self._plain, self._spent = np.zeros(self.num_envs), np.zeros(self.num_envs)
-        self._rounds, self._tokens = (np.zeros(self.num_envs, dtype=np.int64) for _ in range(2))
-        self._over = np.zeros(self.num_envs, dtype=np.bool_)
+        count = self.num_envs
+        self._position = np.zeros(count, dtype=np.int64)  # in the trace
+        self._plain, self._spent = np.zeros(count), np.zeros(count)
+        self._rounds, self._tokens, self._episode = (np.zeros(count, dtype=np.int64) for _ in range(3))
+        self._over = np.zeros(count, dtype=np.bool_)
         self._late: deque[tuple[Ints, Ints, Ints, Rounds, Floats, Ints]] = deque()
-        self._episode = np.zeros(self.num_envs, dtype=np.int64)
         self._begin(None)
         if self._stagger and self._max_rounds is not None:
-            self._rounds = self._rng.integers(self._max_rounds, size=self.num_envs)
-        everywhere = np.ones(self.num_envs, dtype=np.bool_)
+            self._rounds = self._rng.integers(self._max_rounds, size=count)
+        everywhere = np.ones(count, dtype=np.bool_)
         info = {"action_mask": self.action_masks(), "batch_size": self._sessions.live.copy()}
         return self._observe(), info | {f"_{key}": everywhere for key in info}
 
@@ -174,7 +171,9 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         }
         ran = ~self._over
         info |= {f"_{key}": ran for key in info}
-        self._move_on()
+        if len(self._trace) > 1:
+            self._position = (self._position + 1) % len(self._trace)
+            sessions.resize(self._trace[self._position])
         ends = np.zeros(self.num_envs, dtype=np.bool_)
         truncated = ends if self._max_rounds is None else self._rounds >= self._max_rounds
         terminated = ends if self._max_tokens is None else self._tokens >= self._max_tokens
@@ -227,19 +226,10 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
 
     def _record(self, plan: Ints, size: Ints, live: Ints, done: Rounds, t0: Floats) -> None:
         """Show the observer this round, or the earlier one whose results arrive now."""
-        if not self._delay:
-            self._observer.record(plan, size, live, done, t0, None)
-            return
         self._late.append((plan, size, live, done, t0, self._episode.copy()))
         if len(self._late) > self._delay:
             plan, size, live, done, t0, episode = self._late.popleft()
-            self._observer.record(plan, size, live, done, t0, np.flatnonzero(episode != self._episode))
-
-    def _move_on(self) -> None:
-        """The next round's batch sizes."""
-        if len(self._trace) > 1:
-            self._position = (self._position + 1) % len(self._trace)
-            self._sessions.resize(self._trace[self._position])
+            self._observer.record(plan, size, live, done, t0, skip=np.flatnonzero(episode != self._episode))
 
     def _begin(self, which: Ints | None) -> None:
         """Begin episodes (None: all)."""
@@ -247,8 +237,7 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         at: slice | Ints = slice(None) if which is None else which
         count = self.num_envs if which is None else len(which)
         size = self._sessions.size.copy()
-        drawn = len(self._drawn) > 0
-        size[at] = self._drawn[self._rng.integers(len(self._drawn), size=count)] if drawn else self._trace[0]
+        size[at] = self._first[self._rng.integers(len(self._first), size=count)]
         for array in (self._position, self._plain, self._spent, self._rounds, self._tokens):
             array[at] = 0
         self._episode[at] += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,22 +14,20 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from specrl.core.batch_schedule import Phase, batch_sizes, parse_traffic
+from specrl.core.batch_schedule import BatchSizes, batch_sizes
+from specrl.core.checks import require
 from specrl.core.interfaces import Engine, Session, Workload
 from specrl.core.observation import Observation, vector_bounds
 from specrl.core.plan import Plan, parse_plans
 from specrl.core.registry import make_engine
 from specrl.core.rollout import Rollout, Step
-from specrl.core.round import Trace
-from specrl.envs.rewards import Outcome, make_reward
-from specrl.envs.timed_env import PlanZeroBaseline, TimedEnv, check_episode, named_workload
+from specrl.envs.rewards import Outcome
+from specrl.envs.timed_env import PlanZeroBaseline, TimedEnv
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from specrl.models.draft import Draft
-
-BatchSizes = int | str | Sequence[int] | Sequence[Phase]
 
 
 class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
@@ -107,7 +106,6 @@ class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
     """
 
     _title = "SpecDecode"
-    metadata = {"render_modes": ["ansi", "human"], "render_fps": 30}
 
     def __init__(
         self,
@@ -132,46 +130,37 @@ class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
         render_mode: str | None = None,
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
-        check_episode(max_rounds, max_tokens, reward)
-        if action not in ("discrete", "multi_discrete"):
-            raise ValueError(f"action must be 'discrete' or 'multi_discrete', but got {action!r}")
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode must be None, 'ansi' or 'human', but got {render_mode!r}")
+        self._set_episodes(batch_size, reward, max_rounds, max_tokens, trace, render_mode)
+        require(action in ("discrete", "multi_discrete"), "action", "'discrete' or 'multi_discrete'", action)
         self.plans = parse_plans(plans)
-        self.render_mode = render_mode
-        self._phases, self._drawn = read_batch_sizes(batch_size)
-        self._reward_name = reward
-        self._reward = make_reward(reward)
-        self._max_rounds, self._max_tokens, self._trace = max_rounds, max_tokens, trace
         owned = isinstance(engine, str)
-        if not isinstance(engine, str):
-            self.engine: Engine = engine
-        elif engine == "local":
-            self.engine = _local_engine(target, draft, prompt_tokens + max_new_tokens, use_rejection_sampling)
-        else:
+        if engine == "local":
+            engine = _local_engine(target, draft, prompt_tokens + max_new_tokens, use_rejection_sampling)
+        elif isinstance(engine, str):
             options = dict(engine_options or {})
-            self.engine = make_engine(engine, target=target, draft=draft, plans=self.plans, trace=trace, **options)
-        if isinstance(workload, (str, Path)):
-            self.workload: Workload = named_workload(
-                workload, target, prompt_tokens, max_new_tokens, temperature, ignore_eos
-            )
-        else:
-            self.workload = workload
+            engine = make_engine(engine, target=target, draft=draft, plans=self.plans, trace=trace, **options)
+        self._set_engine(
+            engine,
+            workload,
+            target,
+            owned=owned,
+            allow_parallel=allow_parallel,
+            prompt_tokens=prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            ignore_eos=ignore_eos,
+        )
         self._mask = np.array([self.engine.supports(plan) for plan in self.plans])
         if not self._mask.any():
             raise ValueError(f"the engine must support one of the plans, but none of {', '.join(map(str, self.plans))}")
         self._axes = sorted({p.num_steps for p in self.plans}), sorted({p.topk for p in self.plans})
         if action == "discrete":
-            self.action_space = spaces.Discrete(len(self.plans))
+            self.action_space, self._action_mask = spaces.Discrete(len(self.plans)), self._mask
         else:
             self.action_space = spaces.MultiDiscrete([len(axis) for axis in self._axes])
-        discrete = isinstance(self.action_space, spaces.Discrete)
-        self._action_mask = self._mask if discrete else np.ones(sum(map(len, self._axes)), dtype=np.bool_)
-        low, high = vector_bounds(self.plans)
-        self.observation_space = spaces.Box(low, high, dtype=np.float32)
+            self._action_mask = np.ones(sum(map(len, self._axes)), dtype=np.bool_)
+        self.observation_space = spaces.Box(*vector_bounds(self.plans), dtype=np.float32)
         self.baseline = self._new_baseline()
-        self._result_delay: int = getattr(self.engine, "result_delay", 0)
-        self._set_up(owned=owned, allow_parallel=allow_parallel)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -186,14 +175,9 @@ class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
             seed=int(self.np_random.integers(2**31)),
             trace=self._trace,
         )
-        self._rollout = Rollout(
-            self._session,
-            self.plans,
-            self.baseline,
-            batch_sizes=batch_sizes(phases),
-            result_delay=self._result_delay,
-        )
-        self._plan_zero_total_s = self._plan_zero_spent_s = 0.0
+        sizes, delay = batch_sizes(phases), self.engine.result_delay
+        self._rollout = Rollout(self._session, self.plans, self.baseline, batch_sizes=sizes, result_delay=delay)
+        self._plan_zero_s = self._plan_zero_spent_s = 0.0
         observation = self._rollout.observe().vector()
         self._start_agent_clock()
         return observation, {"action_mask": self.action_masks(), "batch_size": phases[0].batch_size}
@@ -213,7 +197,7 @@ class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
         for _ in self._rollout.arrived():
             pass  # the observation includes it now
         outcome, reward, terminated, truncated, info = self._count(step)
-        info |= self._over_plan_zero(step, outcome) | {"action_mask": self._action_mask.copy()}
+        info |= self._compare_with_plan_zero(step, outcome) | {"action_mask": self._action_mask.copy()}
         observation = self._rollout.observe().vector()
         if self.render_mode == "human":
             self.render()
@@ -229,17 +213,6 @@ class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
         with self.off_the_clock():
             self.engine.load_draft(weights, version=version)
 
-    def drain(self) -> list[Trace]:
-        """Take the traces of the rounds so far; off the clock. Needs `trace=True`.
-
-        Raises:
-            ValueError: the environment keeps no traces.
-        """
-        if not self._trace:
-            raise ValueError("drain needs traces, but the environment keeps none; make it with trace=True")
-        with self.off_the_clock():
-            return self._running().drain()
-
     def observation(self) -> Observation:
         """The current observation with names, as plan choosers take it."""
         self._running()
@@ -247,55 +220,38 @@ class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
 
     def _new_baseline(self) -> PlanZeroBaseline:
         """A new baseline; rounds of plan 0 may replace plain decoding if that leaves a choice of plans."""
-        return PlanZeroBaseline(may_stand_in=bool(self._mask.sum() > 1 and self.engine.supports(Plan(0))))
+        return PlanZeroBaseline(may_replace=bool(self._mask.sum() > 1 and self.engine.supports(Plan(0))))
 
-    def _over_plan_zero(self, step: Step, outcome: Outcome) -> dict[str, float]:
-        """The comparison with rounds of plan 0 in `info`; nan for plain decoding if they replace it."""
+    def _compare_with_plan_zero(self, step: Step, outcome: Outcome) -> dict[str, float]:
+        """The entries of `info` about rounds of plan 0; those about plain decoding are nan if they replace it."""
         self.baseline.record(step.round)
-        info = dict.fromkeys(("t0_s", "t0_error_s", "episode_speedup"), math.nan) if self.baseline.stands_in else {}
+        info = dict.fromkeys(("t0_s", "t0_error_s", "episode_speedup"), math.nan) if self.baseline.replaced else {}
         seconds = self.baseline.plan_zero_s(outcome.batch_size)
         if seconds is not None:
             info["plan0_s"] = seconds
-            self._plan_zero_total_s += outcome.tokens * seconds / outcome.batch_size
+            self._plan_zero_s += outcome.tokens * seconds / outcome.batch_size
             self._plan_zero_spent_s += outcome.seconds
         if self._plan_zero_spent_s:
-            info["episode_speedup_over_plan0"] = self._plan_zero_total_s / self._plan_zero_spent_s
+            info["episode_speedup_over_plan0"] = self._plan_zero_s / self._plan_zero_spent_s
         return info
 
     def _plan(self, action: Any) -> Plan:
-        if isinstance(self.action_space, spaces.Discrete):
-            try:
-                index = operator.index(action)
-            except TypeError:
-                index = -1
-            if not 0 <= index < len(self.plans):
-                raise ValueError(f"an action must be in {self.action_space}, but got {action!r}")
+        discrete = isinstance(self.action_space, spaces.Discrete)
+        if discrete:
+            with suppress(TypeError):  # for integers that are not NumPy's
+                action = operator.index(action)
+        if not self.action_space.contains(action):
+            raise ValueError(f"an action must be in {self.action_space}, but got {action!r}")
+        if discrete:
+            index = int(action)
         else:
-            if not self.action_space.contains(action):
-                raise ValueError(f"an action must be in {self.action_space}, but got {action!r}")
             steps, topk = (axis[int(i)] for axis, i in zip(self._axes, action, strict=True))
-            near = [(abs(p.topk - topk), i) for i, p in enumerate(self.plans) if p.num_steps == steps]
-            index = min(near)[1]
+            index = min((abs(p.topk - topk), i) for i, p in enumerate(self.plans) if p.num_steps == steps)[1]
         if not self._mask[index]:
             raise ValueError(
                 f"an action must be allowed by the mask, but the engine cannot run plan {self.plans[index]}"
             )
         return self.plans[index]
-
-
-def read_batch_sizes(given: BatchSizes) -> tuple[tuple[Phase, ...], tuple[Phase, ...]]:
-    """The schedule that episodes follow, or the batch sizes that each draws one of; the other one is empty."""
-    if isinstance(given, str):
-        return parse_traffic(given), ()
-    if isinstance(given, (int, np.integer)):
-        return (Phase(int(given)),), ()
-    parts = list(given)
-    if not parts:
-        raise ValueError("batch_size must name at least one size, but got none; for example 4 or [1, 4, 16]")
-    phases = tuple(part for part in parts if isinstance(part, Phase))
-    if len(phases) == len(parts):
-        return phases, ()
-    return (), tuple(Phase(int(part)) for part in parts)  # type: ignore[call-overload]
 
 
 def _local_engine(

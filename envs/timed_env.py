@@ -1,4 +1,4 @@
-"""What the environments over live decoding share: the agent's clock, episodes, `info`, the panel, the device lock."""
+"""The shared part of the environments on live sessions: episodes, the agent's clock, `info`, panel and device lock."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from specrl.core.batch_schedule import Phase
+from specrl.core.batch_schedule import BatchSizes, Phase, read_schedules
+from specrl.core.checks import require
 from specrl.core.clock import WallClock
 from specrl.core.interfaces import Engine, Session, Workload
-from specrl.core.plain_cost import PlainCost, no_plain_measurement
+from specrl.core.plain_cost import PlainCost
 from specrl.core.plan import Plan
 from specrl.core.rollout import Rollout, Step
-from specrl.core.round import PlainSample, Round
+from specrl.core.round import PlainSample, Round, Trace
 from specrl.envs.device_lock import DeviceLock
 from specrl.envs.render import as_text, panel
-from specrl.envs.rewards import Outcome, Reward
+from specrl.envs.rewards import Outcome, make_reward
 
 log = logging.getLogger("specrl.envs")
 NO_PLAIN = (
@@ -34,24 +35,61 @@ _PLAN_ZERO_ROUNDS = 32  # rounds of plan 0 in the mean cost of one
 class TimedEnv(Generic[S]):
     """The part of an environment on a live session that does not depend on what the agent decides.
 
-    An environment inherits from it and from `gymnasium.Env`, and calls `_set_up` after its engine is set.
+    An environment inherits from it and from `gymnasium.Env`. It calls `_set_episodes` before it makes an engine, and
+    `_set_engine` afterwards.
     """
 
     engine: Engine
     render_mode: str | None
+    metadata = {"render_modes": ["ansi", "human"], "render_fps": 30}
     _title: ClassVar[str]
-    _phases: tuple[Phase, ...]  # the batch sizes that every episode follows,
-    _drawn: tuple[Phase, ...]  # or those that each episode draws one of
-    _max_rounds: int | None
-    _max_tokens: int | None
-    _reward: Reward
     _rollout: Rollout
 
-    def _set_up(self, *, owned: bool, allow_parallel: bool) -> None:
-        clock = self.engine.clock
-        locked = isinstance(clock, WallClock) and not allow_parallel
-        self._lock = DeviceLock(str(clock.device)) if locked else None  # type: ignore[attr-defined]
+    def _set_episodes(
+        self,
+        batch_size: BatchSizes,
+        reward: str,
+        max_rounds: int | None,
+        max_tokens: int | None,
+        trace: bool,
+        render_mode: str | None,
+    ) -> None:
+        check_episode(max_rounds, max_tokens, reward)
+        require(render_mode in (None, "ansi", "human"), "render_mode", "None, 'ansi' or 'human'", render_mode)
+        self.render_mode = render_mode
+        self._schedules = read_schedules(batch_size)  # each episode draws one
+        self._reward_name, self._reward = reward, make_reward(reward)
+        self._max_rounds, self._max_tokens, self._trace = max_rounds, max_tokens, trace
+
+    def _set_engine(
+        self,
+        engine: Engine,
+        workload: str | Path | Workload,
+        target: str | Path,
+        *,
+        owned: bool,
+        allow_parallel: bool,
+        **requests: Any,
+    ) -> None:
+        """Keep the engine and the workload, which may be a name for `specrl.workloads.stream.open_stream`.
+
+        Args:
+            engine: the engine.
+            workload: a workload, or its name.
+            target: the target, whose tokenizer reads a workload by name.
+            owned: whether the environment closes the engine.
+            allow_parallel: do not lock the device during an episode.
+            requests: arguments of `open_stream`.
+        """
+        if isinstance(workload, (str, Path)):
+            from specrl.workloads.stream import open_stream
+
+            workload = open_stream(workload, target, **requests)
+        self.engine, self.workload = engine, workload
+        clock = engine.clock
+        self._lock = DeviceLock(clock.device) if isinstance(clock, WallClock) and not allow_parallel else None
         self._session: S | None = None
+        self._traces: list[Trace] = []  # taken from the session, but not by `drain`
         self._info: dict[str, Any] | None = None
         self._live_panel: Any = None
         self._owned, self._closed = owned, False
@@ -62,17 +100,16 @@ class TimedEnv(Generic[S]):
         Raises:
             ValueError: the environment is closed, or there are options.
         """
-        if self._closed:
-            raise ValueError("the environment is closed; make a new one")
+        self._check_open()
         if options:
             raise ValueError(f"reset takes no options, but got {', '.join(options)}; pass them to gym.make")
         self._release_device()
         if self._session is not None:
             self._session.close()
-        self._plain = self._spent = 0.0
+        self._plain_s = self._spent_s = 0.0
         self._rounds = self._tokens = 0
-        self._info = None
-        return (self._drawn[int(rng.integers(len(self._drawn)))],) if self._drawn else self._phases
+        self._info, self._traces = None, []
+        return self._schedules[int(rng.integers(len(self._schedules)))]
 
     def _start_agent_clock(self) -> None:
         """The agent's time counts from now on."""
@@ -84,19 +121,48 @@ class TimedEnv(Generic[S]):
         return max(self.engine.clock.now() - self._returned - self._paused_s, 0.0)
 
     def _count(self, step: Step) -> tuple[Outcome, float, bool, bool, dict[str, Any]]:
-        """Count a round; returns its outcome, reward, terminated, truncated and info (see `describe`)."""
-        done, batch = step.round, step.round.batch_size
-        outcome = Outcome(sum(done.tokens.tolist()), batch, step.seconds, step.plain.seconds)
+        """Count a round; returns its outcome, reward, terminated, truncated and info."""
+        done = step.round
+        outcome = Outcome(sum(done.tokens.tolist()), done.batch_size, step.seconds, step.plain.seconds)
         self._rounds += 1
         self._tokens += outcome.tokens
-        self._plain += outcome.plain_total_s
-        self._spent += outcome.seconds
-        self._info = info = describe(step, outcome, self._plain / self._spent)
+        self._plain_s += outcome.plain_total_s
+        self._spent_s += outcome.seconds
+        self._info = {
+            "tokens": outcome.tokens,
+            "seconds": outcome.seconds,
+            "draft_s": done.draft_s,
+            "verify_s": done.verify_s,
+            "other_s": done.other_s,
+            "thinking_s": step.thinking_s,
+            "prefill_s": done.prefill_s,
+            "accept_length": done.accept_length,
+            "histogram": done.histogram().tolist(),
+            "plan": str(done.plan),
+            "draft_version": done.draft_version,
+            "batch_size": done.batch_size,
+            "t0_s": step.plain.seconds,
+            "t0_error_s": step.plain.standard_error,
+            "episode_speedup": self._plain_s / self._spent_s,
+            "round": done,
+        }
         terminated = self._max_tokens is not None and self._tokens >= self._max_tokens
         truncated = self._max_rounds is not None and self._rounds >= self._max_rounds
         if terminated or truncated:
             self._release_device()
-        return outcome, self._reward(outcome), terminated, truncated, info
+        return outcome, self._reward(outcome), terminated, truncated, self._info
+
+    def drain(self) -> list[Trace]:
+        """Take the traces of the rounds so far; off the clock. Needs `trace=True`.
+
+        Raises:
+            ValueError: the environment keeps no traces.
+        """
+        if not self._trace:
+            raise ValueError("drain needs traces, but the environment keeps none; make it with trace=True")
+        with self.off_the_clock():
+            traces, self._traces = self._traces + self._running().drain(), []
+        return traces
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
@@ -146,9 +212,12 @@ class TimedEnv(Generic[S]):
         if self._lock is not None:
             self._lock.release()
 
-    def _running(self) -> S:
+    def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the environment is closed; make a new one")
+
+    def _running(self) -> S:
+        self._check_open()
         if self._session is None:
             raise ValueError("reset was never called; call reset() before step()")
         return self._session
@@ -160,30 +229,24 @@ class PlanZeroBaseline(PlainCost):
     A round of plan 0 commits one token per request, as plain decoding does, but the draft still reads the text.
 
     Args:
-        may_stand_in: whether rounds of plan 0 may replace plain decoding.
+        may_replace: whether rounds of plan 0 may replace plain decoding.
 
     Attributes:
-        stands_in: whether they do.
+        replaced: whether they do.
     """
 
-    def __init__(self, *, may_stand_in: bool) -> None:
+    def __init__(self, *, may_replace: bool) -> None:
         super().__init__()
-        self.stands_in, self._may_stand_in = False, may_stand_in
+        self.replaced, self._may_replace = False, may_replace
         self._seconds: dict[int, deque[float]] = {}  # of recent rounds of plan 0, by batch size
 
     def measure(self, session: Session) -> PlainSample:
-        """One plain decoding step, or a round of plan 0, which is committed.
-
-        Raises:
-            ValueError: the engine cannot measure plain decoding, and plan 0 may not replace it.
-        """
-        sample = session.measure_plain()
-        if sample is not None:
-            return sample
-        if not self._may_stand_in:
-            raise no_plain_measurement()
-        if not self.stands_in:
-            self.stands_in = True
+        """One plain decoding step, or a round of plan 0, which is committed."""
+        if not self.replaced:
+            sample = session.measure_plain() if self._may_replace else super().measure(session)
+            if sample is not None:
+                return sample
+            self.replaced = True
             log.warning("%s", NO_PLAIN)
         done = session.round(Plan(0))
         self.record(done)
@@ -210,47 +273,8 @@ def check_episode(max_rounds: int | None, max_tokens: int | None, reward: str) -
         raise ValueError(
             f"exactly one of max_rounds and max_tokens must be given, but got {max_rounds} and {max_tokens}"
         )
-    if min(v for v in (max_rounds, max_tokens) if v is not None) < 1:
-        raise ValueError(f"an episode must have at least 1 round or token, but got {max_rounds or max_tokens}")
+    length = max_tokens if max_rounds is None else max_rounds
+    if length is not None and length < 1:
+        raise ValueError(f"an episode must have at least 1 round or token, but got {length}")
     if reward == "time_saved" and max_tokens is None:
         raise ValueError("reward 'time_saved' is for episodes of max_tokens only, but got max_rounds")
-
-
-def describe(step: Step, outcome: Outcome, speedup: float) -> dict[str, Any]:
-    """The `info` of a round; `speedup` is that of the episode so far."""
-    done, correct = step.round, step.round.correct_drafts.tolist()
-    return {
-        "tokens": outcome.tokens,
-        "seconds": outcome.seconds,
-        "draft_s": done.draft_s,
-        "verify_s": done.verify_s,
-        "other_s": done.other_s,
-        "thinking_s": step.thinking_s,
-        "prefill_s": done.prefill_s,
-        "accept_length": 1.0 + sum(correct) / len(correct),
-        "histogram": [correct.count(k) for k in range(done.plan.num_steps + 1)],
-        "plan": str(done.plan),
-        "draft_version": done.draft_version,
-        "batch_size": outcome.batch_size,
-        "t0_s": outcome.plain_s,
-        "t0_error_s": step.plain.standard_error,
-        "episode_speedup": speedup,
-        "round": done,
-    }
-
-
-def named_workload(
-    spec: str | Path, target: str | Path, prompt_tokens: int, max_new_tokens: int, temperature: float, ignore_eos: bool
-) -> Workload:
-    """A workload or stream by name, in the tokens of a target (see `specrl.workloads.stream`)."""
-    from specrl.workloads.stream import open_stream
-
-    return open_stream(
-        spec,
-        target,
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        ignore_eos=ignore_eos,
-        split="train",
-    )

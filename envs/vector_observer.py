@@ -50,21 +50,21 @@ class VectorObserver:
         self._proposed = np.zeros((self._steps, count), dtype=np.float32)
         self._costs = np.zeros((count * len(sizes), 2 * len(plans)), dtype=np.float32)  # log2 ratios, then tried
         self._last, self._seen = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+        self._state = [  # views of all of these, with the environments first
+            *(self._correct, self._weight, self._last, self._seen),
+            *(self._survived.T, self._proposed.T, self._costs.reshape(count, -1)),
+        ]
 
     def reset(self, which: Ints | None) -> None:
         """Forget all rounds of these environments (None: of all)."""
         at: slice | Ints = slice(None) if which is None else which
-        for array in (self._correct, self._weight, self._last, self._seen):
+        for array in self._state:
             array[at] = 0
-        self._survived[:, at] = self._proposed[:, at] = 0.0
-        self._costs.reshape(self._count, -1)[at] = 0.0
 
-    def record(self, plan: Ints, size: Ints, live: Ints, done: Rounds, plain_s: Floats, skip: Ints | None) -> None:
+    def record(self, plan: Ints, size: Ints, live: Ints, done: Rounds, plain_s: Floats, *, skip: Ints) -> None:
         """Add a round of every environment except those to `skip`; the arguments are those before the round."""
-        if skip is not None and len(skip):
-            kept = [a[..., skip] for a in (self._correct, self._weight, self._last, self._seen)]
-            sums = self._survived[:, skip], self._proposed[:, skip]
-            costs = self._costs.reshape(self._count, -1)[skip]
+        if len(skip):
+            skipped = [array[skip] for array in self._state]
         keep, share = self._keep, 1.0 / live
         self._correct *= keep
         self._correct += done.correct * share
@@ -81,12 +81,11 @@ class VectorObserver:
         before, tried = flat.take(cell), flat.take(cell + self._plans)
         flat[cell] = before + np.where(tried > 0, max(1.0 - keep, MIN_COST_STEP), 1.0) * (ratio - before)
         flat[cell + self._plans] = 1.0
-        self._last = plan.copy()
+        self._last[:] = plan
         self._seen += 1
-        if skip is not None and len(skip):
-            self._correct[skip], self._weight[skip], self._last[skip], self._seen[skip] = kept
-            self._survived[:, skip], self._proposed[:, skip] = sums
-            self._costs.reshape(self._count, -1)[skip] = costs
+        if len(skip):
+            for array, values in zip(self._state, skipped, strict=True):
+                array[skip] = values
 
     def observe(self, size: Ints, context: Floats) -> NDArray[np.float32]:
         """[N, 5 + K + 3 * plans] float32, as `Observation.vector`."""

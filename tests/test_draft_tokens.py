@@ -241,7 +241,9 @@ def test_the_statistic_sees_a_false_account_of_the_odds(monkeypatch: pytest.Monk
 def test_draws_are_samples_of_q() -> None:
     """4,000 of one distribution; each count within 5 standard deviations (odds of failing below 1e-5)."""
     q = np.array([0.5, 0.0, 0.3, 0.15, 0.05], dtype=np.float32)
-    drawn = SampledDrafts(1, 5, seed=0).draw(np.tile(q, (4000, 1)), 4000)
+    drafts = SampledDrafts(1, 5)
+    drafts.reset(seed=0)
+    drawn = drafts.draw(np.tile(q, (4000, 1)), 4000)
     counts = np.bincount(drawn, minlength=5)
     assert counts[1] == 0 and (np.abs(counts - 4000 * q) <= 5 * np.sqrt(4000 * q * (1 - q))).all()
 

@@ -6,6 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from specrl.core.checks import require
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:
@@ -19,14 +23,15 @@ class Phase:
     rounds: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.rounds < 1:
-            raise ValueError(
-                f"batch_size and rounds of traffic must be at least 1, but got {self.batch_size} x {self.rounds}"
-            )
+        numbers = self.batch_size, self.rounds
+        require(min(numbers) >= 1, "batch_size and rounds of traffic", "at least 1", numbers)
+
+
+BatchSizes = int | str | Sequence[int] | Sequence[Phase]
 
 
 def parse_traffic(text: str) -> tuple[Phase, ...]:
-    """Read '16x96,4x24,1x24' (batch size x rounds, repeated for ever) or '8'.
+    """Read '16x96,4x24,1x24' (batch size x rounds, repeated endlessly) or '8'.
 
     Raises:
         ValueError: another form, or a number below 1.
@@ -38,6 +43,26 @@ def parse_traffic(text: str) -> tuple[Phase, ...]:
             raise ValueError(f"traffic is written 'batch size x rounds', as in '16x96,4x24,1x24', but got {part!r}")
         phases.append(Phase(int(match[1]), int(match[2] or 1)))
     return tuple(phases)
+
+
+def read_schedules(given: BatchSizes) -> tuple[tuple[Phase, ...], ...]:
+    """The schedules of batch sizes that an environment may have; each episode draws one of them.
+
+    Args:
+        given: a batch size, several (one schedule each), a text for `parse_traffic`, or the phases of one schedule.
+
+    Raises:
+        ValueError: no batch size, one below 1, or a text of another form.
+    """
+    if isinstance(given, str):
+        return (parse_traffic(given),)
+    parts = [given] if isinstance(given, (int, np.integer)) else list(given)
+    if not parts:
+        raise ValueError("batch_size must name at least one size, but got none; for example 4 or [1, 4, 16]")
+    phases = tuple(part for part in parts if isinstance(part, Phase))
+    if len(phases) == len(parts):
+        return (phases,)
+    return tuple((Phase(int(part)),) for part in parts)  # type: ignore[call-overload]
 
 
 def batch_sizes(phases: Sequence[Phase]) -> Iterator[int]:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from specrl.core.checks import require
+
 _FORMS = "'0', 'num_steps/topk/num_draft_tokens' (as in '3/1/4') or 'num_steps' alone (a chain)"
 
 
@@ -29,10 +31,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         steps, topk = self.num_steps, self.topk
-        if steps < 0:
-            raise ValueError(f"num_steps must be at least 0, but got {steps}; 0 means no speculation")
-        if topk < 1:
-            raise ValueError(f"topk must be at least 1, but got {topk}; 1 means a chain")
+        require(steps >= 0, "num_steps", "at least 0", steps)
+        require(topk >= 1, "topk", "at least 1", topk)
         if self.num_draft_tokens == 0 and topk == 1:
             object.__setattr__(self, "num_draft_tokens", steps + 1)
         tokens = self.num_draft_tokens
@@ -43,13 +43,12 @@ class Plan:
                 f"a chain (topk=1) verifies num_steps + 1 = {steps + 1} tokens, but got num_draft_tokens={tokens}; "
                 f"write '{steps}/1/{steps + 1}'"
             )
-        if topk > 1:
-            most = 1 + topk + (steps - 1) * topk * topk
-            if not steps + 1 <= tokens <= most:
-                raise ValueError(
-                    f"a tree of num_steps={steps}, topk={topk} verifies between {steps + 1} and {most} tokens, "
-                    f"but got num_draft_tokens={tokens}"
-                )
+        most = 1 + topk + (steps - 1) * topk * topk
+        if topk > 1 and not steps + 1 <= tokens <= most:
+            raise ValueError(
+                f"a tree of num_steps={steps}, topk={topk} verifies between {steps + 1} and {most} tokens, "
+                f"but got num_draft_tokens={tokens}"
+            )
 
     @classmethod
     def parse(cls, text: str | int | Plan) -> Plan:

@@ -1,10 +1,8 @@
 """Paired ratios, bootstrap intervals and the comparison of agents: pure functions over NumPy arrays.
 
-Speedups are analysed as log ratios of paired blocks: their mean is the log of the geometric mean ratio. Intervals
-are studentised bootstraps over blocks (or over groups of blocks that share requests): with the dozen blocks of a
-short run a percentile bootstrap covers 95 % only nine times in ten, the studentised one keeps its word
-(tests/test_statistics.py measures both). Fewer than eight values, such as a figure of each of three seeds, are too few
-to resample: there Student's t stands for the resamples.
+Intervals are studentised bootstraps over blocks, or over groups of blocks that share requests. A percentile bootstrap
+of a dozen blocks covers 95 % only nine times in ten (tests/test_statistics.py measures both). Fewer than eight values
+are too few to resample; Student's t is used for them.
 """
 
 from __future__ import annotations
@@ -16,8 +14,10 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from specrl.core.checks import require
+
 Floats = NDArray[np.float64]
-_FEW = 8  # values; of fewer, too many resamples hold hardly any two that differ, and the interval knows no bounds
+_FEW = 8  # values; with fewer, many resamples hold almost equal values, and the interval is unbounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,7 @@ def abba(pairs: int) -> str:
     Raises:
         ValueError: fewer than one pair.
     """
-    if pairs < 1:
-        raise ValueError(f"pairs must be at least 1, but got {pairs}")
+    require(pairs >= 1, "pairs", "at least 1", pairs)
     return ("ABBA" * ((pairs + 1) // 2))[: 2 * pairs]
 
 
@@ -62,7 +61,7 @@ def paired_speedup(
     resamples: int = 4000,
     rng: np.random.Generator,
 ) -> Interval:
-    """Geometric mean of the paired ratios plain / speculative.
+    """Geometric mean of the paired ratios plain / speculative: the exponential of their mean log ratio.
 
     Args:
         plain, speculative: [n] seconds per token of paired blocks, n >= 2.
@@ -78,7 +77,7 @@ def paired_speedup(
     if a.shape != b.shape:
         raise ValueError(f"plain and speculative must be paired, but got {len(a)} and {len(b)} blocks")
     mean = mean_interval(np.log(a / b), groups=groups, level=level, resamples=resamples, rng=rng)
-    with np.errstate(over="ignore"):  # two or three pairs say so little that the upper end may be infinite
+    with np.errstate(over="ignore"):  # with two or three pairs the upper end may be infinite
         value, low, high = np.exp([mean.value, mean.low, mean.high]).tolist()
     return Interval(value, low, high, level)
 
@@ -93,7 +92,11 @@ def mean_interval(
 ) -> Interval:
     """Mean of `values [n]` by a studentised bootstrap over values, or over groups of them (Efron, 1979; Hall, 1988).
 
-    Of fewer than eight of them Student's t (1908), which takes them for normal.
+    For fewer than eight, Student's t (1908), which assumes normal values.
+
+    Args:
+        values: [n], n >= 2.
+        groups, level, resamples, rng: as in `paired_speedup`.
 
     Raises:
         ValueError: fewer than two values or groups, or one that is not finite.
@@ -111,19 +114,21 @@ def ratio_of_sums(
     resamples: int = 4000,
     rng: np.random.Generator,
 ) -> Interval:
-    """Σ numerator ÷ Σ denominator, as of a run's speedup ΣN·t0/B ÷ ΣΔt, by a studentised bootstrap.
+    """Σ numerator ÷ Σ denominator, such as a run's speedup ΣN·t0/B ÷ ΣΔt, by a studentised bootstrap.
 
     The standard error of each resample is the ratio estimator's (Cochran, 1977, section 6.4).
 
+    Args:
+        numerator, denominator: [n], n >= 2.
+        groups, level, resamples, rng: as in `paired_speedup`.
+
     Raises:
-        ValueError: lengths differ, fewer than two values or groups, one that is not finite, or a denominator that
-            is not positive.
+        ValueError: lengths differ, fewer than two values or groups, or a value that is not finite or not positive.
     """
     x, y = _finite(numerator, "numerator"), _positive(denominator, "denominator")
     if x.shape != y.shape:
         raise ValueError(f"numerator and denominator must have one length, but got {len(x)} and {len(y)}")
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"level must be in (0, 1), but got {level}")
+    require(0.0 < level < 1.0, "level", "in (0, 1)", level)
     if groups is not None:
         index = np.unique(np.asarray(groups), return_inverse=True)[1]
         if index.shape != x.shape:
@@ -132,21 +137,18 @@ def ratio_of_sums(
     n = len(x)
     if n < 2:
         raise ValueError(f"an interval needs at least 2 values or groups, but got {n}; measure longer")
-    value = x.sum() / y.sum()
-    error = _ratio_error(x, y)
+    value, error = float(x.sum() / y.sum()), float(_ratio_error(x, y))
     if error == 0.0:
-        return Interval(float(value), float(value), float(value), level)
+        return Interval(value, value, value, level)
     if n < _FEW:
-        width = float(error * np.quantile(np.abs(rng.standard_t(n - 1, size=100_000)), level))
-        return Interval(float(value), float(value - width), float(value + width), level)
+        width = error * float(np.quantile(np.abs(rng.standard_t(n - 1, size=100_000)), level))
+        return Interval(value, value - width, value + width, level)
     picks = rng.integers(n, size=(resamples, n))
     xs, ys = x[picks], y[picks]
-    again = xs.sum(1) / ys.sum(1)
-    errors = np.maximum(_ratio_error(xs, ys), 1e-3 * error)
-    t = (again - value) / errors
+    t = (xs.sum(1) / ys.sum(1) - value) / np.maximum(_ratio_error(xs, ys), 1e-3 * error)
     tail = (1.0 - level) / 2.0
     low, high = value - error * np.quantile(t, [1.0 - tail, tail])
-    return Interval(float(value), float(low), float(high), level)
+    return Interval(value, float(low), float(high), level)
 
 
 def _ratio_error(x: Floats, y: Floats) -> Floats:
