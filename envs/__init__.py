@@ -11,22 +11,13 @@ SIMULATED = "SpecRL/Simulated-v0"
 
 
 def register() -> None:
-    """Make the environments known to Gymnasium; `import specrl` does it."""
-    if SPEC_DECODE not in gymnasium.registry:
-        gymnasium.register(
-            SPEC_DECODE, entry_point="specrl.envs.spec_decode:SpecDecodeEnv", nondeterministic=True, order_enforce=True
-        )
-    if DRAFT_TOKENS not in gymnasium.registry:
-        gymnasium.register(
-            DRAFT_TOKENS,
-            entry_point="specrl.envs.draft_tokens:DraftTokensEnv",
-            nondeterministic=True,
-            order_enforce=True,
-        )
-    if SIMULATED not in gymnasium.registry:
-        gymnasium.register(
-            SIMULATED,
-            entry_point="specrl.envs.simulated:SimulatedEnv",
-            vector_entry_point="specrl.envs.simulated_vector:SimulatedVectorEnv",
-            order_enforce=True,
-        )
+    """Register the environments with Gymnasium; `import specrl` does it."""
+    if SIMULATED in gymnasium.registry:
+        return
+    gymnasium.register(SPEC_DECODE, entry_point="specrl.envs.spec_decode:SpecDecodeEnv", nondeterministic=True)
+    gymnasium.register(DRAFT_TOKENS, entry_point="specrl.envs.draft_tokens:DraftTokensEnv", nondeterministic=True)
+    gymnasium.register(
+        SIMULATED,
+        entry_point="specrl.envs.simulated:SimulatedEnv",
+        vector_entry_point="specrl.envs.simulated_vector:SimulatedVectorEnv",
+    )

@@ -9,12 +9,13 @@ Every reward takes the numbers of one environment as Python floats, or those of 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from specrl.core.checks import require_known
 
 Numbers = Any  # float, or [N] float64; plain floats are several times faster than NumPy scalars
 Skip = NDArray[np.bool_] | None  # [N]: environments whose round does not count; None: all count
@@ -43,12 +44,7 @@ class Outcome(NamedTuple):
         return self.tokens * self.plain_s / self.batch_size
 
 
-class Reward(Protocol):
-    """A function of a round, which may remember earlier rounds."""
-
-    def __call__(self, outcome: Outcome, skip: Skip = None) -> Numbers:
-        """The reward of a round."""
-        ...
+Reward = Callable[..., Numbers]  # of an `Outcome` and, for N environments, of those to skip; may remember earlier rounds
 
 
 class Differential:
@@ -87,7 +83,7 @@ class Differential:
 
 
 class TimeSaved:
-    """r = (N·t0/B - Δt) / t_ref, whose sum is the time saved over plain decoding.
+    """r = (N·t0/B - Δt) / t_ref, whose sum is the time saved over plain decoding; t_ref is the first t0.
 
     Use it undiscounted, and in episodes that end after `max_tokens` tokens only. In episodes of `max_rounds` rounds it
     would favour long rounds.
@@ -133,8 +129,5 @@ def make_reward(name: str) -> Reward:
     Raises:
         ValueError: there is no such reward.
     """
-    if name not in _REWARDS:
-        close = difflib.get_close_matches(str(name), _REWARDS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"reward must be one of {', '.join(_REWARDS)}, but got {name!r}{hint}")
+    require_known("reward", name, _REWARDS)
     return _REWARDS[name]()
