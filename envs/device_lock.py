@@ -13,9 +13,7 @@ except ImportError:  # without POSIX file locks nothing is refused
 
 
 class DeviceLock:
-    """Exclusive use of a device for timed rounds, among all processes of the user.
-
-    It is held from `acquire` to `release`. The operating system releases the lock of a process that ends.
+    """Exclusive use of a device for timed rounds, among all processes of the user; released when the process ends.
 
     Args:
         device: the device, by torch's name.
@@ -60,5 +58,4 @@ class DeviceLock:
             self._file = None
 
     def __del__(self) -> None:
-        """Release the device with the last reference."""
         self.release()

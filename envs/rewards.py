@@ -44,7 +44,9 @@ class Outcome(NamedTuple):
         return self.tokens * self.plain_s / self.batch_size
 
 
-Reward = Callable[..., Numbers]  # of an `Outcome` and, for N environments, of those to skip; may remember earlier rounds
+Reward = Callable[
+    ..., Numbers
+]  # of an `Outcome` and, for N environments, of those to skip; may remember earlier rounds
 
 
 class Differential:

@@ -200,7 +200,7 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
             raise ValueError(f"actions must be {self.num_envs} whole numbers, but got {plan.dtype} {plan.shape}")
         if plan.min() < 0 or plan.max() >= len(self.plans):
             raise ValueError(f"actions must be in [0, {len(self.plans)}), but got {plan.min()} .. {plan.max()}")
-        if not self._mask.all() and not self._mask[plan].all():
+        if not self._mask[plan].all():
             wrong = self.plans[int(plan[~self._mask[plan]][0])]
             raise ValueError(f"actions must be allowed by the mask, but the profile does not offer plan {wrong}")
         return plan.astype(np.int64)

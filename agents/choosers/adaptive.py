@@ -27,15 +27,14 @@ _BUYS = 3  # rounds by which one request's draft delays that
 class AdaptiveChooser(PlanChooser):
     """Chooses the plan with the most tokens per second, E[τ] / T(B, plan), by posterior sampling.
 
-    At a given batch size, every objective that is a ratio of tokens to seconds is maximised by this plan. Acceptance
-    and costs are sampled from their posteriors (Thompson, 1933), so plans are tried as long as they may be best. A cost
-    that is known to within a few per cent is sampled with less than its spread, because telling nearly equal plans
-    apart is not worth the rounds.
+    This plan maximises every objective that is a ratio of tokens to seconds at a batch size. Acceptance and costs are
+    sampled from their posteriors (Thompson, 1933), so plans are tried as long as they may be best. A cost that is known
+    to within a few per cent is sampled with less than its spread, because telling nearly equal plans apart is not worth
+    the rounds.
 
-    Each posterior sample is kept for several rounds at its batch size, because switching from plan 0 to drafting has a
-    one-off cost: the first speculative round after plan 0, or after a change of batch size, pays for the draft's
-    catch-up. That round counts for survival but not for the plan's cost. The catch-up cost is learnt too, and reduces
-    the value of plans that would follow plan 0.
+    Each posterior sample is kept for several rounds at its batch size, because the first speculative round after plan
+    0, or after a change of batch size, pays for the draft's catch-up. That round counts for survival but not for the
+    plan's cost. The catch-up cost is learnt too, and reduces the value of plans that would follow plan 0.
 
     `Survival` and `Costs` detect changes. So that changes are seen, a plan that has not run for long is tried again,
     sooner if two standard deviations of its cost might make it best, and drafting is tried again after many rounds of
@@ -45,9 +44,8 @@ class AdaptiveChooser(PlanChooser):
         plans: the plans to choose from.
         seed: of the sampling.
         revisit: rounds, at any batch size, after which a plan that has not run is tried again: at first only if it is
-            as good as the best plan, after twice as many rounds if it has 80 % of the best plan's speed. Costs and
-            acceptance mostly change at all batch sizes together, so one trial at a batch size where it is cheap is
-            enough.
+            as good as the best plan, after twice as many rounds if it has 80 % of the best plan's speed. One trial is
+            enough because costs and acceptance mostly change at all batch sizes together.
 
     Raises:
         ValueError: no plans.
@@ -82,7 +80,7 @@ class AdaptiveChooser(PlanChooser):
     def _sample(self, batch: int) -> tuple[Plan, int]:
         """A plan sampled from the posterior, and the number of rounds to keep it."""
         costs = self.costs
-        untried = [plan for plan in self.plans if costs.visits(batch, plan) < 2 and self._worth(batch, plan)]
+        untried = [plan for plan in self.plans if costs.cell(batch, plan).visits < 2 and self._worth(batch, plan)]
         if untried:
             return untried[int(self._rng.integers(len(untried)))], 2
         lengths = self.survival.accept_lengths(self.plans, self._rng)
@@ -110,7 +108,7 @@ class AdaptiveChooser(PlanChooser):
 
         After one round it always may, because that round may have been an outlier.
         """
-        if self.costs.visits(batch, plan) == 1:
+        if self.costs.cell(batch, plan).visits == 1:
             return True
         tried, speeds = self._tried(batch), self._speeds(batch)
         doubt = 3.0 * self.costs.log_seconds(batch, plan)[1]
@@ -121,12 +119,13 @@ class AdaptiveChooser(PlanChooser):
         overdue = self.costs.unseen_anywhere(plan) / self._revisit - 1.0
         if behind < -math.log(_PLAUSIBLE) * min(overdue, 1.0):
             return True
-        patience = _PATIENCE * len(self.plans) * min(self.costs.tried(batch, plan) / _WELL_KNOWN, 1.0)
-        return self.costs.unseen(batch, plan) > patience and behind < 2.0 * self.costs.log_seconds(batch, plan)[1]
+        cell = self.costs.cell(batch, plan)
+        patience = _PATIENCE * len(self.plans) * min(cell.weight / _WELL_KNOWN, 1.0)
+        return self.costs.rounds - cell.seen > patience and behind < 2.0 * self.costs.log_seconds(batch, plan)[1]
 
     def _tried(self, batch: int) -> Sequence[Plan]:
         """Plans that ran at least twice at a batch size; all plans if none did."""
-        return [plan for plan in self.plans if self.costs.visits(batch, plan) >= 2] or self.plans
+        return [plan for plan in self.plans if self.costs.cell(batch, plan).visits >= 2] or self.plans
 
     def _speeds(self, batch: int) -> dict[Plan, float]:
         """Mean belief about log E[τ] / T of every plan."""
@@ -141,7 +140,7 @@ class AdaptiveChooser(PlanChooser):
         caught_up = last is not None and last[0] == done.batch_size and (last[1].num_steps or not done.plan.num_steps)
         if caught_up or not done.plan.num_steps:
             self.costs.learn(done.batch_size, done.plan, done.seconds)
-        elif last is not None and last[1].num_steps == 0 and self.costs.visits(done.batch_size, done.plan) >= 2:
+        elif last is not None and last[1].num_steps == 0 and self.costs.cell(done.batch_size, done.plan).visits >= 2:
             usual = math.exp(self.costs.log_seconds(done.batch_size, done.plan)[0])
             longer = min(max(done.seconds / usual - 1.0, -0.5), 2.0)
             self._catch_up += 0.1 * (longer - self._catch_up)
@@ -152,11 +151,11 @@ class AdaptiveChooser(PlanChooser):
 
     def estimates(self, batch_size: int) -> list[PlanEstimate]:
         """The expected accept length and seconds of every plan at a batch size."""
-        costs, out = self.costs, []
+        found = []
         for plan, length in zip(self.plans, self.survival.accept_lengths(self.plans), strict=True):
-            seconds = math.exp(costs.log_seconds(batch_size, plan)[0])
-            out.append(PlanEstimate(plan, length, seconds, costs.tried(batch_size, plan)))
-        return out
+            seconds = math.exp(self.costs.log_seconds(batch_size, plan)[0])
+            found.append(PlanEstimate(plan, length, seconds, self.costs.cell(batch_size, plan).weight))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """The state, JSON-able."""

@@ -1,9 +1,8 @@
 """Bandits over plans, one per group of batch sizes: bucketed ε-greedy, UCB1 and EXP3. NumPy only.
 
-Each plan is an arm of its own; the relation between plans is not used. The reward of a round is tokens per second and
-request, v. UCB1 and EXP3 need rewards in [0, 1] and use v / (v + m), with m the mean of all v in the group so far, so
-that 1/2 is the mean of the group. They maximise the mean of a function of per-round ratios, not the ratio of sums that
-is the speedup of a run.
+Each plan is an arm of its own; the relation between plans is not used. UCB1 and EXP3 need rewards in [0, 1] and use
+v / (v + m): v is the tokens per second and request of a round, m the mean of all v in the group so far. They maximise
+the mean of a function of per-round ratios, not the ratio of sums that is the speedup of a run.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from specrl.core.checks import require
 from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan
@@ -67,8 +67,8 @@ class MedianGreedy(PlanChooser):
         seed: int = 0,
     ) -> None:
         self.plans, self._groups = _checked(plans, groups)
-        if not 0.0 <= epsilon <= 1.0 or window < 1:
-            raise ValueError(f"epsilon must be in [0, 1] and window at least 1, but got {epsilon}, {window}")
+        require(0.0 <= epsilon <= 1.0, "epsilon", "in [0, 1]", epsilon)
+        require(window >= 1, "window", "at least 1", window)
         self._tiers = {bound: tuple(allowed) for bound, allowed in sorted((tiers or {1: self.plans}).items())}
         self._epsilon, self._rng = epsilon, np.random.default_rng(seed)
         self._lengths = {plan: deque[float](maxlen=window) for plan in self.plans}
@@ -109,7 +109,17 @@ class _Arms:
         return speed / (speed + self.speed)
 
 
-class UCB1(PlanChooser):
+class _Bandit(PlanChooser):
+    def __init__(self, plans: Sequence[Plan], groups: Sequence[int]) -> None:
+        self.plans, self._groups = _checked(plans, groups)
+        zeros = [0.0] * len(self.plans)
+        self._arms = {group: _Arms(zeros.copy(), zeros.copy()) for group in self._groups}
+
+    def _at(self, batch_size: int) -> _Arms:
+        return self._arms[_group(self._groups, batch_size)]
+
+
+class UCB1(_Bandit):
     """The arm with the highest x̄_j + scale · sqrt(2 ln n / n_j) (Auer, Cesa-Bianchi and Fischer, 2002, figure 1).
 
     Args:
@@ -117,20 +127,21 @@ class UCB1(PlanChooser):
         groups: of batch sizes.
         scale: of the bonus; 1 in the paper. Rewards of plans differ by a few hundredths, so 1 explores for long.
         seed: not used; all bandits have the same arguments.
+
+    Raises:
+        ValueError: no plans, or a number out of range.
     """
 
     def __init__(
         self, plans: Sequence[Plan], *, groups: Sequence[int] = GROUPS, scale: float = 1.0, seed: int = 0
     ) -> None:
-        self.plans, self._groups = _checked(plans, groups)
-        if not scale >= 0.0:
-            raise ValueError(f"scale must be at least 0, but got {scale}")
-        self._scale, count = scale, len(self.plans)
-        self._arms = {group: _Arms([0.0] * count, [0.0] * count) for group in self._groups}
+        super().__init__(plans, groups)
+        require(scale >= 0.0, "scale", "at least 0", scale)
+        self._scale = scale
 
     def choose(self, observation: Observation) -> Plan:
         """The plan for the next round."""
-        arms = self._arms[_group(self._groups, observation.batch_size)]
+        arms = self._at(observation.batch_size)
         if 0.0 in arms.counts:
             return self.plans[arms.counts.index(0.0)]
         bonus = 2.0 * math.log(sum(arms.counts))
@@ -139,13 +150,12 @@ class UCB1(PlanChooser):
 
     def learn(self, done: Round) -> None:
         """Learn from a finished round."""
-        arms = self._arms[_group(self._groups, done.batch_size)]
-        at = self.plans.index(done.plan)
-        arms.sums[at] += arms.reward(done)
-        arms.counts[at] += 1.0
+        arms, index = self._at(done.batch_size), self.plans.index(done.plan)
+        arms.sums[index] += arms.reward(done)
+        arms.counts[index] += 1.0
 
 
-class EXP3(PlanChooser):
+class EXP3(_Bandit):
     """Exponential weights for rewards chosen by an adversary (Auer, Cesa-Bianchi, Freund and Schapire, 2002, figure 1).
 
     p_j = (1 - γ) w_j / Σw + γ / K, and after reward x of arm j: w_j ← w_j exp(γ x / (p_j K)).
@@ -155,16 +165,17 @@ class EXP3(PlanChooser):
         groups: of batch sizes.
         gamma: γ in (0, 1].
         seed: of the choices.
+
+    Raises:
+        ValueError: no plans, or a number out of range.
     """
 
     def __init__(
         self, plans: Sequence[Plan], *, groups: Sequence[int] = GROUPS, gamma: float = 0.1, seed: int = 0
     ) -> None:
-        self.plans, self._groups = _checked(plans, groups)
-        if not 0.0 < gamma <= 1.0:
-            raise ValueError(f"gamma must be in (0, 1], but got {gamma}")
-        self._gamma, self._rng, count = gamma, np.random.default_rng(seed), len(self.plans)
-        self._arms = {group: _Arms([0.0] * count, [0.0] * count) for group in self._groups}  # sums: ln w
+        super().__init__(plans, groups)  # the sums of the arms are ln w
+        require(0.0 < gamma <= 1.0, "gamma", "in (0, 1]", gamma)
+        self._gamma, self._rng = gamma, np.random.default_rng(seed)
 
     def _probabilities(self, arms: _Arms) -> list[float]:
         top = max(arms.sums)
@@ -174,21 +185,22 @@ class EXP3(PlanChooser):
 
     def choose(self, observation: Observation) -> Plan:
         """The plan for the next round."""
-        arms = self._arms[_group(self._groups, observation.batch_size)]
+        arms = self._at(observation.batch_size)
         p = self._probabilities(arms)
-        at, left = 0, self._rng.random() - p[0]
-        while left > 0.0 and at < len(p) - 1:
-            at += 1
-            left -= p[at]
-        arms.waiting.append((at, p[at]))
-        return self.plans[at]
+        index, left = 0, self._rng.random() - p[0]
+        while left > 0.0 and index < len(p) - 1:
+            index += 1
+            left -= p[index]
+        arms.waiting.append((index, p[index]))
+        return self.plans[index]
 
     def learn(self, done: Round) -> None:
         """Learn from a finished round, by the probability with which its plan was chosen."""
-        arms = self._arms[_group(self._groups, done.batch_size)]
-        at = self.plans.index(done.plan)
-        chosen = next((entry for entry in arms.waiting if entry[0] == at), None)
-        if chosen is not None:
+        arms, index = self._at(done.batch_size), self.plans.index(done.plan)
+        chosen = next((entry for entry in arms.waiting if entry[0] == index), None)
+        if chosen is None:
+            p = self._probabilities(arms)[index]
+        else:
             arms.waiting.remove(chosen)
-        p = chosen[1] if chosen is not None else self._probabilities(arms)[at]
-        arms.sums[at] += self._gamma * arms.reward(done) / (p * len(self.plans))
+            p = chosen[1]
+        arms.sums[index] += self._gamma * arms.reward(done) / (p * len(self.plans))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from specrl.core.plan import Plan
@@ -34,6 +34,9 @@ class Cell:
     run: float = 0.0  # sum and number of the residuals since both were zero
     length: int = 0
     visits: int = 1  # rounds ever taken
+
+
+_NO_EVIDENCE = Cell(0.0, weight=0.0, visits=0)
 
 
 class Costs:
@@ -108,30 +111,18 @@ class Costs:
                 cell.mean += chance * shift
                 doubt = chance * (1.0 - chance) * shift**2
                 cell.weight = self._variance / (self._variance / cell.weight + doubt)
-                cell.above = cell.below = cell.run = 0.0
-                cell.length = 0
+                cell.above, cell.below, cell.run, cell.length = 0.0, 0.0, 0.0, 0
 
     def _stale(self, cell: Cell) -> float:
         return self._drift**2 * (self.rounds - cell.seen) / 1000.0
 
-    def tried(self, batch_size: int, plan: Plan) -> float:
-        """Weight of the evidence; 0 where there is none."""
-        cell = self._cells.get((batch_size, plan))
-        return 0.0 if cell is None else cell.weight
-
-    def visits(self, batch_size: int, plan: Plan) -> int:
-        """Number of rounds of the plan at this batch size."""
-        cell = self._cells.get((batch_size, plan))
-        return 0 if cell is None else cell.visits
+    def cell(self, batch_size: int, plan: Plan) -> Cell:
+        """The evidence about a cost; one without weight and visits if there is none."""
+        return self._cells.get((batch_size, plan), _NO_EVIDENCE)
 
     def unseen_anywhere(self, plan: Plan) -> int:
         """Rounds since the plan last ran at any batch size."""
         return self.rounds - self._seen.get(plan, 0)
-
-    def unseen(self, batch_size: int, plan: Plan) -> int:
-        """Rounds since the plan last ran at this batch size."""
-        cell = self._cells.get((batch_size, plan))
-        return self.rounds if cell is None else self.rounds - cell.seen
 
     def log_seconds(self, batch_size: int, plan: Plan) -> tuple[float, float]:
         """Posterior mean and standard deviation of log T."""
@@ -193,10 +184,7 @@ class Costs:
 
     def state_dict(self) -> dict[str, Any]:
         """The state, JSON-able."""
-        cells = [
-            [b, str(p), c.mean, c.weight, c.seen, c.odd, c.above, c.below, c.run, c.length, c.visits]
-            for (b, p), c in self._cells.items()
-        ]
+        cells = [[batch, str(plan), *astuple(cell)] for (batch, plan), cell in self._cells.items()]
         return {"rounds": self.rounds, "changes": self.changes, "variance": self._variance, "cells": cells}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

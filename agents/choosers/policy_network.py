@@ -1,8 +1,7 @@
 """A learned policy as a plan chooser: the network of an agent of Stable-Baselines3, run with NumPy.
 
 A policy is a directory: policy.safetensors holds the tensors by Stable-Baselines3's names, and the mean and variance of
-observations if it normalises them; policy.json names the algorithm and the plans. Nothing is pickled, and nothing here
-needs torch, so the same code runs inside a serving engine.
+observations if it normalises them; policy.json names the algorithm and the plans.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from specrl.core.checks import require_known
 from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan, parse_plans
@@ -50,8 +50,7 @@ class PolicyNetwork:
     """
 
     def __init__(self, tensors: Mapping[str, NDArray[Any]], activation: str = "tanh") -> None:
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, but got {activation!r}")
+        require_known("activation", activation, _ACTIVATIONS)
         self._activation = _ACTIVATIONS[activation]
         own = {name: np.asarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
         numbered = sorted((int(match[1]), name) for name in own if (match := re.fullmatch(_LAYERS, name)))
@@ -118,11 +117,8 @@ class NetworkChooser(PlanChooser):
     def __init__(
         self, network: PolicyNetwork, plans: Sequence[Plan], allowed: Sequence[bool] | NDArray[np.bool_] | None = None
     ) -> None:
-        self.plans = tuple(plans)
-        self.network = network
-        self.allowed = (
-            np.ones(len(self.plans), dtype=np.bool_) if allowed is None else np.array(allowed, dtype=np.bool_)
-        )
+        self.plans, self.network = tuple(plans), network
+        self.allowed = np.array([True] * len(self.plans) if allowed is None else allowed, dtype=np.bool_)
         if network.outputs != len(self.plans) or self.allowed.shape != (len(self.plans),) or not self.allowed.any():
             raise ValueError(
                 f"a policy must score every plan, and one must be allowed, but got {network.outputs} scores, "
@@ -157,9 +153,8 @@ class NetworkChooser(PlanChooser):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`."""
-        shape = self._state.hidden.shape
-        parts = (np.array(state[name], dtype=np.float32).reshape(shape) for name in ("hidden", "cell"))
-        self._state = State(*parts)
+        hidden, cell = (np.array(state[name], dtype=np.float32) for name in ("hidden", "cell"))
+        self._state = State(hidden.reshape(1, -1), cell.reshape(1, -1))
 
 
 def load_chooser(directory: str | Path) -> NetworkChooser:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ from specrl.agents.choosers.bandits import EXP3, UCB1, MedianGreedy
 from specrl.agents.choosers.rules import ThresholdStopping, ThroughputRule
 from specrl.agents.choosers.sglang_rule import SGLangRule
 from specrl.agents.choosers.table import FixedPlan, best_table
+from specrl.core.checks import require_known
 from specrl.core.interfaces import PlanChooser
 from specrl.core.plan import Plan
 
@@ -60,13 +60,9 @@ def make_chooser(name: str, known: Known, seed: int = 0) -> PlanChooser:
     Raises:
         ValueError: an unknown name, a plan that is not among the plans, or missing costs.
     """
-    if name in CHOOSERS:
-        return CHOOSERS[name](known, seed)
     if name[:1].isdigit():
         plan = Plan.parse(name)
-        if plan not in known.plans:
-            raise ValueError(f"a fixed plan must be one of {', '.join(map(str, known.plans))}, but got {name}")
+        require_known("a fixed plan", plan, known.plans)
         return FixedPlan(plan)
-    close = difflib.get_close_matches(name, CHOOSERS, n=1)
-    meant = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"a chooser is one of {', '.join(CHOOSERS)} or a plan, but got {name!r}{meant}")
+    require_known("a chooser", name, CHOOSERS, " or a plan")
+    return CHOOSERS[name](known, seed)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import bisect
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 from specrl.agents.choosers.survival import Survival
+from specrl.core.checks import require
 from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan
@@ -16,15 +18,12 @@ from specrl.core.round import Round
 class ThresholdStopping(PlanChooser):
     """Confidence-threshold stopping: the longest chain whose last draft is accepted with at least this probability.
 
-    The original stops drafting when the draft's own probability of its token falls below a threshold: Kangaroo (Liu et
-    al., 2024, arXiv:2404.18911: η = 0.6), `assistant_confidence_threshold` of transformers (0.4), `p_min` of llama.cpp
-    (0.75). It needs an engine that sees q(x_k) within a round and stops each request on its own.
-
-    A plan holds for a whole batch and is fixed before its first draft, so this is an approximation: the confidence at
-    position k is replaced by a_k, the recent share of drafts at k that were accepted, given that those before were. For
-    a calibrated draft a_k is its mean confidence there. A position that was not reached recently is assumed to be as
-    good as the one before it, so one more step is tried from time to time. Like the original it always drafts, ignores
-    time, and chooses no tree.
+    The original stops each request on its own when the draft's probability of its token falls below a threshold:
+    Kangaroo (Liu et al., 2024, arXiv:2404.18911: 0.6), transformers (0.4), llama.cpp (0.75). A plan holds for a whole
+    batch and is fixed before its first draft, so the confidence at position k is replaced by a_k: the recent share of
+    drafts at k that were accepted, given that those before were. A position that was not reached recently is assumed to
+    be as good as the one before it, so one more step is tried from time to time. Like the original it always drafts,
+    ignores time, and chooses no tree.
 
     Args:
         plans: the plans to choose from.
@@ -40,8 +39,7 @@ class ThresholdStopping(PlanChooser):
         self.plans = tuple(plan for plan in chains if plan.num_steps > 0) or tuple(chains)
         if not self.plans:
             raise ValueError(f"stopping needs a chain (topk=1), but got {', '.join(map(str, plans)) or 'no plan'}")
-        if not 0.0 < threshold < 1.0:
-            raise ValueError(f"threshold must be in (0, 1), but got {threshold}; transformers takes 0.4")
+        require(0.0 < threshold < 1.0, "threshold", "in (0, 1)", threshold)
         self._threshold, self._survival = threshold, Survival(memory)
 
     def choose(self, observation: Observation) -> Plan:
@@ -73,8 +71,7 @@ class ThroughputRule(PlanChooser):
         window: rounds that P_k is the mean of.
         update_interval: rounds between decisions.
         hysteresis: share by which a plan must be better to replace the present one.
-        forget: when the plan gets shorter, forget the positions beyond it, as in the original. With one step only P_1
-            is known then, and P_2 = P_1 is assumed. False: keep the old windows.
+        forget: when the plan gets shorter, forget the positions beyond it, as in the original.
         probe: rounds of plan 0 between two drafts.
 
     Raises:
@@ -95,11 +92,9 @@ class ThroughputRule(PlanChooser):
         self.plans = tuple(sorted(plan for plan in plans if plan.is_chain))
         if not self.plans:
             raise ValueError(f"this rule needs a chain (topk=1), but got {', '.join(map(str, plans)) or 'no plan'}")
-        if min(window, update_interval, probe) < 1 or hysteresis < 0:
-            raise ValueError(
-                "window, update_interval and probe must be at least 1 and hysteresis at least 0, "
-                f"but got {window}, {update_interval}, {probe}, {hysteresis}"
-            )
+        counts = window, update_interval, probe
+        require(min(counts) >= 1, "window, update_interval and probe", "at least 1", counts)
+        require(hysteresis >= 0, "hysteresis", "at least 0", hysteresis)
         missing = [f"{plan} at {batch}" for batch, known in costs.items() for plan in self.plans if plan not in known]
         if not costs or missing:
             raise ValueError(f"every plan needs a cost, but got none of {', '.join(missing) or 'any'}; profile it")
@@ -143,10 +138,7 @@ class ThroughputRule(PlanChooser):
                 survival.append(survival[-1])
             else:
                 break
-        lengths = [1.0]
-        for p in survival:
-            lengths.append(lengths[-1] + p)
-        return lengths
+        return list(accumulate(survival, initial=1.0))
 
     def learn(self, done: Round) -> None:
         """Learn the acceptance of a finished round."""

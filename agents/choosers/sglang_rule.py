@@ -6,12 +6,12 @@ it increases the number of drafts as long as they are accepted.
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from specrl.core.checks import require_known
 from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan
@@ -122,13 +122,11 @@ class SGLangRule(PlanChooser):
             self._tiers[bound] = Tier(Settings(**numbers), initial_steps)
         used = {steps for tier in self._tiers.values() for steps in tier.candidates}
         self.plans = tuple(plan for plan in plans if plan.is_chain and plan.num_steps in used)
-        self._chains, self._bounds = chains, sorted(self._tiers)
-        self._graphs = sorted(graph_batch_sizes)
+        self._chains, self._graphs = chains, tuple(graph_batch_sizes)
 
     def _tier(self, batch_size: int) -> Tier:
-        at = bisect.bisect_left(self._graphs, batch_size)
-        padded = self._graphs[at] if at < len(self._graphs) else batch_size
-        return self._tiers[self._bounds[max(0, bisect.bisect_right(self._bounds, padded) - 1)]]
+        padded = min((graph for graph in self._graphs if graph >= batch_size), default=batch_size)
+        return self._tiers[max((bound for bound in self._tiers if bound <= padded), default=min(self._tiers))]
 
     def best(self, batch_size: int) -> Plan:
         """The plan for a batch size now."""
@@ -147,10 +145,9 @@ def _tiers(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """Tiers by lower bound, each with the shared settings."""
     shared = {name: value for name, value in config.items() if not name.isdigit()}
     tiers = {int(name): {**shared, **tier} for name, tier in config.items() if name.isdigit()}
-    known = set(Settings.__dataclass_fields__)
     for bound, numbers in tiers.items():
-        if unknown := sorted(set(numbers) - known):
-            raise ValueError(f"the rule knows {', '.join(sorted(known))}, but got {', '.join(unknown)}; remove it")
+        for name in numbers:
+            require_known("a setting of the rule", name, Settings.__dataclass_fields__)
         steps = numbers.get("candidate_steps")
         if not steps or not all(isinstance(s, int) and s >= 0 for s in steps):
             raise ValueError(f"candidate_steps must be whole numbers from 0 on, but got {steps!r} in tier {bound}")

@@ -20,7 +20,6 @@ from specrl.core.round import Round
 
 Floats = NDArray[np.float64]
 _PRIOR = 2.0  # weight of the prior, in drafts
-_INDEPENDENT = 1.0  # weight of a draft, because neighbouring rounds of a request are alike
 _SLACK, _ALARM = 1.0, 8.0  # of the change detection, in standard deviations of one round
 _OLD = 0.02  # share of the evidence that is kept after a change
 
@@ -84,7 +83,7 @@ class Survival:
         tried = counts[1, :steps]
         rates = (counts[0, :steps] + 0.5) / (tried + 1.0)
         spread = rates * (1.0 - rates) * reached[:-1]
-        spread = spread * (1.0 + reached[:-1] / (1.0 + _INDEPENDENT * tried))  # the rates themselves are uncertain
+        spread = spread * (1.0 + reached[:-1] / (1.0 + tried))  # the rates themselves are uncertain
         z = float((reached[1:] - rates * reached[:-1]).sum()) / math.sqrt(float(spread.sum()) + 1e-9)
         z = max(-4.0, min(z, 4.0))
         watch.above, watch.below = max(0.0, watch.above + z - _SLACK), max(0.0, watch.below - z - _SLACK)
@@ -105,12 +104,10 @@ class Survival:
         return True
 
     def _of(self, family: str, steps: int) -> Floats:
-        counts = self._counts.get(family)
-        if counts is None or counts.shape[1] < steps:
-            grown = np.zeros((2, steps))
-            if counts is not None:
-                grown[:, : counts.shape[1]] = counts
-            counts = self._counts[family] = grown
+        counts = self._counts.get(family, np.zeros((2, 0)))
+        missing = steps - counts.shape[1]
+        if missing > 0:
+            counts = self._counts[family] = np.pad(counts, ((0, 0), (0, missing)))
         return counts
 
     def accept_length(self, plan: Plan, rng: np.random.Generator | None = None) -> float:
@@ -148,9 +145,8 @@ class Survival:
             prior = before
             if k < len(hints) and hints[k][1] > 0:
                 prior = hints[k][0] / hints[k][1]
-            hits, tried = accepted[k] * _INDEPENDENT, seen[k] * _INDEPENDENT
-            a.append(hits + _PRIOR * prior + 1e-3)
-            b.append(tried - hits + _PRIOR * (1.0 - prior) + 1e-3)
+            a.append(accepted[k] + _PRIOR * prior + 1e-3)
+            b.append(seen[k] - accepted[k] + _PRIOR * (1.0 - prior) + 1e-3)
             before = a[k] / (a[k] + b[k])
         return np.array(a), np.array(b)
 

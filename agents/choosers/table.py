@@ -28,8 +28,7 @@ class PlanTable(PlanChooser):
 
     def best(self, batch_size: int) -> Plan:
         """The plan for a batch size."""
-        reached = [bound for bound in self._table if bound <= batch_size]
-        return self._table[max(reached) if reached else min(self._table)]
+        return self._table[max((bound for bound in self._table if bound <= batch_size), default=min(self._table))]
 
     def choose(self, observation: Observation) -> Plan:
         """The plan for the next round."""

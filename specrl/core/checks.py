@@ -12,7 +12,7 @@ def require(condition: bool, name: str, rule: str, value: object) -> None:
         raise ValueError(f"{name} must be {rule}, but got {value!r}")
 
 
-def require_known(name: str, value: object, known: Iterable[str], others: str = "") -> None:
+def require_known(name: str, value: object, known: Iterable[object], others: str = "") -> None:
     """Raise a ValueError with the known values and the most similar one unless `value` is one of them.
 
     Args:
@@ -21,8 +21,8 @@ def require_known(name: str, value: object, known: Iterable[str], others: str = 
         known: the values that are allowed.
         others: ends the list of known values, such as ' or a plan'.
     """
-    names = list(known)
-    if value not in names:
-        close = difflib.get_close_matches(str(value), names, n=1)
+    names, text = [str(each) for each in known], str(value)
+    if text not in names:
+        close = difflib.get_close_matches(text, names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name} must be one of {', '.join(names)}{others}, but got {value!r}{hint}")
+        raise ValueError(f"{name} must be one of {', '.join(names)}{others}, but got {text!r}{hint}")

@@ -93,14 +93,8 @@ class Rollout:
         if batch != self.session.batch_size:
             self.session.resize(batch)
         lengths = self.session.context_lengths
-        self._context = sum(lengths) / len(lengths)
+        self._context = sum(lengths) / len(lengths)  # mean number of known tokens per live request
         self._ready = True
-
-    @property
-    def context(self) -> float:
-        """Mean number of known tokens per live request before the next round."""
-        self.prepare()
-        return self._context
 
     def observe(self) -> Observation:
         """The observation before the next round, at the batch size of that round."""

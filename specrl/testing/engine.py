@@ -62,11 +62,11 @@ def _plans(engine: Engine) -> list[Plan]:
 def check_is_an_engine(case: Case) -> None:
     """It and its sessions have the parts of the protocols."""
     with closing(case.make()) as engine:
-        assert isinstance(engine, Engine), "an engine must have every member of the protocol; inherit for the defaults"
+        assert isinstance(engine, Engine), "an engine must inherit from specrl.core.interfaces.Engine"
         assert engine.supports(Plan(0)), "every engine supports plan 0"
         assert len(_plans(engine)) > 1, f"it must support one of {', '.join(map(str, PLANS[1:]))}"
         session = case.start(engine)
-        assert isinstance(session, Session), "a session must have every member of the protocol; inherit for defaults"
+        assert isinstance(session, Session), "a session must inherit from specrl.core.interfaces.Session"
         assert session.batch_size == len(session.context_lengths) == BATCH, "the batch size must be the requested one"
 
 
