@@ -20,15 +20,12 @@ _LARGEST = float(np.finfo(np.float32).max)  # environment checkers want bounds
 
 
 class Prefill(NamedTuple):
-    """A new request: its prompt of T tokens, and the target's features at each of them.
-
-    The last feature is also in the observation, with the token that the prefill sampled.
-    """
+    """A new request. The last feature is also in the observation, with the token that the prefill sampled."""
 
     request_id: int
     row: int  # of observations and actions
-    tokens: Ints  # [T] int64
-    features: NDArray[np.float32]  # [T, 3H]
+    tokens: Ints  # [T] int64, its prompt
+    features: NDArray[np.float32]  # [T, 3H], the target's at each token
 
 
 class ObservationWindow:
@@ -47,7 +44,7 @@ class ObservationWindow:
         self, rows: int, num_steps: int, feature_size: int, vocab_size: int, max_context: int, flat: bool
     ) -> None:
         shape = (rows, num_steps + 1)
-        boxes = {
+        boxes: dict[str, spaces.Box] = {
             "features": spaces.Box(-_LARGEST, _LARGEST, (*shape, feature_size), dtype=np.float32),
             "tokens": spaces.Box(-1, vocab_size - 1, shape, dtype=np.int64),
             "positions": spaces.Box(-1, max_context, shape, dtype=np.int64),

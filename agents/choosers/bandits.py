@@ -24,19 +24,43 @@ from specrl.core.round import Round
 GROUPS = (1, 2, 4, 8, 16, 32, 64, 128)  # lower bounds
 
 
-def _group(groups: Sequence[int], batch_size: int) -> int:
-    return groups[max(bisect_right(groups, batch_size) - 1, 0)]
+def _bound(bounds: Sequence[int], batch_size: int) -> int:
+    """The largest of these ascending lower bounds that a batch size reaches; the least one if there is none."""
+    return bounds[max(bisect_right(bounds, batch_size) - 1, 0)]
 
 
-def _checked(plans: Sequence[Plan], groups: Sequence[int]) -> tuple[tuple[Plan, ...], tuple[int, ...]]:
-    if not plans:
-        raise ValueError("a bandit needs at least one plan, but got none")
-    if not groups or min(groups) < 1:
-        raise ValueError(f"groups are lower bounds of batch sizes from 1 on, but got {list(groups)}")
-    return tuple(plans), tuple(sorted(groups))
+@dataclass(slots=True)
+class _Arms:
+    """The sums and counts of the plans at one group of batch sizes."""
+
+    sums: list[float]
+    counts: list[float]
+    speed: float = 0.0  # mean tokens per second and request
+    rounds: int = 0
+    waiting: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=64))  # arm, probability of choosing
+
+    def reward(self, done: Round) -> float:
+        """In (0, 1); 1/2 is the mean speed so far."""
+        speed = done.accept_length / done.seconds
+        self.rounds += 1
+        self.speed += (speed - self.speed) / self.rounds
+        return speed / (speed + self.speed)
 
 
-class MedianGreedy(PlanChooser):
+class _Bandit(PlanChooser):
+    def __init__(self, plans: Sequence[Plan], groups: Sequence[int]) -> None:
+        if not plans:
+            raise ValueError("a bandit needs at least one plan, but got none")
+        if not groups or min(groups) < 1:
+            raise ValueError(f"groups are lower bounds of batch sizes from 1 on, but got {list(groups)}")
+        self.plans, self._groups = tuple(plans), tuple(sorted(groups))
+        self._arms = {group: _Arms([0.0] * len(plans), [0.0] * len(plans)) for group in self._groups}
+
+    def _at(self, batch_size: int) -> _Arms:
+        return self._arms[_bound(self._groups, batch_size)]
+
+
+class MedianGreedy(_Bandit):
     """Bucketed ε-greedy on medians (BEG-MAB of TLT; Hu et al., 2025, arXiv:2511.16665, section 5).
 
     The reward of a round is the median accept length of its plan over all groups, times requests, over seconds. With
@@ -66,7 +90,7 @@ class MedianGreedy(PlanChooser):
         groups: Sequence[int] = GROUPS,
         seed: int = 0,
     ) -> None:
-        self.plans, self._groups = _checked(plans, groups)
+        super().__init__(plans, groups)
         require(0.0 <= epsilon <= 1.0, "epsilon", "in [0, 1]", epsilon)
         require(window >= 1, "window", "at least 1", window)
         self._tiers = {bound: tuple(allowed) for bound, allowed in sorted((tiers or {1: self.plans}).items())}
@@ -77,46 +101,18 @@ class MedianGreedy(PlanChooser):
 
     def choose(self, observation: Observation) -> Plan:
         """The plan for the next round."""
-        allowed = self._tiers[_group(tuple(self._tiers), observation.batch_size)]
+        allowed = self._tiers[_bound(tuple(self._tiers), observation.batch_size)]
         if self._rng.random() < self._epsilon:
             return allowed[int(self._rng.integers(len(allowed)))]
-        group = _group(self._groups, observation.batch_size)
+        group = _bound(self._groups, observation.batch_size)
         return max(allowed, key=lambda plan: self._scores[group, plan])
 
     def learn(self, done: Round) -> None:
         """Learn from a finished round."""
-        lengths, key = self._lengths[done.plan], (_group(self._groups, done.batch_size), done.plan)
+        lengths, key = self._lengths[done.plan], (_bound(self._groups, done.batch_size), done.plan)
         lengths.append(done.accept_length)
         self._rewards[key].append(float(np.median(lengths)) * done.batch_size / done.seconds)
         self._scores[key] = float(np.median(self._rewards[key]))
-
-
-@dataclass(slots=True)
-class _Arms:
-    """The sums and counts of the plans at one group of batch sizes."""
-
-    sums: list[float]
-    counts: list[float]
-    speed: float = 0.0  # mean tokens per second and request
-    rounds: int = 0
-    waiting: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=64))  # arm, probability of choosing
-
-    def reward(self, done: Round) -> float:
-        """In (0, 1); 1/2 is the mean speed so far."""
-        speed = done.accept_length / done.seconds
-        self.rounds += 1
-        self.speed += (speed - self.speed) / self.rounds
-        return speed / (speed + self.speed)
-
-
-class _Bandit(PlanChooser):
-    def __init__(self, plans: Sequence[Plan], groups: Sequence[int]) -> None:
-        self.plans, self._groups = _checked(plans, groups)
-        zeros = [0.0] * len(self.plans)
-        self._arms = {group: _Arms(zeros.copy(), zeros.copy()) for group in self._groups}
-
-    def _at(self, batch_size: int) -> _Arms:
-        return self._arms[_group(self._groups, batch_size)]
 
 
 class UCB1(_Bandit):

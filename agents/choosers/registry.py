@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.agents.choosers.bandits import EXP3, UCB1, MedianGreedy
@@ -29,17 +30,17 @@ class Known:
     costs: Mapping[int, Mapping[Plan, float]] = field(default_factory=dict)
     accept_lengths: Mapping[Plan, float] = field(default_factory=dict)
 
-    @property
-    def same_steps(self) -> dict[str, dict[str, list[int]]]:
-        """A config of SGLang's rule with the chains among the plans as candidates, in one tier."""
-        return {"1": {"candidate_steps": sorted(plan.num_steps for plan in self.plans if plan.is_chain)}}
+
+def _one_tier(plans: tuple[Plan, ...]) -> dict[str, Any]:
+    """A config of SGLang's rule with all chains as candidates at every batch size."""
+    return {"1": {"candidate_steps": sorted(plan.num_steps for plan in plans if plan.is_chain)}}
 
 
 Make = Callable[[Known, int], PlanChooser]  # knowledge, seed
 CHOOSERS: dict[str, Make] = {
     "adaptive": lambda known, seed: AdaptiveChooser(known.plans, seed=seed),
     "sglang": lambda known, seed: SGLangRule(known.plans),
-    "sglang-same": lambda known, seed: SGLangRule(known.plans, config=known.same_steps),
+    "sglang-same": lambda known, seed: SGLangRule(known.plans, config=_one_tier(known.plans)),
     # as proposed, it always drafts; with plan 0; and tuned: no hysteresis, decisions every round, windows kept
     "throughput": lambda known, seed: ThroughputRule(tuple(p for p in known.plans if p.num_steps), known.costs),
     "throughput-0": lambda known, seed: ThroughputRule(known.plans, known.costs),

@@ -1,7 +1,6 @@
 """The observation of a plan chooser: a few numbers that any serving engine knows. Python and NumPy only.
 
-The same code runs in the environments and inside a serving engine. All measured entries have a neutral value at first,
-so the first observation of an episode depends on the seed alone.
+All measured entries have a neutral value at first, so the first observation of an episode depends on the seed alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What happened in a round: the frozen values that engines hand to everyone else."""
+"""The results of a round: frozen values that engines return."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,9 +46,8 @@ class Round:
     finished: tuple[Completion, ...] = ()
 
     def __post_init__(self) -> None:
-        batch = len(self.request_ids)
         for name in ("tokens", "correct_drafts", "context_lengths"):
-            assert getattr(self, name).shape == (batch,), f"{name} must be [B]"
+            assert getattr(self, name).shape == self.request_ids.shape, f"{name} must be [B]"
         assert (self.correct_drafts <= self.plan.num_steps).all(), "more drafts accepted than proposed"
 
     @property
@@ -98,5 +97,5 @@ class Trace:
     path: Tensor  # [B, num_steps + 1] int64, rows on the accepted path, -1 padded
     draft_version: int
     plan: Plan | None = None  # None: a prefill
-    temperatures: tuple[float, ...] = field(default=())
+    temperatures: tuple[float, ...] = ()
     finished: tuple[int, ...] = ()  # ids of requests whose last trace this is
