@@ -71,16 +71,7 @@ class TimedEnv(Generic[S]):
         allow_parallel: bool,
         **requests: Any,
     ) -> None:
-        """Keep the engine and the workload, which may be a name for `specrl.workloads.stream.open_stream`.
-
-        Args:
-            engine: the engine.
-            workload: a workload, or its name.
-            target: the target, whose tokenizer reads a workload by name.
-            owned: whether the environment closes the engine.
-            allow_parallel: do not lock the device during an episode.
-            requests: arguments of `open_stream`.
-        """
+        """Keep the engine and the workload; `requests` are arguments of `open_stream` for a workload by name."""
         if isinstance(workload, (str, Path)):
             from specrl.workloads.stream import open_stream
 
@@ -95,11 +86,7 @@ class TimedEnv(Generic[S]):
         self._owned, self._closed = owned, False
 
     def _begin_episode(self, rng: np.random.Generator, options: dict[str, Any] | None) -> tuple[Phase, ...]:
-        """End the previous episode; returns the batch sizes of the next one.
-
-        Raises:
-            ValueError: the environment is closed, or there are options.
-        """
+        """End the previous episode; returns the batch sizes of the next one."""
         self._check_open()
         if options:
             raise ValueError(f"reset takes no options, but got {', '.join(options)}; pass them to gym.make")

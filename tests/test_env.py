@@ -116,7 +116,6 @@ def test_thinking_counts_and_what_is_off_the_clock_does_not(target: Target) -> N
     draft = specrl.new_draft(target, intermediate_size=64)
     env = make(specrl.LocalEngine(target, draft, max_context=32, clock=clock), trace=True, render_mode="ansi")
     env.baseline.add(specrl.PlainSample(2, 20.0, 1.0))
-    env.baseline.due = lambda *_: False  # type: ignore[method-assign]
     env.reset(seed=0)
     clock.advance(2.0)
     with env.off_the_clock():

@@ -104,11 +104,8 @@ class AdaptiveChooser(PlanChooser):
         return best, _HOLD
 
     def _worth(self, batch: int, plan: Plan) -> bool:
-        """Whether an untried plan might still beat the best tried one, at three standard deviations.
-
-        After one round it always may, because that round may have been an outlier.
-        """
-        if self.costs.cell(batch, plan).visits == 1:
+        """Whether an untried plan might still beat the best tried one, at three standard deviations."""
+        if self.costs.cell(batch, plan).visits == 1:  # its only round may have been an outlier
             return True
         tried, speeds = self._tried(batch), self._speeds(batch)
         doubt = 3.0 * self.costs.log_seconds(batch, plan)[1]

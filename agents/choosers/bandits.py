@@ -8,13 +8,13 @@ the mean of a function of per-round ratios, not the ratio of sums that is the sp
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from specrl.core.batch_schedule import reached_bound
 from specrl.core.checks import require
 from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
@@ -22,11 +22,6 @@ from specrl.core.plan import Plan
 from specrl.core.round import Round
 
 GROUPS = (1, 2, 4, 8, 16, 32, 64, 128)  # lower bounds
-
-
-def _bound(bounds: Sequence[int], batch_size: int) -> int:
-    """The largest of these ascending lower bounds that a batch size reaches; the least one if there is none."""
-    return bounds[max(bisect_right(bounds, batch_size) - 1, 0)]
 
 
 @dataclass(slots=True)
@@ -57,7 +52,7 @@ class _Bandit(PlanChooser):
         self._arms = {group: _Arms([0.0] * len(plans), [0.0] * len(plans)) for group in self._groups}
 
     def _at(self, batch_size: int) -> _Arms:
-        return self._arms[_bound(self._groups, batch_size)]
+        return self._arms[reached_bound(self._groups, batch_size)]
 
 
 class MedianGreedy(_Bandit):
@@ -101,15 +96,15 @@ class MedianGreedy(_Bandit):
 
     def choose(self, observation: Observation) -> Plan:
         """The plan for the next round."""
-        allowed = self._tiers[_bound(tuple(self._tiers), observation.batch_size)]
+        allowed = self._tiers[reached_bound(self._tiers, observation.batch_size)]
         if self._rng.random() < self._epsilon:
             return allowed[int(self._rng.integers(len(allowed)))]
-        group = _bound(self._groups, observation.batch_size)
+        group = reached_bound(self._groups, observation.batch_size)
         return max(allowed, key=lambda plan: self._scores[group, plan])
 
     def learn(self, done: Round) -> None:
         """Learn from a finished round."""
-        lengths, key = self._lengths[done.plan], (_bound(self._groups, done.batch_size), done.plan)
+        lengths, key = self._lengths[done.plan], (reached_bound(self._groups, done.batch_size), done.plan)
         lengths.append(done.accept_length)
         self._rewards[key].append(float(np.median(lengths)) * done.batch_size / done.seconds)
         self._scores[key] = float(np.median(self._rewards[key]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -98,8 +97,7 @@ class ThroughputRule(PlanChooser):
         missing = [f"{plan} at {batch}" for batch, known in costs.items() for plan in self.plans if plan not in known]
         if not costs or missing:
             raise ValueError(f"every plan needs a cost, but got none of {', '.join(missing) or 'any'}; profile it")
-        self._costs = {batch: dict(costs[batch]) for batch in sorted(costs)}
-        self._bounds = list(self._costs)
+        self._costs = {batch: dict(known) for batch, known in costs.items()}
         self._windows: list[deque[float]] = [deque(maxlen=window) for _ in range(self.plans[-1].num_steps)]
         self._interval, self._hysteresis, self._since = update_interval, hysteresis, 0
         self._forget, self._probe, self._idle = forget, probe, 0
@@ -115,8 +113,8 @@ class ThroughputRule(PlanChooser):
         return self._shortest if self._idle >= self._probe else self._now
 
     def _decide(self, batch_size: int) -> None:
-        at = min(bisect.bisect_left(self._bounds, batch_size), len(self._bounds) - 1)
-        costs, tokens = self._costs[self._bounds[at]], self.accept_lengths()
+        measured = min((batch for batch in self._costs if batch >= batch_size), default=max(self._costs))
+        costs, tokens = self._costs[measured], self.accept_lengths()
         scores = {plan: tokens[plan.num_steps] / costs[plan] for plan in self.plans if plan.num_steps < len(tokens)}
         best = max(scores, key=lambda plan: scores[plan])
         if scores[best] > scores[self._now] * (1.0 + self._hysteresis):

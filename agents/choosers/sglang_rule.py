@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from specrl.core.batch_schedule import reached_bound
 from specrl.core.checks import require_known
 from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
@@ -126,7 +127,7 @@ class SGLangRule(PlanChooser):
 
     def _tier(self, batch_size: int) -> Tier:
         padded = min((graph for graph in self._graphs if graph >= batch_size), default=batch_size)
-        return self._tiers[max((bound for bound in self._tiers if bound <= padded), default=min(self._tiers))]
+        return self._tiers[reached_bound(self._tiers, padded)]
 
     def best(self, batch_size: int) -> Plan:
         """The plan for a batch size now."""

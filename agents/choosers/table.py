@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from specrl.core.batch_schedule import reached_bound
 from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
 from specrl.core.plan import Plan
@@ -28,7 +29,7 @@ class PlanTable(PlanChooser):
 
     def best(self, batch_size: int) -> Plan:
         """The plan for a batch size."""
-        return self._table[max((bound for bound in self._table if bound <= batch_size), default=min(self._table))]
+        return self._table[reached_bound(self._table, batch_size)]
 
     def choose(self, observation: Observation) -> Plan:
         """The plan for the next round."""
@@ -91,7 +92,7 @@ class ClairvoyantLength(PlanChooser):
 
     def choose(self, observation: Observation) -> Plan:
         """The plan for the next round."""
-        bound = max((b for b in self._costs if b <= observation.batch_size), default=min(self._costs))
+        bound = reached_bound(self._costs, observation.batch_size)
         costs, correct = self._costs[bound], list(self._foresee())
         gains = [1.0 + sum(min(c, plan.num_steps) for c in correct) / len(correct) for plan in self.plans]
         tokens, seconds = self._earned[bound]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,3 +71,8 @@ def batch_sizes(phases: Sequence[Phase]) -> Iterator[int]:
         for phase in phases:
             for _ in range(phase.rounds):
                 yield phase.batch_size
+
+
+def reached_bound(bounds: Collection[int], batch_size: int) -> int:
+    """The largest of these lower bounds that a batch size reaches; the least one if it reaches none."""
+    return max((bound for bound in bounds if bound <= batch_size), default=min(bounds))

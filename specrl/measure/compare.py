@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specrl.config import MeasureConfig, TargetConfig, WorkloadConfig
+from specrl.core.batch_schedule import reached_bound
 from specrl.core.plan import Plan
 from specrl.core.statistics import Interval, mean_interval, paired_speedup, probability_of_improvement
 from specrl.export.bundle import PLANS, read_plans
@@ -38,7 +39,7 @@ class DraftedRun(NamedTuple):
         """The run's plan for the largest batch size that is not above, or 3/1/4."""
         if self.plans is None:
             return DEFAULT_PLAN
-        return self.plans[max([b for b in self.plans if b <= batch_size], default=min(self.plans))]
+        return self.plans[reached_bound(self.plans, batch_size)]
 
 
 def read_drafted(path: Path) -> DraftedRun:
