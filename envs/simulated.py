@@ -14,7 +14,8 @@ from specrl.core.plan import Plan, parse_plans
 from specrl.envs.rewards import make_reward
 from specrl.envs.spec_decode import SpecDecodeEnv
 from specrl.simulation.engine import Requests, SimulatedEngine
-from specrl.simulation.profile import Profile, Shift, load_profile
+from specrl.simulation.profile import Profile, load_profile
+from specrl.simulation.shifts import Shift
 
 MAX_ROUNDS = 256  # default length of an episode
 Lengths = int | tuple[int, int] | None

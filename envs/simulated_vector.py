@@ -22,7 +22,8 @@ from specrl.envs.rewards import Outcome, make_reward
 from specrl.envs.simulated import MAX_ROUNDS, Lengths, simulation
 from specrl.envs.timed_env import check_episode
 from specrl.envs.vector_observer import VectorObserver
-from specrl.simulation.profile import Profile, Shift
+from specrl.simulation.profile import Profile
+from specrl.simulation.shifts import Shift
 from specrl.simulation.vector import Rounds, VectorSimulator
 
 Floats = NDArray[np.float64]
@@ -34,7 +35,7 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
 
     Spaces, rewards and episodes are those of the single form. Rounds have the same distribution, but not the same
     random numbers. Three things are simpler: plain costs are a mean over recent samples (without hiccups, with a known
-    growth over context) instead of a robust line, the skills of requests lie on a grid (`specrl.simulation.vector`),
+    growth over context) instead of a robust line, the effects of requests lie on a grid (`specrl.simulation.vector`),
     and `action` is always 'discrete'.
 
     `info` holds arrays over environments: `tokens`, `seconds`, `accept_length`, `batch_size`, `t0_s`, `plan` (its
@@ -221,7 +222,7 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
             self._samples[at] = known + taken
             self._since[at] = 0
             self._t0[at] += taken / np.minimum(known + taken, WINDOW) * (sample - self._t0[at])
-        t0: Floats = self._t0.take(cell) * sessions.longer(len(self.plans))
+        t0: Floats = self._t0.take(cell) * sessions.context_factor(len(self.plans))
         return t0
 
     def _record(self, plan: Ints, size: Ints, live: Ints, done: Rounds, t0: Floats) -> None:

@@ -20,14 +20,17 @@ from specrl.envs.device_lock import DeviceLock
 from specrl.envs.simulated import SimulatedEnv
 from specrl.envs.simulated_vector import SimulatedVectorEnv
 from specrl.envs.spec_decode import SpecDecodeEnv
-from specrl.simulation.profile import Profile, Shift
+from specrl.simulation.profile import Profile
+from specrl.simulation.shifts import Shift
 
 ID = "SpecRL/Simulated-v0"
 
 
 def sure(**changes: Any) -> Profile:
     """Nothing is left to chance: two drafts stand, and rounds take what they take."""
-    profile = made_up(skill=0.0, hiccup_share=0.0, log_odds={"chain": (20.0, 20.0, -20.0, -20.0, -20.0)}, **changes)
+    profile = made_up(
+        request_spread=0.0, hiccup_share=0.0, log_odds={"chain": (20.0, 20.0, -20.0, -20.0, -20.0)}, **changes
+    )
     return replace(profile, costs=tuple(replace(c, jitter=0.0, spread=0.0, per_token=0.0) for c in profile.costs))
 
 
@@ -187,7 +190,7 @@ def test_the_vectorised_form_is_deterministic_and_in_its_spaces() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"profile": "aurora"}, "a profile is a .json file or one of"),
+        ({"profile": "aurora"}, "profile must be one of"),
         ({"batch_size": 64}, "knows batch sizes 1 to 32, but got plain decoding at batch size 64"),
         ({"plans": "1,2"}, "must (support|offer) one of the plans"),
         ({"max_rounds": 5, "max_tokens": 5}, "one of (max_rounds and max_tokens|them)"),

@@ -8,7 +8,7 @@ A table has tokens/s per request and accept length by batch size and lookahead. 
 a lookahead's accept length, T(B, plan) = E[τ] / tokens/s, so that every cell's tokens/s is reproduced exactly. Accept
 lengths of lookaheads γ1 < γ2 < ... give P_1 + ... + P_γ only, so log-odds are taken as equal up to γ1, and between two
 lookaheads. The spread over requests is ln(P95/P05) / 3.29, as for a log-normal. At the smallest batch size, that of
-chains, less that of plain decoding, gives the spread of skill, and that of plain decoding the slow noise. What skill
+chains, less that of plain decoding, gives the spread of requests, and that of plain decoding the slow noise. What it
 does not explain at a batch size, pooled over its lookaheads, is taken as noise of every round. How it varies in time is
 not published (much of it is batches that run empty), so simulated requests, which average over rounds, spread less at
 large batch sizes than the published ones.
@@ -92,19 +92,19 @@ def fit_table(name: str, source: str, rows: Sequence[Row]) -> Profile:
     measured = [row for row in rows if row.batch_size == smallest and row.lookahead]
     wanted = float(np.mean([row.spread**2 for row in measured])) - plain[smallest].spread ** 2
 
-    def explained(skill: float) -> float:
-        odds = _log_odds(lengths, skill)
-        return float(np.mean([_request_variance(odds[: row.lookahead], skill) for row in measured]))
+    def explained(spread: float) -> float:
+        odds = _log_odds(lengths, spread)
+        return float(np.mean([_request_variance(odds[: row.lookahead], spread) for row in measured]))
 
-    skill = solve(explained, wanted, 0.0, 2.0)
-    odds = _log_odds(lengths, skill)
+    spread = solve(explained, wanted, 0.0, 2.0)
+    odds = _log_odds(lengths, spread)
     unexplained: dict[tuple[int, bool], list[float]] = {}  # (batch size, speculative?) -> variances
     for row in rows:
-        variance = row.spread**2 - (_request_variance(odds[: row.lookahead], skill) if row.lookahead else 0.0)
+        variance = row.spread**2 - (_request_variance(odds[: row.lookahead], spread) if row.lookahead else 0.0)
         unexplained.setdefault((row.batch_size, row.lookahead > 0), []).append(variance)
     costs = []
     for row in rows:
-        length = accept_length(odds[: row.lookahead], skill) if row.lookahead else 1.0
+        length = accept_length(odds[: row.lookahead], spread) if row.lookahead else 1.0
         jitter = math.sqrt(max(float(np.mean(unexplained[row.batch_size, row.lookahead > 0])), MIN_JITTER**2))
         for plan in (None, Plan(0)) if row.lookahead == 0 else (Plan(row.lookahead),):
             costs.append(Cost(row.batch_size, plan, length / row.mean_tps, jitter, plain[smallest].spread))
@@ -113,30 +113,30 @@ def fit_table(name: str, source: str, rows: Sequence[Row]) -> Profile:
         provenance=_provenance(source, lengths),
         costs=tuple(costs),
         log_odds={CHAIN: odds},
-        skill=skill,
+        request_spread=spread,
         memory=MEMORY,
         prompt_tokens=OUTPUT_TOKENS,
         max_new_tokens=OUTPUT_TOKENS,
     )
 
 
-def _log_odds(lengths: Mapping[int, float], skill: float) -> tuple[float, ...]:
+def _log_odds(lengths: Mapping[int, float], spread: float) -> tuple[float, ...]:
     """b_1 .. b_K that give E[τ] of every lookahead; equal between two lookaheads."""
     odds: tuple[float, ...] = ()
     for lookahead, length in sorted(lengths.items()):
         known, more = odds, lookahead - len(odds)
-        b = solve(lambda b: accept_length((*known, *[b] * more), skill), length, -10.0, 10.0)  # noqa: B023
+        b = solve(lambda b: accept_length((*known, *[b] * more), spread), length, -10.0, 10.0)  # noqa: B023
         odds = (*known, *[b] * more)
     return odds
 
 
-def _request_variance(odds: Sequence[float], skill: float) -> float:
-    """Variance over requests of log mean accept length, from their skills and from finitely many rounds."""
-    reached = round_survival(odds, skill)
+def _request_variance(odds: Sequence[float], spread: float) -> float:
+    """Variance over requests of log mean accept length, from their effects and from finitely many rounds."""
+    reached = round_survival(odds, spread)
     mean = 1.0 + float(reached.sum())
     second = float(((2 * np.arange(len(reached)) + 1) * reached).sum())  # E[correct²] = Σ (2k - 1) P_k
     chance = (second - (mean - 1.0) ** 2) / mean**2 * mean / OUTPUT_TOKENS
-    return spread_of_length(odds, skill) ** 2 + chance
+    return spread_of_length(odds, spread) ** 2 + chance
 
 
 def _provenance(source: str, lengths: Mapping[int, float]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,9 +25,9 @@ class Completion:
     tokens: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Round:
-    """One draft proposal, verified and committed for every live request.
+    """One draft proposal, verified and committed for every live request. Rounds with equal fields are equal.
 
     All seconds are device-synchronised differences of one monotonic clock. Prefill of the requests that
     replace finished ones is timed separately and is not part of `seconds`.
@@ -49,6 +49,11 @@ class Round:
         for name in ("tokens", "correct_drafts", "context_lengths"):
             assert getattr(self, name).shape == self.request_ids.shape, f"{name} must be [B]"
         assert (self.correct_drafts <= self.plan.num_steps).all(), "more drafts accepted than proposed"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Round) and all(
+            np.array_equal(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)
+        )
 
     @property
     def batch_size(self) -> int:

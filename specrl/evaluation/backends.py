@@ -19,7 +19,8 @@ from specrl.evaluation.scores import Score, score, speedup_interval
 from specrl.evaluation.simulation import ChooserSimulation
 from specrl.evaluation.trajectory import PLAIN, PlanSeconds, Trajectory, block_speedups, plan_seconds
 from specrl.measure.arms import open_engine
-from specrl.simulation.profile import Profile, Shift
+from specrl.simulation.profile import Profile
+from specrl.simulation.shifts import Shift
 
 Advance = Callable[[float], None]  # is called with the number of runs that were done since the last call
 

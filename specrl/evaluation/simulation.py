@@ -21,7 +21,8 @@ from specrl.core.round import Round
 from specrl.evaluation.trajectory import Floats, Ints, PlanSeconds, Trajectory
 from specrl.simulation.acceptance_model import accept_length
 from specrl.simulation.engine import Requests, SimulatedEngine, SimulatedSession
-from specrl.simulation.profile import Profile, Shift
+from specrl.simulation.profile import Profile
+from specrl.simulation.shifts import Shift
 
 LOAD = "1x20,8x20,2x20,32x20,4x20,16x20"  # batch size x rounds
 
@@ -163,7 +164,7 @@ class ChooserSimulation:
         out = PlanSeconds(np.empty((len(self.sizes), len(self.plans))), np.empty((len(self.sizes), len(self.plans))))
         for j, plan in enumerate(self.plans):
             odds = tuple(b + log_odds for b in self.profile.odds(plan))
-            length = accept_length(odds, self.profile.skill, self.profile.drift) if odds else 1.0
+            length = accept_length(odds, self.profile.request_spread, self.profile.drift) if odds else 1.0
             factor = np.prod([s.cost for s in active if plan.num_steps >= s.from_steps])
             out.plain_s[:, j] = length * t0
             out.round_s[:, j] = [self.known.costs[b][plan] * factor for b in self.sizes]

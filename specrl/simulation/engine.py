@@ -1,4 +1,4 @@
-"""The simulated engine: rounds drawn from a profile, timed on a virtual clock, the same for the same seed."""
+"""The simulated engine: rounds drawn from a profile and timed on a virtual clock; a seed determines them all."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
+from specrl.core.checks import require
 from specrl.core.clock import VirtualClock
 from specrl.core.interfaces import Engine, Request, Session, Workload
 from specrl.core.plan import Plan
 from specrl.core.round import Completion, PlainSample, Round, Trace
 from specrl.simulation.acceptance_model import survival
-from specrl.simulation.profile import Cost, Profile, Shift, load_profile
+from specrl.simulation.profile import Cost, Profile, load_profile
+from specrl.simulation.shifts import Shift, cost_factor, log_odds_change
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MOST_AT_PREFILL = 1000  # requests in a row that may end with their first token
-_SKILL = 0xFFFFFFFF  # the position whose uniform number is the request's skill
+_MAX_ENDED_AT_PREFILL = 1000  # requests in a row that may end with their first token
+_EFFECT_POSITION = 0xFFFFFFFF  # the position whose uniform number gives the request's effect on its log-odds
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """A workload of requests without text; lengths of prompts and outputs are uniform between two bounds."""
+    """A workload of requests without text. Lengths of prompts and outputs are uniform between two bounds."""
 
     prompt_tokens: tuple[int, int]
     max_new_tokens: tuple[int, int]
@@ -37,46 +39,31 @@ class Requests:
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "max_new_tokens"):
             low, high = getattr(self, name)
-            if not 1 <= low <= high:
-                raise ValueError(f"{name} must be a length or two with 1 <= low <= high, but got {low}, {high}")
+            require(1 <= low <= high, name, "a length or two with 1 <= low <= high", (low, high))
 
     def requests(self, seed: int) -> Iterator[Request]:
-        """An endless stream; the same seed gives the same requests."""
+        """Yield requests endlessly; the same seed gives the same requests."""
         rng = np.random.default_rng(seed)
-        (low, high), (least, most) = self.prompt_tokens, self.max_new_tokens
+        (low, high), (min_new, max_new) = self.prompt_tokens, self.max_new_tokens
         while True:
-            prompt, new = int(rng.integers(low, high + 1)), int(rng.integers(least, most + 1))
+            prompt, new = int(rng.integers(low, high + 1)), int(rng.integers(min_new, max_new + 1))
             yield Request((0,) * prompt, new, ignore_eos=True)
-
-
-class SimulatedRound(Round):
-    """A round that equals another round with the same numbers, to test determinism."""
-
-    __slots__ = ()
-    __hash__ = None  # type: ignore[assignment]
-
-    def __eq__(self, other: object) -> bool:
-        """Whether all fields, arrays included, are equal."""
-        names = Round.__dataclass_fields__
-        return isinstance(other, Round) and all(
-            np.array_equal(getattr(self, name), getattr(other, name)) for name in names if name != "finished"
-        )
 
 
 class SimulatedEngine(Engine):
     """Rounds drawn from a profile (see `specrl.core.interfaces.Engine`); a session's seed determines all of them.
 
-    Whether a draft is accepted depends only on the seed, the request and the position of its token, and the noise of a
-    round only on the seed and the number of the round. Plans are therefore compared with common random numbers.
-    Requests end with `max_new_tokens`; their token ids are all 0, there are no traces, and prefill takes no time.
+    Whether a draft is accepted depends only on the seed, the request and the position of its token. The noise of a
+    round depends only on the seed and the number of the round. Plans are therefore compared with common random numbers.
+    Requests end at `max_new_tokens`. All token ids are 0, there are no traces, and prefill takes no time.
 
     Args:
         profile: a `Profile`, the name of a shipped one, or a .json file.
-        batch_sizes: smallest and largest batch size in use; `supports` then requires a plan's costs for all of them;
-            None: for any of them.
-        extrapolate: run plans and batch sizes without costs in the profile too; see `extrapolated`.
+        batch_sizes: smallest and largest batch size in use, for which `supports` requires costs; None: costs at any
+            batch size are enough.
+        extrapolate: also run plans and batch sizes without costs in the profile (see `Profile.cost`).
         shifts: changes of costs and acceptance during a session.
-        clock: is advanced by the rounds; None: a new one.
+        clock: rounds advance it; None: a new one.
     """
 
     def __init__(
@@ -95,7 +82,7 @@ class SimulatedEngine(Engine):
         self._costs: dict[tuple[int, Plan | None], Cost] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> SimulatedEngine:
-        """Itself, as a live engine (Gymnasium copies the arguments of environments)."""
+        """Return itself, as a live engine does (Gymnasium copies the arguments of environments)."""
         return self
 
     @property
@@ -119,16 +106,8 @@ class SimulatedEngine(Engine):
             return self.profile.can_extrapolate(plan)
         return plan in self.profile.plans and (self.batch_sizes is None or self.profile.covers(plan, *self.batch_sizes))
 
-    def extrapolated(self, plan: Plan, batch_size: int) -> bool:
-        """Whether the costs of such a round are extrapolated."""
-        return not self.profile.covers(plan, batch_size)
-
     def cost(self, batch_size: int, plan: Plan | None) -> Cost:
-        """The cost of a plan (None: plain) at a batch size.
-
-        Raises:
-            ValueError: the profile does not have it, and may not extrapolate it.
-        """
+        """Return the cost of a plan (None: plain) at a batch size; see `Profile.cost` for errors."""
         key = (batch_size, plan)
         if key not in self._costs:
             self._costs[key] = self.profile.cost(batch_size, plan, extrapolate=self.extrapolate)
@@ -145,20 +124,14 @@ class SimulatedEngine(Engine):
         trace: bool = False,
     ) -> SimulatedSession:
         """Start a session of `batch_size` requests; there are no traces."""
-        most = batch_size if max_batch_size is None else max_batch_size
-        session = SimulatedSession(
-            self, workload.requests(seed), batch_size=batch_size, max_batch_size=most, seed=seed, plain=plain
-        )
+        largest = batch_size if max_batch_size is None else max_batch_size
+        session = SimulatedSession(self, workload.requests(seed), batch_size, largest, seed=seed, plain=plain)
         self._sessions.add(session)
         return session
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
-        """Refuse: a profile has one draft.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("a profile has one draft, so none can be loaded; train drafts on a live engine ('local')")
+        """Raise a ValueError: a profile has one draft."""
+        raise ValueError("a profile has one draft and cannot load another; train drafts on a live engine ('local')")
 
     def close(self) -> None:
         """Close every session; idempotent."""
@@ -169,12 +142,12 @@ class SimulatedEngine(Engine):
 
 @dataclass(slots=True)
 class _Live:
-    """A live request; `left` are tokens it may still generate."""
+    """A live request."""
 
     id: int
     request: Request
-    skill: float
-    left: int
+    effect: float  # on the log-odds of its drafts
+    left: int  # tokens to generate
 
 
 class SimulatedSession(Session):
@@ -184,48 +157,43 @@ class SimulatedSession(Session):
         self,
         engine: SimulatedEngine,
         requests: Iterator[Request],
-        *,
         batch_size: int,
         max_batch_size: int,
+        *,
         seed: int,
         plain: bool,
     ) -> None:
-        if not 1 <= batch_size <= max_batch_size:
-            raise ValueError(f"batch_size must be in [1, max_batch_size={max_batch_size}], but got {batch_size}")
-        for size in (batch_size, max_batch_size):
-            engine.cost(size, None)
-        self._engine, self._requests, self._most, self._plain = engine, requests, max_batch_size, plain
+        self._engine, self._requests, self._max_batch_size, self._plain = engine, requests, max_batch_size, plain
         self._seed = np.uint64((seed * 2 + 1) % 2**64)
         self._noise, self._probe = (np.random.default_rng((seed, stream)) for stream in (1, 2))
-        self._slow, self._drift = self._noise.standard_normal(2)  # both in their own standard deviations
-        self._keep = math.exp(-1.0 / engine.profile.memory)
+        self._slow, self._drift = self._noise.standard_normal(2)  # both with variance 1
         self._ended_at_prefill: list[Completion] = []
         self._admitted: list[_Live] = []
         self._served = self._rounds = 0
         self._closed = False
         self.resize(batch_size)
+        for size in (batch_size, max_batch_size):
+            engine.cost(size, None)  # refuse batch sizes that the profile does not know
 
     @property
     def batch_size(self) -> int:
-        """Live requests."""
+        """Number of live requests."""
         return len(self._live)
 
     @property
     def context_lengths(self) -> list[int]:
-        """Tokens known of each live request."""
+        """Number of known tokens of each live request."""
         return [len(live.request.prompt) + live.request.max_new_tokens - live.left for live in self._live]
 
     def resize(self, batch_size: int) -> None:
-        """Decode `batch_size` requests from the next round on; more are admitted, or the last ones parked.
+        """Decode `batch_size` requests from the next round on; further ones are admitted, or the last ones parked.
 
         Raises:
-            ValueError: more than the session was made for, or none.
+            ValueError: not in [1, max_batch_size].
         """
         self._check_open()
-        if not 1 <= batch_size <= self._most:
-            raise ValueError(
-                f"batch_size must be in [1, {self._most}], the session's max_batch_size, but got {batch_size}"
-            )
+        largest = self._max_batch_size
+        require(1 <= batch_size <= largest, "batch_size", f"in [1, max_batch_size={largest}]", batch_size)
         while len(self._admitted) < batch_size:
             self._admitted.append(self._admit())
         self._live = self._admitted[:batch_size]
@@ -234,15 +202,15 @@ class SimulatedSession(Session):
         """Draw a round of `plan` for every live request.
 
         Raises:
-            ValueError: a plan that the profile does not offer at this batch size, or that a plain session cannot run.
+            ValueError: the profile has no cost of the plan at this batch size, or a plain session cannot run it.
         """
         self._check_open()
         if self._plain and plan.num_steps:
-            raise ValueError(f"plain decoding has no draft, so its only plan is 0, but got {plan}")
+            raise ValueError(f"plan must be 0 in a session of plain decoding, but got {plan}")
         cost = self._engine.cost(self.batch_size, None if self._plain else plan)
         contexts = np.array(self.context_lengths)
         correct = self._accept(plan, contexts)
-        seconds = self._seconds(cost, float(contexts.mean()), plan)
+        seconds = self._seconds(cost, float(contexts.mean()), plan.num_steps)
         ids = np.array([live.id for live in self._live])
         left = np.array([live.left for live in self._live])
         tokens = np.minimum(correct + 1, left)
@@ -253,11 +221,11 @@ class SimulatedSession(Session):
                 finished.append(Completion(live.id, live.request.prompt, (0,) * live.request.max_new_tokens))
                 self._live[row] = self._admitted[row] = self._admit()
         finished += self._ended_at_prefill
-        self._ended_at_prefill = []
+        self._ended_at_prefill.clear()
         self._rounds += 1
         self._engine.clock.advance(seconds)
         draft_s = seconds * cost.draft_share
-        return SimulatedRound(
+        return Round(
             plan=plan,
             request_ids=ids,
             tokens=tokens,
@@ -273,12 +241,12 @@ class SimulatedSession(Session):
         """Draw the seconds of a plain step now; the session's random numbers do not change."""
         self._check_open()
         cost, context = self._engine.cost(self.batch_size, None), float(np.mean(self.context_lengths))
-        seconds = self._mean_seconds(cost, context) * self._hiccup(cost, self._probe)
+        seconds = self._mean_seconds(cost, context) * self._round_noise(cost, self._probe)
         self._engine.clock.advance(seconds)
         return PlainSample(self.batch_size, context, seconds)
 
     def foresee(self, plan: Plan) -> NDArray[np.int64]:
-        """Correct drafts [B] int64 of a round of `plan` if it ran now; the session does not change. For bounds only."""
+        """Return the correct drafts [B] int64 of a round of `plan` without changing the session. For bounds only."""
         self._check_open()
         noise, drift = self._noise.bit_generator.state, self._drift
         correct = self._accept(plan, np.array(self.context_lengths))
@@ -298,59 +266,53 @@ class SimulatedSession(Session):
             raise ValueError("the session is closed; start another one")
 
     def _accept(self, plan: Plan, contexts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Correct drafts of each request [B] int64; the next step of the drift."""
+        """Advance the drift, and draw the correct drafts of each request [B] int64."""
         profile, steps = self._engine.profile, plan.num_steps
-        self._drift = self._keep * self._drift + math.sqrt(1.0 - self._keep**2) * self._noise.standard_normal()
+        self._drift = profile.next_noise(self._drift, self._noise.standard_normal())
         if steps == 0:
             return np.zeros(len(contexts), dtype=np.int64)
-        moved = profile.drift * self._drift + sum(s.log_odds for s in self._engine.shifts if self._rounds >= s.at)
-        skill = np.array([live.skill for live in self._live]) + moved
-        reached = survival(profile.odds(plan), skill)  # [B, K]
-        rates = reached / np.concatenate([np.ones((len(skill), 1)), reached[:, :-1]], axis=1)
+        change = profile.drift * self._drift + log_odds_change(self._engine.shifts, self._rounds)
+        effects = np.array([live.effect for live in self._live]) + change
+        reached = survival(profile.odds(plan), effects)  # [B, K]
+        rates = reached / np.concatenate([np.ones((len(effects), 1)), reached[:, :-1]], axis=1)
         ids = np.array([live.id for live in self._live])
         drawn = _uniform(self._seed, ids[:, None], contexts[:, None] + np.arange(steps))
-        stood: NDArray[np.int64] = np.cumprod(drawn < rates, axis=1).sum(1)
-        return stood
+        correct: NDArray[np.int64] = np.cumprod(drawn < rates, axis=1).sum(1)
+        return correct
 
-    def _seconds(self, cost: Cost, context: float, plan: Plan) -> float:
-        """Seconds of the next round, and the next step of the slow noise."""
-        self._slow = self._keep * self._slow + math.sqrt(1.0 - self._keep**2) * self._noise.standard_normal()
-        seconds = self._mean_seconds(cost, context) * self._hiccup(cost, self._noise)
-        for shift in self._engine.shifts:
-            if self._rounds >= shift.at and plan.num_steps >= shift.from_steps and not self._plain:
-                seconds *= shift.cost
-        return seconds
+    def _seconds(self, cost: Cost, context: float, num_steps: int) -> float:
+        """Advance the slow noise, and draw the seconds of a round."""
+        self._slow = self._engine.profile.next_noise(self._slow, self._noise.standard_normal())
+        seconds = self._mean_seconds(cost, context) * self._round_noise(cost, self._noise)
+        return seconds if self._plain else seconds * float(cost_factor(self._engine.shifts, self._rounds, num_steps))
 
     def _mean_seconds(self, cost: Cost, context: float) -> float:
-        """At this context and in this state of the slow noise."""
-        longer = max(1.0 + cost.per_token * (context - self._engine.profile.context), 0.1)
-        return cost.seconds * longer * math.exp(cost.spread * self._slow - 0.5 * cost.spread**2)
+        """Return the mean seconds at this context with the present slow noise."""
+        context_factor = max(1.0 + cost.per_token * (context - self._engine.profile.context), 0.1)
+        return cost.seconds * context_factor * math.exp(cost.spread * self._slow - 0.5 * cost.spread**2)
 
-    def _hiccup(self, cost: Cost, rng: np.random.Generator) -> float:
-        """The noise of one round: jitter, and now and then a multiple."""
+    def _round_noise(self, cost: Cost, rng: np.random.Generator) -> float:
+        """Draw the noise of one round: jitter, and in few rounds a hiccup."""
         profile = self._engine.profile
         jitter = math.exp(cost.jitter * rng.standard_normal() - 0.5 * cost.jitter**2)
         extra = rng.standard_exponential() * profile.hiccup_extra
         return jitter * (1.0 + extra if rng.random() < profile.hiccup_share else 1.0)
 
     def _admit(self) -> _Live:
-        """Take requests until one does not end with its first token, which prefill generates."""
-        for _ in range(_MOST_AT_PREFILL):
+        """Take the next request that does not end with its first token, which prefill generates."""
+        for _ in range(_MAX_ENDED_AT_PREFILL):
             request = next(self._requests)
             number, self._served = self._served, self._served + 1
             if request.max_new_tokens > 1:
-                drawn = float(_uniform(self._seed, np.array(number), np.array(_SKILL)))
-                skill = NormalDist().inv_cdf(min(max(drawn, 1e-12), 1 - 1e-12)) * self._engine.profile.skill
-                return _Live(number, request, skill, request.max_new_tokens - 1)
+                drawn = float(_uniform(self._seed, np.array(number), np.array(_EFFECT_POSITION)))
+                effect = NormalDist().inv_cdf(min(max(drawn, 1e-12), 1 - 1e-12)) * self._engine.profile.request_spread
+                return _Live(number, request, effect, request.max_new_tokens - 1)
             self._ended_at_prefill.append(Completion(number, request.prompt, (0,)))
-        raise ValueError(
-            f"a session needs requests of more than one token, but got {_MOST_AT_PREFILL} in a row that ended with it; "
-            "raise max_new_tokens above 1"
-        )
+        raise ValueError(f"max_new_tokens must be above 1, but got 1 in {_MAX_ENDED_AT_PREFILL} requests in a row")
 
 
 def _uniform(seed: np.uint64, request: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Numbers in [0, 1) that are a function of seed, request and position (SplitMix64; Steele et al., OOPSLA 2014)."""
+    """Return a number in [0, 1) for each seed, request and position (SplitMix64; Steele et al., OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         x = seed * np.uint64(0x9E3779B97F4A7C15) + request.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
         x = _mixed(x) + position.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)

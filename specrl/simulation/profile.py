@@ -1,37 +1,42 @@
-"""Profiles: what a simulated engine's rounds cost, how many drafts stand, and where these numbers come from."""
+"""Profiles: costs and acceptance of simulated rounds, and the source of these numbers."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from specrl.core.checks import require, require_known
 from specrl.core.plan import Plan
 from specrl.simulation.acceptance_model import accept_length
 
 _FOLDER = Path(__file__).parent / "profiles"
 CHAIN = "chain"  # chains of every length share their log-odds
-PLAIN = "plain"
+PLAIN = "plain"  # plain decoding, where a plan is written
+Noise = TypeVar("Noise", float, NDArray[np.float32])
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a round takes at one batch size: `seconds` · noise, whose mean is 1.
+    """Seconds of a round at one batch size: `seconds` times noise with mean 1.
 
     Args:
         batch_size: B, live requests.
-        plan: of the round; None: plain decoding, without any draft.
-        seconds: the mean, hiccups apart, at the profile's `context`.
-        jitter: log standard deviation of one round, independent of all others.
-        spread: log standard deviation of what is slow (neighbours, clocks, a batch that runs empty).
-        per_token: share of `seconds` that a further token of context adds.
-        draft_share: share of the time that the draft takes, where it is known.
+        plan: of the round; None: plain decoding, without a draft.
+        seconds: mean without hiccups, at the profile's `context`.
+        jitter: log standard deviation of the noise of each round.
+        spread: log standard deviation of slow noise, which lasts for `Profile.memory` rounds.
+        per_token: share of `seconds` that each further token of context adds.
+        draft_share: share of the time that the draft takes; 0 if unknown.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     batch_size: int
@@ -43,63 +48,45 @@ class Cost:
     draft_share: float = 0.0
 
     def __post_init__(self) -> None:
-        at = f"the cost of {self.plan or PLAIN} at batch size {self.batch_size}"
-        if type(self.batch_size) is not int or self.batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, but got {self.batch_size!r} in {at}")
-        if not 0.0 < self.seconds < math.inf:
-            raise ValueError(f"seconds must be finite and above 0, but got {self.seconds} in {at}")
+        of = f"of {self.plan or PLAIN} at batch size {self.batch_size}"
+        whole = type(self.batch_size) is int and self.batch_size >= 1
+        require(whole, f"batch_size {of}", "a whole number of at least 1", self.batch_size)
+        require(0.0 < self.seconds < math.inf, f"seconds {of}", "finite and above 0", self.seconds)
         for name in ("jitter", "spread", "per_token"):
-            if not 0.0 <= getattr(self, name) <= 2.0:
-                raise ValueError(f"{name} must be in [0, 2], but got {getattr(self, name)} in {at}")
-        if not 0.0 <= self.draft_share < 1.0:
-            raise ValueError(f"draft_share must be in [0, 1), but got {self.draft_share} in {at}")
-
-
-@dataclass(frozen=True, slots=True)
-class Shift:
-    """From round `at` of a session on: costs of plans with `from_steps` or more times `cost`, log-odds moved."""
-
-    at: int
-    cost: float = 1.0
-    from_steps: int = 1
-    log_odds: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.at < 0 or self.from_steps < 0 or not 0.0 < self.cost < math.inf or not math.isfinite(self.log_odds):
-            raise ValueError(f"a shift needs at, from_steps >= 0, a cost above 0 and finite log_odds, but got {self}")
+            require(0.0 <= getattr(self, name) <= 2.0, f"{name} {of}", "in [0, 2]", getattr(self, name))
+        require(0.0 <= self.draft_share < 1.0, f"draft_share {of}", "in [0, 1)", self.draft_share)
 
 
 @dataclass(frozen=True)
 class Profile:
     """Costs, acceptance and noise of one target, draft, traffic and machine (see `specrl.simulation.acceptance_model`).
 
-    Between the batch sizes of a plan's costs, log seconds are a line over log batch size, the rest a line over log
-    batch size.
+    Between the batch sizes of a plan's costs, log seconds and all other numbers are linear in log batch size.
 
     Args:
         name: of the profile.
-        provenance: where the numbers come from; at least 'kind' and 'source'.
-        costs: of plain decoding (plan None) and of every plan on offer, by batch size.
+        provenance: the source of the numbers; at least 'kind' and 'source'.
+        costs: of plain decoding (plan None) and of every plan, by batch size.
         log_odds: b_1 .. b_K of 'chain', and of every tree by its plan ('3/2/6').
-        skill: s, standard deviation over requests of the log-odds.
-        drift: standard deviation of what all requests' log-odds drift by, as a stationary AR(1) over rounds.
-        memory: rounds after which drift and slow noise have forgotten all but 1/e.
-        hiccup_share: share of rounds that take a multiple of their time,
-        hiccup_extra: 1 + Exp(hiccup_extra) times it.
-        delay: rounds by which results are late when the next plan is chosen.
-        context: tokens per request at which `seconds` hold.
-        prompt_tokens: of the requests that were measured.
-        max_new_tokens: tokens that they generated.
+        request_spread: s, standard deviation over requests of their effect on the log-odds.
+        drift: standard deviation of a change of the log-odds of all requests, a stationary AR(1) over rounds.
+        memory: rounds after which the autocorrelation of drift and slow noise is 1/e.
+        hiccup_share: share of rounds that take 1 + Exp(hiccup_extra) times as long.
+        hiccup_extra: see `hiccup_share`.
+        delay: rounds by which results arrive late.
+        context: tokens per request at which `seconds` were measured.
+        prompt_tokens: tokens of each prompt in the measurement.
+        max_new_tokens: tokens that each request generated in the measurement.
 
     Raises:
-        ValueError: numbers out of range, costs twice, or plans without plain costs or log-odds.
+        ValueError: a number out of range, a repeated cost, or a plan without plain costs or log-odds.
     """
 
     name: str
     provenance: Mapping[str, Any]
     costs: tuple[Cost, ...]
     log_odds: Mapping[str, tuple[float, ...]]
-    skill: float = 0.0
+    request_spread: float = 0.0
     drift: float = 0.0
     memory: float = 1000.0
     hiccup_share: float = 0.0
@@ -115,82 +102,121 @@ class Profile:
         for cost in sorted(self.costs, key=lambda c: c.batch_size):
             by_plan[cost.plan] = (*by_plan.get(cost.plan, ()), cost)
         object.__setattr__(self, "_by_plan", by_plan)
-        for rule in _broken(self, by_plan):
-            raise ValueError(f"profile {self.name!r}: {rule}")
+        try:
+            self._check()
+        except ValueError as error:
+            raise ValueError(f"profile {self.name!r}: {error}") from None
+
+    def _check(self) -> None:
+        if missing := {"kind", "source"} - self.provenance.keys():
+            raise ValueError(f"provenance must hold 'kind' and 'source', but has no {', '.join(sorted(missing))}")
+        if None not in self._by_plan:
+            raise ValueError(f"costs must hold plain decoding (plan {PLAIN!r}) at every batch size, but got none")
+        for plan, costs in self._by_plan.items():
+            sizes = [cost.batch_size for cost in costs]
+            if len(set(sizes)) < len(sizes):
+                raise ValueError(f"costs must be unique, but {plan or PLAIN} has batch sizes {sizes}; remove repeats")
+            if not self.covers(None, sizes[0], sizes[-1]):
+                raise ValueError(
+                    f"plain costs must enclose every plan's batch sizes, but plan {plan} has {sizes}; measure plain too"
+                )
+            if plan is not None and plan.num_steps and not self.log_odds.get(plan_family(plan)):
+                raise ValueError(
+                    f"log_odds must hold every plan's family, but {plan} has none; add {plan_family(plan)!r}"
+                )
+        for family, odds in self.log_odds.items():
+            require(all(-20.0 <= value <= 20.0 for value in odds), f"log_odds of {family}", "in [-20, 20]", list(odds))
+        for name, low, high in (
+            ("request_spread", 0.0, 5.0), ("drift", 0.0, 5.0), ("memory", 1.0, 1e9), ("hiccup_share", 0.0, 0.5),
+            ("hiccup_extra", 0.0, 1e3), ("delay", 0, 1000), ("context", 0.0, 1e7), ("prompt_tokens", 1, 1e7),
+            ("max_new_tokens", 2, 1e7),
+        ):  # fmt: skip
+            require(low <= getattr(self, name) <= high, name, f"in [{low:g}, {high:g}]", getattr(self, name))
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """Those with costs, in ascending order; all else is extrapolation."""
+        """Plans with costs, in ascending order."""
         return tuple(sorted(plan for plan in self._by_plan if plan is not None))
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """Those at which plain decoding has a cost."""
+        """Batch sizes with a cost of plain decoding, in ascending order."""
         return tuple(cost.batch_size for cost in self._by_plan[None])
 
     def covers(self, plan: Plan | None, low: int, high: int | None = None) -> bool:
-        """Whether costs of `plan` (None: plain) enclose the batch sizes low .. high."""
+        """Whether the costs of `plan` (None: plain) enclose the batch sizes from `low` to `high`."""
         known = self._by_plan.get(plan, ())
         return bool(known) and known[0].batch_size <= low and (high or low) <= known[-1].batch_size
 
     def can_extrapolate(self, plan: Plan) -> bool:
-        """Whether there is anything to extrapolate from: two other chains for a chain, itself for a tree."""
+        """Whether costs of `plan` can be extrapolated: any plan with costs, and any chain if there are two others."""
         return plan in self._by_plan or (plan.is_chain and plan.num_steps > 0 and len(self._chains()) > 1)
 
     def _chains(self) -> list[Plan]:
         return [plan for plan in self.plans if plan.is_chain and plan.num_steps]
 
     def cost(self, batch_size: int, plan: Plan | None, *, extrapolate: bool = False) -> Cost:
-        """The cost of `plan` (None: plain) at a batch size.
+        """Return the cost of `plan` (None: plain) at a batch size.
 
-        With `extrapolate`, beyond the batch sizes known the last segment goes on, and the seconds of a chain that
-        is not known are a line over num_steps through the nearest two that are, at least those of plain decoding.
+        With `extrapolate`, the last segment continues beyond the profile's batch sizes. The seconds of a chain without
+        costs are linear in num_steps through the nearest two chains, and at least those of plain decoding.
 
         Raises:
-            ValueError: it is not known, and not to be extrapolated.
+            ValueError: the profile has no such cost, and it may not or cannot be extrapolated.
         """
         if not extrapolate and not self.covers(plan, batch_size):
-            known = [cost.batch_size for cost in self._by_plan.get(plan, ())]
-            at = f"batch sizes {known[0]} to {known[-1]}" if known else f"plans {', '.join(map(str, self.plans))}"
-            what = f"plan {plan}" if plan else "plain decoding"
+            sizes = [cost.batch_size for cost in self._by_plan.get(plan, ())]
+            known = f"batch sizes {sizes[0]} to {sizes[-1]}" if sizes else f"plans {', '.join(map(str, self.plans))}"
+            wanted = f"plan {plan}" if plan else "plain decoding"
             raise ValueError(
-                f"profile {self.name!r} knows {at}, but got {what} at batch size {batch_size}; extrapolate=True guesses"
+                f"profile {self.name!r} knows {known}, but got {wanted} at batch size {batch_size}; "
+                "use extrapolate=True for an estimate"
             )
         if plan in self._by_plan:
             return _between(self._by_plan[plan], batch_size)
         assert plan is not None
         if not self.can_extrapolate(plan):
-            raise ValueError(f"profile {self.name!r} must know two chains to guess another, but got plan {plan}")
+            raise ValueError(f"profile {self.name!r} must know two chains to extrapolate, but got plan {plan}")
         near = sorted(sorted(self._chains(), key=lambda p: abs(p.num_steps - plan.num_steps))[:2])
         one, two = (_between(self._by_plan[p], batch_size) for p in near)
         weight = (plan.num_steps - near[0].num_steps) / (near[1].num_steps - near[0].num_steps)
-        mixed = _mix(one, two, min(max(weight, 0.0), 1.0))
         seconds = one.seconds + weight * (two.seconds - one.seconds)
-        return replace(mixed, plan=plan, seconds=max(seconds, _between(self._by_plan[None], batch_size).seconds))
+        seconds = max(seconds, _between(self._by_plan[None], batch_size).seconds)
+        return replace(_mix(one, two, weight), plan=plan, seconds=seconds)
+
+    def next_noise(self, noise: Noise, drawn: Noise) -> Noise:
+        """Return the next value of an AR(1) with variance 1 and autocorrelation 1/e after `memory` rounds.
+
+        Args:
+            noise: the present value, a number or an array.
+            drawn: an independent standard normal number or array.
+        """
+        decay = math.exp(-1.0 / self.memory)
+        return decay * noise + math.sqrt(1.0 - decay**2) * drawn
 
     def odds(self, plan: Plan) -> tuple[float, ...]:
-        """b_1 .. b_num_steps; beyond those known the last one goes on."""
+        """Return b_1 .. b_num_steps; the last known one is repeated."""
         if plan.num_steps == 0:
             return ()
-        known = self.log_odds[CHAIN if plan.is_chain else str(plan)]
+        known = self.log_odds[plan_family(plan)]
         return (*known[: plan.num_steps], *(known[-1:] * (plan.num_steps - len(known))))
 
     def accept_length(self, plan: Plan) -> float:
-        """E[τ]: expected tokens per request and round, bonus included, under this plan alone."""
-        return accept_length(self.odds(plan), self.skill, self.drift) if plan.num_steps else 1.0
+        """Return E[τ], the expected tokens per request and round, bonus included, if all rounds have this plan."""
+        return accept_length(self.odds(plan), self.request_spread, self.drift) if plan.num_steps else 1.0
 
     def tokens_per_second(self, batch_size: int, plan: Plan | None, *, extrapolate: bool = False) -> float:
-        """Tokens per second and request, ΣN/B ÷ ΣΔt: E[τ] / T(B, plan); of plain decoding 1 / t0(B)."""
+        """Return tokens per second and request: E[τ] / T(B, plan), or 1 / t0(B) for plain decoding (None)."""
         seconds = self.cost(batch_size, plan, extrapolate=extrapolate).seconds
         return self.accept_length(plan or Plan(0)) / seconds / (1.0 + self.hiccup_share * self.hiccup_extra)
 
     def speedup(self, batch_size: int, plan: Plan, *, extrapolate: bool = False) -> float:
-        """S(B, plan) = E[τ] · t0(B) / T(B, plan)."""
+        """Return S(B, plan) = E[τ] · t0(B) / T(B, plan)."""
         fast, plain = (self.tokens_per_second(batch_size, p, extrapolate=extrapolate) for p in (plan, None))
         return fast / plain
 
     def to_json(self) -> str:
-        """As `load_profile` reads it; a cost is a line."""
+        """Return JSON for `load_profile`, one line for each cost."""
         head = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "costs"}
         parts = [f"  {json.dumps(key)}: {json.dumps(_jsonable(value))}" for key, value in head.items()]
         rows = ",\n".join(f"    {json.dumps(_row(cost))}" for cost in self.costs)
@@ -203,103 +229,60 @@ def shipped_profiles() -> tuple[str, ...]:
 
 
 def load_profile(source: str | Path | Profile) -> Profile:
-    """A profile by name (`shipped_profiles`) or from a .json file.
+    """Return a profile by name (`shipped_profiles`) or from a .json file; a `Profile` is returned unchanged.
 
     Raises:
-        ValueError: there is none, or it is not a valid one.
+        ValueError: no such profile, or an invalid one.
     """
     if isinstance(source, Profile):
         return source
-    names = shipped_profiles()
-    path = _FOLDER / f"{source}.json" if str(source) in names else Path(source)
+    path = Path(source)
     if not path.is_file():
-        close = difflib.get_close_matches(str(source), names, n=1)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"a profile is a .json file or one of {', '.join(names)}, but got {str(source)!r}{meant}")
+        require_known("profile", source, shipped_profiles(), " or a .json file")
+        path = _FOLDER / f"{source}.json"
     try:
         return _parse(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def profile_from_json(text: str) -> Profile:
-    """What `Profile.to_json` gave.
-
-    Raises:
-        ValueError: it is not a valid profile.
-    """
-    try:
-        return _parse(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"not a profile: {' '.join(str(error).split())}") from error
-
-
 def _parse(record: Any) -> Profile:
-    if not isinstance(record, dict):
-        raise ValueError(f"a profile must be a JSON object, but got {type(record).__name__}")
-    _keys(record, Profile, "a profile", {"name", "provenance", "costs", "log_odds"})
+    _check_keys(record, Profile, "a profile", {"name", "provenance", "costs", "log_odds"})
     costs = []
     for row in record["costs"]:
-        _keys(row, Cost, "a cost", {"batch_size", "plan", "seconds"})
-        plan = None if row["plan"] == PLAIN else Plan.parse(row["plan"])
-        costs.append(Cost(**{**row, "plan": plan}))
+        _check_keys(row, Cost, "a cost", {"batch_size", "plan", "seconds"})
+        costs.append(Cost(**{**row, "plan": None if row["plan"] == PLAIN else Plan.parse(row["plan"])}))
     odds = {family: tuple(map(float, values)) for family, values in record["log_odds"].items()}
     return Profile(**{**record, "costs": tuple(costs), "log_odds": odds})
 
 
-def _keys(given: Mapping[str, Any], kind: type, what: str, needed: set[str]) -> None:
-    known = [f.name for f in fields(kind) if f.init]
-    for missing in sorted(needed - given.keys()):
-        raise ValueError(f"{what} must hold {', '.join(sorted(needed))}, but {missing!r} is missing")
-    for extra in sorted(given.keys() - set(known)):
-        close = difflib.get_close_matches(extra, known, n=1)
-        raise ValueError(
-            f"{what} holds only {', '.join(known)}, but got {extra!r}"
-            + (f"; did you mean {close[0]!r}?" if close else "")
-        )
+def _check_keys(record: Any, kind: type, name: str, required: set[str]) -> None:
+    require(isinstance(record, dict), name, "a JSON object", type(record).__name__)
+    for key in record:
+        require_known(f"a key of {name}", key, [f.name for f in fields(kind) if f.init])
+    if missing := sorted(required - record.keys()):
+        raise ValueError(f"{name} must hold {', '.join(sorted(required))}, but {', '.join(missing)} is missing")
 
 
-def _broken(profile: Profile, by_plan: Mapping[Plan | None, tuple[Cost, ...]]) -> Iterable[str]:
-    """The rules that a profile breaks, each with value and remedy."""
-    for key in ("kind", "source"):
-        if key not in profile.provenance:
-            yield f"provenance must say where the numbers come from, but has no {key!r}; add it"
-    if None not in by_plan:
-        yield f"costs must hold plain decoding (plan {PLAIN!r}), but got none; measure it at every batch size"
-        return
-    plain = by_plan[None]
-    for plan, costs in by_plan.items():
-        sizes = [cost.batch_size for cost in costs]
-        if len(set(sizes)) < len(sizes):
-            yield f"a cost must be given once, but {plan or PLAIN} has batch sizes {sizes}; remove the repeats"
-        if sizes[0] < plain[0].batch_size or sizes[-1] > plain[-1].batch_size:
-            yield f"plain costs must enclose every plan's batch sizes, but plan {plan} has {sizes}; measure plain there"
-        if plan is not None and plan.num_steps and not profile.log_odds.get(CHAIN if plan.is_chain else str(plan)):
-            yield f"log_odds must hold every plan's family, but {plan} has none; add {CHAIN!r} or {str(plan)!r}"
-    for family, odds in profile.log_odds.items():
-        if not all(-20.0 <= value <= 20.0 for value in odds):
-            yield f"log_odds must be in [-20, 20], but {family!r} has {list(odds)}"
-    for name, low, high in (
-        ("skill", 0.0, 5.0), ("drift", 0.0, 5.0), ("memory", 1.0, 1e9), ("hiccup_share", 0.0, 0.5),
-        ("hiccup_extra", 0.0, 1e3), ("delay", 0, 1000), ("context", 0.0, 1e7), ("prompt_tokens", 1, 1e7),
-        ("max_new_tokens", 2, 1e7),
-    ):  # fmt: skip
-        if not low <= getattr(profile, name) <= high:
-            yield f"{name} must be in [{low:g}, {high:g}], but got {getattr(profile, name)}"
+def plan_family(plan: Plan) -> str:
+    """Return the key of a plan in `Profile.log_odds`."""
+    return CHAIN if plan.is_chain else str(plan)
 
 
 def _between(costs: tuple[Cost, ...], batch_size: int) -> Cost:
-    """The cost at a batch size; beyond the last, its segment goes on."""
+    """Return the cost at a batch size; the last segment continues beyond the known ones."""
     if len(costs) == 1 or batch_size <= 0:
         return replace(costs[0], batch_size=batch_size)
     after = int(np.clip(np.searchsorted([c.batch_size for c in costs], batch_size), 1, len(costs) - 1))
     one, two = costs[after - 1], costs[after]
     weight = math.log(batch_size / one.batch_size) / math.log(two.batch_size / one.batch_size)
     seconds = math.exp(math.log(one.seconds) + weight * math.log(two.seconds / one.seconds))
-    return replace(_mix(one, two, min(max(weight, 0.0), 1.0)), batch_size=batch_size, seconds=seconds)
+    return replace(_mix(one, two, weight), batch_size=batch_size, seconds=seconds)
 
 
 def _mix(one: Cost, two: Cost, weight: float) -> Cost:
+    """Interpolate all numbers but the seconds, without extrapolation."""
+    weight = min(max(weight, 0.0), 1.0)
     mixed = {
         name: getattr(one, name) + weight * (getattr(two, name) - getattr(one, name))
         for name in ("jitter", "spread", "per_token", "draft_share")
@@ -308,12 +291,13 @@ def _mix(one: Cost, two: Cost, weight: float) -> Cost:
 
 
 def _row(cost: Cost) -> dict[str, Any]:
-    """A cost without what is zero, to six digits."""
+    """A cost without the numbers that are 0."""
     row = {**asdict(cost), "plan": PLAIN if cost.plan is None else str(cost.plan)}
-    return {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in row.items() if v != 0.0}
+    return {key: _jsonable(value) for key, value in row.items() if value != 0.0}
 
 
 def _jsonable(value: Any) -> Any:
+    """The value with numbers of six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
