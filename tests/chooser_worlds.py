@@ -134,7 +134,9 @@ def recorded(name: str) -> Table:
     for plan in profile.plans:
         lengths = [profile.accept_length(Plan(0))]
         odds = profile.odds(plan)
-        lengths += [accept_length(odds[:k], profile.request_spread, profile.drift) for k in range(1, plan.num_steps + 1)]
+        lengths += [
+            accept_length(odds[:k], profile.request_spread, profile.drift) for k in range(1, plan.num_steps + 1)
+        ]
         if plan.num_steps > len(survival.get(Survival.family(plan), ())):
             survival[Survival.family(plan)] = tuple(np.diff(lengths).tolist())
     sizes = profile.batch_sizes

@@ -57,6 +57,12 @@ def test_plans_are_compared_on_common_random_numbers() -> None:
     assert ratio == pytest.approx(made_up().cost(16, Plan(5)).seconds / made_up().cost(16, Plan(2)).seconds)
 
 
+def test_foresee_returns_the_correct_drafts_of_the_next_round() -> None:
+    session = SimulatedEngine(made_up(drift=0.5)).start(LONG, batch_size=16, seed=0)
+    foreseen = session.foresee(Plan(5)).tolist()
+    assert foreseen == session.foresee(Plan(5)).tolist() == session.round(Plan(5)).correct_drafts.tolist()
+
+
 def test_seconds_have_mean_and_spread_of_the_profile() -> None:
     # 8,000 rounds: the standard errors are 0.06 % of the mean and 0.8 % of the spread.
     profile = smooth(spread=0.0)

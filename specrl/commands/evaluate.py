@@ -8,12 +8,14 @@ from pathlib import Path
 from specrl.config import DraftConfig, EngineConfig, TargetConfig, WorkloadConfig
 from specrl.core.checks import require
 from specrl.core.plan import parse_plans
-from specrl.evaluation.backends import Backend, SimulatedBackend, open_live
+from specrl.evaluation.live import LiveBackend, open_live
 from specrl.evaluation.regret import gap_lines
-from specrl.evaluation.results import compare_sources, comparison_rows, shown_rows, write_evaluation
-from specrl.evaluation.simulation import Schedule, parse_shifts
+from specrl.evaluation.results import comparison_rows, shown_rows, write_evaluation
+from specrl.evaluation.scores import compare_choosers
+from specrl.evaluation.simulation import Schedule, SimulatedBackend
 from specrl.io.output import OutputDir, hint, progress, show, table
 from specrl.simulation.profile import load_profile, shipped_profiles
+from specrl.simulation.shifts import parse_shifts
 
 
 def evaluate(
@@ -74,7 +76,7 @@ def evaluate(
     if "live" in names and shifts:
         raise ValueError(f"schedule.shifts is for simulations only, but got {schedule.shifts!r} with 'live'")
     with ExitStack() as opened:
-        backends: list[Backend] = []
+        backends: list[SimulatedBackend | LiveBackend] = []
         for name in names:
             if name == "live":
                 cycles = schedule.rounds // schedule.cycle_rounds
@@ -94,7 +96,7 @@ def evaluate(
                 bar(done)
 
             found = [backend.evaluate(choosers, range(seeds), advance) for backend in backends]
-    compared = compare_sources(found, reference)
+    compared = compare_choosers(found, reference)
     rows = comparison_rows(compared)
     title = f"{seeds} seeds, {schedule.rounds} rounds, batch sizes {schedule.batch_sizes}"
     show(table(shown_rows(compared, reference), title=title))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from specrl.core.checks import require
 
+PLAIN = "plain"  # plain decoding, in places where a plan or the name of an arm is written
 _FORMS = "'0', 'num_steps/topk/num_draft_tokens' (as in '3/1/4') or 'num_steps' alone (a chain)"
 
 

@@ -6,36 +6,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
+
+from specrl.agents.choosers.registry import Known, make_chooser
 from specrl.agents.choosers.table import FixedPlan
+from specrl.config import DraftConfig, EngineConfig, TargetConfig, WorkloadConfig
 from specrl.core.batch_schedule import Phase, batch_sizes
+from specrl.core.checks import require
 from specrl.core.interfaces import Engine, PlanChooser, Session, Workload
-from specrl.core.plain_cost import PlainEstimate
-from specrl.core.plan import Plan
+from specrl.core.plan import PLAIN, Plan
 from specrl.core.rollout import Rollout, Step
-from specrl.core.round import Round
-from specrl.evaluation.trajectory import PLAIN, Trajectory
+from specrl.evaluation.regret import CycleSpeedups, concatenate_cycles, cycle_speedups
+from specrl.evaluation.scores import Evaluation, Score, score
+from specrl.evaluation.trajectory import PlainSeconds, Trajectory, plan_seconds
+from specrl.measure.arms import open_engine
 from specrl.measure.paired import SessionPool
-
-_NEWEST = 0.1  # weight of the newest plain round in t0
-
-
-class PlainRounds:
-    """The cost of plain decoding from rounds of a plain session (`specrl.core.rollout.Baseline`)."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
-
-    def add(self, done: Round) -> None:
-        """Take a round of plain decoding into the moving average of its batch size."""
-        before = self._seconds.get(done.batch_size, done.seconds)
-        self._seconds[done.batch_size] = before + _NEWEST * (done.seconds - before)
-
-    def update(self, session: Session, context: float) -> None:
-        """Nothing is measured between the rounds of choosers."""
-
-    def estimate(self, batch_size: int, context: float) -> PlainEstimate:
-        """Seconds of a plain step at this batch size, at any context."""
-        return PlainEstimate(self._seconds[batch_size], 0.0, 1)
 
 
 @dataclass
@@ -57,17 +42,17 @@ def run_live(
     seed: int = 0,
     on_cycle: Callable[[int], None] | None = None,
 ) -> dict[str, Trajectory]:
-    """The trajectory of every chooser, and of plain decoding under the name 'plain', on the same prompts.
+    """Return the trajectory of every chooser, and of plain decoding under the name 'plain', on the same prompts.
 
-    A cycle is one repetition of the phases. In each phase the choosers decode one after the other, there and back, so
-    that a drift of the machine affects all equally. The first round of a turn finds the caches as another session left
-    them and is not counted.
+    A cycle is one repetition of the phases. In each phase the choosers decode one after the other, and in the reverse
+    order in the next phase, so that a drift of the machine affects all equally. The first round of a turn finds the
+    caches in the state that another session left, and is not counted.
 
     Args:
         engine: decodes; one with `single_session` continues the same requests for all choosers.
         workload: prompts.
         choosers: by name.
-        plans: that are offered.
+        plans: the plans to choose from.
         phases: of the load.
         cycles: number of cycles.
         seed: of prompts and sampling.
@@ -75,15 +60,15 @@ def run_live(
     """
     sizes = [phase.batch_size for phase in phases]
     pool = SessionPool(workload, batch_size=sizes[0], max_batch_size=max(sizes), seed=seed)
-    baseline = PlainRounds()
+    baseline = PlainSeconds()
     plain_session = pool.open(engine, plain=True)
     for size in sorted(set(sizes)):  # choosers see t0 from their first round on
         plain_session.resize(size)
         baseline.add(plain_session.round(Plan(0)))
 
-    def arm(chooser: PlanChooser, offered: Sequence[Plan], session: Session) -> _Arm:
+    def arm(chooser: PlanChooser, plans: Sequence[Plan], session: Session) -> _Arm:
         rounds = batch_sizes([Phase(phase.batch_size, phase.rounds + 1) for phase in phases])
-        rollout = Rollout(session, offered, baseline, batch_sizes=rounds, result_delay=engine.result_delay)
+        rollout = Rollout(session, plans, baseline, batch_sizes=rounds, result_delay=engine.result_delay)
         return _Arm(rollout.play(chooser, engine.clock))
 
     arms = {PLAIN: arm(FixedPlan(Plan(0)), (Plan(0),), plain_session)}
@@ -101,3 +86,97 @@ def run_live(
     pool.close()
     counted = [turn > 0 for _ in range(cycles) for phase in phases for turn in range(phase.rounds + 1)]
     return {name: Trajectory.of(turn.steps, plans, counted) for name, turn in arms.items()}
+
+
+class LiveBackend:
+    """Runs choosers on an engine. Bounds and regret are estimated from runs of every single plan, in turns with them.
+
+    The plan that was measured as best is on average slightly worse than measured, so the bounds are slightly too high.
+
+    Args:
+        engine: decodes.
+        workload: prompts.
+        plans: the plans to choose from.
+        phases: of the load.
+        cycles: repetitions of the phases, for each seed.
+        name: of the source.
+
+    Raises:
+        ValueError: fewer than two cycles, or plans that the engine cannot run.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        workload: Workload,
+        plans: tuple[Plan, ...],
+        phases: Sequence[Phase],
+        cycles: int,
+        *,
+        name: str = "live",
+    ) -> None:
+        require(cycles >= 2, "cycles of the load", "at least 2 for an interval (raise rounds)", cycles)
+        if wrong := [str(plan) for plan in plans if not engine.supports(plan)]:
+            raise ValueError(f"plans must be supported by the engine, but {', '.join(wrong)} are not; leave them out")
+        self.name, self._engine, self._workload = name, engine, workload
+        self._plans, self._phases, self._cycles = plans, tuple(phases), cycles
+        self._sizes = sorted({phase.batch_size for phase in phases})
+
+    def evaluate(self, choosers: Sequence[str], seeds: Sequence[int], advance: Callable[[float], None]) -> Evaluation:
+        """Score choosers, each with every seed, and compute the bounds (see `SimulatedBackend.evaluate`)."""
+        fixed = {str(plan): FixedPlan(plan) for plan in self._plans}
+        known = self._known(fixed)
+        cycle_rounds = sum(phase.rounds + 1 for phase in self._phases)
+        scores: dict[str, list[Score]] = {name: [] for name in choosers}
+        bounds: dict[str, list[float]] = {"best table": [], "best plan": []}
+        cycles: list[CycleSpeedups] = []
+        for seed in seeds:
+            arms: dict[str, PlanChooser] = {**fixed, **{name: make_chooser(name, known, seed) for name in choosers}}
+            runs = self._run(arms, self._cycles, seed, lambda _: advance(len(choosers) / self._cycles))
+            plain = runs[PLAIN]
+            cycles.append(cycle_speedups(runs, choosers, self._plans, self._sizes, cycle_rounds))
+            size = np.searchsorted(self._sizes, plain.batch_sizes)
+            expected = plan_seconds(runs, self._plans, self._sizes)[size]  # [R, plans]
+            bounds["best table"].append(expected.speedup(expected.best_table()))
+            bounds["best plan"].append(expected.speedup(expected.best_plan()))
+            for name in choosers:
+                speedups = runs[name].block_speedups(plain, cycle_rounds)
+                scores[name].append(score(speedups, expected, runs[name].choices))
+        means = {name: float(np.exp(np.mean(np.log(speedups)))) for name, speedups in bounds.items()}
+        return Evaluation(self.name, scores, means, concatenate_cycles(cycles))
+
+    def close(self) -> None:
+        """Close the engine, and the servers that were launched for it."""
+        self._engine.close()
+
+    def _run(
+        self, arms: Mapping[str, PlanChooser], cycles: int, seed: int, on_cycle: Callable[[int], None] | None = None
+    ) -> dict[str, Trajectory]:
+        return run_live(
+            self._engine, self._workload, arms, self._plans, self._phases, cycles, seed=seed, on_cycle=on_cycle
+        )
+
+    def _known(self, fixed: Mapping[str, PlanChooser]) -> Known:
+        """Measure costs and accept lengths of the plans in two cycles, as a server does when it starts."""
+        measured, plans = plan_seconds(self._run(fixed, 2, 0), self._plans, self._sizes), self._plans
+        costs = {b: dict(zip(plans, measured.round_s[i].tolist(), strict=True)) for i, b in enumerate(self._sizes)}
+        plain_s = measured.plain_s
+        t0 = plain_s[:, plans.index(Plan(0))] if Plan(0) in plans else plain_s.min(1)
+        lengths = (plain_s / t0[:, None]).mean(0)
+        return Known(plans, costs, dict(zip(plans, lengths.tolist(), strict=True)))
+
+
+def open_live(
+    engine: EngineConfig,
+    target: TargetConfig,
+    draft: DraftConfig,
+    workload: WorkloadConfig,
+    plans: tuple[Plan, ...],
+    phases: Sequence[Phase],
+    cycles: int,
+) -> LiveBackend:
+    """Open a live backend on prompts held out from training."""
+    prompts = workload.open(target.name, "held_out")
+    opened = open_engine(engine, target, draft, workload, plans)
+    name = "live" if engine.is_local else f"live-{engine.name}"
+    return LiveBackend(opened, prompts, plans, phases, cycles, name=name)

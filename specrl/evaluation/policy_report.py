@@ -1,9 +1,9 @@
-"""Evaluation of a learned policy in simulation: against the best plan per batch size, and as a table of plans."""
+"""Evaluation of a learned policy in simulation, compared with the best plan per batch size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,27 +17,26 @@ from specrl.simulation.profile import Profile
 
 Act = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 PHASE = 64  # rounds at one batch size
-_WARM_UP_PASSES = 1  # over the batch sizes, in which the policy sees costs
 
 
 class PolicyRounds(NamedTuple):
-    """Rounds of a policy; [S] each, S = rounds x environments."""
+    """S rounds of a policy, over all environments; every field is [S]."""
 
     batch_sizes: NDArray[np.int64]
     actions: NDArray[np.int64]
-    tokens: NDArray[np.float64]  # per request
+    tokens: NDArray[np.float64]  # mean per request
     seconds: NDArray[np.float64]
 
 
 class Report(NamedTuple):
-    """A policy against the best plan per batch size.
+    """A policy compared with the best plan per batch size.
 
     Attributes:
         share: seconds that the best plans need for the same tokens, over the seconds of the policy, both simulated.
         by_batch_size: tokens per second and request over those of the best plan, at each batch size.
         table_share: the share of the distilled table, which an export serves.
         best: the best plan of the profile at each batch size.
-        distilled: the table of the policy's most frequent plans, over the states visited.
+        distilled: the table of the plans that the policy selected most often.
     """
 
     share: float
@@ -48,7 +47,7 @@ class Report(NamedTuple):
 
 
 def best_plans(profile: Profile, batch_sizes: Sequence[int], plans: Sequence[Plan]) -> PlanTable:
-    """argmax E[τ] / T(B, plan) at each batch size, from the profile."""
+    """Return the plan with the highest E[τ] / T(B, plan) of the profile at each batch size."""
     return PlanTable({b: max(plans, key=lambda plan: profile.tokens_per_second(b, plan)) for b in batch_sizes})
 
 
@@ -61,10 +60,9 @@ def report(
     num_envs: int = 64,
     seed: int = 0,
 ) -> Report:
-    """Simulate a policy and the best plans under a load that moves between small and large batch sizes.
+    """Simulate a policy, its table and the best plans under a load that alternates small and large batch sizes.
 
-    The load stays 64 rounds at each batch size, in an order that goes up and down. One pass over all batch sizes is a
-    warm-up. The policy and the best plans have the same seed.
+    The load stays 64 rounds at each batch size. One pass over all batch sizes is a warm-up. All have the same seed.
 
     Args:
         chooser: the policy.
@@ -74,9 +72,8 @@ def report(
         num_envs: environments side by side.
         seed: of the random numbers.
     """
-    allowed = [plan for plan, able in zip(chooser.plans, chooser.allowed, strict=True) if able]
+    allowed = [plan for plan, can in zip(chooser.plans, chooser.allowed, strict=True) if can]
     best = best_plans(profile, batch_sizes, allowed)
-    kwargs: dict[str, Any] = {"passes": passes, "num_envs": num_envs, "seed": seed}
     state = chooser.network.start(num_envs)
 
     def greedy(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -84,36 +81,39 @@ def report(
         actions, state = chooser.act(vectors, state)
         return actions
 
-    own = simulate(greedy, profile, chooser.plans, batch_sizes, **kwargs)
-    distilled = distill(own.batch_sizes, own.actions, chooser.plans)
-    top, served = (
-        simulate(table_policy(table, chooser.plans, batch_sizes), profile, chooser.plans, batch_sizes, **kwargs)
-        for table in (best, distilled.table)
+    def run(act: Act) -> PolicyRounds:
+        return _simulate(act, profile, chooser.plans, batch_sizes, passes=passes, num_envs=num_envs, seed=seed)
+
+    policy_rounds = run(greedy)
+    distilled = distill(policy_rounds.batch_sizes, policy_rounds.actions, chooser.plans)
+    best_rounds, table_rounds = (
+        run(table_policy(table, chooser.plans, batch_sizes)) for table in (best, distilled.table)
     )
-    (share, by_size), (table_share, _) = (_shares(one, top) for one in (own, served))
-    return Report(share, by_size, table_share, best, distilled)
+    share, by_size = _shares(policy_rounds, best_rounds)
+    return Report(share, by_size, _shares(table_rounds, best_rounds)[0], best, distilled)
 
 
 def table_policy(table: PlanTable, plans: Sequence[Plan], batch_sizes: Sequence[int]) -> Act:
-    """A table of plans as actions from observations."""
+    """Return a function from observations to the actions of a table of plans."""
     index = np.zeros(max(batch_sizes) + 1, dtype=np.int64)
     for size in batch_sizes:
         index[size] = list(plans).index(table.best(size))
     return lambda vectors: index[np.rint(2.0 ** (10.0 * vectors[:, 0])).astype(np.int64)]
 
 
-def _shares(own: PolicyRounds, top: PolicyRounds) -> tuple[float, dict[int, float]]:
-    """Share of the best plans' speed, over all rounds and by batch size."""
-    shares, needed = {}, 0.0
-    for size in np.unique(own.batch_sizes).tolist():
-        here, there = own.batch_sizes == size, top.batch_sizes == size
-        speed = top.tokens[there].sum() / top.seconds[there].sum()
-        shares[size] = float(own.tokens[here].sum() / own.seconds[here].sum() / speed)
-        needed += own.tokens[here].sum() / speed
-    return float(needed / own.seconds.sum()), shares
+def _shares(rounds: PolicyRounds, best: PolicyRounds) -> tuple[float, dict[int, float]]:
+    """Return the share of the best plans' speed, over all rounds and by batch size."""
+    shares, needed_s = {}, 0.0
+    for size in np.unique(rounds.batch_sizes).tolist():
+        at, best_at = rounds.batch_sizes == size, best.batch_sizes == size
+        best_speed = best.tokens[best_at].sum() / best.seconds[best_at].sum()
+        tokens = rounds.tokens[at].sum()
+        shares[size] = float(tokens / rounds.seconds[at].sum() / best_speed)
+        needed_s += tokens / best_speed
+    return float(needed_s / rounds.seconds.sum()), shares
 
 
-def simulate(
+def _simulate(
     act: Act,
     profile: Profile,
     plans: Sequence[Plan],
@@ -123,19 +123,19 @@ def simulate(
     num_envs: int,
     seed: int,
 ) -> PolicyRounds:
-    """Rounds of `act`, from observations [N, D] to actions [N], after the warm-up."""
+    """Return the rounds of `act`, a function from observations [N, D] to actions [N], after the warm-up."""
     sizes = sorted(set(batch_sizes))
     order = [size for pair in zip(sizes, reversed(sizes), strict=True) for size in pair][: len(sizes)]
     trace = ",".join(f"{size}x{PHASE}" for size in order)
-    skipped = _WARM_UP_PASSES * PHASE * len(order)
-    rounds = skipped + passes * PHASE * len(order)
+    warm_up = PHASE * len(order)  # one pass, in which the policy observes costs
+    rounds = (1 + passes) * warm_up
     env = SimulatedVectorEnv(num_envs, profile=profile, batch_size=trace, plans=list(plans), max_rounds=rounds + 1)
     vectors, _ = env.reset(seed=seed)
     parts = []
     for number in range(rounds):
         actions = act(vectors)
         vectors, *_, info = env.step(actions)
-        if number >= skipped:
+        if number >= warm_up:
             size = info["batch_size"]
             parts.append((size.copy(), actions, info["tokens"] / size, info["seconds"]))
     env.close()

@@ -1,4 +1,4 @@
-"""The oracle gap of a live engine: the best plan per batch size over the best single plan, and how much is closed."""
+"""The oracle gap of a live engine: the best plan per batch size over the best single plan, and the share closed."""
 
 from __future__ import annotations
 
@@ -7,44 +7,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specrl.core.plan import Plan
+from specrl.core.plan import PLAIN, Plan
 from specrl.core.statistics import Interval
 from specrl.evaluation.scores import speedup_interval
-from specrl.evaluation.trajectory import PLAIN, Floats, Trajectory, block_speedups, plan_seconds
+from specrl.evaluation.trajectory import Floats, PlanSeconds, Trajectory, plan_seconds
 
 _RESAMPLES = 4000
 _MIN_CYCLES = 4  # for an interval
+_CHOOSER = "chooser "  # begins the key of a chooser
 
-
-class CycleSpeedups(NamedTuple):
-    """Log speedups of C cycles of the load, each over plain decoding of the same cycle.
-
-    Attributes:
-        table: [C] of the best plan per batch size, chosen on all other cycles, so that luck does not count.
-        single: [C] of the best single plan, chosen likewise.
-        own: [C] of each chooser.
-    """
-
-    table: Floats
-    single: Floats
-    own: Mapping[str, Floats]
-
-    @staticmethod
-    def concatenate(parts: Sequence[CycleSpeedups]) -> CycleSpeedups:
-        """The cycles of several runs."""
-        own = {name: np.concatenate([part.own[name] for part in parts]) for name in parts[0].own}
-        return CycleSpeedups(np.concatenate([p.table for p in parts]), np.concatenate([p.single for p in parts]), own)
-
-    def last_half(self) -> CycleSpeedups:
-        """The second half of the cycles."""
-        half = len(self.table) // 2
-        own = {name: logs[half:] for name, logs in self.own.items()}
-        return CycleSpeedups(self.table[half:], self.single[half:], own)
-
-    def to_json(self) -> dict[str, list[float]]:
-        """Log speedups by cycle."""
-        own = {f"chooser {name}": logs.tolist() for name, logs in self.own.items()}
-        return {"table": self.table.tolist(), "single": self.single.tolist(), **own}
+# Log speedups [C] of C cycles of the load, each over plain decoding of the same cycle. Keys: 'table' for the best plan
+# per batch size and 'single' for the best single plan, each chosen on all other cycles so that chance adds nothing, and
+# 'chooser NAME' for each chooser.
+CycleSpeedups = Mapping[str, Floats]
 
 
 class GapClosed(NamedTuple):
@@ -66,12 +41,12 @@ def cycle_speedups(
     sizes: Sequence[int],
     rounds: int,
 ) -> CycleSpeedups:
-    """Speedups of each cycle of `rounds` rounds.
+    """Return the speedups of each cycle of `rounds` rounds.
 
     Args:
         trajectories: of plain decoding, of every plan by its name, and of the choosers.
         choosers: names.
-        plans: that are offered.
+        plans: the plans to choose from.
         sizes: batch sizes of the load.
         rounds: of a cycle.
 
@@ -84,48 +59,54 @@ def cycle_speedups(
         raise ValueError(f"the oracle gap needs at least 2 cycles of the load, but got {count}; raise rounds")
     cycles = [slice(c * rounds, (c + 1) * rounds) for c in range(count)]
     values = [plan_seconds({name: t[part] for name, t in trajectories.items()}, plans, sizes) for part in cycles]
-    counts = np.array([[plain[part].at(size).sum() for size in sizes] for part in cycles])  # [C, sizes] rounds
-    plain_s, round_s = (np.array(seconds) * counts[:, :, None] for seconds in zip(*values, strict=True))
-    table, single, rows = np.empty(count), np.empty(count), np.arange(len(sizes))
+    counts = np.array([[plain[part].at(size).sum() for size in sizes] for part in cycles])[:, :, None]  # rounds
+    plain_s = np.array([each.plain_s for each in values]) * counts  # [C, sizes, plans]
+    round_s = np.array([each.round_s for each in values]) * counts
+    logs = {"table": np.empty(count), "single": np.empty(count)}
     for c in range(count):
-        other_plain_s, other_round_s = (np.delete(seconds, c, 0).sum(0) for seconds in (plain_s, round_s))
-        per_size = (other_plain_s / other_round_s).argmax(1)
-        best = int((other_plain_s.sum(0) / other_round_s.sum(0)).argmax())
-        table[c] = np.log(plain_s[c, rows, per_size].sum() / round_s[c, rows, per_size].sum())
-        single[c] = np.log(plain_s[c, :, best].sum() / round_s[c, :, best].sum())
-    own = {name: np.log(block_speedups(plain, trajectories[name], rounds)) for name in choosers}
-    return CycleSpeedups(table, single, own)
+        cycle = PlanSeconds(plain_s[c], round_s[c])
+        others = PlanSeconds(np.delete(plain_s, c, 0).sum(0), np.delete(round_s, c, 0).sum(0))
+        logs["table"][c] = np.log(cycle.speedup(others.best_table()))
+        logs["single"][c] = np.log(cycle.speedup(others.best_plan()))
+    return logs | {_CHOOSER + name: np.log(trajectories[name].block_speedups(plain, rounds)) for name in choosers}
 
 
-def oracle_gap(found: CycleSpeedups) -> Interval:
-    """Speedup of the best plan per batch size over the best single plan."""
-    return speedup_interval(np.exp(found.table - found.single))
+def concatenate_cycles(parts: Sequence[CycleSpeedups]) -> CycleSpeedups:
+    """Join the cycles of several runs."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def gap_closed(found: CycleSpeedups, name: str) -> GapClosed:
-    """How much of the gap a chooser closes; the interval of the share is a percentile bootstrap over cycles."""
-    gap, gain = found.table - found.single, found.own[name] - found.single
+def oracle_gap(cycles: CycleSpeedups) -> Interval:
+    """Return the speedup of the best plan per batch size over the best single plan."""
+    return speedup_interval(np.exp(cycles["table"] - cycles["single"]))
+
+
+def gap_closed(cycles: CycleSpeedups, chooser: str) -> GapClosed:
+    """Return how much of the gap a chooser closes; the interval of the share is a percentile bootstrap over cycles."""
+    gap, gain = cycles["table"] - cycles["single"], cycles[_CHOOSER + chooser] - cycles["single"]
     over_single = speedup_interval(np.exp(gain))
-    if oracle_gap(found).low <= 1.0:
+    if oracle_gap(cycles).low <= 1.0:
         return GapClosed(over_single, None)
     picks = np.random.default_rng(0).integers(len(gap), size=(_RESAMPLES, len(gap)))
     low, high = np.quantile(gain[picks].sum(1) / np.maximum(gap[picks].sum(1), 1e-9), [0.025, 0.975])
     return GapClosed(over_single, Interval(float(gain.sum() / gap.sum()), float(low), float(high)))
 
 
-def gap_lines(found: CycleSpeedups) -> list[str]:
-    """The oracle gap and each chooser's share of it, over all cycles and over the last half of them, as text."""
-    late = found.last_half()
-    parts = [("all cycles", found), *([("last half", late)] if len(found.table) // 2 >= _MIN_CYCLES else [])]
-    out = []
-    for when, part in parts:
+def gap_lines(cycles: CycleSpeedups) -> list[str]:
+    """Return the oracle gap and each chooser's share of it as text, over all cycles and over the last half of them."""
+    half = len(cycles["table"]) // 2
+    parts = {"all cycles": cycles}
+    if half >= _MIN_CYCLES:
+        parts["last half"] = {name: logs[half:] for name, logs in cycles.items()}
+    lines = []
+    for when, part in parts.items():
         gap = _text(oracle_gap(part))
-        out.append(f"oracle headroom: best plan per batch size over best single plan, {when}: {gap}")
-        for name in part.own:
+        lines.append(f"oracle headroom: best plan per batch size over best single plan, {when}: {gap}")
+        for name in (key.removeprefix(_CHOOSER) for key in part if key.startswith(_CHOOSER)):
             closed = gap_closed(part, name)
             share = "no significant headroom" if closed.share is None else f"closed {_text(closed.share)}"
-            out.append(f"  {name}: {_text(closed.over_single)} of the best single plan; {share}")
-    return out
+            lines.append(f"  {name}: {_text(closed.over_single)} of the best single plan; {share}")
+    return lines
 
 
 def _text(interval: Interval) -> str:

@@ -9,39 +9,29 @@ from pathlib import Path
 import numpy as np
 
 from specrl.core.statistics import Interval
-from specrl.evaluation.backends import Evaluation
-from specrl.evaluation.scores import Comparison, compare_choosers, regret_curves, speedup_interval
+from specrl.evaluation.scores import Comparison, Evaluation, regret_curves, speedup_interval
 from specrl.io.output import OutputDir
 from specrl.measure.machine import environment
 
 _LEADERBOARD = ("date_utc", "source", "chooser", "seeds", "rounds", "speedup", "low", "high", "share", "end", "record")
 
 
-def compare_sources(evaluations: Sequence[Evaluation], reference: str) -> list[Comparison]:
-    """Every chooser against the reference, on each source and on all of them."""
-    return compare_choosers(
-        {found.source: found.scores for found in evaluations},
-        {found.source: found.bounds for found in evaluations},
-        reference,
-    )
-
-
-def comparison_rows(compared: Sequence[Comparison]) -> list[dict[str, object]]:
-    """Comparisons as rows of CSV and JSON."""
-    out = []
-    for c in compared:
+def comparison_rows(comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
+    """Return rows for CSV and JSON."""
+    rows = []
+    for c in comparisons:
         row: dict[str, object] = {"source": c.source, "chooser": c.chooser, "seeds": c.seeds, "regret": c.regret}
         for name in ("speedup", "share", "end", "better"):
             interval: Interval | None = getattr(c, name)
             for part in ("value", "low", "high"):
                 key = name if part == "value" else f"{name}_{part}"
                 row[key] = None if interval is None else getattr(interval, part)
-        out.append({**row, **{f"closed to {bound}": share for bound, share in c.closed.items()}})
-    return out
+        rows.append(row | {f"closed to {bound}": share for bound, share in c.closed.items()})
+    return rows
 
 
-def shown_rows(compared: Sequence[Comparison], reference: str) -> list[dict[str, object]]:
-    """Comparisons as rows for people."""
+def shown_rows(comparisons: Sequence[Comparison], reference: str) -> list[dict[str, object]]:
+    """Return rows for people."""
     return [
         {
             "source": c.source,
@@ -53,12 +43,12 @@ def shown_rows(compared: Sequence[Comparison], reference: str) -> list[dict[str,
             f"P(> {reference})": "–" if c.better is None else f"{c.better.value:.2f}",
             "gap closed": "–" if c.closed.get("best table") is None else f"{c.closed['best table']:.2f}",
         }
-        for c in compared
+        for c in comparisons
     ]
 
 
 def _text(interval: Interval) -> str:
-    """The interval of two or three samples may be so wide that it is useless."""
+    """The interval, unless it is useless because there are only two or three samples."""
     return str(interval) if interval.high < 10.0 * interval.value else f"{interval.value:.3f} [too few seeds]"
 
 
@@ -72,65 +62,43 @@ def write_evaluation(
 ) -> None:
     """Write evaluate.json and .csv, regret.csv and .png, headroom.json, and append to a leaderboard.
 
-    A simulated evaluation with the same settings writes the same rows.
-
     Args:
         directory: of the results.
         evaluations: one for each source.
         rows: from `comparison_rows`.
         settings: of the evaluation, with 'rounds'.
-        leaderboard: a .csv file.
+        leaderboard: a .csv file; it gets a header if it is new.
 
     Raises:
         ValueError: the leaderboard has another header.
     """
     from specrl.reports.figures import plot_regret
 
-    where, bounds = environment(), {found.source: found.bounds for found in evaluations}
-    record = directory.write_json(
-        "evaluate.json", {"environment": where, "settings": settings, "bounds": bounds, "rows": rows}
-    )
+    where, bounds = environment(), {each.source: each.bounds for each in evaluations}
+    results = {"environment": where, "settings": settings, "bounds": bounds, "rows": rows}
+    record = directory.write_json("evaluate.json", results)
     directory.write_csv("evaluate.csv", rows)
-    curves = regret_curves({found.source: found.scores for found in evaluations})
+    curves = regret_curves(evaluations)
     directory.write_csv("regret.csv", curves)
     plot_regret(curves, directory.path / "regret.png")
     lines = []
-    for found in evaluations:
-        if found.cycles is not None:
-            directory.write_json("headroom.json", found.cycles.to_json())
-        for chooser, scores in found.scores.items():
-            speedup = speedup_interval(np.concatenate([s.speedups for s in scores]))
-            lines.append(
-                {
-                    "date_utc": where["date_utc"],
-                    "source": found.source,
-                    "chooser": chooser,
-                    "seeds": len(scores),
-                    "rounds": settings["rounds"],
-                    "speedup": f"{speedup.value:.6g}",
-                    "low": f"{speedup.low:.6g}",
-                    "high": f"{speedup.high:.6g}",
-                    "share": f"{np.mean([s.share for s in scores]):.6g}",
-                    "end": f"{np.mean([s.end for s in scores]):.6g}",
-                    "record": record.resolve(),
-                }
-            )
-    append_rows(leaderboard, lines)
+    for evaluation in evaluations:
+        if evaluation.cycles is not None:
+            directory.write_json("headroom.json", evaluation.cycles)
+        for chooser, runs in evaluation.scores.items():
+            speedup = speedup_interval(evaluation.speedups(chooser))
+            share, end = np.mean([run.share for run in runs]), np.mean([run.end for run in runs])
+            numbers = [f"{x:.6g}" for x in (speedup.value, speedup.low, speedup.high, share, end)]
+            source = [where["date_utc"], evaluation.source, chooser, len(runs), settings["rounds"]]
+            lines.append([*source, *numbers, record.resolve()])
+    _append(leaderboard, lines)
 
 
-def append_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Append rows to a leaderboard, with a header if it is new.
-
-    Raises:
-        ValueError: the file has another header.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8", newline="") as file:
+def _append(leaderboard: Path, lines: Sequence[Sequence[object]]) -> None:
+    leaderboard.parent.mkdir(parents=True, exist_ok=True)
+    with leaderboard.open("a+", encoding="utf-8", newline="") as file:
         file.seek(0)
         head = file.readline().rstrip("\n")
         if head not in ("", ",".join(_LEADERBOARD)):
-            raise ValueError(f"a leaderboard must have the header {','.join(_LEADERBOARD)}, but {path} has {head!r}")
-        writer = csv.DictWriter(file, _LEADERBOARD, lineterminator="\n")
-        if not head:
-            writer.writeheader()
-        writer.writerows(rows)
+            raise ValueError(f"leaderboard must have the header {','.join(_LEADERBOARD)}, but {leaderboard} has {head}")
+        csv.writer(file, lineterminator="\n").writerows([*([] if head else [_LEADERBOARD]), *lines])

@@ -1,30 +1,30 @@
-"""Simulated evaluation of choosers: a profile under a load that moves, the same random numbers for every chooser."""
+"""Simulated evaluation of choosers: a profile under a changing load, with the same random numbers for all choosers."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from specrl.agents.choosers.registry import Known
+from specrl.agents.choosers.registry import Known, make_chooser
 from specrl.agents.choosers.table import ClairvoyantLength
 from specrl.core.batch_schedule import Phase, batch_sizes, parse_traffic
-from specrl.core.interfaces import PlanChooser, Session
+from specrl.core.checks import require
+from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
-from specrl.core.plain_cost import PlainEstimate
 from specrl.core.plan import Plan
 from specrl.core.rollout import Rollout
-from specrl.core.round import Round
-from specrl.evaluation.trajectory import Floats, Ints, PlanSeconds, Trajectory
+from specrl.evaluation.scores import Evaluation, Score, score, speedup_interval
+from specrl.evaluation.trajectory import Floats, Ints, PlainSeconds, PlanSeconds, Trajectory
 from specrl.simulation.acceptance_model import accept_length
 from specrl.simulation.engine import Requests, SimulatedEngine, SimulatedSession
 from specrl.simulation.profile import Profile
-from specrl.simulation.shifts import Shift
+from specrl.simulation.shifts import Shift, cost_factor, log_odds_change, parse_shifts
 
 LOAD = "1x20,8x20,2x20,32x20,4x20,16x20"  # batch size x rounds
+MakeChooser = Callable[[SimulatedSession], PlanChooser]
 
 
 @dataclass(frozen=True)
@@ -46,44 +46,25 @@ class Schedule:
 
     def __post_init__(self) -> None:
         parse_shifts(self.shifts)
-        if self.rounds < self.cycle_rounds:
-            raise ValueError(
-                f"schedule.rounds must be at least one cycle of the batch sizes, {self.cycle_rounds}, "
-                f"but got {self.rounds}"
-            )
+        cycle = self.cycle_rounds
+        require(self.rounds >= cycle, "schedule.rounds", f"at least one cycle of the batch sizes, {cycle}", self.rounds)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The stretches of the load, repeated."""
+        """The phases of one cycle."""
         return parse_traffic(self.batch_sizes)
 
     @property
     def cycle_rounds(self) -> int:
-        """Rounds of one cycle of the phases."""
+        """Rounds of one cycle."""
         return sum(phase.rounds for phase in self.phases)
 
 
-def parse_shifts(text: str) -> tuple[Shift, ...]:
-    """Read 'at=1200,cost=1.3,from_steps=3;at=1800,log_odds=-0.5'.
-
-    Raises:
-        ValueError: another form, or a number out of range.
-    """
-    out = []
-    for part in filter(None, (p.strip() for p in text.split(";"))):
-        found = dict(re.findall(r"([a-z_]+)=(-?[0-9.]+)", part))
-        if set(found) - {"at", "cost", "from_steps", "log_odds"} or "at" not in found or len(found) != part.count("="):
-            raise ValueError(f"a shift is written 'at=1200,cost=1.3,from_steps=3,log_odds=-0.5', but got {part!r}")
-        at, steps = int(found["at"]), int(found.get("from_steps", 1))
-        out.append(Shift(at, float(found.get("cost", 1.0)), steps, float(found.get("log_odds", 0.0))))
-    return tuple(out)
-
-
 class ReplayChooser(PlanChooser):
-    """Repeats given choices.
+    """Repeats recorded choices.
 
     Args:
-        plans: that are offered.
+        plans: the plans.
         choices: [R] int64, indices into `plans`.
     """
 
@@ -92,29 +73,12 @@ class ReplayChooser(PlanChooser):
         self._choices = iter(choices.tolist())
 
     def choose(self, observation: Observation) -> Plan:
-        """The next of the choices."""
+        """Return the next choice."""
         return self.plans[next(self._choices)]
 
-    def learn(self, done: Round) -> None:
-        """Nothing is learnt."""
 
-
-class ProfileBaseline:
-    """The cost of plain decoding from a profile (`specrl.core.rollout.Baseline`)."""
-
-    def __init__(self, step_s: dict[int, float]) -> None:
-        self._estimates = {size: PlainEstimate(seconds, 0.0, 0) for size, seconds in step_s.items()}
-
-    def update(self, session: Session, context: float) -> None:
-        """Nothing is measured."""
-
-    def estimate(self, batch_size: int, context: float) -> PlainEstimate:
-        """Seconds of a plain step at this batch size."""
-        return self._estimates[batch_size]
-
-
-class ChooserSimulation:
-    """Runs choosers on a profile, and knows the expected value of every plan in every round.
+class SimulatedBackend:
+    """Runs choosers on a profile; the expected seconds of every plan in every round are known.
 
     Args:
         profile: costs and acceptance of rounds.
@@ -123,93 +87,107 @@ class ChooserSimulation:
         shifts: changes of costs and acceptance, by round.
 
     Attributes:
-        plans: with costs at all batch sizes of the load.
-        known: what a chooser is given: the plans, and their costs and accept lengths before any shift.
-        t0: [R] float64, seconds of a plain step.
-        expected: [R, plans], expected seconds in each round.
+        name: of the profile.
+        plans: the plans with costs at all batch sizes of the load.
+        known: the plans, and their costs and accept lengths before any shift, which choosers may use.
+        expected: [R, plans] expected seconds in each round.
 
     Raises:
         ValueError: the profile has costs of fewer than two plans at the load's batch sizes.
     """
 
     def __init__(self, profile: Profile, phases: Sequence[Phase], rounds: int, shifts: Sequence[Shift] = ()) -> None:
-        self.profile, self.rounds, self.shifts = profile, rounds, tuple(shifts)
-        self.batch_sizes: Ints = np.array(list(islice(batch_sizes(phases), rounds)))
-        self.sizes: list[int] = sorted(set(self.batch_sizes.tolist()))
+        self.name, self._profile, self._rounds, self._shifts = profile.name, profile, rounds, tuple(shifts)
+        self._batch_sizes: Ints = np.array(list(islice(batch_sizes(phases), rounds)))
+        self._sizes: list[int] = np.unique(self._batch_sizes).tolist()
         engine = self._engine()
         self.plans = tuple(plan for plan in profile.plans if engine.supports(plan))
         if len(self.plans) < 2:
             raise ValueError(
-                f"a choice needs two plans with costs at batch sizes {self.sizes[0]} to {self.sizes[-1]}, "
-                f"but profile {profile.name!r} has {len(self.plans)}; use batch sizes that it has costs for"
+                f"profile {profile.name!r} must have costs of two plans at batch sizes {self._sizes[0]} to "
+                f"{self._sizes[-1]}, but got {len(self.plans)}; use other batch sizes"
             )
-        costs = {b: {plan: profile.cost(b, plan).seconds for plan in self.plans} for b in self.sizes}
+        costs = {b: {plan: profile.cost(b, plan).seconds for plan in self.plans} for b in self._sizes}
         self.known = Known(self.plans, costs, {plan: profile.accept_length(plan) for plan in self.plans})
-        self._step_s = {b: profile.cost(b, None).seconds for b in self.sizes}
-        size = np.searchsorted(self.sizes, self.batch_sizes)
-        self.t0: Floats = np.array(list(self._step_s.values()))[size]
-        times = sorted({0, *(s.at for s in self.shifts if s.at < rounds)})
-        by_time = [self._expected(at) for at in times]
-        era = np.searchsorted(times, np.arange(rounds), side="right") - 1
-        self.expected = PlanSeconds(*(np.array(seconds)[era, size] for seconds in zip(*by_time, strict=True)))
+        self._step_s = {b: profile.cost(b, None).seconds for b in self._sizes}
+        size = np.searchsorted(self._sizes, self._batch_sizes)
+        self._t0: Floats = np.array(list(self._step_s.values()))[size]  # [R]
+        starts = sorted({0, *(shift.at for shift in self._shifts if shift.at < rounds)})
+        expected = [self._expected(start) for start in starts]
+        period = np.searchsorted(starts, np.arange(rounds), side="right") - 1
+        self.expected = PlanSeconds(
+            np.array([each.plain_s for each in expected])[period, size],
+            np.array([each.round_s for each in expected])[period, size],
+        )
 
     def _engine(self) -> SimulatedEngine:
-        return SimulatedEngine(self.profile, batch_sizes=(self.sizes[0], self.sizes[-1]), shifts=self.shifts)
+        return SimulatedEngine(self._profile, batch_sizes=(self._sizes[0], self._sizes[-1]), shifts=self._shifts)
 
-    def _expected(self, at: int) -> PlanSeconds:
-        """[sizes, plans] with the shifts up to round `at`."""
-        active = [s for s in self.shifts if s.at <= at]
-        log_odds = sum(s.log_odds for s in active)
-        t0 = np.array(list(self._step_s.values()))
-        out = PlanSeconds(np.empty((len(self.sizes), len(self.plans))), np.empty((len(self.sizes), len(self.plans))))
-        for j, plan in enumerate(self.plans):
-            odds = tuple(b + log_odds for b in self.profile.odds(plan))
-            length = accept_length(odds, self.profile.request_spread, self.profile.drift) if odds else 1.0
-            factor = np.prod([s.cost for s in active if plan.num_steps >= s.from_steps])
-            out.plain_s[:, j] = length * t0
-            out.round_s[:, j] = [self.known.costs[b][plan] * factor for b in self.sizes]
-        return out
+    def _expected(self, rounds: int) -> PlanSeconds:
+        """Return [sizes, plans] after so many rounds."""
+        profile, change = self._profile, float(log_odds_change(self._shifts, rounds))
+        lengths = []
+        for plan in self.plans:
+            odds = [b + change for b in profile.odds(plan)]
+            lengths.append(accept_length(odds, profile.request_spread, profile.drift) if odds else 1.0)
+        factor = cost_factor(self._shifts, rounds, np.array([plan.num_steps for plan in self.plans]))
+        costs = np.array([[self.known.costs[size][plan] for plan in self.plans] for size in self._sizes])
+        return PlanSeconds(np.outer(list(self._step_s.values()), lengths), costs * factor)
 
-    def run(self, chooser: PlanChooser, seed: int) -> Trajectory:
-        """Run a chooser; the same seed gives every chooser the same random numbers."""
-        engine = self._engine()
-        return self._rollout(chooser, engine, self._session(engine, seed))
+    def evaluate(self, choosers: Sequence[str], seeds: Sequence[int], advance: Callable[[float], None]) -> Evaluation:
+        """Score choosers, each with every seed, and compute the bounds.
 
-    def run_oracle(self, seed: int) -> Trajectory:
-        """Run the bound that knows how many drafts each round will accept, and costs before any shift."""
-        engine = self._engine()
-        session = self._session(engine, seed)
-        longest = max(plan for plan in self.plans if plan.is_chain)
-        oracle = ClairvoyantLength(self.plans, self.known.costs, lambda: session.foresee(longest).tolist())
-        return self._rollout(oracle, engine, session)
+        Args:
+            choosers: names.
+            seeds: a seed gives all choosers the same random numbers.
+            advance: called with the number of runs that were done since the last call.
+        """
+        plans, expected = self.plans, self.expected
+        longest = max(plan for plan in plans if plan.is_chain)
+        makers: dict[str, MakeChooser] = {
+            "best table": lambda session: ReplayChooser(plans, expected.best_table()),
+            "best plan": lambda session: ReplayChooser(plans, expected.best_plan()),
+            "clairvoyant": lambda session: ClairvoyantLength(
+                plans, self.known.costs, lambda: session.foresee(longest).tolist()
+            ),
+        }
+        scores: dict[str, list[Score]] = {name: [] for name in choosers}
+        bounds: dict[str, list[float]] = {name: [] for name in makers}
+        for seed in seeds:
+            for name in choosers:
+                scores[name].append(self.score(make_chooser(name, self.known, seed), seed))
+                advance(1.0)
+            for name, make in makers.items():
+                bounds[name].append(self.speedup(self.run(make, seed)))
+        means = {name: speedup_interval(np.array(speedups)).value for name, speedups in bounds.items()}
+        return Evaluation(self.name, scores, means)
 
-    def best_table(self) -> ReplayChooser:
-        """The bound that takes the best plan per batch size, shifts known."""
-        return ReplayChooser(self.plans, (self.expected.plain_s / self.expected.round_s).argmax(1))
-
-    def best_plan(self) -> ReplayChooser:
-        """The bound that takes the best single plan over all rounds, shifts known."""
-        best = int((self.expected.plain_s.sum(0) / self.expected.round_s.sum(0)).argmax())
-        return ReplayChooser(self.plans, np.full(self.rounds, best))
+    def score(self, chooser: PlanChooser, seed: int) -> Score:
+        """Score one run."""
+        trajectory = self.run(lambda session: chooser, seed)
+        return score(np.array([self.speedup(trajectory)]), self.expected, trajectory.choices)
 
     def speedup(self, trajectory: Trajectory) -> float:
-        """Speedup Σ N · t0(B) / B ÷ Σ Δt of a run."""
-        plain_s = (trajectory.tokens * self.t0 / self.batch_sizes).sum()
+        """Return the speedup Σ N · t0(B) / B ÷ Σ Δt of a run."""
+        plain_s = (trajectory.tokens * self._t0 / self._batch_sizes).sum()
         return float(plain_s / trajectory.seconds.sum())
 
-    def _session(self, engine: SimulatedEngine, seed: int) -> SimulatedSession:
-        requests = Requests((self.profile.prompt_tokens,) * 2, (self.profile.max_new_tokens,) * 2)
-        first, most = int(self.batch_sizes[0]), self.sizes[-1]
-        return engine.start(requests, batch_size=first, max_batch_size=most, seed=seed)
-
-    def _rollout(self, chooser: PlanChooser, engine: SimulatedEngine, session: SimulatedSession) -> Trajectory:
+    def run(self, make: MakeChooser, seed: int) -> Trajectory:
+        """Run the chooser that `make` returns for the session; a seed determines all random numbers."""
+        engine, profile = self._engine(), self._profile
+        session = engine.start(
+            Requests((profile.prompt_tokens,) * 2, (profile.max_new_tokens,) * 2),
+            batch_size=int(self._batch_sizes[0]),
+            max_batch_size=self._sizes[-1],
+            seed=seed,
+        )
         rollout = Rollout(
             session,
             self.plans,
-            ProfileBaseline(self._step_s),
-            batch_sizes=iter(self.batch_sizes.tolist()),
+            PlainSeconds(self._step_s),
+            batch_sizes=iter(self._batch_sizes.tolist()),
             result_delay=engine.result_delay,
         )
-        steps = list(islice(rollout.play(chooser, engine.clock), self.rounds))
+        steps = list(islice(rollout.play(make(session), engine.clock), self._rounds))
         session.close()
         return Trajectory.of(steps, self.plans)

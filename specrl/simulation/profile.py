@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specrl.core.checks import require, require_known
-from specrl.core.plan import Plan
+from specrl.core.plan import PLAIN, Plan
 from specrl.simulation.acceptance_model import accept_length
 
 _FOLDER = Path(__file__).parent / "profiles"
 CHAIN = "chain"  # chains of every length share their log-odds
-PLAIN = "plain"  # plain decoding, where a plan is written
+
 Noise = TypeVar("Noise", float, NDArray[np.float32])
 
 

@@ -15,10 +15,10 @@ from specrl.agents.choosers.survival import Survival
 from specrl.core.batch_schedule import parse_traffic
 from specrl.core.checks import require
 from specrl.core.interfaces import PlanChooser
-from specrl.evaluation.backends import SimulatedBackend
-from specrl.evaluation.simulation import LOAD, parse_shifts
+from specrl.evaluation.simulation import LOAD, SimulatedBackend
 from specrl.io.output import OutputDir
 from specrl.simulation.profile import load_profile, shipped_profiles
+from specrl.simulation.shifts import parse_shifts
 from specrl.studies.goals import Budget, Measured, OnBlock, measure_blocks
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class SimulatedTrial:
         sources = [SimulatedBackend(profile, phases, budget.rounds, shifts) for profile in profiles]
         for seed in range(budget.seeds):
             for source in sources:
-                score = source.score(self._chooser(source.simulation.known, seed), seed)
+                score = source.score(self._chooser(source.known, seed), seed)
                 yield {
                     "share": score.share,
                     "end": score.end,

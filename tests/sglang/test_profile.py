@@ -17,7 +17,7 @@ from specrl.config import DraftConfig, EngineConfig, TargetConfig, WorkloadConfi
 from specrl.core.batch_schedule import parse_traffic
 from specrl.core.plan import Plan, parse_plans
 from specrl.core.registry import make_engine
-from specrl.evaluation.backends import open_live
+from specrl.evaluation.live import open_live
 from specrl.evaluation.simulation import Schedule
 from specrl.models.draft import Draft
 from specrl.sglang.client.engine import SGLangEngine
