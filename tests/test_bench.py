@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,13 @@ import pytest
 from specrl.cli import main
 from specrl.commands.bench import bench
 from specrl.config import MeasureConfig
-from specrl.core.plan import Plan
-from specrl.measure.paired import PLAIN, Arm, measure
+from specrl.core.plan import PLAIN, Plan
+from specrl.measure.paired import Arm, measure
 from specrl.simulation.engine import Requests, SimulatedEngine
 from specrl.simulation.profile import Cost, Profile
 from tools.fit_profiles import FOLDER, read_table
 
-SOON = MeasureConfig(precision=0.9)
+SHORT = MeasureConfig(precision=0.9)
 
 
 @pytest.fixture(autouse=True)
@@ -24,55 +25,44 @@ def _in_a_fresh_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
 
 
-def test_bench_prints_a_table_with_intervals(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bench_prints_and_writes_intervals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specrl.measure.plain.usable_cores", lambda: 1)  # two threads are slow beside other work
     monkeypatch.setattr("specrl.measure.plain.DTYPES", ("float32",))  # bfloat16 is slow on some processors
     line = "bench --batch_sizes 2 --plans 0,3/2/6 --temperatures 0.7,0 --workload.max_new_tokens 8"
-    line += " --measure.seconds 1 --measure.precision 0.9"
-    assert main([*line.split(), "--output_dir", "out"]) == 0
+    line += " --measure.seconds 1 --measure.precision 0.9 --output_dir out"
+    assert main(line.split()) == 0
     printed = capsys.readouterr().out
     assert "speedup [95 %]" in printed and "3/2/6" in printed and "temperature 0.7" in printed
     report = json.loads(Path("out/bench.json").read_text())
     arms = (PLAIN, "plain (A/A)", "0", "3/2/6")
-    found = [(row["temperature"], row["batch_size"], row["plan"]) for row in report["rows"]]
-    assert found == [(t, 2, plan) for t in (0.7, 0.0) for plan in arms]
+    cells = [(row["temperature"], row["batch_size"], row["plan"]) for row in report["rows"]]
+    assert cells == [(t, 2, plan) for t in (0.7, 0.0) for plan in arms]
     for row in report["rows"]:
-        assert row["mean_tps"] > 0 and row["p05_tps"] <= row["p50_tps"] <= row["p95_tps"] and row["count"] >= 1
+        assert 0 < row["p05_tps"] <= row["p50_tps"] <= row["p95_tps"] and row["mean_tps"] > 0 and row["count"] >= 1
         assert row["round_ms"] == pytest.approx(row["draft_ms"] + row["verify_ms"] + row["other_ms"])
-        if row["speedup"] is not None:
-            assert row["low"] <= row["speedup"] <= row["high"]
+        assert row["speedup"] is None or row["low"] <= row["speedup"] <= row["high"]
     assert report["environment"]["torch"] and "clock_source" in report["environment"]
     assert report["measured"]["target"] == "embedded" and report["measured"]["engine"] == "local"
     table = list(csv.DictReader(Path("out/bench.csv").read_text().splitlines()))
     assert [float(row["mean_tps"]) for row in table] == [row["mean_tps"] for row in report["rows"]]
 
 
-def test_blocks_reproduce_the_speedups() -> None:
-    bench(profile="aurora-minimax-m2.1", batch_sizes=(8,), measure=SOON, output_dir=Path("out"))
-    blocks = list(csv.DictReader(Path("out/blocks.csv").read_text().splitlines()))
+def test_simulated_bench_writes_blocks_markdown_and_sglangs_columns() -> None:
+    bench(profile="embedded-fp32", batch_sizes=(1, 4), plans="0,1/1/2,3/2/6", measure=SHORT, output_dir=Path("out"))
     rows = json.loads(Path("out/bench.json").read_text())["rows"]
-    seconds = {
-        row["plan"]: [float(b["seconds"]) / float(b["tokens"]) for b in blocks if b["lane"] == row["plan"]]
-        for row in rows
-    }
-    for row in rows[1:]:
-        mine = np.array(seconds[row["plan"]])
-        assert np.exp(np.log(seconds[PLAIN][: len(mine)] / mine).mean()) == pytest.approx(row["speedup"], abs=1e-4)
-
-
-def test_the_markdown_table_holds_the_published_columns() -> None:
-    rows = bench(profile="embedded-fp32", batch_sizes=(2,), measure=SOON, output_dir=Path("out"))
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for block in csv.DictReader(Path("out/blocks.csv").read_text().splitlines()):
+        key = block["batch_size"], block["arm"]
+        seconds.setdefault(key, []).append(float(block["seconds"]) / float(block["tokens"]))
+    for row in rows:
+        batch, plan = str(row["batch_size"]), row["plan"]
+        own = np.array(seconds[batch, plan])
+        ratio = np.exp(np.log(np.array(seconds[batch, PLAIN])[: len(own)] / own).mean())
+        assert ratio == pytest.approx(row["speedup"] or 1.0, abs=1e-4)
     lines = Path("out/bench.md").read_text(encoding="utf-8").splitlines()
-    assert lines[2] == ("| batch | plan | tok/s mean | P50 | P05 | P95 | requests | speedup [95 %] | accept length |")
+    assert lines[2] == "| batch | plan | tok/s mean | P50 | P05 | P95 | requests | speedup [95 %] | accept length |"
     assert len(lines) == 4 + len(rows) + 2 and "no measurement" in lines[-1]
-    assert lines[5].startswith("| 2 | 0 |") and f"{rows[1]['speedup']:.3f} [" in lines[5]
-
-
-def test_the_compatibility_file_has_the_names_of_sglangs_benchmark() -> None:
-    options = {"batch_sizes": (1, 4), "plans": "0,1/1/2,3/2/6", "measure": SOON}
-    bench(profile="embedded-fp32", **options, output_dir=Path("out"))  # type: ignore[arg-type]
+    assert lines[5].startswith("| 1 | 0 |") and f"{rows[1]['speedup']:.3f} [" in lines[5]
     records = [json.loads(line) for line in Path("out/bench_speculative.jsonl").read_text().splitlines()]
     names = "batch_size steps topk num_draft_tokens acc_length step_time speed completion_tokens".split()
     assert all(list(record) == names for record in records)
@@ -80,64 +70,61 @@ def test_the_compatibility_file_has_the_names_of_sglangs_benchmark() -> None:
     assert cells == [(b, *plan) for b in (1, 4) for plan in ((0, 0, 0), (1, 1, 2), (3, 2, 6))]
     for record in records:
         assert record["speed"] == pytest.approx(record["acc_length"] / record["step_time"], rel=1e-3)
-        assert record["acc_length"] == 1.0 if record["steps"] == 0 else record["acc_length"] > 1.0
+        assert (record["acc_length"] > 1.0) == (record["steps"] > 0)
 
 
 @pytest.mark.parametrize("name", ["aurora-minimax-m2.1", "aurora-qwen3-coder-next-fp8"])
-def test_a_simulated_bench_reproduces_the_published_table(name: str) -> None:
+def test_simulated_bench_reproduces_the_published_table(name: str) -> None:
     # Each cell to 2 %, as the profile (tests/test_profile.py), plus twice the 95 % half-width of the benchmark: 3.9
     # standard errors. The seed is fixed.
     _, table = read_table(FOLDER / f"{name}.csv")
-    found = bench(profile=name, measure=MeasureConfig(precision=0.07))
-    rows = {(row["batch_size"], row["plan"]): row for row in found}
+    rows: dict[Any, Any] = {
+        (row["batch_size"], row["plan"]): row for row in bench(profile=name, measure=MeasureConfig(precision=0.07))
+    }
     plain = {row.batch_size: row.mean_tps for row in table if row.lookahead == 0}
     assert len(rows) == len(table) + len(plain)  # plain decoding and plan 0
     for cell in table:
         row = rows[cell.batch_size, str(Plan(cell.lookahead)) if cell.lookahead else PLAIN]
         low, high = (row["low"], row["high"]) if cell.lookahead else (1.0, 1.0)
-        assert isinstance(low, float) and isinstance(high, float) and high - low < 0.2
+        assert high - low < 0.2
         wide = 0.02 + (high - low) / (high + low) * 2.0
-        tps, length = row["total_tps"], row["accept_length"]
-        assert isinstance(tps, float) and tps / cell.batch_size == pytest.approx(cell.mean_tps, rel=wide), cell
-        assert length == pytest.approx(cell.accept_length or 1.0, rel=wide), cell
-        published = cell.mean_tps / plain[cell.batch_size]
-        assert (row["speedup"] or 1.0) == pytest.approx(published, rel=wide), cell
+        assert row["total_tps"] / cell.batch_size == pytest.approx(cell.mean_tps, rel=wide), cell
+        assert row["accept_length"] == pytest.approx(cell.accept_length or 1.0, rel=wide), cell
+        assert (row["speedup"] or 1.0) == pytest.approx(cell.mean_tps / plain[cell.batch_size], rel=wide), cell
 
 
-def test_an_arm_stops_when_its_own_interval_is_narrow() -> None:
+def test_arm_stops_when_its_own_interval_is_narrow() -> None:
     costs = [Cost(1, plan, 1e-3, jitter) for plan, jitter in ((None, 0.1), (Plan(1), 0.1), (Plan(2), 1.0))]
     profile = Profile("made up", {"kind": "made up", "source": "a test"}, tuple(costs), {"chain": (20.0, 20.0)})
-    engine, widths = SimulatedEngine(profile), list[float]()
-    arms = [Arm(PLAIN, engine, None), Arm("sure", engine, Plan(1)), Arm("wild", engine, Plan(2))]
-    results = measure(
-        arms, Requests((8, 8), (24, 24)), batch_size=1, block_tokens=24, until=MeasureConfig(0.5, 1e9), stop_each=True,
-        on_block=lambda _, widest: widths.append(widest),
-    )  # fmt: skip
-    assert [len(r.blocks) for r in results] == [len(widths), 12, len(widths)] and len(widths) > 12
-    assert widths[-2] > 0.5 >= widths[-1]
-    assert results[1].speedup is not None and results[1].speedup.value == pytest.approx(2.0, rel=0.1)
-    assert results[2].speedup is not None and results[2].speedup.half_width <= 0.5
+    engine, requests = SimulatedEngine(profile), Requests((8, 8), (24, 24))
+    arms = [Arm(PLAIN, engine, None), Arm("steady", engine, Plan(1)), Arm("noisy", engine, Plan(2))]
+    until = MeasureConfig(precision=0.5, seconds=1e9)
+    plain, steady, noisy = measure(arms, requests, batch_size=1, block_tokens=24, until=until, stop_each=True)
+    assert len(plain.blocks) == len(noisy.blocks) > len(steady.blocks) == 12
+    assert steady.speedup is not None and steady.speedup.value == pytest.approx(2.0, rel=0.1)
+    assert noisy.speedup is not None and noisy.speedup.half_width <= 0.5
 
 
-WRONG = {  # options: the argument, the rule
-    "--batch_sizes 0": ("batch_sizes", "at least 1"),
-    "--measure.precision 2": ("measure.precision", "in (0, 1)"),
-    "--target.device tpu": ("device", "one of this machine's"),
-    "--plans x": ("a plan", "is written"),
-    "--draft /no/such": ("/no/such", "must hold config.json"),
-    "--temperatures nan": ("temperatures", "numbers"),
-    "--temperatures 0,-1": ("temperatures", "at least 0"),
-    "--temperatures 0,0": ("temperatures", "different"),
-    "--engine simulated": ("--engine", "one of 'local', 'sglang'"),
-    "--engine sglang --profile aurora-minimax-m2.1": ("a profile", "'sglang'"),
-    "--profile aurora-minimax-m2": ("profile", "did you mean 'aurora-minimax-m2.1'?"),
-    "--profile aurora-minimax-m2.1 --plans 7": ("knows plans", "7"),
-    "--profile aurora-minimax-m2.1 --batch_sizes 64": ("knows batch sizes", "1 to 32"),
-}
-
-
-@pytest.mark.parametrize(("options", "words"), WRONG.items())
-def test_wrong_input_ends_in_one_line(options: str, words: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    {  # the argument, the rule
+        "--batch_sizes 0": ("batch_sizes", "at least 1"),
+        "--measure.precision 2": ("measure.precision", "in (0, 1)"),
+        "--target.device tpu": ("device", "one of this machine's"),
+        "--plans x": ("a plan", "is written"),
+        "--draft /no/such": ("/no/such", "must hold config.json"),
+        "--temperatures nan": ("temperatures", "numbers"),
+        "--temperatures 0,-1": ("temperatures", "at least 0"),
+        "--temperatures 0,0": ("temperatures", "different"),
+        "--engine simulated": ("--engine", "one of 'local', 'sglang'"),
+        "--engine sglang --profile aurora-minimax-m2.1": ("a profile", "'sglang'"),
+        "--engine sglang --plans 0,3/2/6": ("leave out 3/2/6",),
+        "--profile aurora-minimax-m2": ("profile", "did you mean 'aurora-minimax-m2.1'?"),
+        "--profile aurora-minimax-m2.1 --plans 7": ("knows plans", "7"),
+        "--profile aurora-minimax-m2.1 --batch_sizes 64": ("knows batch sizes", "1 to 32"),
+    }.items(),
+)
+def test_bench_refuses_in_one_line(options: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *options.split()]) == 2
     err = capsys.readouterr().err
     assert all(word in err for word in words) and err.count("\n") == 1

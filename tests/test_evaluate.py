@@ -18,7 +18,7 @@ from specrl.core.interfaces import PlanChooser, Request
 from specrl.core.observation import Observation
 from specrl.core.plan import PLAIN, Plan, parse_plans
 from specrl.decoding.engine import LocalEngine
-from specrl.evaluation.live import LiveBackend, run_live
+from specrl.evaluation.live import LiveBackend
 from specrl.evaluation.regret import concatenate_cycles, cycle_speedups, gap_closed, gap_lines, oracle_gap
 from specrl.evaluation.scores import compare_choosers, improvement, score, speedup_interval
 from specrl.evaluation.simulation import Schedule, SimulatedBackend
@@ -177,7 +177,7 @@ def test_live_choosers_alternate_in_reverse_order() -> None:
     engine, log = LocalEngine(tiny_target(), tiny_draft(), max_context=64), list[Plan]()
     requests = Listed([Request(p, 24, 0.0, ignore_eos=True) for p in prompts(4, 4)])
     choosers = {"a": LoggingChooser(Plan(0), log), "b": LoggingChooser(Plan(2), log)}
-    runs = run_live(engine, requests, choosers, parse_plans("0,2"), parse_traffic("2x1"), 2)
+    runs = LiveBackend(engine, requests, parse_plans("0,2"), parse_traffic("2x1"), 2).run(choosers, 2)
     assert [plan.num_steps for plan in log] == [0, 0, 2, 2, 2, 2, 0, 0]
     assert runs["a"].counted.tolist() == [False, True] * 2 and list(runs) == [PLAIN, "a", "b"]
     assert runs["b"].choices.tolist() == [1] * 4
@@ -199,14 +199,14 @@ def test_oracle_gap_and_the_share_that_choosers_close() -> None:
     assert np.exp(speedups["table"]) == pytest.approx(1.5) and np.exp(speedups["single"]) == pytest.approx(1.0)
     assert oracle_gap(speedups).value == pytest.approx(1.5)
     for name, closed in (("ideal", 1.0), ("late", 0.5)):
-        share = gap_closed(speedups, name).share
+        _, share = gap_closed(speedups, name)
         assert share is not None and share.value == pytest.approx(closed) and share.low <= closed <= share.high
-    assert gap_closed(speedups, "0").over_single.value == pytest.approx(1.0)
+    assert gap_closed(speedups, "0")[0].value == pytest.approx(1.0)
     assert not any("last half" in line for line in gap_lines(speedups))  # three cycles are too few
     twice = gap_lines(concatenate_cycles([speedups, speedups]))
     assert [line.partition("last half: ")[2] for line in twice if "last half" in line] == ["1.500 [1.500, 1.500]"]
     runs["2/1/3"] = cycles_of((2.0, 2.0), 6, tokens=2)
-    assert gap_closed(cycle_speedups(runs, ("0",), plans, (1, 2), 4), "0").share is None  # no gap
+    assert gap_closed(cycle_speedups(runs, ("0",), plans, (1, 2), 4), "0")[1] is None  # no gap
 
 
 def test_noise_alone_makes_no_oracle_gap() -> None:

@@ -11,9 +11,9 @@ from specrl.config import DTypeName, TargetConfig, WorkloadConfig, check_batch_s
 from specrl.core.checks import require
 from specrl.core.clock import WallClock
 from specrl.io.output import OutputDir, show, table
-from specrl.measure import machine
-from specrl.measure.machine import Finding
-from specrl.measure.plain import DTYPES, check_fastest, settings_table, thread_counts, time_plain
+from specrl.measure import checks, machine
+from specrl.measure.checks import Finding
+from specrl.measure.plain import DTYPES, settings_table, thread_counts, time_plain
 from specrl.models.target import check_device, default_device
 
 
@@ -58,14 +58,14 @@ def doctor(
     settings = time_plain(target, prompts, dtypes=dtypes, threads=counts, batch_sizes=sizes, seconds=seconds)
     clock = WallClock()
     findings = [
-        machine.check_device(record, device),
-        *(check_fastest(settings, batch) for batch in sizes),
-        machine.check_clock(clock),
-        *(machine.check_steadiness(clock, count) for count in sorted({1, cores})),
-        machine.check_load(load, cores),
-        machine.check_malloc(),
-        machine.check_openmp(cores),
-        machine.check_sglang(machine.installed("sglang")),
+        checks.check_device(record, device),
+        *(checks.check_fastest(settings, batch) for batch in sizes),
+        checks.check_clock(clock),
+        *(checks.check_steadiness(clock, count) for count in sorted({1, cores})),
+        checks.check_load(load, cores),
+        checks.check_malloc(),
+        checks.check_openmp(cores),
+        checks.check_sglang(machine.installed("sglang")),
     ]
     rows, headings = settings_table(settings, sizes)
     verdicts = [{**asdict(f), "good": "good" if f.good else "warning"} for f in findings]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -23,82 +22,17 @@ from specrl.measure.arms import open_engine
 from specrl.measure.paired import SessionPool
 
 
-@dataclass
-class _Arm:
-    """The rollout of one chooser, and its rounds so far."""
-
-    rollout: Iterator[Step]
-    steps: list[Step] = field(default_factory=list)
-
-
-def run_live(
-    engine: Engine,
-    workload: Workload,
-    choosers: Mapping[str, PlanChooser],
-    plans: Sequence[Plan],
-    phases: Sequence[Phase],
-    cycles: int,
-    *,
-    seed: int = 0,
-    on_cycle: Callable[[int], None] | None = None,
-) -> dict[str, Trajectory]:
-    """Return the trajectory of every chooser, and of plain decoding under the name 'plain', on the same prompts.
-
-    A cycle is one repetition of the phases. In each phase the choosers decode one after the other, and in the reverse
-    order in the next phase, so that a drift of the machine affects all equally. The first round of a turn finds the
-    caches in the state that another session left, and is not counted.
-
-    Args:
-        engine: decodes; one with `single_session` continues the same requests for all choosers.
-        workload: prompts.
-        choosers: by name.
-        plans: the plans to choose from.
-        phases: of the load.
-        cycles: number of cycles.
-        seed: of prompts and sampling.
-        on_cycle: called after each cycle with its number.
-    """
-    sizes = [phase.batch_size for phase in phases]
-    pool = SessionPool(workload, batch_size=sizes[0], max_batch_size=max(sizes), seed=seed)
-    baseline = PlainSeconds()
-    plain_session = pool.open(engine, plain=True)
-    for size in sorted(set(sizes)):  # choosers see t0 from their first round on
-        plain_session.resize(size)
-        baseline.add(plain_session.round(Plan(0)))
-
-    def arm(chooser: PlanChooser, plans: Sequence[Plan], session: Session) -> _Arm:
-        rounds = batch_sizes([Phase(phase.batch_size, phase.rounds + 1) for phase in phases])
-        rollout = Rollout(session, plans, baseline, batch_sizes=rounds, result_delay=engine.result_delay)
-        return _Arm(rollout.play(chooser, engine.clock))
-
-    arms = {PLAIN: arm(FixedPlan(Plan(0)), (Plan(0),), plain_session)}
-    arms |= {name: arm(chooser, plans, pool.open(engine, plain=False)) for name, chooser in choosers.items()}
-    order = list(arms.items())
-    for cycle in range(cycles):
-        for number, phase in enumerate(phases):
-            for name, turn in order if (cycle + number) % 2 == 0 else reversed(order):
-                for step in islice(turn.rollout, phase.rounds + 1):
-                    turn.steps.append(step)
-                    if name == PLAIN:
-                        baseline.add(step.round)
-        if on_cycle is not None:
-            on_cycle(cycle + 1)
-    pool.close()
-    counted = [turn > 0 for _ in range(cycles) for phase in phases for turn in range(phase.rounds + 1)]
-    return {name: Trajectory.of(turn.steps, plans, counted) for name, turn in arms.items()}
-
-
 class LiveBackend:
     """Runs choosers on an engine. Bounds and regret are estimated from runs of every single plan, in turns with them.
 
     The plan that was measured as best is on average slightly worse than measured, so the bounds are slightly too high.
 
     Args:
-        engine: decodes.
+        engine: decodes; one with `single_session` continues the same requests for all choosers.
         workload: prompts.
         plans: the plans to choose from.
-        phases: of the load.
-        cycles: repetitions of the phases, for each seed.
+        phases: of the load; one repetition of them is a cycle.
+        cycles: number of cycles for each seed.
         name: of the source.
 
     Raises:
@@ -132,7 +66,7 @@ class LiveBackend:
         cycles: list[CycleSpeedups] = []
         for seed in seeds:
             arms: dict[str, PlanChooser] = {**fixed, **{name: make_chooser(name, known, seed) for name in choosers}}
-            runs = self._run(arms, self._cycles, seed, lambda _: advance(len(choosers) / self._cycles))
+            runs = self.run(arms, self._cycles, seed=seed, on_cycle=lambda: advance(len(choosers) / self._cycles))
             plain = runs[PLAIN]
             cycles.append(cycle_speedups(runs, choosers, self._plans, self._sizes, cycle_rounds))
             size = np.searchsorted(self._sizes, plain.batch_sizes)
@@ -145,20 +79,64 @@ class LiveBackend:
         means = {name: float(np.exp(np.mean(np.log(speedups)))) for name, speedups in bounds.items()}
         return Evaluation(self.name, scores, means, concatenate_cycles(cycles))
 
+    def run(
+        self,
+        choosers: Mapping[str, PlanChooser],
+        cycles: int,
+        *,
+        seed: int = 0,
+        on_cycle: Callable[[], None] | None = None,
+    ) -> dict[str, Trajectory]:
+        """Return the trajectory of every chooser, and of plain decoding under the name 'plain', on the same prompts.
+
+        In each phase the choosers decode one after the other, and in the reverse order in the next phase, so that a
+        drift of the machine affects all equally. The first round of a turn finds the caches in the state that another
+        session left, and is not counted.
+
+        Args:
+            choosers: by name.
+            cycles: number of cycles.
+            seed: of prompts and sampling.
+            on_cycle: called after each cycle.
+        """
+        engine, phases, sizes = self._engine, self._phases, self._sizes
+        pool = SessionPool(self._workload, batch_size=phases[0].batch_size, max_batch_size=sizes[-1], seed=seed)
+        baseline = PlainSeconds()
+        plain_session = pool.open(engine, plain=True)
+        for size in sizes:  # choosers see t0 from their first round on
+            plain_session.resize(size)
+            baseline.add(plain_session.round(Plan(0)))
+
+        def play(chooser: PlanChooser, plans: Sequence[Plan], session: Session) -> Iterator[Step]:
+            rounds = batch_sizes([Phase(phase.batch_size, phase.rounds + 1) for phase in phases])
+            rollout = Rollout(session, plans, baseline, batch_sizes=rounds, result_delay=engine.result_delay)
+            return rollout.play(chooser, engine.clock)
+
+        rollouts = {PLAIN: play(FixedPlan(Plan(0)), (Plan(0),), plain_session)}
+        for name, chooser in choosers.items():
+            rollouts[name] = play(chooser, self._plans, pool.open(engine, plain=False))
+        steps: dict[str, list[Step]] = {name: [] for name in rollouts}
+        order = list(rollouts)
+        for cycle in range(cycles):
+            for number, phase in enumerate(phases):
+                for name in order if (cycle + number) % 2 == 0 else reversed(order):
+                    for step in islice(rollouts[name], phase.rounds + 1):
+                        steps[name].append(step)
+                        if name == PLAIN:
+                            baseline.add(step.round)
+            if on_cycle is not None:
+                on_cycle()
+        pool.close()
+        counted = [turn > 0 for _ in range(cycles) for phase in phases for turn in range(phase.rounds + 1)]
+        return {name: Trajectory.of(done, self._plans, counted) for name, done in steps.items()}
+
     def close(self) -> None:
         """Close the engine, and the servers that were launched for it."""
         self._engine.close()
 
-    def _run(
-        self, arms: Mapping[str, PlanChooser], cycles: int, seed: int, on_cycle: Callable[[int], None] | None = None
-    ) -> dict[str, Trajectory]:
-        return run_live(
-            self._engine, self._workload, arms, self._plans, self._phases, cycles, seed=seed, on_cycle=on_cycle
-        )
-
     def _known(self, fixed: Mapping[str, PlanChooser]) -> Known:
         """Measure costs and accept lengths of the plans in two cycles, as a server does when it starts."""
-        measured, plans = plan_seconds(self._run(fixed, 2, 0), self._plans, self._sizes), self._plans
+        measured, plans = plan_seconds(self.run(fixed, 2), self._plans, self._sizes), self._plans
         costs = {b: dict(zip(plans, measured.round_s[i].tolist(), strict=True)) for i, b in enumerate(self._sizes)}
         plain_s = measured.plain_s
         t0 = plain_s[:, plans.index(Plan(0))] if Plan(0) in plans else plain_s.min(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -20,18 +19,6 @@ _CHOOSER = "chooser "  # begins the key of a chooser
 # per batch size and 'single' for the best single plan, each chosen on all other cycles so that chance adds nothing, and
 # 'chooser NAME' for each chooser.
 CycleSpeedups = Mapping[str, Floats]
-
-
-class GapClosed(NamedTuple):
-    """A chooser between the best single plan and the best plan per batch size.
-
-    Attributes:
-        over_single: its speedup over the best single plan.
-        share: of the log gap that it closes; None if the interval of the gap contains 1.
-    """
-
-    over_single: Interval
-    share: Interval | None
 
 
 def cycle_speedups(
@@ -81,15 +68,18 @@ def oracle_gap(cycles: CycleSpeedups) -> Interval:
     return speedup_interval(np.exp(cycles["table"] - cycles["single"]))
 
 
-def gap_closed(cycles: CycleSpeedups, chooser: str) -> GapClosed:
-    """Return how much of the gap a chooser closes; the interval of the share is a percentile bootstrap over cycles."""
+def gap_closed(cycles: CycleSpeedups, chooser: str) -> tuple[Interval, Interval | None]:
+    """Return a chooser's speedup over the best single plan, and the share of the log gap that it closes.
+
+    The share is None if the interval of the gap contains 1; its interval is a percentile bootstrap over cycles.
+    """
     gap, gain = cycles["table"] - cycles["single"], cycles[_CHOOSER + chooser] - cycles["single"]
     over_single = speedup_interval(np.exp(gain))
     if oracle_gap(cycles).low <= 1.0:
-        return GapClosed(over_single, None)
+        return over_single, None
     picks = np.random.default_rng(0).integers(len(gap), size=(_RESAMPLES, len(gap)))
     low, high = np.quantile(gain[picks].sum(1) / np.maximum(gap[picks].sum(1), 1e-9), [0.025, 0.975])
-    return GapClosed(over_single, Interval(float(gain.sum() / gap.sum()), float(low), float(high)))
+    return over_single, Interval(float(gain.sum() / gap.sum()), float(low), float(high))
 
 
 def gap_lines(cycles: CycleSpeedups) -> list[str]:
@@ -103,9 +93,9 @@ def gap_lines(cycles: CycleSpeedups) -> list[str]:
         gap = _text(oracle_gap(part))
         lines.append(f"oracle headroom: best plan per batch size over best single plan, {when}: {gap}")
         for name in (key.removeprefix(_CHOOSER) for key in part if key.startswith(_CHOOSER)):
-            closed = gap_closed(part, name)
-            share = "no significant headroom" if closed.share is None else f"closed {_text(closed.share)}"
-            lines.append(f"  {name}: {_text(closed.over_single)} of the best single plan; {share}")
+            over_single, share = gap_closed(part, name)
+            closed = "no significant headroom" if share is None else f"closed {_text(share)}"
+            lines.append(f"  {name}: {_text(over_single)} of the best single plan; {closed}")
     return lines
 
 

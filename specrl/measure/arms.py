@@ -1,4 +1,4 @@
-"""The arms of a measurement: plain decoding, plain decoding again (A/A), and plans of one engine or of drafts."""
+"""The arms of a measurement: plain decoding, its A/A control, and plans of one engine or of several drafts."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ from dataclasses import replace
 
 from specrl.config import DraftConfig, EngineConfig, TargetConfig, WorkloadConfig
 from specrl.core.interfaces import Engine, Workload
-from specrl.core.plan import Plan
+from specrl.core.plan import PLAIN, Plan
 from specrl.decoding.engine import LocalEngine
 from specrl.io.output import show
-from specrl.measure.paired import AA_CONTROL, PLAIN, Arm
+from specrl.measure.paired import AA_CONTROL, Arm
 from specrl.measure.plain import PlainSetting, fastest_plain
 from specrl.models.draft import Draft
 from specrl.models.target import Target
 
-MakeArms = Callable[[Workload, int], list[Arm]]  # prompts and batch size -> arms, plain decoding first
+MakeArms = Callable[[Workload, int], list[Arm]]  # (prompts, batch size) -> arms, plain decoding first
 
 
 def engine_arms(engine: Engine, plans: Sequence[Plan], *, control: bool) -> list[Arm]:
-    """Plain decoding and plans of one engine.
+    """Return arms for plain decoding, its A/A control if asked for, and each plan, all of one engine."""
+    return [*_plain_arms(engine, control), *(Arm(str(plan), engine, plan) for plan in plans)]
 
-    Args:
-        engine: of all arms.
-        plans: an arm each.
-        control: add the A/A arm.
-    """
-    plain = [PLAIN, *([AA_CONTROL] if control else [])]
-    return [Arm(name, engine, None) for name in plain] + [Arm(str(p), engine, p) for p in plans]
+
+def _plain_arms(engine: Engine, control: bool, threads: int | None = None) -> list[Arm]:
+    return [Arm(name, engine, None, threads) for name in ([PLAIN, AA_CONTROL] if control else [PLAIN])]
 
 
 def local_arms(
@@ -42,24 +39,21 @@ def local_arms(
     control: bool = False,
     block_sizes: Mapping[str, float] | None = None,
 ) -> list[Arm]:
-    """Plain decoding in its fastest setting, and drafts with their plans, on local engines.
+    """Return arms for plain decoding in its fastest setting, and for drafts with their plans, on local engines.
 
     Args:
-        target: the target; loaded again if plain decoding is faster in another dtype.
+        target: loaded again if plain decoding is faster in another dtype.
         model: the loaded target.
-        drafted: draft and plan of each arm by its name.
+        drafted: name of the arm -> draft and plan.
         fastest: the setting of plain decoding; its threads are used by all arms.
-        max_context: most tokens of a request.
+        max_context: maximum tokens of a request.
         use_rejection_sampling: see `specrl.LocalEngine`.
-        control: add the A/A arm.
-        block_sizes: of arms by name, see `Arm`; 1 for others.
+        control: add the A/A control.
+        block_sizes: name of the arm -> `Arm.block_size`; 1 for others.
     """
-    if fastest.dtype != str(model.dtype).removeprefix("torch."):
-        baseline = replace(target, dtype=fastest.dtype).load(device=model.device)
-    else:
-        baseline = model
-    plain = LocalEngine(baseline, max_context=max_context)
-    arms = [Arm(name, plain, None, fastest.threads) for name in [PLAIN, *([AA_CONTROL] if control else [])]]
+    same_dtype = fastest.dtype == str(model.dtype).removeprefix("torch.")
+    baseline = model if same_dtype else replace(target, dtype=fastest.dtype).load(device=model.device)
+    arms = _plain_arms(LocalEngine(baseline, max_context=max_context), control, fastest.threads)
     engines = {
         id(draft): LocalEngine(model, draft, max_context=max_context, use_rejection_sampling=use_rejection_sampling)
         for draft, _ in drafted.values()
@@ -78,7 +72,7 @@ def open_engine(
     *,
     use_rejection_sampling: bool = True,
 ) -> Engine:
-    """Open an engine that measures plain decoding as well; close it after use.
+    """Open an engine that also measures plain decoding; close it after use.
 
     Raises:
         ValueError: plans or a draft that the engine cannot run, or settings of a new draft with SGLang.
@@ -110,9 +104,9 @@ def open_arms(
     *,
     use_rejection_sampling: bool = True,
 ) -> Iterator[MakeArms]:
-    """Open an engine for measurements: plain decoding, the A/A control and all plans.
+    """Open an engine, and yield a function that returns its arms: plain decoding, the A/A control and all plans.
 
-    The local engine finds the fastest setting of plain decoding for each batch size first.
+    On the local engine, the function first finds the fastest setting of plain decoding at the batch size.
     """
     if not engine.is_local:
         served = open_engine(engine, target, draft, workload, plans)

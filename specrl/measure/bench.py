@@ -29,11 +29,10 @@ def bench_engine(
     use_rejection_sampling: bool = True,
     seed: int = 0,
 ) -> Cells:
-    """Measure on the local engine or on SGLang servers, on prompts held out from training."""
+    """Measure the local engine or SGLang servers on prompts held out from training."""
     prompts = {t: replace(workload, temperature=t).open(target.name, "held_out") for t in temperatures}
-    new_tokens = workload.max_new_tokens
     with open_arms(engine, target, draft, workload, plans, use_rejection_sampling=use_rejection_sampling) as make:
-        return {t: _measure_all(make, p, batch_sizes, new_tokens, until, seed) for t, p in prompts.items()}
+        return _measure_all(make, prompts, batch_sizes, workload.max_new_tokens, until, seed)
 
 
 def bench_profile(
@@ -44,13 +43,13 @@ def bench_profile(
     until: MeasureConfig,
     seed: int = 0,
 ) -> Cells:
-    """Measure a simulation. All arms have the same random numbers, so that there is no A/A control.
+    """Measure a simulation. All arms have the same random numbers, so an A/A control would show nothing.
 
     Args:
         engine: of the profile.
         batch_sizes: None: all that the profile has costs for.
         plans: None: all that the profile has costs for at the batch size.
-        until: when to stop; its seconds are of this machine, not simulated ones.
+        until: when to stop; its seconds are real, not simulated ones.
         seed: of the random numbers.
     """
     profile = engine.profile
@@ -59,41 +58,42 @@ def bench_profile(
         covered = plans or tuple(plan for plan in profile.plans if profile.covers(plan, batch))
         return engine_arms(engine, covered, control=False)
 
-    requests = Requests((profile.prompt_tokens,) * 2, (profile.max_new_tokens,) * 2)
+    requests = {None: Requests((profile.prompt_tokens,) * 2, (profile.max_new_tokens,) * 2)}
     sizes = batch_sizes or profile.batch_sizes
-    return {None: _measure_all(make, requests, sizes, profile.max_new_tokens, until, seed, WallClock())}
+    return _measure_all(make, requests, sizes, profile.max_new_tokens, until, seed, WallClock())
 
 
 def _measure_all(
     make_arms: MakeArms,
-    prompts: Workload,
+    prompts: Mapping[float | None, Workload] | Mapping[float, Workload],
     batch_sizes: Sequence[int],
     new_tokens: int,
     until: MeasureConfig,
     seed: int,
     clock: Clock | None = None,
-) -> list[ArmResult]:
-    """Measure arms at every batch size; `clock` measures the time, by default the first engine's."""
-    results: list[ArmResult] = []
-    for batch in batch_sizes:
-        results += measure(
-            make_arms(prompts, batch),
-            prompts,
-            batch_size=batch,
-            block_tokens=new_tokens,
-            until=until,
-            stop_each=True,
-            budget_clock=clock,
-            seed=seed,
-        )
-    return results
+) -> Cells:
+    """Measure at every temperature and batch size; `clock` measures `until.seconds`, by default the engine's clock."""
+    cells: dict[float | None, list[ArmResult]] = {temperature: [] for temperature in prompts}
+    for temperature, requests in prompts.items():
+        for batch in batch_sizes:
+            cells[temperature] += measure(
+                make_arms(requests, batch),
+                requests,
+                batch_size=batch,
+                block_tokens=new_tokens,
+                until=until,
+                stop_each=True,
+                budget_clock=clock,
+                seed=seed,
+            )
+    return cells
 
 
 def warnings(cells: Cells) -> list[str]:
-    """A line for every A/A control whose interval does not contain 1; one in twenty does not by chance."""
+    """Return a line for every A/A control whose interval does not contain 1; one in twenty does not by chance."""
     return [
-        f"batch {m.batch_size}: plain decoding against itself (A/A) is {m.speedup}, which does not contain 1: unless "
-        "that is one chance in twenty, something disturbs this machine; see 'specrl doctor'"
+        f"batch {m.batch_size}: plain decoding against itself (A/A) is {m.speedup}, which does not contain 1. This "
+        "happens by chance once in twenty times; otherwise the machine is disturbed, see 'specrl doctor'"
         for results in cells.values()
         for m in results
         if m.name == AA_CONTROL and m.speedup is not None and not m.speedup.covers(1.0)

@@ -1,4 +1,4 @@
-"""Two drafts or runs, measured in turns; or two finished benchmarks, which were measured at different times."""
+"""Comparison of two drafts or runs, measured in turns, or of two finished benchmarks."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from numpy.typing import NDArray
 
 from specrl.config import MeasureConfig, TargetConfig, WorkloadConfig
 from specrl.core.batch_schedule import reached_bound
-from specrl.core.plan import Plan
-from specrl.core.statistics import Interval, mean_interval, paired_speedup, probability_of_improvement
+from specrl.core.plan import PLAIN, Plan
+from specrl.core.statistics import Interval, mean_interval, probability_of_improvement
 from specrl.export.bundle import PLANS, read_plans
 from specrl.measure.arms import local_arms
-from specrl.measure.paired import AA_CONTROL, PLAIN, ArmResult, measure, seconds_per_token
+from specrl.measure.paired import AA_CONTROL, ArmResult, measure, seconds_per_token, speedup
 from specrl.measure.plain import fastest_plain
 from specrl.models.draft import Draft, load_draft
 
 Floats = NDArray[np.float64]
-Key = tuple[str, str, str]  # temperature ('' in simulation), batch size and arm, as written in blocks.csv
+Key = tuple[str, str, str]  # temperature ('' in simulation), batch size and arm, as blocks.csv has them
 DEFAULT_PLAN = Plan(3)
 _BLOCKS, _BENCH = "blocks.csv", "bench.json"
-_COMPARED = ("cpu", "cores", "gpus", "torch", "torch_threads", "commit")  # keys of two environments
+_COMPARED = ("cpu", "cores", "gpus", "torch", "torch_threads", "commit")  # keys of the environments
 
 
 class DraftedRun(NamedTuple):
-    """A draft, and the plan that its run chose for each batch size; None: it chose none."""
+    """A draft, and the plan that its run chose for each batch size (None: no run, no plans)."""
 
     draft: Draft
     plans: Mapping[int, Plan] | None
 
     def plan(self, batch_size: int) -> Plan:
-        """The run's plan for the largest batch size that is not above, or 3/1/4."""
+        """Return the run's plan for a batch size, or 3/1/4."""
         if self.plans is None:
             return DEFAULT_PLAN
         return self.plans[reached_bound(self.plans, batch_size)]
@@ -70,14 +70,14 @@ def compare_runs(
     use_rejection_sampling: bool = True,
     seed: int = 0,
 ) -> Iterator[dict[str, object]]:
-    """A row for each batch size: two drafts and plain decoding, measured in turns on the same prompts.
+    """Yield a row for each batch size: two drafts and plain decoding, measured in turns on the same prompts.
 
     Args:
         a: the reference.
         b: compared with it.
         target: the target model.
         workload: prompts, held out from training.
-        batch_sizes: live requests.
+        batch_sizes: one after the other.
         plan: of both; None: the plans of the runs.
         until: when to stop at a batch size.
         use_rejection_sampling: see `specrl.LocalEngine`.
@@ -94,41 +94,40 @@ def compare_runs(
             use_rejection_sampling=use_rejection_sampling,
         )
         arms.sort(key=lambda arm: arm.name != "A")  # the reference comes first
-        results = measure(
-            arms,
-            prompts,
-            batch_size=batch,
-            block_tokens=workload.max_new_tokens,
-            until=until,
-            stop_each=True,
-            seed=seed,
-        )
+        tokens = workload.max_new_tokens
+        results = measure(arms, prompts, batch_size=batch, block_tokens=tokens, until=until, stop_each=True, seed=seed)
         yield paired_row({result.name: result for result in results})
 
 
 def paired_row(arms: Mapping[str, ArmResult]) -> dict[str, object]:
-    """The row of a batch size, from arms 'A', 'B' and plain, measured with A as the reference."""
-    a, b, ratio = arms["A"], arms["B"], arms["B"].speedup
-    assert ratio is not None, "A is the reference"
-    speedups = []
-    for arm in (a, b):
-        pairs = min(len(arm.blocks), len(arms[PLAIN].blocks))
-        mine, plain = (seconds_per_token(blocks[:pairs]) for blocks in (arm.blocks, arms[PLAIN].blocks))
-        speedups.append(paired_speedup(plain, mine, rng=np.random.default_rng(0)))
+    """Return the row of a batch size, from arms 'A', 'B' and plain, measured with A as the reference."""
+    a, b = arms["A"], arms["B"]
+    assert b.speedup is not None, "A is the reference"
     gains = np.log(seconds_per_token(a.blocks[: len(b.blocks)]) / seconds_per_token(b.blocks))
-    return {
-        "batch_size": a.batch_size,
-        "plan_a": a.plan,
-        "plan_b": b.plan,
-        **_intervals(speedups[0], speedups[1], ratio),
-        "probability": probability_of_improvement(gains, [0.0]),  # of pairs
-        "accept_length_a": a.accept_length,
-        "accept_length_b": b.accept_length,
-        "tps_a": a.mean_tps,
-        "tps_b": b.mean_tps,
-        "blocks_a": len(a.blocks),
-        "blocks_b": len(b.blocks),
-    }
+    sides = [
+        _Side(m.plan, speedup(arms[PLAIN].blocks, m.blocks), m.accept_length, m.mean_tps, len(m.blocks)) for m in (a, b)
+    ]
+    return {"batch_size": a.batch_size, **_columns(*sides, b.speedup, probability_of_improvement(gains, [0.0]))}
+
+
+class _Side(NamedTuple):
+    """One of the two that are compared."""
+
+    plan: str
+    speedup: Interval
+    accept_length: float
+    tps: float
+    blocks: int
+
+
+def _columns(a: _Side, b: _Side, ratio: Interval, probability: float) -> dict[str, object]:
+    columns: dict[str, object] = {"plan_a": a.plan, "plan_b": b.plan}
+    for name, interval in (("speedup_a", a.speedup), ("speedup_b", b.speedup), ("ratio", ratio)):
+        columns |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    columns["probability"] = probability
+    for name in ("accept_length", "tps", "blocks"):
+        columns |= {f"{name}_a": getattr(a, name), f"{name}_b": getattr(b, name)}
+    return columns
 
 
 def is_bench(path: Path) -> bool:
@@ -137,45 +136,41 @@ def is_bench(path: Path) -> bool:
 
 
 def compare_benches(a: Path, b: Path) -> list[dict[str, object]]:
-    """A row for each arm that two benchmarks measured at the same temperature and batch size.
+    """Return a row for each arm that two benchmarks measured at the same temperature and batch size.
 
     The ratio is that of their speedups, each over plain decoding in its own run.
 
     Raises:
-        ValueError: they have nothing in common, or are damaged.
+        ValueError: they have no arm in common, or are damaged.
     """
-    (cells_a, rows_a), (cells_b, rows_b) = _read_bench(a), _read_bench(b)
-    common = [key for key in cells_a if key in cells_b]
+    (logs_a, rows_a), (logs_b, rows_b) = _read_bench(a), _read_bench(b)
+    common = [key for key in logs_a if key in logs_b]
     if not common:
         raise ValueError(
             f"two benchmarks must share a temperature, batch size and plan, but {str(a)!r} has "
-            f"{', '.join(map(_named, cells_a))}, and {str(b)!r} {', '.join(map(_named, cells_b))}"
+            f"{', '.join(map(_text, logs_a))}, and {str(b)!r} {', '.join(map(_text, logs_b))}"
         )
-    out: list[dict[str, object]] = []
+    rows = []
     for key in common:
-        x, y = cells_a[key], cells_b[key]
-        speedups = [_exp(mean_interval(logs, rng=np.random.default_rng(0))) for logs in (x, y)]
-        out.append(
-            {
-                "temperature": key[0] or None,
-                "batch_size": int(key[1]),
-                "plan_a": key[2],
-                "plan_b": key[2],
-                **_intervals(speedups[0], speedups[1], _exp(mean_difference(y, x, rng=np.random.default_rng(0)))),
-                "probability": probability_of_improvement(y, x),
-                "accept_length_a": rows_a[key]["accept_length"],
-                "accept_length_b": rows_b[key]["accept_length"],
-                "tps_a": rows_a[key]["mean_tps"],
-                "tps_b": rows_b[key]["mean_tps"],
-                "blocks_a": len(x),
-                "blocks_b": len(y),
-            }
-        )
-    return out
+        temperature, batch_size, plan = key
+        sides = [
+            _Side(
+                plan,
+                _exp(mean_interval(logs[key], rng=np.random.default_rng(0))),
+                table[key]["accept_length"],
+                table[key]["mean_tps"],
+                len(logs[key]),
+            )
+            for logs, table in ((logs_a, rows_a), (logs_b, rows_b))
+        ]
+        ratio = _exp(mean_difference(logs_b[key], logs_a[key], rng=np.random.default_rng(0)))
+        columns = _columns(*sides, ratio, probability_of_improvement(logs_b[key], logs_a[key]))
+        rows.append({"temperature": temperature or None, "batch_size": int(batch_size), **columns})
+    return rows
 
 
 def environment_differences(a: Path, b: Path) -> list[str]:
-    """A line with the differences between the environments of two benchmarks; none if there are none."""
+    """Return a line with the differences between the environments of two benchmarks, or no line."""
     first, second = (json.loads((path / _BENCH).read_text(encoding="utf-8"))["environment"] for path in (a, b))
     changed = [
         f"{key} {first.get(key)} and {second.get(key)}" for key in _COMPARED if first.get(key) != second.get(key)
@@ -184,9 +179,12 @@ def environment_differences(a: Path, b: Path) -> list[str]:
 
 
 def mean_difference(x: Floats, y: Floats, *, resamples: int = 4000, rng: np.random.Generator) -> Interval:
-    """Mean of x [n >= 2] less mean of y [m >= 2], independent samples, with a 95 % interval.
+    """Return the mean of x [n] minus the mean of y [m], independent samples, with a 95 % interval.
 
     A studentised bootstrap with Welch's standard error (Efron and Tibshirani, 1993, section 16.2).
+
+    Raises:
+        ValueError: n or m is below 2.
     """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"an interval needs at least 2 blocks of both, but got {len(x)} and {len(y)}; measure longer")
@@ -205,38 +203,31 @@ def mean_difference(x: Floats, y: Floats, *, resamples: int = 4000, rng: np.rand
 
 
 def _read_bench(path: Path) -> tuple[dict[Key, Floats], dict[Key, dict[str, Any]]]:
-    """Log speedups of the blocks, and the row of bench.json, of every arm with a draft."""
+    """Return the log speedups of the blocks, and the row of bench.json, of every arm with a draft."""
     seconds: dict[Key, list[float]] = {}
     try:
         for row in csv.DictReader((path / _BLOCKS).read_text(encoding="utf-8").splitlines()):
-            key = row["temperature"], row["batch_size"], row["lane"]
+            key = row["temperature"], row["batch_size"], row["arm"]
             seconds.setdefault(key, []).append(float(row["seconds"]) / float(row["tokens"]))
         rows = {
             ("" if row["temperature"] is None else str(row["temperature"]), str(row["batch_size"]), row["plan"]): row
             for row in json.loads((path / _BENCH).read_text(encoding="utf-8"))["rows"]
         }
-        cells = {
+        logs = {
             (t, batch, arm): np.log(np.array(seconds[t, batch, PLAIN])[: len(own)] / np.array(own))
             for (t, batch, arm), own in seconds.items()
             if arm not in (PLAIN, AA_CONTROL)
         }
-        return cells, {key: rows[key] for key in cells}
+        return logs, {key: rows[key] for key in logs}
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{str(path)!r} must be written by 'specrl bench', but it is damaged: {error!r}") from error
+        raise ValueError(
+            f"{str(path)!r} must be written by this version of 'specrl bench', but it is damaged or older: {error!r}"
+        ) from error
 
 
 def _exp(interval: Interval) -> Interval:
-    value, low, high = np.exp([interval.value, interval.low, interval.high]).tolist()
-    return Interval(value, low, high)
+    return Interval(*np.exp([interval.value, interval.low, interval.high]).tolist())
 
 
-def _intervals(a: Interval, b: Interval, ratio: Interval) -> dict[str, object]:
-    """Two speedups and their ratio as columns."""
-    out: dict[str, object] = {}
-    for name, interval in (("speedup_a", a), ("speedup_b", b), ("ratio", ratio)):
-        out |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return out
-
-
-def _named(key: Key) -> str:
+def _text(key: Key) -> str:
     return f"{key[2]} at batch size {key[1]}" + (f", temperature {key[0]}" if key[0] else "")

@@ -1,13 +1,13 @@
 """Paired, interleaved measurement: several ways to decode the same prompts ("arms"), in turns in one process.
 
-A block is one generation of requests (batch size x max_new_tokens tokens). It is decoded in slices that alternate
-between the arms, there and back: plain, A, B, ..., B, A, plain. A drift of the machine then affects all arms equally.
-Each block of an arm is paired with the block of the first arm that it alternated with.
+A block is one generation of requests (batch size x max_new_tokens tokens). It is decoded in slices. The arms take turns
+with each slice, in alternating order: plain, A, B, B, A, plain. A drift of the machine then affects all arms equally.
+Block n of an arm is paired with block n of the first arm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,25 +16,25 @@ from numpy.typing import NDArray
 from specrl.config import MeasureConfig
 from specrl.core.clock import Clock
 from specrl.core.interfaces import Engine, Session, Workload
-from specrl.core.plan import Plan
+from specrl.core.plan import PLAIN, Plan
 from specrl.core.round import Round
 from specrl.core.round_stats import RoundStats
 from specrl.core.statistics import Interval, paired_speedup
 from specrl.io.output import progress
 from specrl.measure.machine import torch_threads
 
-PLAIN = "plain"  # the arm that decodes without a draft
-AA_CONTROL = "A/A"  # the arm that decodes without a draft once more
+AA_CONTROL = "A/A"  # the arm that measures plain decoding a second time
 _WARM_UP_ROUNDS = 8
-_SLICES = 4  # of a block; even, so that every block is decoded as often forth as back
-_MIN_BLOCKS, _MIN_BLOCKS_TO_STOP = 6, 12  # that are always measured, and before an interval may end a measurement
+_SLICES = 4  # of a block; even, so that both orders of the arms are equally frequent
+_MIN_BLOCKS = 6  # are always measured
+_MIN_BLOCKS_TO_STOP = 12  # before an interval may end the measurement
 
 
 class SessionPool:
     """Opens the sessions of a measurement.
 
-    Arms of an engine with `single_session` share one session, or one plain session: each arm continues the requests
-    where the arm before left them. Such arms are paired by time, not by prompt.
+    Arms of an engine with `single_session` share one session and one plain session: each arm continues the requests of
+    the arm before. Such arms are paired by time, not by prompt.
 
     Args:
         workload: prompts, the same for every session.
@@ -44,25 +44,20 @@ class SessionPool:
     """
 
     def __init__(self, workload: Workload, *, batch_size: int, seed: int, max_batch_size: int | None = None) -> None:
-        self._workload, self._batch_size, self._seed, self._most = workload, batch_size, seed, max_batch_size
+        self._workload = workload
+        self._sizes = {"batch_size": batch_size, "max_batch_size": max_batch_size or batch_size}
+        self._seed = seed
         self._sessions: list[Session] = []
         self._shared: dict[tuple[int, bool], Session] = {}
 
     def open(self, engine: Engine, *, plain: bool) -> Session:
-        """A session of an engine: a new one, or the one that its arms share."""
+        """Return a session of an engine: a new one, or the one that its arms share."""
         key = id(engine), plain
-        if engine.single_session and key in self._shared:
-            return self._shared[key]
-        session = engine.start(
-            self._workload,
-            batch_size=self._batch_size,
-            max_batch_size=self._most,
-            seed=self._seed,
-            plain=plain,
-        )
-        self._sessions.append(session)
-        self._shared[key] = session
-        return session
+        if not engine.single_session or key not in self._shared:
+            session = engine.start(self._workload, **self._sizes, seed=self._seed, plain=plain)
+            self._sessions.append(session)
+            self._shared[key] = session
+        return self._shared[key]
 
     def close(self) -> None:
         """Close all sessions."""
@@ -76,11 +71,11 @@ class Arm:
 
     Args:
         name: of the arm.
-        engine: its engine.
+        engine: decodes.
         plan: of every round; None: plain decoding.
         threads: torch threads while the arm runs; None: unchanged.
-        block_size: tokens of its blocks relative to those of other arms. Accept lengths vary between requests much
-            more than plain decoding does, so more tokens of a speculative arm narrow its interval more.
+        block_size: tokens of its blocks relative to those of other arms. Accept lengths vary between requests more than
+            plain decoding does, so larger blocks of a speculative arm make its interval narrower.
 
     Attributes:
         blocks: the n-th is paired with the n-th of the first arm.
@@ -104,7 +99,7 @@ class Arm:
         self._session, self._live = sessions.open(self.engine, plain=self.plan is None), {}
 
     def warm_up(self) -> None:
-        """Decode rounds that are not counted."""
+        """Decode a few rounds that are not counted."""
         with torch_threads(self.threads):
             for _ in range(_WARM_UP_ROUNDS):
                 self._session.round(self.plan or Plan(0))
@@ -113,20 +108,14 @@ class Arm:
         """Decode until the last block has at least `tokens` tokens, after one round that is not counted."""
         block, plan = self.blocks[-1], self.plan or Plan(0)
         with torch_threads(self.threads):
-            self._follow(self._session.round(plan))  # its caches are as the arm before left them
+            self._add_to_requests(self._session.round(plan))  # the caches are still those of the arm before
             while block.tokens < tokens:
                 done = self._session.round(plan)
                 block.add(done)
                 self.round_s.append(done.seconds)
-                self._follow(done)
+                self._add_to_requests(done)
 
-    @property
-    def seconds_per_token(self) -> NDArray[np.float64]:
-        """[blocks] float64."""
-        return seconds_per_token(self.blocks)
-
-    def _follow(self, done: Round) -> None:
-        """Add the round to the tokens and seconds of its requests."""
+    def _add_to_requests(self, done: Round) -> None:
         ended = {completion.request_id for completion in done.finished}
         for request, new in zip(done.request_ids.tolist(), done.tokens.tolist(), strict=True):
             tokens, seconds = self._live.pop(request, (0, 0.0))
@@ -142,8 +131,6 @@ class ArmResult:
     """The result of one arm at one batch size.
 
     Attributes:
-        name: of the arm.
-        batch_size: live requests.
         plan: as text; 'plain' for plain decoding.
         count: finished requests.
         mean_tps, p50_tps, p05_tps, p95_tps: tokens per second of a request, over requests.
@@ -151,9 +138,9 @@ class ArmResult:
         speedup: over the first arm; None for the first arm.
         accept_length: mean tokens per request and verification.
         draft_ms, verify_ms, other_ms, round_ms: means over rounds.
-        prefill_s: seconds of prefills, which are in no other number.
-        round_p20_s: the 20th percentile of a round's seconds.
-        blocks: paired with the first arm's first ones.
+        prefill_s: seconds of prefills, which no other number includes.
+        round_p20_s: 20th percentile of the seconds of a round.
+        blocks: paired with the first blocks of the first arm.
     """
 
     name: str
@@ -186,12 +173,11 @@ def measure(
     seed: int = 0,
     stop_each: bool = False,
     budget_clock: Clock | None = None,
-    on_block: Callable[[float, float], None] | None = None,
 ) -> list[ArmResult]:
     """Measure arms against the first one until every interval is narrow enough.
 
     Args:
-        arms: new ones; usually plain decoding first.
+        arms: without blocks; usually plain decoding first.
         workload: prompts, the same for every arm.
         batch_size: live requests.
         block_tokens: tokens of a block per request.
@@ -200,24 +186,21 @@ def measure(
         seed: of prompts, sampling and the bootstrap.
         stop_each: let each arm stop as soon as its own interval is narrow enough.
         budget_clock: measures `until.seconds`; None: the first engine's clock.
-        on_block: called after each pass with the seconds spent and the widest half-width.
     """
     clock = budget_clock or arms[0].engine.clock
     sessions = SessionPool(workload, batch_size=batch_size, seed=seed)
     start_arms(arms, sessions)
-    began, order, widest = clock.now(), list(arms), float("inf")
+    began, order, widest = clock.now(), list(arms), np.inf
     with progress(f"batch {batch_size}", until.seconds) as advance:
         while len(arms[0].blocks) < _MIN_BLOCKS or (widest > until.precision and clock.now() - began < until.seconds):
             take_turns(order, batch_size * block_tokens)
             if len(arms[0].blocks) >= _MIN_BLOCKS_TO_STOP:
-                widths = {id(arm): speedup(arms[0], arm, seed).half_width for arm in order if arm is not arms[0]}
+                widths = {id(a): speedup(arms[0].blocks, a.blocks, seed).half_width for a in order if a is not arms[0]}
                 widest = max(widths.values(), default=0.0)
                 if stop_each:
                     order = [arm for arm in order if widths.get(id(arm), np.inf) > until.precision]
-            spent = clock.now() - began
-            advance(spent, "" if widest == float("inf") else f"±{widest:.3f}, wanted ±{until.precision:g}")
-            if on_block is not None:
-                on_block(spent, widest)
+            note = f"±{widest:.3f}, wanted ±{until.precision:g}" if np.isfinite(widest) else ""
+            advance(clock.now() - began, note)
     sessions.close()
     return [_result(arms[0], arm, batch_size, seed) for arm in arms]
 
@@ -231,7 +214,7 @@ def start_arms(arms: Sequence[Arm], sessions: SessionPool) -> None:
 
 
 def take_turns(arms: list[Arm], tokens: float) -> None:
-    """Decode one block of each arm, of `tokens` times its `block_size` tokens, slice by slice, there and back."""
+    """Decode one block of each arm, of `tokens` times its `block_size` tokens, slice by slice in turns."""
     for arm in arms:
         arm.blocks.append(RoundStats())
     for part in range(1, _SLICES + 1):
@@ -241,14 +224,15 @@ def take_turns(arms: list[Arm], tokens: float) -> None:
 
 
 def seconds_per_token(blocks: Sequence[RoundStats]) -> NDArray[np.float64]:
-    """[blocks] float64, of all requests of a block together."""
+    """Return the seconds per token of all requests together: [blocks] float64."""
     return np.array([block.seconds / block.tokens for block in blocks])
 
 
-def speedup(reference: Arm, arm: Arm, seed: int = 0) -> Interval:
-    """Speedup of an arm over another by paired blocks, with its 95 % interval."""
-    pairs = len(arm.blocks)
-    return paired_speedup(reference.seconds_per_token[:pairs], arm.seconds_per_token, rng=np.random.default_rng(seed))
+def speedup(reference: Sequence[RoundStats], blocks: Sequence[RoundStats], seed: int = 0) -> Interval:
+    """Return the speedup of an arm's blocks over a reference's, in pairs, with its 95 % interval."""
+    pairs = min(len(reference), len(blocks))
+    before, after = (seconds_per_token(each[:pairs]) for each in (reference, blocks))
+    return paired_speedup(before, after, rng=np.random.default_rng(seed))
 
 
 def _result(reference: Arm, arm: Arm, batch_size: int, seed: int) -> ArmResult:
@@ -268,7 +252,7 @@ def _result(reference: Arm, arm: Arm, batch_size: int, seed: int) -> ArmResult:
         p05_tps=p05,
         p95_tps=p95,
         total_tps=total.tokens / total.seconds,
-        speedup=None if arm is reference else speedup(reference, arm, seed),
+        speedup=None if arm is reference else speedup(reference.blocks, arm.blocks, seed),
         accept_length=total.accept_length,
         draft_ms=total.draft_s * ms,
         verify_ms=total.verify_s * ms,

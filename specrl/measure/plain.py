@@ -1,4 +1,4 @@
-"""Plain decoding in several settings of dtype and threads, in turns: which one is fastest on this machine."""
+"""Times plain decoding in several dtypes and numbers of threads, in turns, to find the fastest setting."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from specrl.core.interfaces import Workload
 from specrl.core.plan import Plan
 from specrl.decoding.engine import LocalEngine
 from specrl.io.output import progress
-from specrl.measure.machine import Finding, torch_threads, usable_cores
+from specrl.measure.machine import torch_threads, usable_cores
 from specrl.models.target import default_device
 
 DTYPES: tuple[DTypeName, ...] = ("float32", "bfloat16")
-_BLOCK_ROUNDS, _UNCOUNTED_ROUNDS = 10, 2  # timed between two changes of the setting, after some that are not
-_LOOK_AFTER, _TOO_SLOW = 6, 1.25  # blocks after which a setting is dropped if its median is so many times the best
+_BLOCK_ROUNDS, _UNCOUNTED_ROUNDS = 10, 2  # between two changes of the setting; the uncounted ones come first
+_DROP_AFTER, _DROP_ABOVE = 6, 1.25  # after so many blocks, drop settings whose median is so many times the best
 
 
 @dataclass(frozen=True, slots=True)
 class PlainSetting:
-    """A setting of plain decoding, and the median seconds of a step in it."""
+    """A setting of plain decoding, and the median seconds of a step."""
 
     dtype: DTypeName
     threads: int
@@ -32,7 +32,7 @@ class PlainSetting:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all requests together."""
+        """Tokens per second of all requests together."""
         return self.batch_size / self.step_s
 
 
@@ -47,7 +47,7 @@ def time_plain(
     rounds: int | None = None,
     drop_slow: bool = False,
 ) -> list[PlainSetting]:
-    """Time plain decoding in every setting, in turns, there and back, so that a drift affects all equally.
+    """Time plain decoding in every setting, in turns and alternating order, so that a drift affects all equally.
 
     Args:
         target: the model; its dtype is not used.
@@ -57,7 +57,7 @@ def time_plain(
         batch_sizes: live requests.
         seconds: at most, of all settings together; each is timed for one block at least.
         rounds: at most, of each setting.
-        drop_slow: drop settings that are much slower than the fastest one after six blocks, and stop if one is left.
+        drop_slow: after six blocks, drop settings that are much slower than the fastest one; stop if one is left.
     """
     engines = {dtype: LocalEngine(replace(target, dtype=dtype).load()) for dtype in dtypes}
     sessions = {
@@ -66,33 +66,34 @@ def time_plain(
         for batch in batch_sizes
     }
     order = [(dtype, count, batch) for dtype, batch in sessions for count in threads]
-    found: dict[tuple[DTypeName, int, int], list[float]] = {setting: [] for setting in order}
-    clock, passes, blocks = engines[dtypes[0]].clock, 0, math.inf if rounds is None else max(1, rounds // _BLOCK_ROUNDS)
-    with progress("timing plain decoding", min(seconds, blocks)) as advance:
+    times: dict[tuple[DTypeName, int, int], list[float]] = {setting: [] for setting in order}
+    max_blocks = math.inf if rounds is None else max(1, rounds // _BLOCK_ROUNDS)
+    clock, blocks = engines[dtypes[0]].clock, 0
+    with progress("timing plain decoding", min(seconds, max_blocks)) as advance:
         began = clock.now()
-        while passes == 0 or (passes < blocks and clock.now() - began < seconds):
-            if drop_slow and passes == _LOOK_AFTER:
-                medians = {setting: float(np.median(found[setting])) for setting in order}
-                order = [setting for setting in order if medians[setting] <= _TOO_SLOW * min(medians.values())]
+        while blocks == 0 or (blocks < max_blocks and clock.now() - began < seconds):
+            if drop_slow and blocks == _DROP_AFTER:
+                medians = {setting: float(np.median(times[setting])) for setting in order}
+                order = [setting for setting in order if medians[setting] <= _DROP_ABOVE * min(medians.values())]
                 if len(order) == 1:
                     break
-            for setting in order:
-                with torch_threads(setting[1]):
-                    session = sessions[setting[0], setting[2]]
+            for dtype, count, batch in order:
+                with torch_threads(count):
+                    session = sessions[dtype, batch]
                     timed = [session.round(Plan(0)).seconds for _ in range(_UNCOUNTED_ROUNDS + _BLOCK_ROUNDS)]
-                found[setting] += timed[_UNCOUNTED_ROUNDS:]
+                times[dtype, count, batch] += timed[_UNCOUNTED_ROUNDS:]
             order.reverse()
-            passes += 1
-            advance(clock.now() - began if rounds is None else passes)
+            blocks += 1
+            advance(clock.now() - began if rounds is None else blocks)
     for session in sessions.values():
         session.close()
-    return [PlainSetting(*setting, step_s=float(np.median(found[setting]))) for setting in found if setting in order]
+    return [PlainSetting(*setting, step_s=float(np.median(times[setting]))) for setting in times if setting in order]
 
 
 def fastest_plain(target: TargetConfig, workload: Workload, batch_size: int, *, rounds: int = 240) -> PlainSetting:
-    """The setting of {dtype, threads} in which plain decoding is fastest here, by interleaved medians.
+    """Return the dtype and number of threads in which plain decoding is fastest on this machine, by medians.
 
-    On a shared machine the faster of two similar settings changes within seconds, so a short look is not enough.
+    On a shared machine the faster of two similar settings changes within seconds, so a short measurement is not enough.
 
     Args:
         target: the model; its dtype is not used.
@@ -108,23 +109,15 @@ def fastest_plain(target: TargetConfig, workload: Workload, batch_size: int, *, 
     return min(settings, key=lambda setting: setting.step_s)
 
 
-def check_fastest(settings: Sequence[PlainSetting], batch_size: int) -> Finding:
-    """The fastest setting at a batch size, which speedups are measured against."""
-    ranked = sorted((s for s in settings if s.batch_size == batch_size), key=lambda setting: setting.step_s)
-    best, ratio = ranked[0], ranked[-1].step_s / ranked[0].step_s
-    found = f"{best.dtype}, threads {best.threads}: {best.tokens_per_s:,.0f} tokens/s"
-    return Finding(f"fastest at batch {batch_size}", found, True, f"the slowest setting takes {ratio:.1f}× as long")
-
-
 def thread_counts(cores: int) -> tuple[int, ...]:
-    """1, 2, 4, ... and all cores."""
+    """Return 1, 2, 4, ... and all cores."""
     return tuple(sorted({cores, *(1 << i for i in range(cores.bit_length()))}))
 
 
 def settings_table(
     settings: Sequence[PlainSetting], batch_sizes: Sequence[int]
 ) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """A row for each dtype and thread count, with columns for every batch size; and the headings of the columns."""
+    """Return a row for each dtype and thread count with columns for every batch size, and the headings."""
     rows: dict[tuple[str, int], dict[str, object]] = {}
     for s in settings:
         row = rows.setdefault((s.dtype, s.threads), {"dtype": s.dtype, "threads": s.threads})

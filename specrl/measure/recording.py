@@ -10,7 +10,7 @@ from specrl.io.output import progress
 from specrl.simulation.fit import Block
 from specrl.simulation.profile import Profile
 
-_BLOCK_ROUNDS, _UNCOUNTED_ROUNDS = 8, 2  # of a block, and before it
+_BLOCK_ROUNDS, _UNCOUNTED_ROUNDS = 8, 2  # the uncounted ones come first
 _MIN_PASSES = 4
 
 
@@ -23,7 +23,7 @@ def record_blocks(
     seconds: float,
     seed: int,
 ) -> list[Block]:
-    """Blocks of every plan and of plain steps at every batch size, interleaved, after one pass that is not counted.
+    """Record interleaved blocks of every plan and of plain steps at every batch size, after one uncounted pass.
 
     Args:
         engine: must measure plain decoding between rounds.
@@ -57,7 +57,7 @@ def record_blocks(
 
 
 def profile_rows(profile: Profile) -> list[dict[str, object]]:
-    """Costs, accept length and speedup of every plan and batch size, as rows of a table."""
+    """Return costs, accept length and speedup of every plan and batch size as rows of a table."""
     return [
         {
             "batch_size": cost.batch_size,

@@ -1,14 +1,14 @@
-"""Tables of measurements: rows for people, CSV, JSON and Markdown, and the columns of SGLang's own benchmark."""
+"""Tables of measurements: rows for people, CSV, JSON and Markdown, and the columns of SGLang's benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from specrl.core.plan import Plan
+from specrl.core.plan import PLAIN, Plan
 from specrl.io.output import OutputDir, to_json
 from specrl.measure.bench import Cells
 from specrl.measure.machine import environment
-from specrl.measure.paired import AA_CONTROL, PLAIN, ArmResult
+from specrl.measure.paired import AA_CONTROL, ArmResult
 
 COLUMNS = {
     "batch_size": "batch",
@@ -29,39 +29,38 @@ _PUBLISHED = tuple(COLUMNS)[: tuple(COLUMNS).index("accept_length") + 1]  # colu
 
 
 def result_rows(results: Sequence[ArmResult]) -> list[dict[str, object]]:
-    """A row for each arm, the columns of published tables first."""
-    out: list[dict[str, object]] = []
+    """Return a row for each arm, the columns of published tables first."""
+    rows = []
     for r in results:
-        parts = {} if r.speedup is None else {n: round(getattr(r.speedup, n), 4) for n in ("value", "low", "high")}
-        out.append(
+        interval = ("value", "low", "high")
+        speedup = [None if r.speedup is None else round(getattr(r.speedup, name), 4) for name in interval]
+        rows.append(
             {
                 "batch_size": r.batch_size,
                 "plan": r.plan if r.name in (PLAIN, r.plan) else f"{r.plan} ({r.name})",
                 **{n: getattr(r, n) for n in ("mean_tps", "p50_tps", "p05_tps", "p95_tps", "total_tps", "count")},
-                "speedup": parts.get("value"),
-                "low": parts.get("low"),
-                "high": parts.get("high"),
+                **dict(zip(("speedup", "low", "high"), speedup, strict=True)),
                 "accept_length": round(r.accept_length, 3),
                 **{n: getattr(r, n) for n in ("round_ms", "draft_ms", "verify_ms", "other_ms", "prefill_s")},
             }
         )
-    return out
+    return rows
 
 
 def shown(row: Mapping[str, object]) -> str:
-    """A speedup with its interval, as text."""
+    """Return a speedup with its interval as text; '' if the row has none."""
     return "" if row["speedup"] is None else f"{row['speedup']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
 def cell_rows(cells: Cells) -> list[dict[str, object]]:
-    """A row for each temperature, batch size and arm."""
+    """Return a row for each temperature, batch size and arm."""
     return [{"temperature": t, **row} for t, results in cells.items() for row in result_rows(results)]
 
 
 def block_rows(cells: Cells) -> list[dict[str, object]]:
-    """A row for each block; the n-th of an arm is paired with the n-th of plain decoding at its batch size."""
+    """Return a row for each block; block n of an arm is paired with block n of plain decoding at its batch size."""
     return [
-        {"temperature": t, "batch_size": m.batch_size, "lane": m.name, "block": n, "seconds": b.seconds, **b.row()}
+        {"temperature": t, "batch_size": m.batch_size, "arm": m.name, "block": n, "seconds": b.seconds, **b.row()}
         for t, results in cells.items()
         for m in results
         for n, b in enumerate(m.blocks)
@@ -69,18 +68,18 @@ def block_rows(cells: Cells) -> list[dict[str, object]]:
 
 
 def sglang_rows(results: Sequence[ArmResult], completion_tokens: int) -> list[dict[str, object]]:
-    """Results with the columns of SGLang's scripts/playground/bench_speculative.py, one JSON object a line.
+    """Return rows with the columns of SGLang's scripts/playground/bench_speculative.py.
 
     As there, step_time is the 20th percentile of a round's seconds and speed = acc_length / step_time. Plain decoding
     has 0 steps, topk and num_draft_tokens; plan 0 of an engine with a draft and the A/A control are left out. Our
     acc_length is the mean over rounds; SGLang's also counts the token of the prefill, +1 / rounds of a request.
     """
-    out: list[dict[str, object]] = []
+    rows = []
     for m in results:
         if m.name == AA_CONTROL or m.plan == str(Plan(0)):
             continue
         plan = None if m.name == PLAIN else Plan.parse(m.plan)
-        out.append(
+        rows.append(
             {
                 "batch_size": m.batch_size,
                 "steps": plan.num_steps if plan else 0,
@@ -92,23 +91,19 @@ def sglang_rows(results: Sequence[ArmResult], completion_tokens: int) -> list[di
                 "completion_tokens": completion_tokens,
             }
         )
-    return out
+    return rows
 
 
-def markdown(rows: Sequence[Mapping[str, object]], title: str, where: str) -> str:
-    """The published columns as a Markdown table, and a line that names the source."""
+def markdown(rows: Sequence[Mapping[str, object]], title: str, source: str) -> str:
+    """Return the published columns as a Markdown table, and a line that names the source."""
     several = len({row["temperature"] for row in rows}) > 1
-    keys = [*(["temperature"] if several else []), *_PUBLISHED]
-    lines = [
-        f"### {title}",
-        "",
-        "| " + " | ".join(COLUMNS.get(key, key) for key in keys) + " |",
-        "|---" * len(keys) + "|",
-    ]
+    columns = {"temperature": "temperature"} if several else {}
+    columns |= {key: COLUMNS[key] for key in _PUBLISHED}
+    lines = ["| " + " | ".join(columns.values()) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = {**row, "shown": shown(row) or "–"}
-        lines.append("| " + " | ".join(_text(key, cells[key]) for key in keys) + " |")
-    return "\n".join([*lines, "", where]) + "\n"
+        lines.append("| " + " | ".join(_text(key, cells[key]) for key in columns) + " |")
+    return "\n".join([f"### {title}", "", *lines, "", source]) + "\n"
 
 
 def _text(key: str, value: object) -> str:

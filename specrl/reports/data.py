@@ -33,11 +33,11 @@ _REQUIRED_COLUMNS = {
     "windows.csv": ("served", "batch_size", "plan", "rounds", "plain_s", "draft_s", "verify_s"),
     "measured.csv": _MEASURED,
     "bench.csv": _MEASURED,
-    "blocks.csv": ("batch_size", "lane", "block", "tokens"),
+    "blocks.csv": ("batch_size", "arm", "block", "tokens"),
     "evaluate.csv": ("source", "chooser", "seeds", "speedup", "speedup_low", "speedup_high", "share", "regret"),
     "regret.csv": ("source", "chooser", "round", "regret", "least", "greatest"),
 }
-_TEXT_COLUMNS = ("plan", "lane", "look", "reason", "source", "chooser", "part", "passed", "harmful")
+_TEXT_COLUMNS = ("plan", "arm", "look", "reason", "source", "chooser", "part", "passed", "harmful")
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +267,7 @@ def _measured(rows: Sequence[Row], blocks: Sequence[Row], origin: str) -> list[P
     for row in rows:
         at, plan = (row["batch_size"], row.get("temperature")), row["plan"]
         arms = {plan, plan.partition("(")[2].rstrip(")")}  # '0 (no learning)' is called 'no learning' in blocks.csv
-        own = [b for b in blocks if (b["batch_size"], b.get("temperature")) == at and b["lane"] in arms]
+        own = [b for b in blocks if (b["batch_size"], b.get("temperature")) == at and b["arm"] in arms]
         fields = {
             "accept_length": _point(row["accept_length"]),
             "round_ms": _point(row["round_ms"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from specrl.core.rollout import Step
 from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir
 from specrl.measure.arms import local_arms
-from specrl.measure.paired import SessionPool, start_arms, take_turns
+from specrl.measure.paired import SessionPool, seconds_per_token, start_arms, take_turns
 from specrl.measure.plain import PlainSetting, fastest_plain
 from specrl.models.target import Target, default_device
 from specrl.studies.goals import LEVELS, Measured, NotReached, OnBlock, measure_blocks
@@ -119,8 +120,11 @@ class LiveTrial:
             try:
                 for _ in range(budget.blocks):
                     take_turns([plain, learned], batch * workload.max_new_tokens)
-                    speedup = plain.seconds_per_token[-1] / learned.seconds_per_token[-1]
-                    yield {"speedup": float(np.log(speedup)), "accept_length": learned.blocks[-1].accept_length}
+                    plain_s, learned_s = (seconds_per_token(arm.blocks)[-1] for arm in (plain, learned))
+                    yield {
+                        "speedup": math.log(plain_s / learned_s),
+                        "accept_length": learned.blocks[-1].accept_length,
+                    }
             finally:
                 sessions.close()
 

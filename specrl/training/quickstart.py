@@ -9,12 +9,13 @@ from specrl.agents.draft.config import LearnerConfig
 from specrl.config import DraftConfig, MeasureConfig, TargetConfig, WorkloadConfig
 from specrl.core.clock import WallClock
 from specrl.core.interfaces import Workload
+from specrl.core.plan import PLAIN
 from specrl.core.rollout import Step
 from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir, hint, show, table
 from specrl.measure.arms import local_arms
 from specrl.measure.machine import environment, torch_threads
-from specrl.measure.paired import PLAIN, ArmResult, measure
+from specrl.measure.paired import ArmResult, measure
 from specrl.measure.plain import fastest_plain
 from specrl.measure.tables import block_rows, result_rows, shown
 from specrl.reports.figures import plot_learning, plot_speedups
