@@ -30,7 +30,7 @@ from specrl.core.statistics import mean_interval, probability_of_improvement, st
 from specrl.measure.machine import environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from chooser_worlds import FLAT, SHIFTS, STEADY, TABLES, Script, Shift, Table
+from chooser_scripts import FLAT, SHIFTS, STEADY, TABLES, Script, Shift, Table
 
 OURS = "adaptive"
 Make = Callable[[Script, int], PlanChooser]
@@ -96,8 +96,8 @@ def worst(shares: dict[str, list[float]]) -> float:
 def constant(table: Table) -> float:
     """The least share at a batch size of the single plan that has the highest such."""
     script = Script(table, 600, seed=0)
-    plays = [script.play(FixedPlan(plan)) for plan in table.plans]
-    return max(min(script.share(chosen, script.batches == b) for b in script.loads) for chosen in plays)
+    runs = [script.play(FixedPlan(plan)) for plan in table.plans]
+    return max(min(script.share(chosen, script.batches == b) for b in script.loads) for chosen in runs)
 
 
 def bars(table: Table, shift: Shift, shares: Shares) -> list[Bar]:
@@ -190,8 +190,8 @@ def main() -> None:
             for table in (t for t in (*TABLES, FLAT) if args.table in ("", t.name)):
                 names = [n for n in wanted if shift is STEADY or n in ON_SHIFTS]
                 job = partial(play, table, shift, names, args.rounds, args.bursts)
-                plays = pool.map(job, range(args.first_seed, args.first_seed + args.seeds))
-                shares = {name: {part: [p[name][part] for p in plays] for part in plays[0][name]} for name in names}
+                runs = pool.map(job, range(args.first_seed, args.first_seed + args.seeds))
+                shares = {name: {part: [p[name][part] for p in runs] for part in runs[0][name]} for name in names}
                 every[table.name, shift.name] = shares
                 summary += show(table, shift, shares, rng)
                 if table is not FLAT:

@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from chooser_worlds import EMBEDDED, Script
+from chooser_scripts import EMBEDDED, Script
 
 from specrl.agents.choosers.bandits import EXP3, UCB1, MedianGreedy
 from specrl.core.interfaces import PlanChooser

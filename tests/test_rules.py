@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chooser_worlds import CODER_NEXT, EMBEDDED, SHIFTS, TABLES, Script, Table
+from chooser_scripts import CODER_NEXT, EMBEDDED, SHIFTS, TABLES, Script, Table
 
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.agents.choosers.rules import ThresholdStopping, ThroughputRule
