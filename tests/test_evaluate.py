@@ -106,28 +106,23 @@ def test_evaluate_writes_reproducible_tables_and_curves(tmp_path: Path) -> None:
 
 def test_parse_shifts() -> None:
     expected = Shift(9, 1.3, 3), Shift(20, log_odds=-0.5)
-    assert parse_shifts("at=9,cost=1.3,from_steps=3; at=20,log_odds=-0.5") == expected
-    assert parse_shifts("") == ()
+    assert parse_shifts("at=9,cost=1.3,from_steps=3; at=20,log_odds=-0.5") == expected and parse_shifts("") == ()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "schedule", "message"),
     [
-        ({"choosers": ("adaptive",), "reference": "ucb1"}, "reference"),
-        ({"seeds": 1}, "seeds must be at least 2"),
-        ({"profiles": ("live",), "schedule": Schedule(shifts="at=9,cost=2")}, "schedule.shifts is for simulations"),
-        ({"profiles": ("embedded-fp32",) * 2, "schedule": Schedule(rounds=120)}, "profiles must have different names"),
+        ({"choosers": ("adaptive",), "reference": "ucb1"}, {}, "reference"),
+        ({"seeds": 1}, {}, "seeds must be at least 2"),
+        ({"profiles": ("live",)}, {"shifts": "at=9,cost=2"}, "schedule.shifts is for simulations"),
+        ({"profiles": ("embedded-fp32",) * 2}, {"rounds": 120}, "profiles must have different names"),
+        ({}, {"rounds": 10}, "schedule.rounds must be at least one cycle"),
+        *(({}, {"shifts": shifts}, "a shift is written") for shifts in ("cost=2", "at=1,price=2", "at=x")),
     ],
 )
-def test_evaluate_refuses(options: dict[str, Any], message: str) -> None:
+def test_evaluate_refuses(options: dict[str, Any], schedule: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        evaluate(**options)
-
-
-@pytest.mark.parametrize("wrong", [{"rounds": 10}, *({"shifts": s} for s in ("cost=2", "at=1,price=2", "at=x"))])
-def test_schedule_refuses(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"schedule.rounds|a shift is written"):
-        Schedule(**wrong)
+        evaluate(**options, schedule=Schedule(**schedule))
 
 
 def trajectory(seconds: list[float], tokens: list[int], sizes: list[int], choice: int = 0) -> Trajectory:

@@ -91,13 +91,7 @@ class LiveBackend:
 
         In each phase the choosers decode one after the other, and in the reverse order in the next phase, so that a
         drift of the machine affects all equally. The first round of a turn finds the caches in the state that another
-        session left, and is not counted.
-
-        Args:
-            choosers: by name.
-            cycles: number of cycles.
-            seed: of prompts and sampling.
-            on_cycle: called after each cycle.
+        session left, and is not counted. `on_cycle` is called after each cycle.
         """
         engine, phases, sizes = self._engine, self._phases, self._sizes
         pool = SessionPool(self._workload, batch_size=phases[0].batch_size, max_batch_size=sizes[-1], seed=seed)

@@ -62,15 +62,8 @@ def report(
 ) -> Report:
     """Simulate a policy, its table and the best plans under a load that alternates small and large batch sizes.
 
-    The load stays 64 rounds at each batch size. One pass over all batch sizes is a warm-up. All have the same seed.
-
-    Args:
-        chooser: the policy.
-        profile: to simulate.
-        batch_sizes: of the load.
-        passes: over the batch sizes, after the warm-up.
-        num_envs: environments side by side.
-        seed: of the random numbers.
+    The load stays 64 rounds at each batch size. `passes` over all batch sizes follow one that is a warm-up. All
+    have the same seed.
     """
     allowed = [plan for plan, can in zip(chooser.plans, chooser.allowed, strict=True) if can]
     best = best_plans(profile, batch_sizes, allowed)

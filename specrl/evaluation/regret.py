@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from specrl.core.checks import require
 from specrl.core.plan import PLAIN, Plan
 from specrl.core.statistics import Interval
 from specrl.evaluation.scores import speedup_interval
@@ -30,20 +31,15 @@ def cycle_speedups(
 ) -> CycleSpeedups:
     """Return the speedups of each cycle of `rounds` rounds.
 
-    Args:
-        trajectories: of plain decoding, of every plan by its name, and of the choosers.
-        choosers: names.
-        plans: the plans to choose from.
-        sizes: batch sizes of the load.
-        rounds: of a cycle.
+    Trajectories are those of plain decoding, of every plan by its name, and of the choosers; `sizes` are the batch
+    sizes of the load.
 
     Raises:
         ValueError: fewer than two cycles.
     """
     plain = trajectories[PLAIN]
     count = len(plain) // rounds
-    if count < 2:
-        raise ValueError(f"the oracle gap needs at least 2 cycles of the load, but got {count}; raise rounds")
+    require(count >= 2, "cycles of the load", "at least 2 (raise rounds)", count)
     cycles = [slice(c * rounds, (c + 1) * rounds) for c in range(count)]
     values = [plan_seconds({name: t[part] for name, t in trajectories.items()}, plans, sizes) for part in cycles]
     counts = np.array([[plain[part].at(size).sum() for size in sizes] for part in cycles])[:, :, None]  # rounds

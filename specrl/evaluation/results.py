@@ -60,14 +60,9 @@ def write_evaluation(
     settings: Mapping[str, object],
     leaderboard: Path,
 ) -> None:
-    """Write evaluate.json and .csv, regret.csv and .png, headroom.json, and append to a leaderboard.
+    """Write evaluate.json and .csv, regret.csv and .png, headroom.json, and append to a leaderboard (.csv).
 
-    Args:
-        directory: of the results.
-        evaluations: one for each source.
-        rows: from `comparison_rows`.
-        settings: of the evaluation, with 'rounds'.
-        leaderboard: a .csv file; it gets a header if it is new.
+    `rows` are those of `comparison_rows`; `settings` must hold 'rounds'.
 
     Raises:
         ValueError: the leaderboard has another header.

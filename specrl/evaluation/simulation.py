@@ -137,10 +137,7 @@ class SimulatedBackend:
     def evaluate(self, choosers: Sequence[str], seeds: Sequence[int], advance: Callable[[float], None]) -> Evaluation:
         """Score choosers, each with every seed, and compute the bounds.
 
-        Args:
-            choosers: names.
-            seeds: a seed gives all choosers the same random numbers.
-            advance: called with the number of runs that were done since the last call.
+        `advance` is called with the number of runs that were done since the last call.
         """
         plans, expected = self.plans, self.expected
         longest = max(plan for plan in plans if plan.is_chain)
@@ -174,13 +171,9 @@ class SimulatedBackend:
 
     def run(self, make: MakeChooser, seed: int) -> Trajectory:
         """Run the chooser that `make` returns for the session; a seed determines all random numbers."""
-        engine, profile = self._engine(), self._profile
-        session = engine.start(
-            Requests((profile.prompt_tokens,) * 2, (profile.max_new_tokens,) * 2),
-            batch_size=int(self._batch_sizes[0]),
-            max_batch_size=self._sizes[-1],
-            seed=seed,
-        )
+        engine, (first, *_) = self._engine(), self._batch_sizes.tolist()
+        requests = Requests.of(self._profile)
+        session = engine.start(requests, batch_size=first, max_batch_size=self._sizes[-1], seed=seed)
         rollout = Rollout(
             session,
             self.plans,

@@ -45,12 +45,7 @@ def bench_profile(
 ) -> Cells:
     """Measure a simulation. All arms have the same random numbers, so an A/A control would show nothing.
 
-    Args:
-        engine: of the profile.
-        batch_sizes: None: all that the profile has costs for.
-        plans: None: all that the profile has costs for at the batch size.
-        until: when to stop; its seconds are real, not simulated ones.
-        seed: of the random numbers.
+    Batch sizes and plans that are None are all that the profile has costs for. `until.seconds` are real ones.
     """
     profile = engine.profile
 
@@ -58,8 +53,7 @@ def bench_profile(
         covered = plans or tuple(plan for plan in profile.plans if profile.covers(plan, batch))
         return engine_arms(engine, covered, control=False)
 
-    requests = {None: Requests((profile.prompt_tokens,) * 2, (profile.max_new_tokens,) * 2)}
-    sizes = batch_sizes or profile.batch_sizes
+    sizes, requests = batch_sizes or profile.batch_sizes, {None: Requests.of(profile)}
     return _measure_all(make, requests, sizes, profile.max_new_tokens, until, seed, WallClock())
 
 

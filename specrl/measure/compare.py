@@ -70,18 +70,9 @@ def compare_runs(
     use_rejection_sampling: bool = True,
     seed: int = 0,
 ) -> Iterator[dict[str, object]]:
-    """Yield a row for each batch size: two drafts and plain decoding, measured in turns on the same prompts.
+    """Yield a row for each batch size: two drafts and plain decoding, measured in turns on held-out prompts.
 
-    Args:
-        a: the reference.
-        b: compared with it.
-        target: the target model.
-        workload: prompts, held out from training.
-        batch_sizes: one after the other.
-        plan: of both; None: the plans of the runs.
-        until: when to stop at a batch size.
-        use_rejection_sampling: see `specrl.LocalEngine`.
-        seed: of prompts and sampling.
+    `a` is the reference. With `plan` None, each has the plan of its run.
     """
     model, prompts = target.load(), workload.open(target.name, "held_out")
     for batch in batch_sizes:

@@ -94,12 +94,7 @@ def fastest_plain(target: TargetConfig, workload: Workload, batch_size: int, *, 
     """Return the dtype and number of threads in which plain decoding is fastest on this machine, by medians.
 
     On a shared machine the faster of two similar settings changes within seconds, so a short measurement is not enough.
-
-    Args:
-        target: the model; its dtype is not used.
-        workload: prompts.
-        batch_size: live requests.
-        rounds: timed in each setting, except for much slower ones.
+    `rounds` are timed in each setting, except for much slower ones.
     """
     on_gpu = default_device(target.device).startswith("cuda")
     threads = (1,) if on_gpu else tuple(sorted({1, usable_cores()}))

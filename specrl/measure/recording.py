@@ -25,13 +25,7 @@ def record_blocks(
 ) -> list[Block]:
     """Record interleaved blocks of every plan and of plain steps at every batch size, after one uncounted pass.
 
-    Args:
-        engine: must measure plain decoding between rounds.
-        workload: prompts.
-        batch_sizes: ascending.
-        plans: to record.
-        seconds: of recording; at least four passes are made.
-        seed: of prompts and sampling.
+    `batch_sizes` are ascending. At least four passes are made, even if they take longer than `seconds`.
 
     Raises:
         ValueError: the engine cannot run a plan, or does not measure plain decoding between rounds.

@@ -117,12 +117,7 @@ def write_bench(
 ) -> None:
     """Write bench.json, bench.csv, bench.md, blocks.csv and bench_speculative.jsonl (one for each temperature).
 
-    Args:
-        directory: of the results.
-        cells: the results.
-        title: of the Markdown table.
-        measured: settings, for bench.json; 'profile' and 'source' of a simulation.
-        new_tokens: tokens of a request.
+    `measured` are the settings; those of a simulation hold 'profile' and 'source'. `new_tokens` is for each request.
     """
     rows, where = cell_rows(cells), environment()
     directory.write_csv("bench.csv", rows)

@@ -41,6 +41,11 @@ class Requests:
             low, high = getattr(self, name)
             require(1 <= low <= high, name, "a length or two with 1 <= low <= high", (low, high))
 
+    @classmethod
+    def of(cls, profile: Profile) -> Requests:
+        """Return requests with the lengths of a profile."""
+        return cls((profile.prompt_tokens,) * 2, (profile.max_new_tokens,) * 2)
+
     def requests(self, seed: int) -> Iterator[Request]:
         """Yield requests endlessly; the same seed gives the same requests."""
         rng = np.random.default_rng(seed)
@@ -51,7 +56,7 @@ class Requests:
 
 
 class SimulatedEngine(Engine):
-    """Rounds drawn from a profile (see `specrl.core.interfaces.Engine`); a session's seed determines all of them.
+    """Rounds drawn from a profile; the seed of a session determines all of them.
 
     Whether a draft is accepted depends only on the seed, the request and the position of its token. The noise of a
     round depends only on the seed and the number of the round. Plans are therefore compared with common random numbers.
@@ -63,7 +68,6 @@ class SimulatedEngine(Engine):
             batch size are enough.
         extrapolate: also run plans and batch sizes without costs in the profile (see `Profile.cost`).
         shifts: changes of costs and acceptance during a session.
-        clock: rounds advance it; None: a new one.
     """
 
     def __init__(
@@ -73,11 +77,10 @@ class SimulatedEngine(Engine):
         batch_sizes: tuple[int, int] | None = None,
         extrapolate: bool = False,
         shifts: Sequence[Shift] = (),
-        clock: VirtualClock | None = None,
     ) -> None:
         self.profile, self.extrapolate = load_profile(profile), extrapolate
         self.batch_sizes, self.shifts = batch_sizes, tuple(shifts)
-        self._clock = clock or VirtualClock()
+        self._clock = VirtualClock()
         self._sessions: WeakSet[SimulatedSession] = WeakSet()
         self._costs: dict[tuple[int, Plan | None], Cost] = {}
 
@@ -186,11 +189,7 @@ class SimulatedSession(Session):
         return [len(live.request.prompt) + live.request.max_new_tokens - live.left for live in self._live]
 
     def resize(self, batch_size: int) -> None:
-        """Decode `batch_size` requests from the next round on; further ones are admitted, or the last ones parked.
-
-        Raises:
-            ValueError: not in [1, max_batch_size].
-        """
+        """Decode `batch_size` requests, in [1, max_batch_size], from the next round on."""
         self._check_open()
         largest = self._max_batch_size
         require(1 <= batch_size <= largest, "batch_size", f"in [1, max_batch_size={largest}]", batch_size)
@@ -212,8 +211,7 @@ class SimulatedSession(Session):
         correct = self._accept(plan, contexts)
         seconds = self._seconds(cost, float(contexts.mean()), plan.num_steps)
         ids = np.array([live.id for live in self._live])
-        left = np.array([live.left for live in self._live])
-        tokens = np.minimum(correct + 1, left)
+        tokens = np.minimum(correct + 1, [live.left for live in self._live])
         finished = []
         for row, live in enumerate(self._live):
             live.left -= int(tokens[row])
