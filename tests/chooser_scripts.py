@@ -173,7 +173,7 @@ class Script:
         # [R]: 0 before the shift and 1 after it; an index into survival, tokens and seconds
         self.after = (np.arange(rounds) >= shift.at).astype(np.int64)
         survival = [
-            {family: p * factor ** np.arange(1, len(p) + 1) for family, p in table.survival.items()}
+            {family: np.array(p) * factor ** np.arange(1, len(p) + 1) for family, p in table.survival.items()}
             for factor in (shift.first, shift.kinder)
         ]
         drawn = rng.random((rounds, slots, max(map(len, table.survival.values()))))

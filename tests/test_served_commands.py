@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_arms import OneSession
+from test_arms import SingleSessionEngine
 from tiny import Listed, prompts
 
 from specrl.commands.evaluate import evaluate
@@ -31,7 +31,7 @@ class Simulated(SimulatedEngine):
         super().close()
 
 
-class Live(OneSession):
+class Live(SingleSessionEngine):
     """Counts its sessions, and how often it was closed."""
 
     def __init__(self) -> None:

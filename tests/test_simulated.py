@@ -25,7 +25,7 @@ def with_trees() -> Profile:
     return replace(profile, costs=(*profile.costs, *trees), log_odds=odds)
 
 
-def smooth(**noise: float) -> Profile:
+def smooth(**noise: Any) -> Profile:
     """The profile without hiccups and without growth with context, with other noise in all costs."""
     profile = made_up(hiccup_share=0.0, memory=50.0)
     return replace(profile, costs=tuple(replace(cost, per_token=0.0, **noise) for cost in profile.costs))

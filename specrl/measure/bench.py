@@ -14,6 +14,7 @@ from specrl.measure.paired import AA_CONTROL, Arm, ArmResult, measure
 from specrl.simulation.engine import Requests, SimulatedEngine
 
 Cells = Mapping[float | None, Sequence[ArmResult]]  # by temperature; None: a simulation
+Prompts = Mapping[float | None, Workload]  # likewise
 
 
 def bench_engine(
@@ -30,7 +31,7 @@ def bench_engine(
     seed: int = 0,
 ) -> Cells:
     """Measure the local engine or SGLang servers on prompts held out from training."""
-    prompts = {t: replace(workload, temperature=t).open(target.name, "held_out") for t in temperatures}
+    prompts: Prompts = {t: replace(workload, temperature=t).open(target.name, "held_out") for t in temperatures}
     with open_arms(engine, target, draft, workload, plans, use_rejection_sampling=use_rejection_sampling) as make:
         return _measure_all(make, prompts, batch_sizes, workload.max_new_tokens, until, seed)
 
@@ -53,13 +54,14 @@ def bench_profile(
         covered = plans or tuple(plan for plan in profile.plans if profile.covers(plan, batch))
         return engine_arms(engine, covered, control=False)
 
-    sizes, requests = batch_sizes or profile.batch_sizes, {None: Requests.of(profile)}
+    requests: Prompts = {None: Requests.of(profile)}
+    sizes = batch_sizes or profile.batch_sizes
     return _measure_all(make, requests, sizes, profile.max_new_tokens, until, seed, WallClock())
 
 
 def _measure_all(
     make_arms: MakeArms,
-    prompts: Mapping[float | None, Workload] | Mapping[float, Workload],
+    prompts: Prompts,
     batch_sizes: Sequence[int],
     new_tokens: int,
     until: MeasureConfig,

@@ -98,7 +98,7 @@ def paired_row(arms: Mapping[str, ArmResult]) -> dict[str, object]:
     sides = [
         _Side(m.plan, speedup(arms[PLAIN].blocks, m.blocks), m.accept_length, m.mean_tps, len(m.blocks)) for m in (a, b)
     ]
-    return {"batch_size": a.batch_size, **_columns(*sides, b.speedup, probability_of_improvement(gains, [0.0]))}
+    return {"batch_size": a.batch_size, **_columns(sides, b.speedup, probability_of_improvement(gains, [0.0]))}
 
 
 class _Side(NamedTuple):
@@ -111,7 +111,8 @@ class _Side(NamedTuple):
     blocks: int
 
 
-def _columns(a: _Side, b: _Side, ratio: Interval, probability: float) -> dict[str, object]:
+def _columns(sides: Sequence[_Side], ratio: Interval, probability: float) -> dict[str, object]:
+    a, b = sides
     columns: dict[str, object] = {"plan_a": a.plan, "plan_b": b.plan}
     for name, interval in (("speedup_a", a.speedup), ("speedup_b", b.speedup), ("ratio", ratio)):
         columns |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
@@ -155,7 +156,7 @@ def compare_benches(a: Path, b: Path) -> list[dict[str, object]]:
             for logs, table in ((logs_a, rows_a), (logs_b, rows_b))
         ]
         ratio = _exp(mean_difference(logs_b[key], logs_a[key], rng=np.random.default_rng(0)))
-        columns = _columns(*sides, ratio, probability_of_improvement(logs_b[key], logs_a[key]))
+        columns = _columns(sides, ratio, probability_of_improvement(logs_b[key], logs_a[key]))
         rows.append({"temperature": temperature or None, "batch_size": int(batch_size), **columns})
     return rows
 

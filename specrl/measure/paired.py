@@ -44,9 +44,8 @@ class SessionPool:
     """
 
     def __init__(self, workload: Workload, *, batch_size: int, seed: int, max_batch_size: int | None = None) -> None:
-        self._workload = workload
-        self._sizes = {"batch_size": batch_size, "max_batch_size": max_batch_size or batch_size}
-        self._seed = seed
+        self._workload, self._seed = workload, seed
+        self._batch_size, self._max_batch_size = batch_size, max_batch_size
         self._sessions: list[Session] = []
         self._shared: dict[tuple[int, bool], Session] = {}
 
@@ -54,9 +53,14 @@ class SessionPool:
         """Return a session of an engine: a new one, or the one that its arms share."""
         key = id(engine), plain
         if not engine.single_session or key not in self._shared:
-            session = engine.start(self._workload, **self._sizes, seed=self._seed, plain=plain)
-            self._sessions.append(session)
-            self._shared[key] = session
+            self._shared[key] = engine.start(
+                self._workload,
+                batch_size=self._batch_size,
+                max_batch_size=self._max_batch_size,
+                seed=self._seed,
+                plain=plain,
+            )
+            self._sessions.append(self._shared[key])
         return self._shared[key]
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ _PUBLISHED = tuple(COLUMNS)[: tuple(COLUMNS).index("accept_length") + 1]  # colu
 
 def result_rows(results: Sequence[ArmResult]) -> list[dict[str, object]]:
     """Return a row for each arm, the columns of published tables first."""
-    rows = []
+    rows: list[dict[str, object]] = []
     for r in results:
         interval = ("value", "low", "high")
         speedup = [None if r.speedup is None else round(getattr(r.speedup, name), 4) for name in interval]
@@ -74,7 +74,7 @@ def sglang_rows(results: Sequence[ArmResult], completion_tokens: int) -> list[di
     has 0 steps, topk and num_draft_tokens; plan 0 of an engine with a draft and the A/A control are left out. Our
     acc_length is the mean over rounds; SGLang's also counts the token of the prefill, +1 / rounds of a request.
     """
-    rows = []
+    rows: list[dict[str, object]] = []
     for m in results:
         if m.name == AA_CONTROL or m.plan == str(Plan(0)):
             continue
