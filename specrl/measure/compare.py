@@ -135,28 +135,23 @@ def compare_benches(a: Path, b: Path) -> list[dict[str, object]]:
     Raises:
         ValueError: they have no arm in common, or are damaged.
     """
-    (logs_a, rows_a), (logs_b, rows_b) = _read_bench(a), _read_bench(b)
-    common = [key for key in logs_a if key in logs_b]
+    first, second = _read_bench(a), _read_bench(b)
+    common = [key for key in first if key in second]
     if not common:
         raise ValueError(
             f"two benchmarks must share a temperature, batch size and plan, but {str(a)!r} has "
-            f"{', '.join(map(_text, logs_a))}, and {str(b)!r} {', '.join(map(_text, logs_b))}"
+            f"{', '.join(map(_text, first))}, and {str(b)!r} {', '.join(map(_text, second))}"
         )
     rows = []
     for key in common:
         temperature, batch_size, plan = key
-        sides = [
-            _Side(
-                plan,
-                _exp(mean_interval(logs[key], rng=np.random.default_rng(0))),
-                table[key]["accept_length"],
-                table[key]["mean_tps"],
-                len(logs[key]),
-            )
-            for logs, table in ((logs_a, rows_a), (logs_b, rows_b))
-        ]
-        ratio = _exp(mean_difference(logs_b[key], logs_a[key], rng=np.random.default_rng(0)))
-        columns = _columns(sides, ratio, probability_of_improvement(logs_b[key], logs_a[key]))
+        sides = []
+        for logs, row in (first[key], second[key]):
+            interval = _exp(mean_interval(logs, rng=np.random.default_rng(0)))
+            sides.append(_Side(plan, interval, row["accept_length"], row["mean_tps"], len(logs)))
+        (logs_a, _), (logs_b, _) = first[key], second[key]
+        ratio = _exp(mean_difference(logs_b, logs_a, rng=np.random.default_rng(0)))
+        columns = _columns(sides, ratio, probability_of_improvement(logs_b, logs_a))
         rows.append({"temperature": temperature or None, "batch_size": int(batch_size), **columns})
     return rows
 
@@ -194,8 +189,8 @@ def mean_difference(x: Floats, y: Floats, *, resamples: int = 4000, rng: np.rand
     return Interval(float(value), float(low), float(high))
 
 
-def _read_bench(path: Path) -> tuple[dict[Key, Floats], dict[Key, dict[str, Any]]]:
-    """Return the log speedups of the blocks, and the row of bench.json, of every arm with a draft."""
+def _read_bench(path: Path) -> dict[Key, tuple[Floats, dict[str, Any]]]:
+    """Return the log speedups of the blocks and the row of bench.json of every arm with a draft."""
     seconds: dict[Key, list[float]] = {}
     try:
         for row in csv.DictReader((path / _BLOCKS).read_text(encoding="utf-8").splitlines()):
@@ -205,12 +200,11 @@ def _read_bench(path: Path) -> tuple[dict[Key, Floats], dict[Key, dict[str, Any]
             ("" if row["temperature"] is None else str(row["temperature"]), str(row["batch_size"]), row["plan"]): row
             for row in json.loads((path / _BENCH).read_text(encoding="utf-8"))["rows"]
         }
-        logs = {
-            (t, batch, arm): np.log(np.array(seconds[t, batch, PLAIN])[: len(own)] / np.array(own))
+        return {
+            (t, batch, arm): (np.log(seconds[t, batch, PLAIN][: len(own)] / np.array(own)), rows[t, batch, arm])
             for (t, batch, arm), own in seconds.items()
             if arm not in (PLAIN, AA_CONTROL)
         }
-        return logs, {key: rows[key] for key in logs}
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
             f"{str(path)!r} must be written by this version of 'specrl bench', but it is damaged or older: {error!r}"

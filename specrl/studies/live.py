@@ -149,7 +149,7 @@ class _Watch:
         for name, level in self.levels.items():
             key = LEVELS[name]
             if key not in self.reached and min(stats.rounds for stats in recent) >= MIN_ROUNDS:
-                if float(np.exp(np.mean(np.log([getattr(stats, name) for stats in recent])))) >= level:
+                if float(np.exp(np.mean(np.log([getattr(stats.total, name) for stats in recent])))) >= level:
                     self.reached[key] = loop.requests if name == "accept_length" else loop.serve_s + loop.learn_s
 
 
