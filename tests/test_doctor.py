@@ -14,8 +14,6 @@ from specrl.measure import checks
 from specrl.measure.machine import keep_large_blocks, malloc_is_configured, torch_threads
 from specrl.measure.plain import PlainSetting, settings_table, thread_counts
 
-MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
-
 
 class SteppedClock:
     """A clock whose readings advance by one step each, rounded down to multiples of a quantum."""
@@ -60,23 +58,18 @@ def test_load_threads_and_sglang_are_judged(finding: checks.Finding, good: bool)
     assert finding.good == good and (good or finding.advice)
 
 
-def test_check_malloc_advises_by_cost_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malloc_is_judged_by_cost_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "uses_glibc", lambda: True)
-    for name in MALLOC:
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
     slow = checks.check_malloc({"default_ms": 20.0, "kept_ms": 2.0})
     assert slow.good and "10.0×" in slow.found and "keep_large_blocks" in slow.advice
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1024")
-    assert not checks.check_malloc({"default_ms": 20.0, "kept_ms": 20.0}).advice
-    assert not checks.check_malloc({"default_ms": 20.0, "kept_ms": 2.0}).good
-
-
-@pytest.mark.parametrize("setting", [("MALLOC_MMAP_THRESHOLD_", "65536"), ("GLIBC_TUNABLES", "glibc.malloc.x=1")])
-def test_malloc_variables_are_respected(setting: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in MALLOC:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(*setting)
-    assert malloc_is_configured() and not keep_large_blocks()
+    for name, value in (("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=65536"), ("MALLOC_TRIM_THRESHOLD_", "1024")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert malloc_is_configured() and not keep_large_blocks()
+            assert not checks.check_malloc({"default_ms": 20.0, "kept_ms": 20.0}).advice
+            assert not checks.check_malloc({"default_ms": 20.0, "kept_ms": 2.0}).good
 
 
 def test_torch_threads_are_restored_after_an_error() -> None:
