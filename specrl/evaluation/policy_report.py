@@ -74,14 +74,27 @@ def report(
         actions, state = chooser.act(vectors, state)
         return actions
 
+    sizes = sorted(set(batch_sizes))
+    order = [size for pair in zip(sizes, reversed(sizes), strict=True) for size in pair][: len(sizes)]
+    load, pass_rounds, plans = ",".join(f"{size}x{PHASE}" for size in order), PHASE * len(order), chooser.plans
+    rounds = (1 + passes) * pass_rounds
+    env = SimulatedVectorEnv(num_envs, profile=profile, batch_size=load, plans=plans, max_rounds=rounds + 1)
+
     def run(act: Act) -> PolicyRounds:
-        return _simulate(act, profile, chooser.plans, batch_sizes, passes=passes, num_envs=num_envs, seed=seed)
+        vectors, _ = env.reset(seed=seed)
+        parts = []
+        for number in range(rounds):
+            actions = act(vectors)
+            vectors, *_, info = env.step(actions)
+            if number >= pass_rounds:
+                size = info["batch_size"]
+                parts.append((size.copy(), actions, info["tokens"] / size, info["seconds"]))
+        return PolicyRounds(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     policy_rounds = run(greedy)
-    distilled = distill(policy_rounds.batch_sizes, policy_rounds.actions, chooser.plans)
-    best_rounds, table_rounds = (
-        run(table_policy(table, chooser.plans, batch_sizes)) for table in (best, distilled.table)
-    )
+    distilled = distill(policy_rounds.batch_sizes, policy_rounds.actions, plans)
+    best_rounds, table_rounds = (run(table_policy(table, plans, sizes)) for table in (best, distilled.table))
+    env.close()
     share, by_size = _shares(policy_rounds, best_rounds)
     return Report(share, by_size, _shares(table_rounds, best_rounds)[0], best, distilled)
 
@@ -104,32 +117,3 @@ def _shares(rounds: PolicyRounds, best: PolicyRounds) -> tuple[float, dict[int, 
         shares[size] = float(tokens / rounds.seconds[at].sum() / best_speed)
         needed_s += tokens / best_speed
     return float(needed_s / rounds.seconds.sum()), shares
-
-
-def _simulate(
-    act: Act,
-    profile: Profile,
-    plans: Sequence[Plan],
-    batch_sizes: Sequence[int],
-    *,
-    passes: int,
-    num_envs: int,
-    seed: int,
-) -> PolicyRounds:
-    """Return the rounds of `act`, a function from observations [N, D] to actions [N], after the warm-up."""
-    sizes = sorted(set(batch_sizes))
-    order = [size for pair in zip(sizes, reversed(sizes), strict=True) for size in pair][: len(sizes)]
-    trace = ",".join(f"{size}x{PHASE}" for size in order)
-    warm_up = PHASE * len(order)  # one pass, in which the policy observes costs
-    rounds = (1 + passes) * warm_up
-    env = SimulatedVectorEnv(num_envs, profile=profile, batch_size=trace, plans=list(plans), max_rounds=rounds + 1)
-    vectors, _ = env.reset(seed=seed)
-    parts = []
-    for number in range(rounds):
-        actions = act(vectors)
-        vectors, *_, info = env.step(actions)
-        if number >= warm_up:
-            size = info["batch_size"]
-            parts.append((size.copy(), actions, info["tokens"] / size, info["seconds"]))
-    env.close()
-    return PolicyRounds(*(np.concatenate(column) for column in zip(*parts, strict=True)))
