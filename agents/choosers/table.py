@@ -15,16 +15,17 @@ class PlanTable(PlanChooser):
     """One plan per batch size, by lower bound: a batch size takes the entry of the largest bound it reaches.
 
     Args:
-        table: lower bound -> plan; a batch size below the least bound takes the least one's.
+        table: lower bound -> plan, also as text; a batch size below the least bound takes the least one's.
 
     Raises:
         ValueError: an empty table, or a bound below 1.
     """
 
-    def __init__(self, table: Mapping[int, Plan | str]) -> None:
-        if not table or min(table) < 1:
+    def __init__(self, table: Mapping[int, Plan | str] | Mapping[str, str]) -> None:
+        parsed = {int(bound): Plan.parse(plan) for bound, plan in table.items()}
+        if not parsed or min(parsed) < 1:
             raise ValueError(f"a plan table needs entries for batch sizes from 1 on, but got {dict(table)}")
-        self._table = {bound: Plan.parse(table[bound]) for bound in sorted(table)}
+        self._table = dict(sorted(parsed.items()))
         self.plans = tuple(dict.fromkeys(self._table.values()))
 
     def best(self, batch_size: int) -> Plan:

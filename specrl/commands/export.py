@@ -14,7 +14,6 @@ from specrl.io.output import OutputDir, show
 from specrl.models.embedded import target_directory
 from specrl.models.hub import hub_id
 from specrl.models.target import as_dtype
-from specrl.sglang.plugin.policy import LearnedPolicy
 
 
 def export(
@@ -60,7 +59,7 @@ def export(
     name = learned.source.target
     bundle = Bundle(
         learned.draft,
-        LearnedPolicy(learned.table, learned.plans, None if learned.chooser is None else learned.chooser.state_dict()),
+        learned.policy(),
         plan_serving(learned.table, learned.speeds(), lookahead=lookahead, candidates=candidates),
         learned.source,
         name if hub_id(name) else str(target_directory(name).resolve()),

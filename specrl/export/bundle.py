@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jinja2 import Template
 
+from specrl.core.checks import require
 from specrl.core.plan import Plan
 from specrl.export.serving_flags import Serving, write_serving
 from specrl.io.output import OutputDir
@@ -26,18 +27,18 @@ PLANS, MANIFEST, CARD = "plans.json", "manifest.json", "README.md"
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where an export comes from."""
+    """The run that an export comes from."""
 
     target: str  # its name
     temperature: float  # of the requests
-    requests: int | None = None  # number of requests that were learned from; None: not known
+    requests: int | None = None  # number of requests that were learned from; None: unknown
     measured: tuple[Mapping[str, str], ...] = ()  # rows with batch_size, plan, speedup, low, high and accept_length
     environment: Mapping[str, Any] = field(default_factory=dict)  # of the run, as in environment.json
     config: str = ""  # of the run, YAML
 
 
 def model_card(config: DraftArchitecture, table: Mapping[int, Plan], serving: Serving, source: Provenance) -> str:
-    """README.md as a Hugging Face model card, from the template model_card.md."""
+    """Return README.md as a Hugging Face model card, from the template model_card.md."""
     tiers = serving.tiers or {}
     served = {b: " or ".join(str(Plan(steps)) for steps in tiers[b]) if tiers else str(serving.plan) for b in table}
     text = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
@@ -47,7 +48,7 @@ def model_card(config: DraftArchitecture, table: Mapping[int, Plan], serving: Se
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """What is exported."""
+    """The contents of an export."""
 
     draft: Draft
     policy: LearnedPolicy
@@ -57,11 +58,7 @@ class Bundle:
     dtype: torch.dtype = torch.float32  # of the draft's weights on disk
 
     def write(self, directory: Path) -> None:
-        """Write it whole or not at all, after reading it back.
-
-        Raises:
-            ValueError: the draft or the policy differs from the one written.
-        """
+        """Write the directory atomically; raise a ValueError if the draft or the policy does not read back."""
         write_atomic(directory, self._write)
 
     def _write(self, into: Path) -> None:
@@ -74,26 +71,28 @@ class Bundle:
         write_serving(self.serving, self.serving.flags(self.model_path, rejection_sampling=sampled), output)
         output.write_text(CARD, model_card(self.draft.config, table, self.serving, self.source))
         output.write_json(MANIFEST, {"sha256": _digests(into)})
-        again, policy = load_draft(into / "draft"), LearnedPolicy.load(into / "policy")
-        tensors = self.draft.tensors
-        wanted = {n: t.to(self.dtype).float() if t.is_floating_point() else t for n, t in tensors.items()}
-        wrong = [name for name, t in wanted.items() if not torch.equal(again.tensors[name].cpu(), t.cpu())]
-        if again.config != self.draft.config:
+        self._read_back(into)
+
+    def _read_back(self, directory: Path) -> None:
+        draft, policy = load_draft(directory / "draft"), LearnedPolicy.load(directory / "policy")
+        expected = {n: t.to(self.dtype).float() if t.is_floating_point() else t for n, t in self.draft.tensors.items()}
+        wrong = [name for name, t in expected.items() if not torch.equal(draft.tensors[name].cpu(), t.cpu())]
+        if draft.config != self.draft.config:
             wrong.append("the draft's config.json")
         if dict(policy.table) != dict(self.policy.table) or policy.state != json.loads(json.dumps(self.policy.state)):
             wrong.append("the policy")
         if wrong:
-            raise ValueError(f"an export must read back as it was, but {wrong[0]} does not; check the disk")
+            raise ValueError(f"an export must read back unchanged, but {wrong[0]} does not; check the disk")
 
 
 def _digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file but the manifest."""
+    """Return the SHA-256 of every file except the manifest."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def check_bundle(directory: Path) -> list[str]:
-    """The files of a bundle, after comparing every one with manifest.json.
+    """Return the files of a bundle, after comparing every one with manifest.json.
 
     Raises:
         ValueError: no manifest, or a file that is missing, changed or not in it.
@@ -101,11 +100,11 @@ def check_bundle(directory: Path) -> list[str]:
     manifest = directory / MANIFEST
     if not manifest.is_file():
         raise ValueError(f"a bundle must hold {MANIFEST}, but {str(directory)!r} does not; export it again")
-    expected, found = json.loads(manifest.read_text(encoding="utf-8"))["sha256"], _digests(directory)
-    wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    expected, actual = json.loads(manifest.read_text(encoding="utf-8"))["sha256"], _digests(directory)
+    wrong = sorted(name for name in {*expected, *actual} if expected.get(name) != actual.get(name))
     if wrong:
         raise ValueError(f"a bundle must agree with {MANIFEST}, but {wrong[0]!r} does not; export it again")
-    return [*found, MANIFEST]
+    return [*actual, MANIFEST]
 
 
 def push_to_hub(directory: Path, repository: str, *, dry_run: bool) -> list[str]:
@@ -119,8 +118,7 @@ def push_to_hub(directory: Path, repository: str, *, dry_run: bool) -> list[str]
     Raises:
         ValueError: a repository that is not 'owner/name', or a damaged bundle.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise ValueError(f"a repository is written 'owner/name', but got {repository!r}")
+    require(bool(re.fullmatch(r"[\w.-]+/[\w.-]+", repository)), "push_to_hub", "'owner/name'", repository)
     files = check_bundle(directory)
     if not dry_run:
         from huggingface_hub import HfApi
@@ -132,7 +130,7 @@ def push_to_hub(directory: Path, repository: str, *, dry_run: bool) -> list[str]
 
 
 def read_plans(path: Path) -> dict[int, Plan]:
-    """The plan per batch size (lower bound -> plan) from a run's plans.json.
+    """Return the plan per batch size (lower bound -> plan) from a run's plans.json.
 
     Raises:
         ValueError: no such file, or not a table of plans.

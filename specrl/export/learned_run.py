@@ -1,4 +1,4 @@
-"""Reading the results of a training run: its draft, its plans, its chooser and where they come from."""
+"""Reads the results of a training run: its draft, its plans, its chooser and its measurements."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from specrl.core.plan import Plan, parse_plans
 from specrl.export.bundle import PLANS, Provenance, read_plans
 from specrl.export.serving_flags import Speeds
 from specrl.models.draft import Draft, load_draft
+from specrl.sglang.plugin.policy import LearnedPolicy
 
 _MEASURED = ("batch_size", "plan", "speedup", "low", "high", "accept_length")  # columns
 _QUICKSTART = {"target": "embedded", "temperature": 0.7}  # `specrl quickstart` has no options for these
@@ -54,21 +55,22 @@ class LearnedRun:
                 raise ValueError(f"{str(run)!r} must hold a checkpoint of this version, but got {error!r}") from error
         return cls(source, draft, table, chooser)
 
-    @property
-    def plans(self) -> tuple[Plan, ...]:
-        """All plans that may serve."""
-        return self.chooser.plans if self.chooser is not None else tuple(dict.fromkeys(self.table.values()))
+    def policy(self) -> LearnedPolicy:
+        """Return the learned table, with the chooser's state if there is one."""
+        if self.chooser is None:
+            return LearnedPolicy(self.table, tuple(dict.fromkeys(self.table.values())))
+        return LearnedPolicy(self.table, self.chooser.plans, self.chooser.state_dict())
 
     def speeds(self) -> Speeds | None:
-        """Tokens per second and request of every plan that was tried, by batch size; None: no estimates."""
+        """Return tokens per second and request of every plan that was tried, by batch size; None: no estimates."""
         if self.chooser is None:
             return None
         estimates = {batch: self.chooser.estimates(batch) for batch in self.table}
-        return {batch: {e.plan: e.speed for e in found if e.tried >= 2.0} for batch, found in estimates.items()}
+        return {batch: {e.plan: e.speed for e in plans if e.tried >= 2.0} for batch, plans in estimates.items()}
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text and the content of a run's configuration."""
+    """Return the text and the content of a run's configuration."""
     import yaml  # type: ignore[import-untyped]
 
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -85,7 +87,7 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON file; empty if there is none."""
+    """Return the content of a JSON file; empty if there is none."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError) as error:
@@ -93,7 +95,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_measurements(run: Path) -> tuple[dict[str, str], ...]:
-    """The measured rows with a speedup over plain decoding."""
+    """Return the measured rows with a speedup over plain decoding."""
     rows: list[dict[str, str]] = []
     for path in (run / "measured.csv", run / "bench.csv"):
         if path.is_file():

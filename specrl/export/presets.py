@@ -10,8 +10,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from specrl.core.checks import require_known
 from specrl.core.plan import Plan
-from specrl.export.serving_flags import Serving
+from specrl.export.serving_flags import Serving, flag_words
 from specrl.models.checkpoint import expected_draft_tensors
 from specrl.models.config import DraftArchitecture
 from specrl.models.rope import RopeConfig
@@ -29,7 +30,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A published draft. Its 'taps' are the layers whose input it reads; explicit ids in config.json are one less."""
+    """A published draft. It reads the inputs of the layers 'taps'; explicit ids in config.json are one less."""
 
     name: str
     about: Mapping[str, str | None]  # target, published (its own name), profile (of the simulation), plan, parameters
@@ -38,14 +39,13 @@ class Preset:
     results: Mapping[str, Figure]  # the plan that it is served with, accept length and number of parameters
 
     def launch_command(self, target: str = "TARGET", draft: str = "DRAFT") -> str:
-        """The command that serves the draft with SGLang."""
+        """Return the command that serves the draft with SGLang."""
         flags = Serving(None, Plan.parse(self.results["plan"].value)).flags(target)
-        flags |= {"speculative-draft-model-path": draft, "dtype": "bfloat16"}
-        words = [word for flag, value in flags.items() for word in (f"--{flag}", shlex.quote(str(value)))]
-        return " ".join(["python -m sglang.launch_server", *words, "--trust-remote-code"])
+        flags |= {"speculative-draft-model-path": draft, "dtype": "bfloat16", "trust-remote-code": True}
+        return shlex.join(["python", "-m", "sglang.launch_server", *flag_words(flags)])
 
     def count_parameters(self) -> int | None:
-        """Parameters of a draft of this shape; None: a figure of its shape is not known."""
+        """Return the number of parameters of a draft of this shape; None: its shape is not fully known."""
         vocab, draft_vocab, hidden, *rest = (self.draft[key].value for key in _SHAPE.split())
         if None in (vocab, draft_vocab, hidden, *rest):
             return None
@@ -55,24 +55,19 @@ class Preset:
 
 
 def preset_names() -> tuple[str, ...]:
-    """Names of the presets in the package."""
+    """Return the names of the presets in the package."""
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 
 
 def load_preset(name: str) -> Preset:
-    """A preset by its name.
+    """Return a preset; raise a ValueError if there is none of this name."""
+    require_known("name", name, preset_names())
+    content: dict[str, Any] = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in preset_names():
-        raise ValueError(f"name must be one of the presets {', '.join(preset_names())}, but got {name!r}")
-    found: dict[str, Any] = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    def figures(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
+        return {key: Figure(entry["value"], content["sources"].get(entry["source"])) for key, entry in entries.items()}
 
-    def figures(given: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
-        return {key: Figure(said["value"], found["sources"].get(said["source"])) for key, said in given.items()}
-
-    about = {key: found[key] for key in ("target", "published", "profile")}
-    about |= {"plan": found["plan"].get("note"), "parameters": found["parameters"]["difference"]}
-    results = figures({key: found[key] for key in ("plan", "accept_length", "parameters")})
-    return Preset(name, about, figures(found["draft"]), figures(found["recipe"]), results)
+    about = {key: content[key] for key in ("target", "published", "profile")}
+    about |= {"plan": content["plan"].get("note"), "parameters": content["parameters"]["difference"]}
+    results = figures({key: content[key] for key in ("plan", "accept_length", "parameters")})
+    return Preset(name, about, figures(content["draft"]), figures(content["recipe"]), results)

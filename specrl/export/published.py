@@ -1,4 +1,4 @@
-"""Reads EAGLE3 drafts that others published, as a draft to start from; every change is reported.
+"""Reads published EAGLE3 drafts to start from; every change is reported.
 
 Known layouts: `midlayer.*` (the EAGLE-3 authors', SGLang's) and `layers.0.*` (vLLM's, SpecForge's later ones), with or
 without a leading `model.`; with the target's embedding; vocabulary maps as offsets or as ids, or one of the two only.
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specrl.core.checks import require
 from specrl.models.checkpoint import read_tensors
 from specrl.models.config import default_aux_layers
 from specrl.models.draft import Draft
@@ -30,14 +31,12 @@ _AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
 def import_draft(directory: Path, *, num_layers: int | None = None) -> tuple[Draft, list[str]]:
-    """Read a published EAGLE3 draft (config.json and safetensors).
+    """Read a published EAGLE3 draft (config.json and safetensors) from a directory.
 
-    Args:
-        directory: of the published draft.
-        num_layers: of its target; needed if the draft does not name its aux layers.
+    `num_layers` is the number of its target's layers; it is needed if the draft does not name its aux layers.
 
     Returns:
-        The draft, and a line for everything that differs from SGLang's layout.
+        The draft, and a note for every difference from SGLang's layout.
 
     Raises:
         ValueError: a variant that would compute something else, by name.
@@ -54,34 +53,34 @@ def import_draft(directory: Path, *, num_layers: int | None = None) -> tuple[Dra
         return Draft(read_draft_config(temporary), tensors), notes
 
 
-def _rename(found: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """The tensors that a draft keeps, by SGLang's names."""
-    out: dict[str, Tensor] = {}
+def _rename(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """Return the tensors that a draft needs, by SGLang's names."""
+    needed: dict[str, Tensor] = {}
     renamed = []
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         short = re.sub(r"^layers\.0\.", "midlayer.", name.removeprefix("model."))
-        if why := next((why for end, why in _DROPPED.items() if short.endswith(end)), None):
-            notes.append(f"{name} is dropped: {why}")
+        if reason := next((reason for end, reason in _DROPPED.items() if short.endswith(end)), None):
+            notes.append(f"{name} is dropped: {reason}")
             continue
-        if short in out:
-            raise ValueError(f"a draft must hold each tensor once, but {short} comes twice, once as {name}")
-        out[short] = tensor
-        renamed += [name] * (short != name)
+        if short in needed:
+            raise ValueError(f"a draft must hold each tensor once, but {short} is there twice, once as {name}")
+        needed[short] = tensor
+        if short != name:
+            renamed.append(name)
     if renamed:
         notes.append(f"{len(renamed)} tensors are renamed to SGLang's names, {min(renamed)} among them")
-    return out
+    return needed
 
 
 def _config(path: Path, tensors: dict[str, Tensor], num_layers: int | None, notes: list[str]) -> dict[str, Any]:
-    """The configuration with all entries that SGLang needs."""
+    """Return the configuration with all entries that SGLang needs."""
     if not path.is_file():
         raise ValueError(f"a draft must hold config.json, but {str(path.parent)!r} does not; download it again")
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     names = config.get("architectures") or [_ARCHITECTURE]
     if names != [_ARCHITECTURE]:
-        if len(names) != 1 or names[0] not in _OTHER_NAMES:
-            known = ", ".join((_ARCHITECTURE, *_OTHER_NAMES))
-            raise ValueError(f"a draft's architecture must be one of {known}, but got {names}")
+        known = len(names) == 1 and names[0] in _OTHER_NAMES
+        require(known, "a draft's architecture", f"one of {', '.join((_ARCHITECTURE, *_OTHER_NAMES))}", names)
         notes.append(f"architecture {names[0]} is read as {_ARCHITECTURE}")
     config["architectures"] = [_ARCHITECTURE]
     if config.get("draft_vocab_size") is None and "lm_head.weight" in tensors:
@@ -92,12 +91,12 @@ def _config(path: Path, tensors: dict[str, Tensor], num_layers: int | None, note
         if size != config.get("hidden_size"):
             notes.append(f"target_hidden_size is not in config.json: {size}, by fc.weight")
     eagle = dict(config.get("eagle_config") or {})
-    if config.get(_AUX_LAYERS) is not None:  # SGLang does not look here
+    if config.get(_AUX_LAYERS) is not None:  # SGLang does not read it there
         eagle.setdefault(_AUX_LAYERS, config.pop(_AUX_LAYERS))
         notes.append(f"{_AUX_LAYERS} was outside eagle_config")
     if eagle.get(_AUX_LAYERS) is None:
         if num_layers is None:
-            raise ValueError(f"the draft must have {_AUX_LAYERS}, but does not; say how many layers its target has")
+            raise ValueError(f"the draft must have {_AUX_LAYERS}, but does not; set num_layers to its target's layers")
         eagle[_AUX_LAYERS] = [layer - 1 for layer in default_aux_layers(num_layers)]
         notes.append(f"aux layers are not named: SGLang's defaults for {num_layers} layers, {eagle[_AUX_LAYERS]}")
     config["eagle_config"] = eagle
@@ -115,17 +114,17 @@ def _make_offsets(tensors: dict[str, Tensor], config: dict[str, Any], notes: lis
     if "t2d" in tensors and tensors["t2d"].dtype != torch.bool:
         notes.append(f"t2d is {tensors['t2d'].dtype}: read as truth values")
         tensors["t2d"] = tensors["t2d"] != 0
-    member = tensors["t2d"].nonzero().flatten() if "t2d" in tensors else None  # [Vd] int64 target ids
+    ids = tensors["t2d"].nonzero().flatten() if "t2d" in tensors else None  # [Vd] int64 target ids
     if "d2t" not in tensors:
-        if member is None or len(member) != size:
-            raise ValueError(f"a draft of {size} tokens must hold d2t or a t2d of as many, but holds neither")
-        tensors["d2t"] = member - torch.arange(size)
-        notes.append("d2t is missing: worked out from t2d")
+        if ids is None or len(ids) != size:
+            raise ValueError(f"a draft of {size} tokens must hold d2t, or t2d with {size} tokens, but holds neither")
+        tensors["d2t"] = ids - torch.arange(size)
+        notes.append("d2t is missing: computed from t2d")
         return
     d2t = tensors["d2t"].to(torch.int64)
     tensors["d2t"], index = d2t, torch.arange(len(d2t))
-    if member is not None and not torch.equal((d2t + index).sort().values, member):
-        if not torch.equal(d2t.sort().values, member):
-            raise ValueError("d2t and t2d must say the same, but they do not, neither as offsets nor as ids")
+    if ids is not None and not torch.equal((d2t + index).sort().values, ids):
+        if not torch.equal(d2t.sort().values, ids):
+            raise ValueError("d2t and t2d must name the same tokens, but do not, neither as offsets nor as ids")
         tensors["d2t"] = d2t - index
         notes.append("d2t holds ids: converted to offsets, which SGLang reads")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from specrl.core.checks import require
 from specrl.core.plan import Plan
 from specrl.io.output import OutputDir
 from specrl.models.hub import served_as
@@ -56,6 +57,14 @@ class Serving:
         return flags
 
 
+def flag_words(flags: Mapping[str, object]) -> list[str]:
+    """Return flags as words of a command line; True is a flag without a value."""
+    words: list[str] = []
+    for name, value in flags.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
 def plan_serving(
     table: Mapping[int, Plan], speeds: Speeds | None = None, *, lookahead: Lookahead = "auto", candidates: int = 1
 ) -> Serving:
@@ -63,24 +72,23 @@ def plan_serving(
 
     Args:
         table: lower bound of the batch size -> plan.
-        speeds: as learned; needed for more than one candidate, and to replace a tree by a chain.
+        speeds: estimates of the run; needed for more than one candidate, and to replace a tree by a chain.
         lookahead: 'adaptive': the best chain per batch size; 'single': one plan; 'auto': 'single' if there is a tree.
         candidates: per batch size, among which SGLang's own rule chooses; 1 pins the learned plan.
 
     Raises:
-        ValueError: `speeds` are needed but not given, or no candidate.
+        ValueError: `speeds` are needed but missing, or no candidate.
     """
-    if candidates < 1:
-        raise ValueError(f"candidates must be at least 1, but got {candidates}")
+    require(candidates >= 1, "candidates", "at least 1", candidates)
     if all(plan.num_steps == 0 for plan in table.values()):
         return Serving(None, Plan(0), dict.fromkeys(table, 0.0))
     trees = not all(plan.is_chain for plan in table.values())
-    if lookahead == "adaptive" or (lookahead == "auto" and not trees):
-        if speeds is None and (candidates > 1 or trees):
-            why = "a tree must give way to a chain" if trees else f"{candidates} candidates are wanted"
-            raise ValueError(f"the run must hold what it learned of every plan, as {why}, but it does not; use 'train'")
-        return _adaptive(table, speeds or {}, candidates)
-    return _single(table, speeds or {})
+    if lookahead == "single" or (lookahead == "auto" and trees):
+        return _single(table, speeds or {})
+    if speeds is None and (candidates > 1 or trees):
+        reason = "to replace a tree by a chain" if trees else f"for {candidates} candidates"
+        raise ValueError(f"a run must hold estimates of every plan {reason}, but it does not; export one of 'train'")
+    return _adaptive(table, speeds or {}, candidates)
 
 
 def _adaptive(table: Mapping[int, Plan], speeds: Speeds, candidates: int) -> Serving:
@@ -101,12 +109,12 @@ def _adaptive(table: Mapping[int, Plan], speeds: Speeds, candidates: int) -> Ser
 
 def _single(table: Mapping[int, Plan], speeds: Speeds) -> Serving:
     """The plan with drafts that loses the least, as a mean of log speeds over the table's batch sizes."""
-    able = set.intersection(*(set(speeds.get(bound, {})) for bound in table)) - {Plan(0)}
-    if able:
-        best = max(sorted(able), key=lambda plan: sum(math.log(speeds[bound][plan]) for bound in table))
+    tried = set.intersection(*(set(speeds.get(bound, {})) for bound in table)) - {Plan(0)}
+    if tried:
+        best = max(sorted(tried), key=lambda plan: sum(math.log(speeds[bound][plan]) for bound in table))
     else:  # the most frequent one
-        named = [plan for plan in table.values() if plan.num_steps]
-        best = max(named, key=lambda plan: (named.count(plan), not plan.is_chain, plan))
+        plans = [plan for plan in table.values() if plan.num_steps]
+        best = max(plans, key=lambda plan: (plans.count(plan), not plan.is_chain, plan))
     return Serving(None, best, {bound: _cost(speeds.get(bound, {}), best, plan) for bound, plan in table.items()})
 
 

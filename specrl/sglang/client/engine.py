@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,24 +18,21 @@ from specrl.sglang.client.session import LockstepSession
 if TYPE_CHECKING:
     from torch import Tensor
 
-log = logging.getLogger("specrl.sglang.client")
-
 
 class SGLangEngine(Engine):
     """An SGLang server as an engine (see `specrl.core.interfaces.Engine`); `specrl.sglang.client.factory` opens one.
 
     It has one session at a time: starting another one ends the one before. A session with `plain=True` runs on the
-    server without speculation and is counted apart. Greedy output is the target's own with every plan. Sampled output
-    is not reproducible: SGLang takes no seed.
+    server without speculation, beside the other one. Greedy output is the target's with every plan. Sampled output is
+    not reproducible: SGLang takes no seed.
 
     Args:
         server: the server that speculates.
-        plans: plans that it can run; several: its plugin follows the plan that it is sent.
+        plans: plans that it can run; several: its plugin follows the plan that we send.
         plain: measures decoding without speculation on the same device; None: `measure_plain` returns None, and only
             ratios over plan 0 can be reported.
         draft: directory of the draft that it serves, for `load_draft` to compare with; None: unknown.
-        timeout_s: seconds that a round may take.
-        request_level: see whole requests only, because there is no plugin that we can reach; logs a warning.
+        request_level: report whole requests only, because there is no plugin that we can reach.
     """
 
     def __init__(
@@ -46,23 +42,11 @@ class SGLangEngine(Engine):
         *,
         plain: PlainServer | None = None,
         draft: Path | None = None,
-        timeout_s: float = 60.0,
         request_level: bool = False,
     ) -> None:
-        if request_level:
-            log.warning(
-                "the server has no plugin that we can reach, so only whole requests are seen: no plan per round, no "
-                "traces, no split of seconds, and the server never waits for us"
-            )
-        if request_level and plain is None:
-            log.warning(
-                "no speedup can be measured: the server has no plugin, and no plain_url names one without speculation "
-                "on its device"
-            )
         self.server, self.plans, self.plain = server, tuple(plans), plain
-        self._draft, self._timeout_s, self._request_level = draft, timeout_s, request_level
+        self._draft, self._request_level = draft, request_level
         self._clock = WallClock()
-        self._version = 0
         self._sessions: dict[bool, Session] = {}  # by `plain`
 
     def __deepcopy__(self, memo: dict[int, object]) -> SGLangEngine:
@@ -77,7 +61,7 @@ class SGLangEngine(Engine):
     @property
     def draft_version(self) -> int:
         """Version of the draft weights that serve; 0 before any were loaded."""
-        return self._version
+        return self.server.draft_version
 
     @property
     def single_session(self) -> bool:
@@ -110,9 +94,9 @@ class SGLangEngine(Engine):
         trace: bool = False,
     ) -> Session:
         """Send `batch_size` requests to the server; see `Engine.start`."""
-        before = self._sessions.pop(plain, None)
-        if before is not None:
-            before.close()
+        previous = self._sessions.pop(plain, None)
+        if previous is not None:
+            previous.close()
         server = self.server
         if plain:
             if self.plain is None or not self.plain.lockstep:
@@ -120,18 +104,16 @@ class SGLangEngine(Engine):
                     "plain rounds need a server without speculation in lock-step; launch with baseline='alternate'"
                 )
             server = self.plain.server
-        kind = RequestLevelSession if self._request_level and not plain else LockstepSession
-        self._sessions[plain] = kind(
+        session_type = RequestLevelSession if self._request_level and not plain else LockstepSession
+        self._sessions[plain] = session_type(
             server,
             workload,
             batch_size=batch_size,
             max_batch_size=batch_size if max_batch_size is None else max_batch_size,
             seed=seed,
             plans=(Plan(0),) if plain else self.plans,
-            version=lambda: self._version,
             plain=None if plain else self.plain,
             trace=trace and not plain,
-            timeout_s=self._timeout_s,
         )
         return self._sessions[plain]
 
@@ -142,9 +124,9 @@ class SGLangEngine(Engine):
             ValueError: the weights do not fit the draft that serves.
             SwapError: the server did not take them.
         """
-        client = self.server.client
-        push(client.url, weights, version=version, like=self._draft, api_key=client.api_key, timeout_s=self._timeout_s)
-        self._version = version
+        server, client = self.server, self.server.client
+        push(client.url, weights, version=version, like=self._draft, api_key=client.api_key, timeout_s=server.timeout_s)
+        server.draft_version = version
 
     def close_sessions(self) -> None:
         """End the sessions; the servers go on."""

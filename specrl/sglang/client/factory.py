@@ -1,4 +1,4 @@
-"""Opens the engine `sglang`: servers launched for it, or one that runs already."""
+"""Opens the engine `sglang`: launches its servers, or uses a running one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from specrl.config import DraftConfig
+from specrl.core.checks import require
 from specrl.core.plan import Plan, parse_plans
-from specrl.export.serving_flags import ADAPTIVE, Serving
-from specrl.models.draft import Draft, new_draft
+from specrl.export.serving_flags import ADAPTIVE, Serving, flag_words
+from specrl.models.draft import Draft
 from specrl.models.embedded import target_directory
 from specrl.models.target import load_target
 from specrl.sglang.client.engine import SGLangEngine
@@ -38,7 +40,7 @@ def open_engine(
     With chains and trees among the plans, it is launched for the chains: SGLang cannot switch to a tree.
 
     Args:
-        target: see `launch_engine`, also for `draft`, `plans` and `trace`; a running server has its own.
+        target, draft, plans, trace: see `launch_engine`; not used with a running server.
         server: URL of a running server; None: launch one.
         options: options of `attach_engine` or `launch_engine`.
     """
@@ -70,7 +72,7 @@ def launch_engine(
     Args:
         target: checkpoint directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
         draft: an EAGLE3 directory or a `Draft`; None: a new draft with random weights.
-        plans: plans that it can run: chains, with 0 among them if wanted, or one tree.
+        plans: plans that it can run: chains, which may include 0, or one tree.
         python: Python of an environment with SGLang 0.5.23 and this package; None: this one.
         flags: further flags of sglang.launch_server, for both servers; paths are absolute.
         plain_flags: flags for the server without speculation only. It overlaps its rounds, as SGLang does by default;
@@ -87,8 +89,7 @@ def launch_engine(
         ValueError: plans that no server can run, or no SGLang there that the plugin works with.
         ServerError: a server did not start; with the end of its log.
     """
-    if baseline not in ("alternate", "none"):
-        raise ValueError(f"baseline must be 'alternate' or 'none', but got {baseline!r}")
+    require(baseline in ("alternate", "none"), "baseline", "'alternate' or 'none'", baseline)
     offered = parse_plans(plans)
     serving = serving_of(offered)
     note = check_version(python)
@@ -100,36 +101,33 @@ def launch_engine(
     logs.mkdir(parents=True, exist_ok=True)
     model, draft_directory = str(target_directory(target).resolve()), _draft_directory(draft, target, folder)
 
-    def launch(name: str, line: Sequence[str], sockets: Sequence[str]) -> Server:
-        where = folder / name
-        where.mkdir()
-        addresses = {VARIABLES[socket]: f"unix:{where / socket}" for socket in sockets}
+    def launch(name: str, words: Sequence[str], sockets: Sequence[str]) -> Server:
+        directory = folder / name
+        directory.mkdir()
+        addresses = {VARIABLES[socket]: f"unix:{directory / socket}" for socket in sockets}
         return Server.launch(
-            line,
-            where,
+            words,
+            directory,
             log=logs / f"{name}.log",
             python=python,
             environment={**addresses, "SPECRL_LOCKSTEP": f"{lockstep_s:g}"},
             timeout_s=timeout_s,
         )
 
-    sockets = [ROUNDS]
-    if len(offered) > 1:
-        sockets.append(PLANS)
-    if trace:
-        sockets.append(TRACES)
-    line = [*command_line(serving, model, str(draft_directory), folder), "--disable-overlap-schedule", *flags]
-    server, plain = launch("server", line, sockets), None
+    sockets = [ROUNDS, *([PLANS] if len(offered) > 1 else []), *([TRACES] if trace else [])]
+    words = [*command_line(serving, model, str(draft_directory), folder), "--disable-overlap-schedule", *flags]
+    servers, plain = [launch("server", words, sockets)], None
     if baseline == "alternate":
-        line = [*_words({"model-path": model}), "--sleep-on-idle", *flags, *plain_flags]
-        plain = PlainServer(launch("plain", line, [ROUNDS]), timeout_s)
-    engine = SGLangEngine(server, offered, plain=plain, draft=draft_directory, timeout_s=timeout_s)
+        words = [*flag_words({"model-path": model}), "--sleep-on-idle", *flags, *plain_flags]
+        servers.append(launch("plain", words, [ROUNDS]))
+        plain = PlainServer(servers[1])
+    engine = SGLangEngine(servers[0], offered, plain=plain, draft=draft_directory)
     weakref.finalize(engine, temporary.cleanup)
     first = {"input_ids": [1, 2, 3], "sampling_params": {"temperature": 0.0, "max_new_tokens": 2, "ignore_eos": True}}
     try:
-        for each in (server, *([] if plain is None else [plain.server])):
-            each.wait(start_s)
-            each.client.post("/generate", first)  # after a request, the plugin listens for certain
+        for server in servers:
+            server.wait(start_s)
+            server.client.post("/generate", first)  # the plugin listens once it has served a request
     except BaseException:
         engine.close()
         raise
@@ -154,7 +152,7 @@ def attach_engine(
         url: 'http://host:port'.
         api_key: API key of the server; None: it needs none.
         sockets: folder with the sockets of its plugin, 'rounds' (with SPECRL_LOCKSTEP), 'plans' and 'traces', on this
-            machine; None: only whole requests are seen, and a warning says what is missing.
+            machine; None: only whole requests are reported, with a warning.
         plain_url: URL of a server of the same model without speculation on the same device, the baseline. It needs no
             plugin. None: there is none, and only the ratio over rounds of plan 0 can be reported.
         plain_api_key: its API key; None: `api_key`.
@@ -174,21 +172,31 @@ def attach_engine(
         )
     plain = None
     if plain_url is not None:
-        plain = StreamedPlainServer(Server(plain_url, api_key=plain_api_key or api_key, timeout_s=timeout_s), timeout_s)
+        plain = StreamedPlainServer(Server(plain_url, api_key=plain_api_key or api_key, timeout_s=timeout_s))
         check_baseline(server, plain.server)
     if plugin:
-        rounds = Rounds(server.socket(ROUNDS), server.check, timeout_s)
-        rounds.close()
-        if not rounds.lockstep_s:
+        with Rounds(server.socket(ROUNDS), server.check, timeout_s) as rounds:
+            lockstep_s = rounds.lockstep_s
+        if not lockstep_s:
             raise ValueError(
                 f"{url} must allow lock-step, but does not; set SPECRL_LOCKSTEP=120 there, or leave out sockets="
             )
+    else:
+        log.warning(
+            "the server has no plugin that we can reach, so only whole requests are reported: no plan per round, no "
+            "traces, no split of seconds, and the server never waits for us"
+        )
+        if plain is None:
+            log.warning(
+                "no speedup can be measured: the server has no plugin, and no plain_url names a server without "
+                "speculation on its device"
+            )
     plans = _plans_of(server.info, adaptive=server.has_socket(PLANS))
-    return SGLangEngine(server, plans, plain=plain, timeout_s=timeout_s, request_level=not plugin)
+    return SGLangEngine(server, plans, plain=plain, request_level=not plugin)
 
 
 def _plans_of(info: Mapping[str, Any], *, adaptive: bool) -> tuple[Plan, ...]:
-    """The plan that a server was launched with; if it can change the num_steps, all that it can change to."""
+    """Return the plans that a running server can follow: its own one, or all candidates of its adaptive config."""
     if not info.get("speculative_algorithm"):
         return (Plan(0),)
     path = info.get("speculative_adaptive_config")
@@ -228,21 +236,12 @@ def command_line(serving: Serving, target: str, draft: str, folder: Path) -> lis
         path = folder / ADAPTIVE
         path.write_text(json.dumps(config) + "\n", encoding="utf-8")
         flags["speculative-adaptive-config"] = str(path)
-    return _words(flags)
-
-
-def _words(flags: Mapping[str, object]) -> list[str]:
-    """Flags as words of a command line; True is a flag without a value."""
-    out: list[str] = []
-    for name, value in flags.items():
-        out += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return out
+    return flag_words(flags)
 
 
 def _draft_directory(draft: Draft | str | Path | None, target: str | Path, folder: Path) -> Path:
     if draft is None:
-        model = load_target(target)
-        draft = new_draft(model, intermediate_size=min(256, model.config.intermediate_size))
+        draft = DraftConfig().load(load_target(target))
     if isinstance(draft, Draft):
         draft.save(folder / "draft")
         return folder / "draft"

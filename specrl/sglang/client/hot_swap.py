@@ -24,6 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from specrl.core.checks import require
 from specrl.core.clock import Clock, WallClock
 from specrl.models.checkpoint import check_tensors, expected_draft_tensors
 from specrl.models.config import DraftArchitecture
@@ -48,7 +49,7 @@ class Swap:
         bytes: bytes of the weights.
         checksum: the server's checksum of its draft.
         exact: whether every tensor's checksum was computed here too and was the same. Only servers on a CPU use a
-            checksum that can be repeated without SGLang; elsewhere look at acceptance.
+            checksum that can be computed without SGLang; on other devices, check the acceptance.
     """
 
     version: int
@@ -59,12 +60,12 @@ class Swap:
 
     @property
     def pause_s(self) -> float:
-        """Seconds from the request to pause to the answer to the request to go on, with the round then in flight."""
+        """Seconds from the request to pause to the answer to the request to go on, the running round included."""
         return sum(self.calls_s.values())
 
     @property
     def stopped_s(self) -> float:
-        """Those seconds in which the server decoded nothing for certain: the last three calls."""
+        """Seconds of the last three calls, in which the server certainly decodes nothing."""
         return sum(list(self.calls_s.values())[2:])
 
 
@@ -86,35 +87,34 @@ def push(
         version: version of the weights.
         like: the draft that the server was started with, or its directory; None: the directory that the server names.
         api_key: API key of the server; None: it needs none.
-        timeout_s: seconds for all of it. After a timeout, two more calls let the server go on.
+        timeout_s: seconds for all calls together. After a timeout, two more calls let the server go on.
 
     Raises:
         ValueError: weights that do not fit the draft that serves, or a server that cannot swap; nothing was sent.
         SwapError: the server refused, died, took too long, or holds other weights than those that were sent.
     """
     client, clock = Client(url, api_key=api_key, timeout_s=timeout_s), WallClock()
-    ends = clock.now() + timeout_s
+    deadline = clock.now() + timeout_s
     try:
         info = client.get("/server_info")
         _check_server(info)
         check_weights(weights, info.get("speculative_draft_model_path") if like is None else like, version=version)
         sent = {name: t.detach().cpu().contiguous() for name, t in weights.items() if name not in _VOCABULARY_MAPS}
-        calls_s = _swap(client, encode(sent, version), clock, ends)
+        calls_s = _swap(client, encode(sent, version), clock, deadline)
         query = {"action": "checksum", "selector": "draft"}
-        checked = client.post("/weights_checker", query, timeout_s=ends - clock.now())
+        checked = client.post("/weights_checker", query, timeout_s=deadline - clock.now())["ranks"][0]
     except SwapError:
         raise
     except ServerError as error:
         raise SwapError(f"draft version {version} was not swapped in: {error}") from error
-    found = checked["ranks"][0]
     exact = str(info.get("device")) == "cpu"
     if exact:
-        _compare({name.removeprefix("draft."): digest for name, digest in found["checksums"].items()}, sent)
-    return Swap(version, calls_s, sum(t.nbytes for t in sent.values()), found["per_gpu_checksum"], exact)
+        _compare({name.removeprefix("draft."): digest for name, digest in checked["checksums"].items()}, sent)
+    return Swap(version, calls_s, sum(t.nbytes for t in sent.values()), checked["per_gpu_checksum"], exact)
 
 
-def _swap(client: Client, body: bytes, clock: Clock, ends: float) -> dict[str, float]:
-    """Pause, update, go on; returns the seconds of each call."""
+def _swap(client: Client, body: bytes, clock: Clock, deadline: float) -> dict[str, float]:
+    """Pause, update and continue; return the seconds of each call."""
     calls_s: dict[str, float] = {}
 
     def timed(path: str, call: Callable[[], Any]) -> None:
@@ -125,11 +125,11 @@ def _swap(client: Client, body: bytes, clock: Clock, ends: float) -> dict[str, f
         calls_s[path] = clock.now() - began
 
     def post(path: str, fields: object) -> None:
-        timed(path, lambda: client.post(f"/{path}", fields, timeout_s=ends - clock.now()))
+        timed(path, lambda: client.post(f"/{path}", fields, timeout_s=deadline - clock.now()))
 
-    # The watchdog starts while the server takes in the upload. Only the calls themselves are left for the pause.
+    # The watchdog starts while the server receives the upload, so that the pause is as short as possible.
     with (
-        client.upload("/update_weights_from_tensor", body, timeout_s=ends - clock.now()) as finish,
+        client.upload("/update_weights_from_tensor", body, timeout_s=deadline - clock.now()) as finish,
         resume_on_crash(client.url, client.headers, client.timeout_s) as resumed,
     ):
         try:
@@ -147,7 +147,7 @@ def _swap(client: Client, body: bytes, clock: Clock, ends: float) -> dict[str, f
 
 
 def recover(url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> None:
-    """Let a server go on that was left paused, perhaps in the middle of a weight update."""
+    """Resume a server that was left paused, perhaps in the middle of a weight update."""
     resume(url, Client(url, api_key=api_key).headers, timeout_s)
 
 
@@ -158,17 +158,17 @@ def check_weights(weights: Mapping[str, Tensor], like: Draft | Path | str | None
         ValueError: a tensor is missing, extra, not finite, or has another shape or dtype; or the vocabulary differs.
     """
     config, d2t = _served_draft(like)
-    what = f"draft version {version}"
-    check_tensors(weights, expected_draft_tensors(config), what=what, optional=("t2d",))
+    name = f"draft version {version}"
+    check_tensors(weights, expected_draft_tensors(config), what=name, optional=("t2d",))
     wrong = [f"{n} is {t.dtype}" for n, t in weights.items() if n not in _VOCABULARY_MAPS and t.dtype not in _DTYPES]
     if wrong:
-        raise ValueError(f"{what}: weights must be float32, bfloat16 or float16, but {wrong[0]}; cast them")
+        raise ValueError(f"{name}: weights must be float32, bfloat16 or float16, but {wrong[0]}; cast them")
     if d2t is not None and not torch.equal(weights["d2t"].cpu().long(), d2t):
-        raise ValueError(f"{what}: d2t must be that of the running server, but differs; start a server with it")
+        raise ValueError(f"{name}: d2t must be that of the running server, but differs; start a server with it")
 
 
 def _served_draft(like: Draft | Path | str | None) -> tuple[DraftArchitecture, Tensor | None]:
-    """The configuration and d2t, [Vd] int64, of the draft that serves."""
+    """Return the configuration and d2t, [Vd] int64, of the draft that serves."""
     if isinstance(like, Draft):
         return like.config, like.tensors.get("d2t")
     if like is None or not (Path(like) / "config.json").is_file():
@@ -183,23 +183,20 @@ def _served_draft(like: Draft | Path | str | None) -> tuple[DraftArchitecture, T
 
 
 def _check_server(info: Mapping[str, Any]) -> None:
-    if info.get("speculative_algorithm") != "EAGLE3":
-        raise ValueError(
-            f"a server must serve an EAGLE3 draft to swap it, but its algorithm is {info.get('speculative_algorithm')}"
-        )
+    algorithm = info.get("speculative_algorithm")
+    require(algorithm == "EAGLE3", "the algorithm of a server", "EAGLE3 to swap its draft", algorithm)
     for name in ("tp_size", "dp_size", "pp_size"):
-        if int(info.get(name) or 1) > 1:
-            raise ValueError(f"{name} must be 1 to swap weights, but the server has {info[name]}")
+        require(int(info.get(name) or 1) == 1, f"{name} of a server", "1 to swap its draft", info.get(name))
 
 
 def encode(weights: Mapping[str, Tensor], version: int) -> bytes:
     """Return the body of /update_weights_from_tensor: contiguous tensors on the CPU as SGLang's flattened bucket."""
     ordered = sorted(weights.items(), key=lambda item: -item[1].element_size())  # so that each tensor is aligned
-    metadata, at = [], 0
+    metadata, start = [], 0
     for name, tensor in ordered:
-        place = {"start_idx": at, "end_idx": at + tensor.nbytes, "numel": tensor.nbytes}
-        metadata.append(SimpleNamespace(name=name, shape=tensor.shape, dtype=tensor.dtype, **place))
-        at += tensor.nbytes
+        span = {"start_idx": start, "end_idx": start + tensor.nbytes, "numel": tensor.nbytes}
+        metadata.append(SimpleNamespace(name=name, shape=tensor.shape, dtype=tensor.dtype, **span))
+        start += tensor.nbytes
     flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in ordered])
     bucket = pickle.dumps({"flattened_tensor": flat, "metadata": metadata}, protocol=4)
     fields = {
@@ -228,10 +225,10 @@ def served_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _compare(found: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
-    """Raise a SwapError if the server holds other weights, in whichever dtype."""
+def _compare(checksums: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
+    """Raise a SwapError if the server holds other weights in every dtype."""
     for name, tensor in served_names(weights).items():
-        if found.get(name) not in {checksum(tensor.to(dtype)) for dtype in _DTYPES}:
+        if checksums.get(name) not in {checksum(tensor.to(dtype)) for dtype in _DTYPES}:
             raise SwapError(f"the server must hold the weights that were sent, but its {name} differs; push them again")
 
 

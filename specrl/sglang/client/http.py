@@ -13,16 +13,17 @@ from typing import Any
 
 import httpx
 
+from specrl.core.checks import require
 from specrl.core.clock import WallClock
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _KEEP_ALIVE_S = 2.0  # less than the server's 5 s, so that it does not close a connection that is about to be used
-_OUT_OF_MEMORY = ("out of memory", "outofmemory", "not enough memory", "memory capacity", "no available memory")
+_NO_MEMORY = ("out of memory", "outofmemory", "not enough memory", "memory capacity", "no available memory")
 MORE_MEMORY = "lower --max-running-requests or --context-length, or set --mem-fraction-static for what the device has"
 
 
 class ServerError(OSError):
-    """A server did not do what it was asked to."""
+    """A call to a server failed."""
 
 
 class ServerGone(ServerError):
@@ -34,7 +35,7 @@ class ServerSilent(ServerError):
 
 
 class ServerRefuses(ServerError):
-    """The server wants another API key."""
+    """The server needs another API key."""
 
 
 class ServerBusy(ServerError):
@@ -50,26 +51,26 @@ class ServerFailed(ServerError):
 
 
 class SwapError(ServerError):
-    """The server did not take new draft weights; it goes on with its old ones."""
+    """The server did not load new draft weights; it continues with its old ones."""
 
 
 def is_out_of_memory(text: str) -> bool:
     """Whether a message is about lack of memory."""
-    return any(sign in text.lower() for sign in _OUT_OF_MEMORY)
+    return any(sign in text.lower() for sign in _NO_MEMORY)
 
 
 def error_for_status(status: int, url: str, body: str) -> ServerError:
     """Return the error for an HTTP status other than 200."""
-    body = " ".join(body.split())[:300] or "nothing else"
+    details = f"{status}: {' '.join(body.split())[:300] or 'no details'}"
     if status in (401, 403):
         return ServerRefuses(f"{url} needs a valid API key (status {status}); pass api_key=, its --api-key")
     if status == 429:
-        return ServerBusy(f"{url} had no room for a request in time (429: {body}); wait, or send fewer at once")
+        return ServerBusy(f"{url} had no room for a request in time ({details}); wait, or send fewer at once")
     if is_out_of_memory(body):
-        return ServerOutOfMemory(f"{url} is out of memory ({status}: {body}); {MORE_MEMORY}")
+        return ServerOutOfMemory(f"{url} is out of memory ({details}); {MORE_MEMORY}")
     if status < 500:
-        return ServerFailed(f"{url} must take the request, but got {status}: {body}; is it SGLang, with its flags?")
-    return ServerFailed(f"{url} failed ({status}: {body}); see its log, then start it again")
+        return ServerFailed(f"{url} must accept the request, but got {details}; is it SGLang, with its flags?")
+    return ServerFailed(f"{url} failed ({details}); see its log, then start it again")
 
 
 class Client:
@@ -90,10 +91,8 @@ class Client:
             valid = url.startswith(("http://", "https://")) and bool(httpx.URL(url).host)
         except httpx.InvalidURL:
             valid = False
-        if not valid:
-            raise ValueError(f"url must be http://host:port, but got {url!r}")
-        if not timeout_s > 0.0:
-            raise ValueError(f"timeout_s must be above 0, but got {timeout_s}")
+        require(valid, "url", "http://host:port", url)
+        require(timeout_s > 0.0, "timeout_s", "above 0", timeout_s)
         self.url, self.timeout_s, self.api_key = url.rstrip("/"), timeout_s, api_key
         self.headers = {"Content-Type": "application/json"}
         if api_key is not None:
@@ -115,9 +114,9 @@ class Client:
         """Return the answer to a POST of JSON; None if it is empty."""
         return self._call("POST", path, json.dumps(body).encode(), timeout_s)
 
-    def stream(self, path: str, body: object, *, timeout_s: float | None = None) -> Iterator[Any]:
-        """Yield the answers to a POST as they come (server-sent events)."""
-        limit = self._limit(timeout_s)
+    def stream(self, path: str, body: object) -> Iterator[Any]:
+        """Yield the answers to a POST as they arrive (server-sent events)."""
+        limit = self._limit(None)
         with self._send("POST", path, json.dumps(body).encode(), limit) as response:
             if response.status_code != 200:
                 raise error_for_status(response.status_code, self.url + path, response.read().decode(errors="replace"))
@@ -133,13 +132,13 @@ class Client:
     @contextmanager
     def upload(self, path: str, body: bytes, *, timeout_s: float) -> Iterator[Callable[[], Any]]:
         """Send a POST except for its last byte; the yielded function sends the last byte and returns the answer."""
-        sent, last, given_up = Event(), Event(), Event()
+        sent, last, canceled = Event(), Event(), Event()
 
         def content() -> Iterator[bytes]:
             yield body[:-1]
             sent.set()
-            if not last.wait(timeout_s) or given_up.is_set():
-                raise TimeoutError("the upload was given up")
+            if not last.wait(timeout_s) or canceled.is_set():
+                raise TimeoutError("the upload was canceled")
             yield body[-1:]
 
         def finish() -> Any:
@@ -155,7 +154,7 @@ class Client:
                     answer.result()
                 yield finish
             finally:
-                given_up.set()
+                canceled.set()
                 last.set()
 
     def _call(self, method: str, path: str, body: bytes | None, timeout_s: float | None) -> Any:
@@ -186,7 +185,7 @@ class Client:
     def _send(
         self, method: str, path: str, body: bytes | Iterator[bytes] | None, limit: float, length: int | None = None
     ) -> Iterator[httpx.Response]:
-        """A response whose body is still to be read; httpx's errors become ours."""
+        """Yield a response with an unread body; httpx's errors become ours."""
         headers = {} if length is None else {"Content-Length": str(length)}
         try:
             timeout = self._left(path, limit)

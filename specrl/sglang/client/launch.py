@@ -1,4 +1,4 @@
-"""An SGLang server: launched here and ended with all its processes, or one that runs already."""
+"""An SGLang server: launched here and ended with all its processes, or already running."""
 
 from __future__ import annotations
 
@@ -40,9 +40,12 @@ class Server:
     Args:
         url: 'http://host:port'.
         api_key: its API key; None: it needs none.
-        timeout_s: seconds that a call may take.
+        timeout_s: seconds that a call, or a round, may take.
         sockets: folder with the sockets of its plugin; None: it has none that we can reach.
         log: file with its output; None: it was not launched here.
+
+    Attributes:
+        draft_version: version of the draft weights that serve; 0 before any were loaded.
     """
 
     def __init__(
@@ -54,8 +57,8 @@ class Server:
         sockets: Path | None = None,
         log: Path | None = None,
     ) -> None:
-        self.client = Client(url, api_key=api_key, timeout_s=timeout_s)
-        self.sockets, self.log = sockets, log
+        self.client, self.timeout_s = Client(url, api_key=api_key, timeout_s=timeout_s), timeout_s
+        self.sockets, self.log, self.draft_version = sockets, log, 0
         self._process: subprocess.Popen[bytes] | None = None
         self._end = lambda: None
         self._info: dict[str, Any] | None = None
@@ -79,7 +82,7 @@ class Server:
             log: file for its output; None: server.log in `folder`.
             python: Python of an environment with SGLang and this package; None: this one.
             environment: further environment variables.
-            timeout_s: seconds that a call may take.
+            timeout_s: as for `Server`.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -98,7 +101,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env={**inherited, **(environment or {})},
                 start_new_session=True,
-                cwd=folder,  # not ours, whose files would come before what is installed
+                cwd=folder,  # in ours, Python would import our files in place of installed packages
             )
         watch = subprocess.Popen(
             [sys.executable, "-c", _WATCH, str(server._process.pid)], stdin=subprocess.PIPE, start_new_session=True
@@ -137,10 +140,10 @@ class Server:
         """Raise a ServerError if its process has ended."""
         if not self.running:
             assert self._process is not None
-            tail, code = self._log_tail(), self._process.returncode
+            tail, status = self._log_tail(), self._process.returncode
             if is_out_of_memory(tail):
                 raise ServerOutOfMemory(f"the server ran out of memory; {MORE_MEMORY}; its log: {tail}")
-            raise ServerGone(f"the server must run, but ended with status {code}; start it again; its log: {tail}")
+            raise ServerGone(f"the server must run, but ended with status {status}; start it again; its log: {tail}")
 
     @property
     def info(self) -> dict[str, Any]:
@@ -168,10 +171,10 @@ class Server:
             ServerFailed: it does not exist.
         """
         if self.sockets is None or not self.has_socket(name):
-            found = " | ".join(line for line in self._log_lines() if "SPECRL PLUGIN" in line)
+            lines = " | ".join(line for line in self._log_lines() if "SPECRL PLUGIN" in line)
             raise ServerFailed(
                 f"the server's plugin must listen on its socket {name!r}, but does not; is specrl installed beside "
-                f"SGLang, with {VARIABLES[name]} set? its log has: {found or 'nothing about it'}"
+                f"SGLang, with {VARIABLES[name]} set? its log has: {lines or 'nothing about it'}"
             )
         return f"ipc://{(self.sockets / name).absolute()}"
 
@@ -191,11 +194,8 @@ class Server:
 def check_version(python: str | Path | None = None) -> str | None:
     """Return a note if SGLang's version was not checked, but has the functions that the plugin hooks.
 
-    Args:
-        python: Python of an environment with SGLang and this package; None: this one.
-
     Raises:
-        ValueError: there is no SGLang, or one with other functions.
+        ValueError: the environment of `python` has no SGLang, or one with other functions.
     """
     executable = str(python or sys.executable)
     try:

@@ -1,4 +1,4 @@
-"""Plain decoding on a server without a draft, on the same device: what every speedup is measured against.
+"""Plain decoding on a server without a draft, on the same device: the baseline of every speedup.
 
 The two servers take turns: the one that speculates waits for a permit (or is paused) while this one is measured, and
 this one gets no requests otherwise.
@@ -7,7 +7,7 @@ this one gets no requests otherwise.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
@@ -30,31 +30,32 @@ class PlainServer:
     """Times steps of plain decoding by the plugin's reports.
 
     Methods take texts, the token ids of each live request. They raise a ServerError if the server did not decode the
-    texts together, or not at all.
-
-    Args:
-        server: a server without speculation, whose plugin reports rounds.
-        timeout_s: seconds that a measurement may take.
+    texts together, or not at all. `server` is a server without speculation, whose plugin reports rounds.
     """
 
     lockstep = True  # whether sessions can run on it
+    measured_steps = 4  # of `measure`
+    average: Callable[[Iterator[float]], float] = staticmethod(median)
 
-    def __init__(self, server: Server, timeout_s: float = 60.0) -> None:
-        self.server, self._timeout_s = server, timeout_s
-        self._requests = LiveRequests(server.client, timeout_s)
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._requests = LiveRequests(server.client, server.timeout_s)
         self._rounds: Rounds | None = None
 
     def measure(self, texts: Sequence[Sequence[int]]) -> PlainSample:
-        """Return the median time of a step that continues these texts together."""
-        seconds = median(step.seconds for step in self.steps(texts, 4))
+        """Return the average time of a step that continues these texts together."""
+        seconds = self.average(step.seconds for step in self.steps(texts, self.measured_steps))
         return PlainSample(len(texts), fmean(map(len, texts)), seconds)
 
     def steps(self, texts: Sequence[Sequence[int]], count: int) -> list[PlainSample]:
         """Return `count` consecutive steps; fewer, but at least one, if requests join one by one."""
         for _ in range(_TRIES):
-            taken = self._decode(texts, count)
-            if len(taken) > WARM_UP_STEPS:
-                return taken[WARM_UP_STEPS:]
+            sampling = {"temperature": 0.0, "max_new_tokens": WARM_UP_STEPS + count + 1, "ignore_eos": True}
+            rids = [f"plain-{secrets.token_hex(4)}-{index}" for index in range(len(texts))]
+            body = {"rid": rids, "input_ids": [list(text) for text in texts], "sampling_params": sampling}
+            steps = self._decode(body, fmean(map(len, texts)))
+            if len(steps) > WARM_UP_STEPS:
+                return steps[WARM_UP_STEPS:]
         raise ServerFailed(
             f"{self.server.client.url} must decode {len(texts)} requests at once, but did not; raise its "
             "--max-running-requests or --max-total-tokens"
@@ -74,76 +75,66 @@ class PlainServer:
                 return self._rounds
             except ServerError:  # another client has taken our place
                 self._rounds.close()
-        self._rounds = Rounds(self.server.socket(ROUNDS), self._check, self._timeout_s)
+        self._rounds = Rounds(self.server.socket(ROUNDS), self._check, self.server.timeout_s)
         return self._rounds
 
     def _check(self) -> None:
         self.server.check()
         self._requests.check()
 
-    def _decode(self, texts: Sequence[Sequence[int]], count: int) -> list[PlainSample]:
-        """Steps in which all of these texts were continued, with the warm-up."""
-        self._requests = LiveRequests(self.server.client, self._timeout_s)
-        rounds, body = self._connect(), _request(texts, count)
+    def _decode(self, body: dict[str, Any], context: float) -> list[PlainSample]:
+        """Steps in which all requests of `body` were decoded, with the warm-up; `context` is their mean length."""
+        self._requests = LiveRequests(self.server.client, self.server.timeout_s)
+        rounds = self._connect()
         self._requests.send("plain", body)
-        taken, rids, ended = list[PlainSample](), set(body["rid"]), set[str]()
+        steps, rids, ended = list[PlainSample](), set(body["rid"]), set[str]()
         while not rids <= ended:
             report = rounds.next()
             ended |= set(report.finished)
             if report.kind == "round" and set(report.requests) == rids:
-                taken.append(PlainSample(len(texts), fmean(report.contexts), report.seconds))
-        self._requests.take("plain", self._timeout_s)
-        return taken
+                steps.append(PlainSample(len(rids), fmean(report.contexts), report.seconds))
+        self._requests.take("plain", self.server.timeout_s)
+        return steps
 
 
 class StreamedPlainServer(PlainServer):
     """Times steps of plain decoding on a server without our plugin, by the arrival of its tokens.
 
-    A step is the time between two tokens of the request that leads, while all requests decode. If tokens come several
+    A step is the time between two tokens of the request that leads, while all requests decode. If several tokens arrive
     at once (its --stream-interval, or a slow network), their steps share the time equally. `clock` times their arrival.
     """
 
     lockstep = False
+    measured_steps = 16
+    average = staticmethod(fmean)  # arrival times say little about single steps
 
-    def __init__(self, server: Server, timeout_s: float = 60.0, clock: Clock | None = None) -> None:
-        super().__init__(server, timeout_s)
+    def __init__(self, server: Server, clock: Clock | None = None) -> None:
+        super().__init__(server)
         self._clock = WallClock() if clock is None else clock
 
-    def measure(self, texts: Sequence[Sequence[int]]) -> PlainSample:
-        """Return the mean time of a step: arrival times say little about single steps."""
-        seconds = fmean(step.seconds for step in self.steps(texts, 16))
-        return PlainSample(len(texts), fmean(map(len, texts)), seconds)
-
-    def _decode(self, texts: Sequence[Sequence[int]], count: int) -> list[PlainSample]:
-        context, body = fmean(map(len, texts)), _request(texts, count)
+    def _decode(self, body: dict[str, Any], context: float) -> list[PlainSample]:
         tokens = dict.fromkeys(body["rid"], 0)
-        counted, counted_s = 0, 0.0  # tokens of the leading request that are counted, and when the last of them came
-        taken: list[PlainSample] = []
-        for piece in self.server.client.stream("/generate", {**body, "stream": True}, timeout_s=self._timeout_s):
+        counted, counted_s = 0, 0.0  # tokens of the leading request that are counted, and when the last one arrived
+        steps: list[PlainSample] = []
+        for piece in self.server.client.stream("/generate", {**body, "stream": True}):
             if "error" in piece:
                 raise ServerFailed(f"{self.server.client.url} must decode plainly, but {piece['error']}; see its log")
             now, meta = self._clock.now(), piece["meta_info"]
             tokens[meta["id"]] = meta["completion_tokens"]
-            most = max(tokens.values())
-            if counted and counted < most:
-                step_s = (now - counted_s) / (most - counted)
-                taken += [PlainSample(len(texts), context + n, step_s) for n in range(counted, most)]
-            if counted < most and min(tokens.values()):
-                counted, counted_s = most, now
-        return taken
-
-
-def _request(texts: Sequence[Sequence[int]], count: int) -> dict[str, Any]:
-    sampling = {"temperature": 0.0, "max_new_tokens": WARM_UP_STEPS + count + 1, "ignore_eos": True}
-    rids = [f"plain-{secrets.token_hex(4)}-{index}" for index in range(len(texts))]
-    return {"rid": rids, "input_ids": [list(text) for text in texts], "sampling_params": sampling}
+            leading = max(tokens.values())
+            if counted and counted < leading:
+                step_s = (now - counted_s) / (leading - counted)
+                steps += [PlainSample(len(tokens), context + n, step_s) for n in range(counted, leading)]
+            if counted < leading and min(tokens.values()):
+                counted, counted_s = leading, now
+        return steps
 
 
 def check_baseline(server: Server, plain: Server) -> None:
     """Refuse a baseline that is not the same model without speculation.
 
     Raises:
-        ValueError: it differs; the message says in what.
+        ValueError: it differs; the message names the difference.
         ServerError: one of them does not answer.
     """
     url = plain.client.url
@@ -153,13 +144,13 @@ def check_baseline(server: Server, plain: Server) -> None:
             f"plain_url must be a server without speculation, but {url} runs {algorithm}; start one with the same "
             "--model-path and no --speculative flags"
         )
-    ours, theirs = _served_model(server), _served_model(plain)
-    if ours["weight_version"].isdecimal():  # the version of a draft, set by a hot swap
-        theirs["weight_version"] = ours["weight_version"]
-    for name, own in ours.items():
-        if theirs[name] != own:
+    expected, actual = _served_model(server), _served_model(plain)
+    if expected["weight_version"].isdecimal():  # the version of a draft, set by a hot swap
+        actual["weight_version"] = expected["weight_version"]
+    for name, value in expected.items():
+        if actual[name] != value:
             raise ValueError(
-                f"plain_url must serve what the server does, but {name} is {theirs[name]!r} at {url} and {own!r} at "
+                f"plain_url must serve the server's model, but {name} is {actual[name]!r} at {url} and {value!r} at "
                 f"{server.client.url}; start it like the other, without its --speculative flags"
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq
 
@@ -13,15 +13,18 @@ from specrl.sglang.client.http import ServerError, ServerFailed, ServerGone, Ser
 from specrl.sglang.plugin.rounds import RoundReport
 from specrl.sglang.plugin.transport import Message, decode, encode, is_listening
 
-_SLICE_S = 0.05  # wait for a message, before the other checks
+_POLL_S = 0.05  # wait for a message, before the other checks
+
+
+C = TypeVar("C", bound="Connection")
 
 
 class Connection:
-    """A connection to a socket of the plugin. It belongs to one thread.
+    """A connection to a socket of the plugin; a context manager that disconnects. It belongs to one thread.
 
     Args:
         endpoint: address of the socket.
-        check: called while waiting; raises an error if waiting is useless.
+        check: called while waiting; raises an error if no message can arrive any more.
         timeout_s: seconds that a message may take.
         kind: zmq.DEALER for a `Channel` of the plugin, zmq.REQ for the socket that receives plans.
         high_water_mark: received messages that may wait for `receive`.
@@ -46,6 +49,12 @@ class Connection:
         self._socket.setsockopt(zmq.RCVHWM, high_water_mark)
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(endpoint)
+
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Disconnect; the server goes on by itself. Idempotent."""
@@ -80,7 +89,7 @@ class Connection:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         limit = self._clock.now() + timeout_s
         while (left := limit - self._clock.now()) > 0.0:
-            message = self.poll(min(left, _SLICE_S))
+            message = self.poll(min(left, _POLL_S))
             if message is not None:
                 return message
         raise ServerSilent(
@@ -107,7 +116,7 @@ class Connection:
 class Rounds(Connection):
     """Reports of the server's rounds, and permits for the next ones. Without an answer, methods raise a ServerError.
 
-    The arguments are those of `Connection`. `lockstep_s` is how long a round waits for a permit at most, in seconds.
+    The arguments are those of `Connection`. A round waits for a permit for at most `lockstep_s` seconds.
     """
 
     def __init__(self, endpoint: str, check: Callable[[], None], timeout_s: float) -> None:
@@ -121,7 +130,7 @@ class Rounds(Connection):
             pass
 
     def permit(self, rounds: int, requests: Sequence[str]) -> None:
-        """Permit so many rounds, as soon as these requests have arrived."""
+        """Permit this number of rounds, as soon as these requests have arrived."""
         self.send({"kind": "permit", "rounds": rounds, "requests": list(requests)})
 
     def next(self, timeout_s: float | None = None) -> RoundReport:
@@ -141,7 +150,7 @@ def _report(message: Message) -> RoundReport:
 
 
 class Plans(Connection):
-    """Sends the plan that the server's rounds follow; the last one stays in force after `close`."""
+    """Sends the plan that the server's rounds follow; the last one stays in use after `close`."""
 
     def __init__(self, endpoint: str, check: Callable[[], None], timeout_s: float) -> None:
         super().__init__(endpoint, check, timeout_s, zmq.REQ)

@@ -1,8 +1,9 @@
-"""Sessions on a server without our plugin, which sees whole requests only."""
+"""Sessions on a server without our plugin, which report whole requests only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,10 @@ from specrl.sglang.client.session import ServerSession
 class RequestLevelSession(ServerSession):
     """B requests on a server that runs by itself.
 
-    A `Round` is here the time until a request ends. Its rows are all rounds of the requests that ended, by their
-    histograms, in unknown order: `request_ids` repeat, `context_lengths` are each request's mean, and its seconds are
-    the seconds that we waited. Over many of them, tokens over seconds is the server's speed. `resize` to fewer requests
-    does not replace those that end.
+    A `Round` ends when a request ends. Its rows are all rounds of the requests that ended, by their histograms, in
+    unknown order: `request_ids` repeat, `context_lengths` are each request's mean, and its seconds are the seconds that
+    we waited. Over many of them, tokens over seconds is the server's speed. `resize` to fewer requests does not replace
+    those that end.
     """
 
     @property
@@ -44,51 +45,47 @@ class RequestLevelSession(ServerSession):
 
     def _round(self, plan: Plan) -> Round:
         """Wait until a request ends."""
-        clock = WallClock()
+        server, clock = self._server, WallClock()
         began = clock.now()
         rows = list[tuple[int, int, int, int]]()  # request, tokens, correct drafts, context
         ended = list[Completion]()
         while not rows:
-            rid = self._requests.any(self._timeout_s)
+            rid = self._requests.any(server.timeout_s)
             (live,) = (live for live in self._live if live.rid == rid)
             self._live.remove(live)
-            answer = self._requests.take(rid, self._timeout_s)
+            answer = self._requests.take(rid, server.timeout_s)
             ended.append(Completion(live.number, live.request.prompt, tuple(answer["output_ids"])))
             rows += _rounds_of(live, answer, plan)
             self._fill()
-        numbers, tokens, correct, contexts = (np.array(column) for column in zip(*rows, strict=True))
+        ids, tokens, correct, contexts = (np.array(column) for column in zip(*rows, strict=True))
         seconds = max(clock.now() - began, 1e-9)
-        return Round(plan, numbers, tokens, correct, contexts, 0.0, 0.0, seconds, 0.0, self._version(), tuple(ended))
+        return Round(plan, ids, tokens, correct, contexts, 0.0, 0.0, seconds, 0.0, server.draft_version, tuple(ended))
 
     def _texts(self) -> list[list[int]]:
-        """Texts as long as the live requests' own are on average; the words do not matter to plain decoding."""
-        texts = []
-        for live in self._live[: self._batch_size]:
-            prompt = list(live.request.prompt)
-            length = len(prompt) + max(live.request.max_new_tokens // 2, 1)
-            texts.append((prompt * (length // len(prompt) + 1))[:length])
-        return texts
+        """Return repeated prompts of the mean length of each request; plain decoding takes as long for any tokens."""
+        requests = [live.request for live in self._live[: self._batch_size]]
+        lengths = [len(request.prompt) + max(request.max_new_tokens // 2, 1) for request in requests]
+        return [list(islice(cycle(r.prompt), length)) for r, length in zip(requests, lengths, strict=True)]
 
 
 def _rounds_of(live: LiveRequest, answer: dict[str, Any], plan: Plan) -> list[tuple[int, int, int, int]]:
     """The rounds of a request by its histogram; the first token is its prefill's."""
-    count = len(answer["output_ids"])
+    left = len(answer["output_ids"]) - 1
     histogram = answer.get("meta_info", {}).get("spec_correct_drafts_histogram")
     if histogram is None and plan.num_steps:
         raise ServerFailed(
             "an answer must have spec_correct_drafts_histogram, but has not; is it SGLang 0.5.23, with a draft?"
         )
     if histogram is None:
-        histogram = [count - 1]
+        histogram = [left]
     if len(histogram) > plan.num_steps + 1:
         raise ServerFailed(
             f"a round of {plan} must not accept {len(histogram) - 1} drafts; does the server change its plan?"
         )
-    context = len(live.request.prompt) + count // 2
-    left, rows = count - 1, []
+    context, rows = len(live.request.prompt) + (left + 1) // 2, []
     for correct, rounds in enumerate(histogram):
         for _ in range(rounds):
-            kept = min(correct + 1, left)  # tokens after its end were dropped
-            left -= kept
-            rows.append((live.number, kept, correct, context))
+            tokens = min(correct + 1, left)  # tokens after its end were dropped
+            left -= tokens
+            rows.append((live.number, tokens, correct, context))
     return rows

@@ -1,4 +1,4 @@
-"""Requests in flight: each one is an HTTP call in a thread of its own."""
+"""Live requests on a server: each one is an HTTP call in a thread of its own."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class LiveRequest:
         number: its number in the session.
         request: prompt and sampling parameters.
         rid: its id on the server.
-        output: its tokens so far, as far as they were reported.
-        resumed: how many of them were generated before it was parked.
+        output: its reported tokens so far.
+        resumed: number of these tokens that were generated before it was parked.
     """
 
     number: int
@@ -32,7 +32,7 @@ class LiveRequest:
 
     @property
     def context(self) -> int:
-        """Known tokens of it, with the one that its prefill adds."""
+        """Number of its known tokens, with the one that its prefill adds."""
         return len(self.request.prompt) + max(len(self.output), self.resumed + 1)
 
     @property
@@ -56,9 +56,7 @@ class LiveRequest:
 class LiveRequests:
     """Sends requests and takes their answers. While waiting, methods raise a ServerError if one failed or is too late.
 
-    Args:
-        client: calls the server.
-        timeout_s: seconds that a request may take. In lock-step, the agent's thinking is a part of it.
+    A request may take `timeout_s` seconds. In lock-step, this includes the time that the agent takes for its actions.
     """
 
     def __init__(self, client: Client, timeout_s: float = 6 * 3600.0) -> None:
@@ -89,23 +87,22 @@ class LiveRequests:
             return next(iter(self._answers))
 
     def abort(self, rid: str) -> None:
-        """Let the server end all requests whose id begins so, at the end of their round."""
+        """Let the server end all requests whose id begins with `rid`, at the end of their round."""
         self._client.post("/abort_request", {"rid": rid})
 
-    def _wait(self, answered: Callable[[], bool], what: str, timeout_s: float) -> None:
+    def _wait(self, answered: Callable[[], bool], requests: str, timeout_s: float) -> None:
         if not self._changed.wait_for(lambda: answered() or self._failures, timeout_s):
-            raise ServerSilent(f"{self._client.url} must answer {what} within {timeout_s:g} s; see its log")
+            raise ServerSilent(f"{self._client.url} must answer {requests} within {timeout_s:g} s; see its log")
         if not answered():
             self.check()
 
     def _ask(self, rid: str, body: Mapping[str, Any]) -> None:
         try:
             answer = self._client.post("/generate", body, timeout_s=self._timeout_s)
+            with self._changed:
+                self._answers[rid] = answer
+                self._changed.notify_all()
         except ServerError as error:
             with self._changed:
                 self._failures.append(error)
-                self._changed.notify_all()
-        else:
-            with self._changed:
-                self._answers[rid] = answer
                 self._changed.notify_all()

@@ -1,13 +1,14 @@
-"""Sessions on a server: what they have in common, and rounds in lock-step."""
+"""Sessions on a server: the base class, and rounds in lock-step."""
 
 from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from specrl.core.checks import require
 from specrl.core.interfaces import Session, Workload
 from specrl.core.plan import Plan
 from specrl.core.round import Completion, PlainSample, Round, Trace
@@ -25,11 +26,9 @@ class ServerSession(Session):
 
     Args:
         server: the server.
-        workload: as for `Engine.start`, and so are `batch_size`, `max_batch_size`, `seed` and `trace`.
+        workload, batch_size, max_batch_size, seed, trace: as for `Engine.start`.
         plans: plans that the server can run; one plan: it is the server's own.
-        version: returns the version of the draft that serves.
         plain: measures decoding without speculation; None: it is not measured.
-        timeout_s: seconds that a round may take.
 
     Raises:
         ValueError: a batch size out of range, or traces that the server cannot send.
@@ -44,13 +43,11 @@ class ServerSession(Session):
         max_batch_size: int,
         seed: int,
         plans: Sequence[Plan],
-        version: Callable[[], int],
         plain: PlainServer | None,
         trace: bool,
-        timeout_s: float,
     ) -> None:
         self._server, self._source, self._max_batch_size = server, workload.requests(seed), max_batch_size
-        self._offered, self._version, self._plain, self._timeout_s = tuple(plans), version, plain, timeout_s
+        self._offered, self._plain = tuple(plans), plain
         self._name = f"specrl-{secrets.token_hex(4)}"
         self._requests = LiveRequests(server.client)
         self._live: list[LiveRequest] = []
@@ -100,8 +97,8 @@ class ServerSession(Session):
         try:
             self._requests.abort(self._name)
             for live in self._live:  # the next session starts on an idle server
-                self._requests.take(live.rid, self._timeout_s)
-        except OSError:  # the server has gone, and they with it
+                self._requests.take(live.rid, self._server.timeout_s)
+        except OSError:  # the server has gone, and its requests too
             pass
 
     def _connect(self, trace: bool) -> None:
@@ -121,10 +118,8 @@ class ServerSession(Session):
         """Run a round by a plan that was checked."""
 
     def _set_batch_size(self, batch_size: int) -> None:
-        if not 1 <= batch_size <= self._max_batch_size:
-            raise ValueError(
-                f"batch_size must be from 1 to {self._max_batch_size} (max_batch_size), but got {batch_size}"
-            )
+        largest = self._max_batch_size
+        require(1 <= batch_size <= largest, "batch_size", f"from 1 to {largest} (max_batch_size)", batch_size)
         self._batch_size = batch_size
 
     def _check_open(self) -> None:
@@ -173,7 +168,7 @@ class LockstepSession(ServerSession):
         return [trace for trace in arrived if trace.request_ids[0] >= 0]
 
     def _connect(self, trace: bool) -> None:
-        server, timeout_s = self._server, self._timeout_s
+        server, timeout_s = self._server, self._server.timeout_s
         self._parked: list[LiveRequest] = []
         self._completed: list[Completion] = []  # since the last reported round
         self._rounds = Rounds(server.socket(ROUNDS), self._check, timeout_s)
@@ -182,9 +177,9 @@ class LockstepSession(ServerSession):
         self._rounds.hold()
 
     def _disconnect(self) -> None:
-        for part in (self._rounds, self._plans, self._traces):
-            if part is not None:
-                part.close()
+        for connection in (self._rounds, self._plans, self._traces):
+            if connection is not None:
+                connection.close()
 
     def _fill(self) -> None:
         leaving, self._live = self._live[self._batch_size :], self._live[: self._batch_size]
@@ -214,7 +209,7 @@ class LockstepSession(ServerSession):
             verify_s=report.verify_s,
             other_s=report.other_s,
             prefill_s=report.prefill_s,
-            draft_version=self._version(),
+            draft_version=self._server.draft_version,
             finished=completed,
         )
         self._replace(report.finished)
@@ -241,7 +236,7 @@ class LockstepSession(ServerSession):
                 missing = known.keys() - set(report.requests)
                 if missing:
                     raise ServerFailed(
-                        f"a round must be of {len(known)} requests, but {len(missing)} were left out; raise "
+                        f"a round must run {len(known)} requests, but {len(missing)} did not run; raise "
                         "--max-running-requests or --max-total-tokens"
                     )
                 return report
@@ -254,7 +249,7 @@ class LockstepSession(ServerSession):
         """Take the answers of those that have ended; one that was aborted is parked with its tokens."""
         for live in requests:
             if live.rid in report.finished:
-                answer = self._requests.take(live.rid, self._timeout_s)
+                answer = self._requests.take(live.rid, self._server.timeout_s)
                 live.output = [*live.output[: live.resumed], *answer["output_ids"]]
                 live.resumed = len(live.output)
                 if answer["meta_info"]["finish_reason"]["type"] == "abort":
@@ -263,10 +258,10 @@ class LockstepSession(ServerSession):
                     self._completed.append(Completion(live.number, live.request.prompt, tuple(live.output)))
 
     def _replace(self, ended: Sequence[str]) -> None:
-        fresh = [self._new() if live.rid in ended else live for live in self._live]
-        joining = [new for new, old in zip(fresh, self._live, strict=True) if new is not old]
-        self._live = fresh
-        self._send(joining)
+        rows = [index for index, live in enumerate(self._live) if live.rid in ended]
+        for row in rows:
+            self._live[row] = self._new()
+        self._send([self._live[row] for row in rows])
 
     def _park(self, leaving: Sequence[LiveRequest]) -> None:
         """Let the server end these requests, which takes one more round of all."""

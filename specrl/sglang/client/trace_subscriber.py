@@ -1,4 +1,4 @@
-"""The client's end of the plugin's traces: SGLang's rounds as the traces that a draft learner takes."""
+"""The client's end of the plugin's traces: SGLang's rounds as traces for a draft learner."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_WAITING = 1024  # messages, for a client that is busy between two readings
 class _Request:
     number: int
     pieces: list[Message] = field(default_factory=list)  # of its prompt
-    last: Trace | None = None  # kept until the next one arrives
+    last: Trace | None = None  # not yielded until the next one arrives
     incomplete: bool = False  # a part of it never arrived
 
 
@@ -66,20 +66,12 @@ class Subscriber(Connection):
         super().__init__(parse_address(address, "path"), lambda: None, timeout_s, high_water_mark=max_waiting)
         self.hello()
 
-    def __enter__(self) -> Subscriber:
-        """Return itself; leaving disconnects."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def messages(self, timeout_s: float | None = None) -> Iterator[Message]:
         """Yield messages until none arrives in time.
 
         Raises:
-            ServerGone: the server has gone.
-            ServerFailed: another client takes its traces.
-            ValueError: something arrived that is no message.
+            ServerError: the server has gone, or another client takes its traces.
+            ValueError: the data that arrived is not a message.
         """
         while True:
             try:
@@ -98,8 +90,7 @@ class Subscriber(Connection):
         """Return the traces that have arrived; if there is no message, wait for one.
 
         Raises:
-            ServerError: there are none, and no more can come: the server has gone, or another client takes them.
-            ValueError: something arrived that is no message.
+            ServerError, ValueError: as of `messages`, but not before all traces that arrived are returned.
         """
         out: list[Trace] = []
         try:
@@ -150,7 +141,7 @@ class Subscriber(Connection):
 
 
 def _trace(number: int, header: Mapping[str, Any], row: Mapping[str, Tensor], index: int) -> Trace:
-    """The trace of one request in a 'round' message, with parents in place of the tree's links."""
+    """Return the trace of one request in a 'round' message, with parents in place of the tree's links."""
     n = len(row["tokens"])
     parents = torch.arange(n) - 1
     if "children" in row:
@@ -169,25 +160,25 @@ def _trace(number: int, header: Mapping[str, Any], row: Mapping[str, Tensor], in
         logits=row["logits"][None].float(),
         parents=parents[None],
         path=row["path"][None],
-        draft_version=int(version) if version.isdecimal() else 0,  # another name: no draft was swapped in yet
+        draft_version=int(version) if version.isdecimal() else 0,  # not a number before the first hot swap
         plan=Plan.parse(header["plan"]),
         temperatures=(float(header["temperatures"][index]),),
     )
 
 
 def _prompt(pieces: Sequence[Message], first: Trace) -> Trace | None:
-    """The prefill of a request before its first round; None if its pieces do not cover the prompt."""
-    end, at = int(first.positions[0]), 0
+    """Return the prefill of a request before its first round; None if its pieces do not cover the prompt."""
+    length, covered = int(first.positions[0]), 0
     for piece in pieces:
-        if int(piece.header["start"]) != at:
+        if int(piece.header["start"]) != covered:
             return None
-        at += len(piece.tensors["tokens"])
-    if at != end or at == 0:
+        covered += len(piece.tensors["tokens"])
+    if covered != length or covered == 0:
         return None
     tokens, features = (torch.cat([piece.tensors[name] for piece in pieces]) for name in ("tokens", "features"))
-    logits = torch.full((end, first.logits.shape[-1]), float("-inf"))
+    logits = torch.full((length, first.logits.shape[-1]), float("-inf"))
     logits.scatter_(1, torch.cat([tokens[1:], first.tokens[0, :1]])[:, None], 0.0)
-    rows = torch.arange(end)
+    rows = torch.arange(length)
     return replace(
         first,
         positions=torch.zeros(1, dtype=torch.int64).numpy(),

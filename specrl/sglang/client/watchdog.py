@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 
 @contextmanager
 def resume_on_crash(url: str, headers: Mapping[str, str], timeout_s: float) -> Iterator[Callable[[], None]]:
-    """Run the watchdog process; the yielded function ends it once the server goes on.
+    """Run the watchdog process; call the yielded function once the server goes on.
 
-    Without that call, at the end of this process or after an error, the watchdog lets the server at `url` go on. It
-    sends these headers, and each of its calls may take `timeout_s` seconds.
+    Without that call, at the end of this process or after an error, the watchdog resumes the server at `url`. It sends
+    these headers, and each of its calls may take `timeout_s` seconds.
     """
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__],
@@ -31,31 +31,31 @@ def resume_on_crash(url: str, headers: Mapping[str, str], timeout_s: float) -> I
     stdin, stdout = process.stdin, process.stdout
     assert stdin is not None and stdout is not None
 
-    def tell(line: str) -> None:
+    def send(line: str) -> None:
         stdin.write(line + "\n")
         stdin.flush()
 
     with process:
-        tell(json.dumps({"url": url, "headers": dict(headers), "timeout_s": timeout_s}))
+        send(json.dumps({"url": url, "headers": dict(headers), "timeout_s": timeout_s}))
         stdout.readline()  # 'ready'
-        yield lambda: tell("done")
+        yield lambda: send("done")
 
 
 def resume(url: str, headers: Mapping[str, str], timeout_s: float) -> None:
     """End a weight update that may be open, and let the server go on; a server that has gone is no error."""
     parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     for path in ("/end_weight_update", "/continue_generation"):
         with (
             suppress(OSError, http.client.HTTPException),
-            closing(kind(parts.hostname or "", parts.port, timeout=timeout_s)) as connection,
+            closing(connect(parts.hostname or "", parts.port, timeout=timeout_s)) as connection,
         ):
             connection.request("POST", parts.path.rstrip("/") + path, b"{}", dict(headers))
             connection.getresponse().read()
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.stdin.readline())
+    server = json.loads(sys.stdin.readline())
     print("ready", flush=True)
     if not sys.stdin.readline():
-        resume(asked["url"], asked["headers"], asked["timeout_s"])
+        resume(**server)

@@ -10,10 +10,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from specrl.sglang.plugin.failsafe import Failsafe, log
+from specrl.sglang.plugin import hooks
+from specrl.sglang.plugin.hooks import Failsafe, HookTarget, log
 
 if TYPE_CHECKING:
-    from specrl.sglang.plugin.hooks import HookTarget
     from specrl.sglang.plugin.settings import Settings
 
 
@@ -23,19 +23,18 @@ def register() -> None:
         return
     from specrl.sglang.plugin.settings import Settings
 
-    settings = Failsafe("everything", "SGLang serves without it").call(Settings.from_environment, os.environ)
+    settings = Failsafe("everything").call(Settings.from_environment, os.environ)
     if settings is None:
         return
     if settings.policy is not None or settings.plans is not None:
         Failsafe("the policy", "SGLang's own lookahead is used").call(_register_policy, settings)
     if settings.traces is not None:
-        Failsafe("tracing", "SGLang serves without it").call(_register_traces, settings)
+        Failsafe("tracing").call(_register_traces, settings)
     if settings.rounds is not None:
-        Failsafe("reporting of rounds", "SGLang serves without it").call(_register_rounds, settings)
+        Failsafe("reporting of rounds").call(_register_rounds, settings)
 
 
 def _register_policy(settings: Settings) -> None:
-    from specrl.sglang.plugin import hooks
     from specrl.sglang.plugin.lookahead import make_policy
 
     original = hooks.POLICY.check()
@@ -44,31 +43,26 @@ def _register_policy(settings: Settings) -> None:
 
 
 def _register_traces(settings: Settings) -> None:
-    from specrl.sglang.plugin import hooks
     from specrl.sglang.plugin.traces import TraceHooks
 
-    own = TraceHooks(settings, _tp_rank, _weight_version)
-    around = {hooks.INGEST: own.around_ingest, hooks.VERIFY: own.around_verify, hooks.PREFILL: own.around_prefill}
-    _register(around)
+    ours = TraceHooks(settings, _tp_rank, _weight_version)
+    _register({hooks.INGEST: ours.around_ingest, hooks.VERIFY: ours.around_verify, hooks.PREFILL: ours.around_prefill})
 
 
 def _register_rounds(settings: Settings) -> None:
-    from specrl.sglang.plugin import hooks
     from specrl.sglang.plugin.rounds import RoundHooks
 
-    own = RoundHooks(settings, _tp_rank, _tp_size)
-    around = {hooks.INGEST: own.around_ingest, hooks.RUN: own.around_run, hooks.PROCESS: own.around_process}
-    _register({**around, hooks.WORKER: own.around_verify})
+    ours = RoundHooks(settings, _tp_rank, _tp_size)
+    around = {hooks.INGEST: ours.around_ingest, hooks.RUN: ours.around_run, hooks.PROCESS: ours.around_process}
+    _register({**around, hooks.WORKER: ours.around_verify})
 
 
 def _register(functions: Mapping[HookTarget, Callable[..., Any]], *, replace: bool = False) -> None:
     """Check the hooked functions, then register ours around them or in place of them."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from specrl.sglang.plugin.hooks import CONTEXT, check_targets, version_note
-
-    check_targets((*CONTEXT, *functions))
-    note = version_note()
+    hooks.check_targets((*hooks.CONTEXT, *functions))
+    note = hooks.version_note()
     if note is not None:
         log.warning("specrl plugin: %s", note)
     for target, function in functions.items():

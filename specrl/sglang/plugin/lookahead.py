@@ -7,7 +7,7 @@ as {"plans": {"1": "3/1/4", "8": "0"}}. The answer is {"ok": true, "rounds": n} 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from threading import Event, Thread
 from typing import Any
 
@@ -20,7 +20,7 @@ from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observer
 from specrl.core.plan import Plan
 from specrl.core.round import Round
-from specrl.sglang.plugin.failsafe import Failsafe, log
+from specrl.sglang.plugin.hooks import Failsafe, log
 from specrl.sglang.plugin.policy import LearnedPolicy
 from specrl.sglang.plugin.settings import Settings
 from specrl.sglang.plugin.transport import Message, bind, decode, encode
@@ -34,11 +34,7 @@ class Lookahead:
 
     SGLang asks for a round's steps before it and reports its correct drafts after it; with overlapped scheduling later
     rounds have begun by then. A round's seconds are counted from its choice, or from the last report if that came
-    later: on a busy server, the time from one round to the next.
-
-    Args:
-        chooser: a chooser of chains.
-        clock: times the rounds.
+    later: on a busy server, the time from one round to the next. `clock` times the rounds.
     """
 
     ready = True  # it decides from the first round on
@@ -74,13 +70,13 @@ class PlanServer:
 
     Args:
         endpoint: address of the socket.
-        check: raises a ValueError for a table that cannot be served.
+        check: raises a ValueError for plans that cannot be served.
 
     Raises:
         ValueError: the endpoint is in use, or cannot be used.
     """
 
-    def __init__(self, endpoint: str, check: Callable[[Mapping[int, Plan]], None]) -> None:
+    def __init__(self, endpoint: str, check: Callable[[Sequence[Plan]], None]) -> None:
         self._table: PlanTable | None = None
         self._rounds = 0
         self._check, self._closed = check, Event()
@@ -116,12 +112,11 @@ class PlanServer:
 
     def _take(self, parts: Sequence[bytes]) -> dict[str, object]:
         try:
-            table = {int(bound): Plan.parse(plan) for bound, plan in decode(parts).header["plans"].items()}
-            fresh = PlanTable(table)
-            self._check(table)
+            table = PlanTable(decode(parts).header["plans"])
+            self._check(table.plans)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return {"error": f'plans must be sent as {{"plans": {{"1": "3/1/4"}}}}, but got an error: {error}'}
-        self._table = fresh
+        self._table = table
         return {"ok": True, "rounds": self._rounds}
 
 
@@ -138,11 +133,7 @@ def check_steps(plans: Iterable[Plan], candidate_steps: Sequence[int]) -> None:
 def make_lookahead(settings: Settings, candidate_steps: Sequence[int], tp_size: int, clock: Clock) -> Lookahead:
     """Return the controller for the policy directory of the settings.
 
-    Args:
-        settings: settings with a policy.
-        candidate_steps: num_steps that the adaptive config names.
-        tp_size: number of ranks of tensor parallelism.
-        clock: times the rounds.
+    `candidate_steps` are the num_steps that the adaptive config names, `tp_size` the ranks of tensor parallelism.
 
     Raises:
         ValueError: the directory holds no policy, a plan has no buffers, or the policy would learn on several ranks.
@@ -164,10 +155,7 @@ def make_lookahead(settings: Settings, candidate_steps: Sequence[int], tp_size: 
 def make_policy(original: type[Any], settings: Settings, tp_size: Callable[[], int]) -> type[Any]:
     """Return a class that replaces SGLang's AdaptiveSpeculativeParams, and falls back to it if our policy fails.
 
-    Args:
-        original: SGLang's class.
-        settings: settings with a policy, or with a socket that takes plans.
-        tp_size: returns the number of ranks of tensor parallelism.
+    The settings have a policy, or a socket that takes plans. `tp_size` returns the ranks of tensor parallelism.
     """
 
     class LearnedParams(original):
@@ -182,12 +170,12 @@ def make_policy(original: type[Any], settings: Settings, tp_size: Callable[[], i
             steps, ranks = list(self.candidate_steps), tp_size()
             if settings.plans is None:
                 lookahead = make_lookahead(settings, steps, ranks, WallClock())
-                kind = type(lookahead.chooser).__name__
-                log.warning("specrl plugin: %s chooses the lookahead among %s", kind, steps)
+                chooser = type(lookahead.chooser).__name__
+                log.warning("specrl plugin: %s chooses the lookahead among %s", chooser, steps)
                 return lookahead
             if ranks > 1:
                 raise ValueError(f"plans can be sent to one rank only, but tensor parallelism has {ranks}")
-            server = PlanServer(settings.plans, lambda table: check_steps(table.values(), steps))
+            server = PlanServer(settings.plans, lambda plans: check_steps(plans, steps))
             log.warning("specrl plugin: the lookahead follows the plans sent to %s", settings.plans)
             return server
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.agents.choosers.table import PlanTable
+from specrl.core.checks import require
 from specrl.core.interfaces import PlanChooser
 from specrl.core.plan import Plan, parse_plans
 
@@ -35,10 +36,9 @@ class LearnedPolicy:
     state: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        strange = sorted(set(self.table.values()) - set(self.plans))
-        if not self.table or strange:
-            got = ", ".join(map(str, strange)) or "none at all"
-            raise ValueError(f"a policy's table must hold plans among {', '.join(map(str, self.plans))}, but got {got}")
+        allowed = bool(self.table) and set(self.table.values()) <= set(self.plans)
+        names = {bound: str(plan) for bound, plan in self.table.items()}
+        require(allowed, "a policy's table", f"of plans among {', '.join(map(str, self.plans))}", names)
 
     def chooser(self, plans: Sequence[Plan] | None = None, *, costs: bool = True) -> PlanChooser:
         """Return the chooser that goes on learning, or the table if there is no state.
@@ -83,10 +83,9 @@ class LearnedPolicy:
         if not path.is_file():
             raise ValueError(f"a policy directory must hold {POLICY}, but {str(directory)!r} does not; export one")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["format"] != _FORMAT:
-                raise ValueError(f"format must be {_FORMAT}, but got {found['format']!r}")
-            table = {int(bound): Plan.parse(plan) for bound, plan in found["table"].items()}
-            return cls(table, parse_plans(found["plans"]), found["chooser"])
+            content = json.loads(path.read_text(encoding="utf-8"))
+            require(content["format"] == _FORMAT, "format", str(_FORMAT), content["format"])
+            table = {int(bound): Plan.parse(plan) for bound, plan in content["table"].items()}
+            return cls(table, parse_plans(content["plans"]), content["chooser"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} must be a policy that this version wrote, but is not ({error})") from error

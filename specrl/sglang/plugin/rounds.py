@@ -18,8 +18,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from specrl.core.clock import Clock, WallClock
-from specrl.sglang.plugin.failsafe import Failsafe, log
-from specrl.sglang.plugin.hooks import PROCESS, WORKER, plan_name
+from specrl.sglang.plugin.hooks import PROCESS, WORKER, Failsafe, log, plan_name
 from specrl.sglang.plugin.settings import Settings
 from specrl.sglang.plugin.transport import Channel, Message
 
@@ -28,7 +27,7 @@ _POLL_S = 0.001  # wait for a permit, before requests are taken in again
 
 @dataclass(frozen=True, slots=True)
 class RoundReport:
-    """What a round, or a prefill, did for its B requests.
+    """The results of a round, or of a prefill, for its B requests.
 
     A round's seconds go from the end of the one before it to its own end, scheduling included, but without waiting for
     permits or requests. On a GPU, or if rounds overlap, the host cannot tell drafting from verifying: all is `other_s`.
@@ -67,9 +66,9 @@ class RoundReport:
 
 @dataclass
 class _Launched:
-    """A batch that runs: when its turn began, and what the host saw of it."""
+    """A batch that runs, and its times on the host."""
 
-    began: float
+    began: float  # the turn of the scheduler
     run_s: float = 0.0
     verify_s: float | None = None  # None: nothing was verified
     plan: str = "0"
@@ -80,8 +79,7 @@ class RoundHooks:
 
     Args:
         settings: settings with a socket for rounds.
-        tp_rank: returns the rank of tensor parallelism.
-        tp_size: returns the number of ranks.
+        tp_rank, tp_size: return the rank of tensor parallelism and the number of ranks.
         clock: times the rounds; None: the wall clock.
         max_waiting: reports that may wait for the client; more are dropped and counted.
     """
@@ -94,10 +92,9 @@ class RoundHooks:
         clock: Clock | None = None,
         max_waiting: int = 4096,
     ) -> None:
-        self.safe = Failsafe("reporting of rounds", "SGLang serves without it")
-        self._settings, self._tp_rank, self._tp_size = settings, tp_rank, tp_size
+        self.safe = Failsafe("reporting of rounds")
+        self._settings, self._tp_rank, self._tp_size, self._max_waiting = settings, tp_rank, tp_size, max_waiting
         self._clock: Clock = WallClock() if clock is None else clock
-        self._max_waiting = max_waiting
         self._held = False  # whether the client decides when rounds run
         self._permits = 0
         self._required: frozenset[str] = frozenset()  # requests that must have arrived before the next round
@@ -123,12 +120,14 @@ class RoundHooks:
 
     def around_verify(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around verify(worker, batch), which verifies the drafts of a batch."""
-        if self._running is not None:
-            self.safe.call(self._note_plan, WORKER.arguments(args, kwargs)[1])
+        running = self._running
+        if running is not None:
+            batch = WORKER.arguments(args, kwargs)[1]
+            running.plan = self.safe.call(lambda: plan_name(batch.spec_info)) or "0"  # verifying replaces spec_info
         began = self._clock.now()
         result = original(*args, **kwargs)
-        if self._running is not None:
-            self._running.verify_s = self._clock.now() - began
+        if running is not None:
+            running.verify_s = self._clock.now() - began
         return result
 
     def around_process(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -157,10 +156,6 @@ class RoundHooks:
         channel = Channel(address, self._max_waiting, {"lockstep_s": lockstep_s})
         log.warning("specrl plugin: rounds are reported on %s", address)
         return channel
-
-    def _note_plan(self, batch: Any) -> None:
-        assert self._running is not None
-        self._running.plan = plan_name(batch.spec_info)  # before the verification, which replaces spec_info
 
     def _wait(self, scheduler: Any, ingest: Callable[[], list[Any]]) -> list[Any]:
         """In lock-step, take in requests until the next round is permitted."""
@@ -208,6 +203,7 @@ class RoundHooks:
             channel.refuse(f'a permit must be {{"kind": "permit", "rounds": 1, "requests": []}}, but got {error!r}')
 
     def _processed(self, scheduler: Any, batch: Any, result: Any, before: Sequence[int]) -> None:
+        """Report a batch; `before` is the number of output tokens that each of its requests had."""
         now = self._clock.now()
         if not self._launched:
             return
@@ -218,11 +214,12 @@ class RoundHooks:
         if channel is None or not channel.connected or not (mode.is_decode() or mode.is_extend()):
             return
         requests = [request.rid for request in batch.reqs]
-        kept = [_kept(request)[count:] for request, count in zip(batch.reqs, before, strict=True)]
+        pairs = list(zip(batch.reqs, before, strict=True))
+        tokens = [list(request.output_ids[: request.finished_len][count:]) for request, count in pairs]  # None: no end
         finished = [request.rid for request in batch.reqs if request.finished()]
         if mode.is_extend():
             self._prefill_s += seconds
-            self._report(channel, RoundReport("prefill", requests, kept, finished, seconds))
+            self._report(channel, RoundReport("prefill", requests, tokens, finished, seconds))
             return
         self._permits = max(self._permits - 1, 0)
         draft_s = verify_s = 0.0
@@ -231,10 +228,10 @@ class RoundHooks:
             draft_s = launched.run_s - verify_s
         correct = getattr(result, "num_correct_drafts_per_req_cpu", None) if launched.verify_s is not None else None
         prefill_s, self._prefill_s = self._prefill_s, 0.0
-        correct = correct or [0] * len(kept)
-        contexts = [len(request.origin_input_ids) + count for request, count in zip(batch.reqs, before, strict=True)]
+        correct = correct or [0] * len(tokens)
+        contexts = [len(request.origin_input_ids) + count for request, count in pairs]
         times = {"draft_s": draft_s, "verify_s": verify_s, "other_s": max(seconds - draft_s - verify_s, 0.0)}
-        done = RoundReport("round", requests, kept, finished, prefill_s, launched.plan, correct, contexts, **times)
+        done = RoundReport("round", requests, tokens, finished, prefill_s, launched.plan, correct, contexts, **times)
         self._report(channel, done)
 
     def _report(self, channel: Channel, report: RoundReport) -> None:
@@ -242,16 +239,11 @@ class RoundHooks:
             channel.dropped += 1
 
 
-def _kept(request: Any) -> list[int]:
-    """A request's output; nothing after its end."""
-    return list(request.output_ids if request.finished_len is None else request.output_ids[: request.finished_len])
-
-
 def _present(scheduler: Any) -> frozenset[str]:
     """Ids of the requests that wait or run, and have not ended."""
-    found = [*scheduler.waiting_queue, *scheduler.running_batch.reqs]
+    requests = [*scheduler.waiting_queue, *scheduler.running_batch.reqs]
     if scheduler.last_batch is not None:
-        found += scheduler.last_batch.reqs
+        requests += scheduler.last_batch.reqs
     if scheduler.chunked_req is not None:
-        found.append(scheduler.chunked_req)
-    return frozenset(request.rid for request in found if not request.finished())
+        requests.append(scheduler.chunked_req)
+    return frozenset(request.rid for request in requests if not request.finished())

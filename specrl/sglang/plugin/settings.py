@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from specrl.core.checks import require
 from specrl.sglang.plugin.transport import parse_address
 
 MAX_LOCKSTEP_S = 240.0  # SGLang's watchdog ends a server that does nothing for 300 s
@@ -41,20 +42,16 @@ class Settings:
     lockstep_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.traces_rate <= 1.0:
-            raise ValueError(
-                f"SPECRL_TRACES_RATE must be in (0, 1], but got {self.traces_rate}; unset SPECRL_TRACES for none"
-            )
-        if self.traces_max_bytes < 1:
-            raise ValueError(f"SPECRL_TRACES_MAX_BYTES must be at least 1, but got {self.traces_max_bytes}")
-        if not 0.0 <= self.lockstep_s <= MAX_LOCKSTEP_S:
-            raise ValueError(f"SPECRL_LOCKSTEP must be in [0, {MAX_LOCKSTEP_S:g}] seconds, but got {self.lockstep_s}")
+        require(0.0 < self.traces_rate <= 1.0, "SPECRL_TRACES_RATE", "in (0, 1]", self.traces_rate)
+        require(self.traces_max_bytes >= 1, "SPECRL_TRACES_MAX_BYTES", "at least 1", self.traces_max_bytes)
+        seconds = f"in [0, {MAX_LOCKSTEP_S:g}] seconds"
+        require(0.0 <= self.lockstep_s <= MAX_LOCKSTEP_S, "SPECRL_LOCKSTEP", seconds, self.lockstep_s)
         if self.lockstep_s and self.rounds is None:
             raise ValueError("SPECRL_LOCKSTEP needs a socket for permits; set SPECRL_ROUNDS too")
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Settings | None:
-        """Return the settings; None if no policy, traces or rounds are asked for.
+    def from_environment(cls, environment: Mapping[str, str]) -> Settings:
+        """Return the settings.
 
         Raises:
             ValueError: a variable has a wrong value.
@@ -71,18 +68,15 @@ class Settings:
         def address(name: str) -> str | None:
             return parse_address(values[name], f"SPECRL_{name}") if name in values else None
 
-        if not values.keys() & {"POLICY", "TRACES", "ROUNDS"}:
-            return None
         if "TRACES_RING" in values:
             raise ValueError("SPECRL_TRACES_RING was replaced; set SPECRL_TRACES_MAX_BYTES, in bytes, instead")
-        if values.get("POLICY_PIN", "0") not in ("0", "1"):
-            raise ValueError(f"SPECRL_POLICY_PIN must be 0 or 1, but got {values['POLICY_PIN']!r}")
-        policy = values.get("POLICY", "")
+        policy, pin = values.get("POLICY", ""), values.get("POLICY_PIN", "0")
+        require(pin in ("0", "1"), "SPECRL_POLICY_PIN", "0 or 1", pin)
         takes_plans = policy.startswith(("unix:", "ipc://", "tcp://"))
         return cls(
             policy=Path(policy) if policy and not takes_plans else None,
             plans=address("POLICY") if takes_plans else None,
-            pin=values.get("POLICY_PIN") == "1",
+            pin=pin == "1",
             traces=address("TRACES"),
             traces_rate=number("TRACES_RATE", cls.traces_rate),
             traces_max_bytes=int(number("TRACES_MAX_BYTES", cls.traces_max_bytes)),

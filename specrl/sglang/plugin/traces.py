@@ -1,4 +1,4 @@
-"""Traces of SGLang's rounds: everything a draft learner needs of every verified token, accepted or not.
+"""Traces of SGLang's rounds: the data that a draft learner needs for every verified token, accepted or rejected.
 
 They are sent to one client over a channel (`specrl.sglang.plugin.transport`), as messages of three kinds. Their
 `requests` are SGLang's ids.
@@ -24,8 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specrl.sglang.plugin.failsafe import Failsafe, log
-from specrl.sglang.plugin.hooks import PREFILL, VERIFY, plan_name
+from specrl.sglang.plugin.hooks import PREFILL, VERIFY, Failsafe, log, plan_name
 from specrl.sglang.plugin.settings import Settings
 from specrl.sglang.plugin.transport import Channel, Message
 
@@ -52,13 +51,9 @@ def _copy(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.
 
 
 class TraceQueue:
-    """Messages that wait for the client of a channel, in bounded memory.
+    """Messages that wait for the client of a channel, with at most `max_bytes` of tensors.
 
-    Without a client nothing is kept. Waiting messages are dropped when the client goes or another one comes.
-
-    Args:
-        endpoint: address of the socket.
-        max_bytes: bytes of tensors that may wait.
+    Without a client nothing is stored. Waiting messages are dropped when the client goes or another one comes.
 
     Raises:
         ValueError: the endpoint is in use, or cannot be used.
@@ -123,7 +118,7 @@ class TraceHooks:
     """
 
     def __init__(self, settings: Settings, tp_rank: Callable[[], int], weight_version: Callable[[], str] = str) -> None:
-        self.safe = Failsafe("tracing", "SGLang serves without it")
+        self.safe = Failsafe("tracing")
         self._settings, self._tp_rank, self._weight_version = settings, tp_rank, weight_version
         self._live: dict[str, Any] = {}  # request id -> SGLang's request
 
@@ -209,7 +204,7 @@ class TraceHooks:
 
 
 def _round_tensors(verified: Any, batch: Any, output: Any, accepted: Tensor, chosen: list[int]) -> dict[str, Tensor]:
-    """The tensors of a 'round' message, for the chosen rows of the batch."""
+    """Return the tensors of a 'round' message, for the chosen rows of the batch."""
     count, n = len(batch.reqs), int(verified.draft_token_num)
     index = torch.tensor(chosen, device=output.next_token_logits.device)
 

@@ -2,7 +2,7 @@
 
 A message is one multipart message of ZeroMQ. Its first part is the header, a JSON object with a `kind`. Each further
 part holds the raw bytes of one tensor; the header's `tensors` lists them in this order as [name, dtype, shape]. A
-message with an empty header means nothing: it is sent to find out whether the client is still there.
+message with an empty header only checks whether the client is still connected.
 
 Traces and rounds are sent by a `Channel`. Its client is the DEALER socket that sent {"kind": "hello"} last; the channel
 answers with a hello of its own. The client before it gets {"kind": "error", "error": …} and nothing more. The header of
@@ -30,7 +30,7 @@ from specrl.core.clock import WallClock
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.int64, torch.float32, torch.float16, torch.bfloat16)}
 _LONGEST_PATH = 107  # bytes of a Unix socket's path
-_CHECK_S = 0.1  # between two checks whether the client is still there
+_CHECK_S = 0.1  # between two checks whether the client is still connected
 
 
 class Message(NamedTuple):
@@ -55,13 +55,8 @@ def decode(parts: Sequence[bytes | memoryview]) -> Message:
     """
     try:
         header = json.loads(bytes(parts[0]))
-        described = header.pop("tensors", [])
-        if len(described) != len(parts) - 1:
-            raise ValueError(f"{len(described)} tensors are listed, but there are {len(parts) - 1}")
-        tensors = {
-            name: _tensor(part, _DTYPES[dtype], shape)
-            for (name, dtype, shape), part in zip(described, parts[1:], strict=True)
-        }
+        described = zip(header.pop("tensors", []), parts[1:], strict=True)
+        tensors = {name: _tensor(part, _DTYPES[dtype], shape) for (name, dtype, shape), part in described}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"a message must be a JSON header and its tensors, but got {error!r}") from error
     return Message(header, tensors)
@@ -99,11 +94,11 @@ def parse_address(text: str, name: str) -> str:
 
 def is_listening(endpoint: str) -> bool:
     """Whether somebody accepts connections at this endpoint of this machine."""
-    place = endpoint.partition("://")[2]
-    local = endpoint.startswith("ipc://")
-    with socket.socket(socket.AF_UNIX if local else socket.AF_INET) as probe:
+    scheme, _, name = endpoint.partition("://")
+    unix = scheme == "ipc"
+    with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as probe:
         probe.settimeout(5.0)
-        return probe.connect_ex(place if local else ("127.0.0.1", int(place.rpartition(":")[2]))) == 0
+        return probe.connect_ex(name if unix else ("127.0.0.1", int(name.rpartition(":")[2]))) == 0
 
 
 def bind(kind: int, endpoint: str, high_water_mark: int) -> zmq.Socket[bytes]:
@@ -140,7 +135,7 @@ class Channel:
     Args:
         endpoint: address of its socket.
         high_water_mark: messages that may wait for the client.
-        hello: the header that every new client gets first.
+        hello: header of the first message to every new client.
 
     Attributes:
         dropped: messages that were not sent; the client finds the number in every header.
