@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from specrl.core.checks import require
 
-DEVICE = "specrl_device"  # custom resource that a timed trial takes; a node has one for each device
+DEVICE = "specrl_device"  # custom resource of a timed trial; a node has one for each device
 _ANSWER_TIMEOUT_S = 5.0
 
 
@@ -22,7 +22,7 @@ class RayConfig:
 
     Args:
         address: of the cluster, 'auto' or 'local'.
-        engines: how many engines serve, each with its own requests and chooser.
+        engines: number of engines that serve, each with its own requests and chooser.
         max_pending_calls: calls per engine that the learner has not answered yet; further traces are dropped and
             counted.
         engine_resource: resource of the cluster that each engine takes one of: 'CPU', 'GPU' or a name of your own.
@@ -44,13 +44,9 @@ class RayConfig:
 
 
 def need_ray(*, loopback: bool = False) -> None:
-    """Import Ray without its warnings and usage reports.
+    """Import Ray without its warnings and usage reports; raise a ValueError if it is not installed.
 
-    Args:
-        loopback: nodes that this process starts listen on loopback only; has no effect once Ray is imported.
-
-    Raises:
-        ValueError: Ray is not installed.
+    With `loopback`, nodes that this process starts listen on loopback only, unless Ray is imported already.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # hide GPUs from actors that ask for none
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -66,9 +62,8 @@ def need_ray(*, loopback: bool = False) -> None:
 def connected(address: str) -> Iterator[None]:
     """Connect this process to a cluster; nothing happens if it is connected already.
 
-    Args:
-        address: host:port of the head of a running cluster, 'auto' for the one on this machine, or 'local' to start one
-            on this machine that listens on loopback only, has no dashboard and ends with the context.
+    `address` is host:port of the head of a running cluster, 'auto' for the one on this machine, or 'local' to start one
+    on this machine that listens on loopback only, has no dashboard and ends with the context.
 
     Raises:
         ValueError: Ray is not installed, or no such cluster runs.
@@ -103,10 +98,9 @@ def check_listens(address: str) -> None:
 
 
 def take_one(resource: str) -> dict[str, Any]:
-    """Ray's options of an actor or task that takes one CPU, and one GPU or one of a custom resource of its node."""
-    if resource == "CPU":
-        return {"num_cpus": 1}
-    return {"num_cpus": 1, "num_gpus": 1} if resource == "GPU" else {"num_cpus": 1, "resources": {resource: 1}}
+    """Return Ray's options for an actor or task with one CPU, and one GPU or one custom resource, of its node."""
+    others: dict[str, dict[str, Any]] = {"CPU": {}, "GPU": {"num_gpus": 1}}
+    return {"num_cpus": 1, **others.get(resource, {"resources": {resource: 1}})}
 
 
 def need_resource(resource: str, count: int, purpose: str) -> None:
@@ -115,8 +109,8 @@ def need_resource(resource: str, count: int, purpose: str) -> None:
 
     available = ray.cluster_resources().get(resource, 0.0)
     if available < count:
-        given = "" if resource in ("CPU", "GPU") else f" --resources='{{\"{resource}\": 1}}'"
+        option = "" if resource in ("CPU", "GPU") else f" --resources='{{\"{resource}\": 1}}'"
         raise ValueError(
             f"{purpose} need {count} of the resource {resource!r}, but the cluster has {available:g}; ask for fewer, "
-            f"or add nodes by 'ray start --address=...{given}'"
+            f"or add nodes by 'ray start --address=...{option}'"
         )

@@ -1,4 +1,4 @@
-"""An engine as a Ray actor: it serves requests of its own, chooses its own plans, and feeds the one learner."""
+"""An engine as a Ray actor: it serves its own requests, chooses its own plans, and sends traces to the one learner."""
 
 from __future__ import annotations
 
@@ -45,41 +45,25 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class BatchReport:
-    """Rounds of an engine at one batch size; all but `rounds` are of recent rounds.
+    """Rounds of an engine at one batch size."""
 
-    Attributes:
-        plan: the plan chosen now.
-        speedup: over plain decoding.
-        accept_length: tokens per request and round.
-        rounds: number of rounds so far.
-    """
-
-    plan: str
-    speedup: float
-    accept_length: float
-    rounds: int
+    plan: str  # chosen now
+    speedup: float  # over plain decoding, of recent rounds
+    accept_length: float  # tokens per request and round, of recent rounds
+    rounds: int  # so far
 
 
 @dataclass(frozen=True)
 class EngineReport:
-    """An engine's work since it started.
+    """The work of an engine since it started."""
 
-    Attributes:
-        engine: its number.
-        node: Ray's id of the node that it runs on.
-        requests, rounds: numbers of finished requests and of rounds.
-        draft_version: of the weights that serve.
-        batches: by batch size.
-        counts: `RemoteLearner.counts`.
-    """
-
-    engine: int
-    node: str
-    requests: int
+    engine: int  # its number
+    node: str  # Ray's id of the node that it runs on
+    requests: int  # finished
     rounds: int
-    draft_version: int
-    batches: dict[int, BatchReport]
-    counts: dict[str, float]
+    draft_version: int  # of the weights that serve
+    batches: dict[int, BatchReport]  # by batch size
+    counts: dict[str, float]  # `RemoteLearner.counts`
 
 
 class EngineActor:
@@ -88,11 +72,11 @@ class EngineActor:
     Args:
         number: of the engine, from 0 on.
         settings: of every engine.
-        shape: of the draft.
-        learner: name of the `LearnerActor`, whose newest weights serve first.
+        architecture: of the draft.
+        learner: name of the `LearnerActor`; its newest weights serve first.
     """
 
-    def __init__(self, number: int, settings: EngineSettings, shape: DraftArchitecture, learner: str) -> None:
+    def __init__(self, number: int, settings: EngineSettings, architecture: DraftArchitecture, learner: str) -> None:
         import ray
 
         self._number = number
@@ -108,7 +92,7 @@ class EngineActor:
         )
         model = settings.target.load(device="cpu")
         self._loop = OnlineLoop(
-            LocalEngine(model, Draft(shape, weights), max_context=settings.max_context),
+            LocalEngine(model, Draft(architecture, weights), max_context=settings.max_context),
             settings.workload(),
             self._chooser,
             self._learner,
@@ -118,31 +102,25 @@ class EngineActor:
         )
 
     def serve(self, requests: int) -> EngineReport:
-        """Serve until this many more requests have finished."""
+        """Serve until this number of further requests have finished."""
         until = self._loop.requests + requests
         while self._loop.requests < until:
             self._loop.step()
         return self.report()
 
     def report(self) -> EngineReport:
-        """The engine's work so far."""
+        """Return a report of the work so far."""
         import ray
 
         loop = self._loop
-        batches = {}
-        for batch, stats in sorted(loop.recent.items()):
-            total = stats.total
-            plan = str(self._chooser.best(batch))
-            batches[batch] = BatchReport(plan, total.speedup, total.accept_length, stats.rounds)
-        return EngineReport(
-            engine=self._number,
-            node=ray.get_runtime_context().get_node_id(),
-            requests=loop.requests,
-            rounds=loop.rounds,
-            draft_version=loop.engine.draft_version,
-            batches=batches,
-            counts=self._learner.counts(),
-        )
+        batches = {
+            batch: BatchReport(
+                str(self._chooser.best(batch)), stats.total.speedup, stats.total.accept_length, stats.rounds
+            )
+            for batch, stats in sorted(loop.recent.items())
+        }
+        node, version = ray.get_runtime_context().get_node_id(), loop.engine.draft_version
+        return EngineReport(self._number, node, loop.requests, loop.rounds, version, batches, self._learner.counts())
 
     def finish(self) -> EngineReport:
         """End the session and wait for the learner's last answers."""

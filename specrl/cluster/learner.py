@@ -1,4 +1,4 @@
-"""The learner on Ray: an actor that learns from the traces of many engines, and the client that an engine calls it by.
+"""The learner on Ray: an actor that learns from the traces of many engines, and its client in an engine.
 
 The actor publishes weights after it has written the checkpoint that holds them. A learner that restarts from its
 checkpoint is therefore never behind the weights that serve, and a version never names two different drafts.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.agents.draft.sequences import Assembler, TrainingSequence
+from specrl.core.checks import require
 from specrl.core.clock import WallClock
 from specrl.core.interfaces import DraftLearner
 from specrl.core.round import Trace
@@ -48,40 +49,34 @@ class SentTraces(NamedTuple):
 
 
 class Published(NamedTuple):
-    """The learner's answer.
+    """The learner's answer."""
 
-    Attributes:
-        version: of the weights published last.
-        weights: their safetensors bytes, as a list of one reference to Ray's object store.
-        metrics: of the learner's last call, and 'restored', how often it restarted from its checkpoint.
-    """
-
-    version: int
-    weights: list[Any]
-    metrics: dict[str, float]
+    version: int  # of the weights published last
+    weights: list[Any]  # their safetensors bytes, as one reference to Ray's object store
+    metrics: dict[str, float]  # of the learner's last call, and 'restored', the number of its restarts
 
 
 class LearnerActor:
     """An `OnlineLearner` for `ray.remote`; Ray runs its calls one after the other.
 
     Args:
-        target: whose embedding the draft shares, as `load_target` takes it.
-        first: directory of the draft to start from if there is no checkpoint.
-        config: of the learner.
-        directory: of its checkpoint; to restart on another node, the learner needs a shared one.
+        target: name of the target; the draft shares its embedding.
+        initial_draft: directory of the draft to start from if there is no checkpoint.
+        config: configuration of the learner.
+        directory: directory of its checkpoint; to restart on another node, the learner needs a shared one.
         publish_every: sequences between two publications.
-        seed: of the learner.
+        seed: seed of the learner.
 
     Raises:
         ValueError: a checkpoint of another target.
     """
 
     def __init__(
-        self, target: str, first: str, config: LearnerConfig, directory: str, *, publish_every: int, seed: int
+        self, target: str, initial_draft: str, config: LearnerConfig, directory: str, *, publish_every: int, seed: int
     ) -> None:
         self._checkpoint, self._target = Path(directory) / CHECKPOINT, target
-        embedding = load_target(target).embedding
-        self._learner = OnlineLearner(load_draft(first), embedding, config, seed=seed, clock=WallClock())
+        draft, embedding = load_draft(initial_draft), load_target(target).embedding
+        self._learner = OnlineLearner(draft, embedding, config, seed=seed, clock=WallClock())
         self._taken: Counter[str] = Counter()
         self._publish_every, self._unpublished, self._restored = publish_every, 0, 0
         self._metrics: dict[str, float] = {}
@@ -101,11 +96,11 @@ class LearnerActor:
         return self.newest()
 
     def newest(self) -> Published:
-        """The weights published last."""
+        """Return the weights published last."""
         return Published(self._version, [self._weights], {**self._metrics, "restored": float(self._restored)})
 
     def taken(self) -> dict[int, int]:
-        """Sequences taken from each engine."""
+        """Return the number of sequences from each engine."""
         return {int(engine): count for engine, count in sorted(self._taken.items())}
 
     def publish(self) -> None:
@@ -120,15 +115,14 @@ class LearnerActor:
 
     def _restore(self) -> None:
         state = load_checkpoint(self._checkpoint, "cluster").state
-        if state["target"] != self._target:
-            raise ValueError(f"a learner's checkpoint must be of {self._target!r}, but got {state['target']!r}")
+        require(state["target"] == self._target, "the target of a learner's checkpoint", self._target, state["target"])
         self._learner.load_state_dict(state["learner"])
         self._taken.update(state["taken"])
         self._restored = int(state["restored"]) + 1
 
 
 class RemoteLearner(DraftLearner):
-    """A draft learner that hands traces to a `LearnerActor` and never waits for it.
+    """A draft learner that sends traces to a `LearnerActor` and never waits for it.
 
     While `max_pending_calls` calls are not answered, further finished requests are dropped and counted. Answers name
     the newest weights, which serve once they have arrived here. If the learner is killed, only the requests of pending
@@ -138,13 +132,8 @@ class RemoteLearner(DraftLearner):
         learner: handle of the actor.
         engine: number of this engine.
         first: version and weights that serve now.
-        assembler: of traces into sequences.
+        assembler: makes sequences from traces.
         max_pending_calls: at least 1.
-
-    Attributes:
-        sent: requests that the learner has taken.
-        dropped: requests that finished while too many calls were pending.
-        lost: requests of calls that a killed learner did not answer.
     """
 
     def __init__(
@@ -161,32 +150,36 @@ class RemoteLearner(DraftLearner):
         self._version, self._weights = first
         self._pending: dict[Any, int] = {}  # reference of an answer: requests of the call
         self._arriving: tuple[int, Any] | None = None  # version and reference of weights on their way here
-        self.sent = self.dropped = self.lost = 0
-        self.metrics: dict[str, float] = {}
+        self._counts: Counter[str] = Counter()
+        self._metrics: dict[str, float] = {}
 
     def learn(self, traces: list[Trace]) -> Mapping[str, float]:
-        """Hand over the requests that these traces finish, or drop them."""
+        """Send the requests that these traces finish, or drop them."""
         finished = [sequence for sequence in self._assembler.add(traces) if len(sequence.tokens) > 1]
         self.poll()
         if finished and len(self._pending) >= self._max_pending_calls:
-            self.dropped += len(finished)
+            self._counts["dropped"] += len(finished)
         elif finished:
             call = self._learner.learn.remote(self._engine, SentTraces.pack(finished))
             self._pending[call] = len(finished)
         return self.counts()
 
     def opt_out(self, requests: Iterable[int]) -> None:
-        """Hand over nothing of these requests, by id."""
+        """Send nothing of these requests, by id."""
         self._assembler.opt_out(requests)
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:
-        """Version and weights that arrived last."""
+        """Return the version and the weights that arrived last."""
         return self._version, self._weights
 
     def counts(self) -> dict[str, float]:
-        """The learner's last metrics; requests sent, dropped and lost; and calls that are pending."""
-        counts = {"sent": self.sent, "dropped": self.dropped, "lost": self.lost, "pending": len(self._pending)}
-        return self.metrics | {name: float(count) for name, count in counts.items()}
+        """Return the learner's last metrics, and numbers of requests and calls.
+
+        'sent': requests that the learner has taken; 'dropped': requests that finished while too many calls were
+        pending; 'lost': requests of calls that a killed learner did not answer; 'pending': calls.
+        """
+        counts = {name: float(self._counts[name]) for name in ("sent", "dropped", "lost")}
+        return {**self._metrics, **counts, "pending": float(len(self._pending))}
 
     def poll(self, timeout_s: float = 0.0) -> None:
         """Take the answers and weights that have arrived; with a timeout, wait up to that long for all of them."""
@@ -202,7 +195,7 @@ class RemoteLearner(DraftLearner):
                 self._arriving = None
                 try:
                     self._version, self._weights = version, load(ray.get(reference))
-                except ray.exceptions.RayError:  # lost with a killed learner; the next answer names others
+                except ray.exceptions.RayError:  # lost with a killed learner; the next answer names newer ones
                     pass
 
     def end_session(self) -> None:
@@ -213,18 +206,18 @@ class RemoteLearner(DraftLearner):
         import ray
 
         try:
-            found = Published(*ray.get(answer))
+            published = Published(*ray.get(answer))
         except ray.exceptions.RayActorError:
-            self.lost += requests
+            self._counts["lost"] += requests
             return
-        self.sent += requests
-        self.metrics = found.metrics
-        if found.version != (self._version if self._arriving is None else self._arriving[0]):
-            self._arriving = (found.version, found.weights[0])
+        self._counts["sent"] += requests
+        self._metrics = published.metrics
+        if published.version != (self._version if self._arriving is None else self._arriving[0]):
+            self._arriving = (published.version, published.weights[0])
 
 
 def newest_weights(learner: Any) -> tuple[Published, dict[str, Tensor]]:
-    """The last publication of the `LearnerActor` with this handle, and its weights; waits for a restarting learner.
+    """Return the last publication of a `LearnerActor`, by its handle, and the weights; wait for a restarting learner.
 
     Raises:
         RuntimeError: the weights were lost again and again.
@@ -232,9 +225,9 @@ def newest_weights(learner: Any) -> tuple[Published, dict[str, Tensor]]:
     import ray
 
     for _ in range(RESTARTS):
-        found = Published(*ray.get(learner.newest.options(max_task_retries=RESTARTS).remote()))
+        published = Published(*ray.get(learner.newest.options(max_task_retries=RESTARTS).remote()))
         try:
-            return found, load(ray.get(found.weights[0]))
+            return published, load(ray.get(published.weights[0]))
         except ray.exceptions.ObjectLostError:  # the learner was killed in between
             continue
     raise RuntimeError(f"the learner's weights were lost {RESTARTS} times before they arrived")

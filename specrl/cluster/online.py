@@ -11,12 +11,13 @@ from specrl.cluster.connect import RayConfig, connected, need_resource, take_one
 from specrl.cluster.engine import EngineActor, EngineReport, EngineSettings
 from specrl.cluster.learner import CHECKPOINT, RESTARTS, LearnerActor, newest_weights
 from specrl.core.clock import WallClock
+from specrl.core.plan import Plan
 from specrl.io.output import OutputDir, show
-from specrl.measure.machine import environment
 from specrl.models.draft import Draft
+from specrl.training.run import write_results
 
 
-def train_on_ray(config: RayConfig, settings: EngineSettings, first: Draft, out: OutputDir, *, resume: bool) -> None:
+def train_on_ray(config: RayConfig, settings: EngineSettings, initial: Draft, out: OutputDir, *, resume: bool) -> None:
     """Serve `settings.serving.requests` requests on a cluster while the draft learns, and write the results.
 
     Raises:
@@ -28,10 +29,10 @@ def train_on_ray(config: RayConfig, settings: EngineSettings, first: Draft, out:
         remedy = "add --resume, or take another output_dir" if exists else "leave --resume out"
         raise ValueError(f"--resume needs a learner's checkpoint, but {str(out.path)!r} {state}; {remedy}")
     with connected(config.address):
-        trainer = RayOnlineTrainer(config, settings, first, out)
+        trainer = RayOnlineTrainer(config, settings, initial, out)
         trainer.serve(settings.serving.requests)
-        found = trainer.finish()
-    show(f"draft {found['draft_version']} learned from {found['taken']} requests by engine", f"written: {out.path}")
+        results = trainer.finish()
+    show(f"draft {results['draft_version']} learned from {results['taken']} requests by engine", f"written: {out.path}")
 
 
 class RayOnlineTrainer:
@@ -40,8 +41,8 @@ class RayOnlineTrainer:
     Args:
         config: number of engines, and the resources of engines and learner.
         settings: of every engine.
-        first: the draft to start from.
-        out: where the learner keeps its checkpoint and results are written.
+        initial: the draft to start from.
+        out: directory for the results and the learner's checkpoint.
 
     Attributes:
         learner: handle of the `LearnerActor`.
@@ -51,18 +52,18 @@ class RayOnlineTrainer:
         ValueError: the cluster has too few resources.
     """
 
-    def __init__(self, config: RayConfig, settings: EngineSettings, first: Draft, out: OutputDir) -> None:
+    def __init__(self, config: RayConfig, settings: EngineSettings, initial: Draft, out: OutputDir) -> None:
         same = config.engine_resource == config.learner_resource
         need_resource(config.engine_resource, config.engines + same, "engines and their learner" if same else "engines")
         need_resource(config.learner_resource, 1, "learners")
         need_resource("CPU", config.engines + 1, "engines and their learner")
         from ray import remote
 
-        self.settings, self.out, self.first = settings, out, first
+        self.settings, self.out, self.architecture = settings, out, initial.config
         self.rows: list[dict[str, object]] = []
         self._reports: dict[int, EngineReport] = {}
         directory, name = out.path.resolve(), f"specrl-learner-{uuid4()}"
-        first.save(directory / "first")
+        initial.save(directory / "first")
         common: dict[str, Any] = {"max_restarts": RESTARTS, "scheduling_strategy": "SPREAD"}
         learner = remote(LearnerActor).options(name=name, **take_one(config.learner_resource), **common)
         self.learner = learner.remote(
@@ -75,11 +76,11 @@ class RayOnlineTrainer:
         )
         # a killed engine restarts and serves its share of requests again
         engine = remote(EngineActor).options(**take_one(config.engine_resource), **common, max_task_retries=RESTARTS)
-        self._engines = [engine.remote(number, settings, first.config, name) for number in range(config.engines)]
+        self._engines = [engine.remote(number, settings, initial.config, name) for number in range(config.engines)]
         self._clock = WallClock()
         self._began = self._clock.now()
 
-    def serve(self, requests: int, *, say: Callable[[str], object] = show) -> None:
+    def serve(self, requests: int, *, print_line: Callable[[str], object] = show) -> None:
         """Serve requests, as fast as each engine can. log.csv gets a row whenever an engine has served its share."""
         from ray import get, wait
 
@@ -87,12 +88,12 @@ class RayOnlineTrainer:
         left, idle, busy = requests, list(self._engines), dict[Any, Any]()
         while left > 0 or busy:
             while idle and left > 0:
-                engine, now = idle.pop(), min(share, left)
-                left -= now
-                busy[engine.serve.remote(now)] = engine
+                engine, count = idle.pop(), min(share, left)
+                left -= count
+                busy[engine.serve.remote(count)] = engine
             (done, *_), _ = wait(list(busy), num_returns=1)
             idle.append(busy.pop(done))
-            say(self._add(get(done)))
+            print_line(self._add(get(done)))
 
     def finish(self) -> dict[str, object]:
         """End, write draft/, plans.json, engines.json, learner.json and environment.json; return engines.json."""
@@ -102,28 +103,23 @@ class RayOnlineTrainer:
             self._add(report)
         get(self.learner.publish.options(max_task_retries=RESTARTS).remote())
         last, weights = newest_weights(self.learner)
-        Draft(self.first.config, weights).save(self.out.path / "draft")
         reports = [report for _, report in sorted(self._reports.items())]
-        found: dict[str, object] = {
+        results: dict[str, object] = {
             "engines": [asdict(report) for report in reports],
             "taken": get(self.learner.taken.options(max_task_retries=RESTARTS).remote()),
             "draft_version": last.version,
             "learner": last.metrics,
         }
-        self.out.write_json("engines.json", found)
+        self.out.write_json("engines.json", results)
         requests = sum(report.requests for report in reports)
-        self.out.write_json("plans.json", {"plans": self.plans(), "requests": requests})
-        self.out.write_json("learner.json", asdict(self.settings.learner))
-        self.out.write_json("environment.json", environment())
-        return found
+        write_results(self.out, Draft(self.architecture, weights), self.table(), requests, self.settings.learner)
+        return results
 
-    def plans(self) -> dict[int, str]:
-        """For each batch size, the plan of the engine that ran most rounds at it."""
-        best: dict[int, tuple[int, str]] = {}
-        for report in self._reports.values():
-            for batch, b in report.batches.items():
-                best[batch] = max(best.get(batch, (0, "")), (b.rounds, b.plan))
-        return {batch: plan for batch, (_, plan) in sorted(best.items())}
+    def table(self) -> dict[int, Plan]:
+        """Return for each batch size the plan of the engine that ran most rounds at it."""
+        batches = [batch for report in self._reports.values() for batch in report.batches.items()]
+        ordered = sorted(batches, key=lambda item: (item[0], item[1].rounds, item[1].plan))
+        return {batch: Plan.parse(report.plan) for batch, report in ordered}
 
     def _add(self, report: EngineReport) -> str:
         """Write a row of log.csv, and return it as a line of text."""

@@ -17,15 +17,15 @@ RETRIES = 2  # of a trial whose worker was killed
 
 @contextmanager
 def trial_runner(address: str, study: Study, *, run: RunTrial = run_trial) -> Iterator[tuple[RunTrial, int]]:
-    """A function that runs one trial on the cluster and waits for it, and how many trials fit on the cluster at once.
+    """Yield a function that runs one trial on the cluster and waits for it, and the number of parallel trials.
 
     A timed trial uses one `specrl_device` of its node, other trials one CPU. A trial whose worker was killed runs
     again. Blocks are not reported while a trial runs, so none is pruned.
 
     Args:
         address: of the cluster (see `connected`).
-        study: whose trials run; every node must find their directories at the same path.
-        run: what a worker runs.
+        study: the study of the trials; every node must find their directories at the same path.
+        run: the function that a worker calls.
 
     Raises:
         ValueError: no such cluster, or it has no resource for a trial.
@@ -41,9 +41,9 @@ def trial_runner(address: str, study: Study, *, run: RunTrial = run_trial) -> It
             study: Study, params: Mapping[str, Any], directory: Path, on_block: OnBlock | None = None
         ) -> Measured:
             try:
-                found: Measured = ray.get(task.remote(study, dict(params), directory.resolve()))
+                measured: Measured = ray.get(task.remote(study, dict(params), directory.resolve()))
             except ray.exceptions.WorkerCrashedError as error:
                 raise RuntimeError(f"its worker was killed {RETRIES + 1} times") from error
-            return found
+            return measured
 
         yield run_there, int(ray.cluster_resources()[resource])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,13 +156,20 @@ class Run:
         return {batch: plan for batch, plan in best.items() if plan is not None}
 
     def write_results(self, directory: OutputDir) -> None:
-        """Write the draft, the plan for each batch size, and the environment."""
-        self.learned.save(directory.path / "draft")
-        plans = {str(batch): str(plan) for batch, plan in self.table().items()}
-        directory.write_json("plans.json", {"plans": plans, "requests": self.served})
-        directory.write_json("environment.json", environment())
-        if self.learner is not None:
-            directory.write_json("learner.json", asdict(self.learner.config))
+        """Write the draft, the plan for each batch size, the learner's settings, and the environment."""
+        config = None if self.learner is None else self.learner.config
+        write_results(directory, self.learned, self.table(), self.served, config)
+
+
+def write_results(
+    directory: OutputDir, draft: Draft, table: Mapping[int, Plan], requests: int, config: LearnerConfig | None
+) -> None:
+    """Write the results of online training: draft/, plans.json, environment.json, and learner.json if it learned."""
+    draft.save(directory.path / "draft")
+    directory.write_json("plans.json", {"plans": table, "requests": requests})
+    directory.write_json("environment.json", environment())
+    if config is not None:
+        directory.write_json("learner.json", asdict(config))
 
 
 def serve(report: Reporter, serving: ServingConfig, checkpoint: CheckpointConfig) -> None:

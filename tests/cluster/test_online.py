@@ -102,7 +102,7 @@ def test_engines_on_both_nodes_feed_a_learner_that_is_killed_and_restarts(tmp_pa
     draft = small_draft(target)
     trainer = RayOnlineTrainer(RayConfig(engines=2), small(target), draft, out)
     lines: list[str] = []
-    trainer.serve(160, say=lines.append)
+    trainer.serve(160, print_line=lines.append)
 
     def learns_again() -> bool:
         """Whether the learner came back, and what it has learnt since serves."""
@@ -119,10 +119,10 @@ def test_engines_on_both_nodes_feed_a_learner_that_is_killed_and_restarts(tmp_pa
     ray.kill(trainer.learner, no_restart=False)
     requests = 160
     while requests < 160 + 320 or not learns_again():  # begun while there is no learner
-        trainer.serve(320, say=lines.append)
+        trainer.serve(320, print_line=lines.append)
         requests += 320
         assert requests < 50_000
-    trainer.serve(160, say=lines.append)
+    trainer.serve(160, print_line=lines.append)
     found = trainer.finish()
     served: list[dict[str, Any]] = found["engines"]  # type: ignore[assignment]
     assert len({s["node"] for s in served}) == 2, "one engine on each node"
