@@ -259,7 +259,7 @@ def test_a_server_that_does_not_start(tmp_path: Path, code: str, kind: type[Serv
     fake = tmp_path / "python"
     fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n')
     fake.chmod(0o755)
-    server = Server.launch([], tmp_path, python=fake)
+    server = Server.launch([], tmp_path / "server.log", tmp_path, python=fake)
     with pytest.raises(kind, match=words):
         server.wait(0.5 if kind is ServerSilent else 120.0)
     server.close()
@@ -273,7 +273,7 @@ def test_a_server_does_not_outlive_whoever_launched_it(tmp_path: Path) -> None:
     fake.chmod(0o755)
     code = (
         "import sys; from pathlib import Path; from specrl.sglang.client.launch import Server\n"
-        "server = Server.launch([], Path(sys.argv[1]), python=Path(sys.argv[1]) / 'python')\n"
+        "folder = Path(sys.argv[1]); server = Server.launch([], folder / 'log', folder, python=folder / 'python')\n"
         "print(server.process_id, flush=True); sys.stdin.read()"
     )
     launcher = subprocess.Popen(

@@ -7,6 +7,7 @@ import logging
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from specrl.models.draft import Draft
 from specrl.models.embedded import target_directory
 from specrl.models.target import load_target
 from specrl.sglang.client.engine import SGLangEngine
-from specrl.sglang.client.launch import PLANS, ROUNDS, TRACES, VARIABLES, Server, check_version
+from specrl.sglang.client.launch import PLANS, ROUNDS, TRACES, Server, check_version
 from specrl.sglang.client.plain_server import PlainServer, StreamedPlainServer, check_baseline
 from specrl.sglang.client.plugin_client import Rounds
 from specrl.sglang.plugin.hooks import CHECKED
@@ -100,26 +101,13 @@ def launch_engine(
     logs = folder if log_dir is None else Path(log_dir)
     logs.mkdir(parents=True, exist_ok=True)
     model, draft_directory = str(target_directory(target).resolve()), _draft_directory(draft, target, folder)
-
-    def launch(name: str, words: Sequence[str], sockets: Sequence[str]) -> Server:
-        directory = folder / name
-        directory.mkdir()
-        addresses = {VARIABLES[socket]: f"unix:{directory / socket}" for socket in sockets}
-        return Server.launch(
-            words,
-            directory,
-            log=logs / f"{name}.log",
-            python=python,
-            environment={**addresses, "SPECRL_LOCKSTEP": f"{lockstep_s:g}"},
-            timeout_s=timeout_s,
-        )
-
+    launch = partial(Server.launch, lockstep_s=lockstep_s, python=python, timeout_s=timeout_s)
     sockets = [ROUNDS, *([PLANS] if len(offered) > 1 else []), *([TRACES] if trace else [])]
     words = [*command_line(serving, model, str(draft_directory), folder), "--disable-overlap-schedule", *flags]
-    servers, plain = [launch("server", words, sockets)], None
+    servers, plain = [launch(words, logs / "server.log", folder / "server", sockets=sockets)], None
     if baseline == "alternate":
         words = [*flag_words({"model-path": model}), "--sleep-on-idle", *flags, *plain_flags]
-        servers.append(launch("plain", words, [ROUNDS]))
+        servers.append(launch(words, logs / "plain.log", folder / "plain", sockets=[ROUNDS]))
         plain = PlainServer(servers[1])
     engine = SGLangEngine(servers[0], offered, plain=plain, draft=draft_directory)
     weakref.finalize(engine, temporary.cleanup)
@@ -143,10 +131,10 @@ def attach_engine(
     plain_api_key: str | None = None,
     timeout_s: float = 60.0,
 ) -> SGLangEngine:
-    """Use a server that runs already; closing the engine leaves it running.
+    """Use a running server; closing the engine leaves it running.
 
     While one of the two servers is measured, the other one does nothing: the first waits for a permit, or is paused if
-    it has no plugin, and the second gets no other requests. Nobody else may use either of them meanwhile.
+    it has no plugin, and the second gets no other requests. Neither of them may have other clients.
 
     Args:
         url: 'http://host:port'.
@@ -159,16 +147,16 @@ def attach_engine(
         timeout_s: seconds that a round, or a call, may take.
 
     Raises:
-        ValueError: an unchecked version of SGLang without the plugin, which would check it; no lock-step; or a
-            `plain_url` that speculates or serves something else.
-        ServerError: it does not answer.
+        ValueError: an unchecked version of SGLang without the plugin; no lock-step; or a `plain_url` that speculates
+            or serves another model.
+        ServerError: a server does not answer.
     """
     server = Server(url, api_key=api_key, timeout_s=timeout_s, sockets=None if sockets is None else Path(sockets))
     plugin = server.has_socket(ROUNDS)
     if not plugin and server.version not in CHECKED:
         raise ValueError(
-            f"SGLang must be {', '.join(CHECKED)}, or have our plugin, which checks what it needs, but {url} is "
-            f"{server.version} without it"
+            f"SGLang must be {', '.join(CHECKED)}, or have our plugin with its checks, but {url} is {server.version} "
+            "without it; give the folder of its sockets"
         )
     plain = None
     if plain_url is not None:

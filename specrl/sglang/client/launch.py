@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -61,45 +62,47 @@ class Server:
         self.sockets, self.log, self.draft_version = sockets, log, 0
         self._process: subprocess.Popen[bytes] | None = None
         self._end = lambda: None
-        self._info: dict[str, Any] | None = None
 
     @classmethod
     def launch(
         cls,
         flags: Sequence[str],
+        log: Path,
         folder: Path,
         *,
-        log: Path | None = None,
+        sockets: Sequence[str] = (),
+        lockstep_s: float = 120.0,
         python: str | Path | None = None,
-        environment: Mapping[str, str] | None = None,
         timeout_s: float = 60.0,
     ) -> Server:
         """Start a server on this machine; call `wait` until it serves.
 
         Args:
             flags: flags of sglang.launch_server, without host, port and API key; paths are absolute.
-            folder: its working directory, with the sockets that `environment` names.
-            log: file for its output; None: server.log in `folder`.
+            log: file for its output.
+            folder: its working directory, which is created, with the sockets of its plugin.
+            sockets: names of these sockets.
+            lockstep_s: seconds that a round waits for a permit at most.
             python: Python of an environment with SGLang and this package; None: this one.
-            environment: further environment variables.
             timeout_s: as for `Server`.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         key = secrets.token_hex(16)  # others on this machine must not use it
-        log = (log or folder / "server.log").resolve()
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("SPECRL_")}
+        folder.mkdir(exist_ok=True)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SPECRL_")}
+        environment |= {VARIABLES[name]: f"unix:{folder / name}" for name in sockets}
         command = [str(python or sys.executable), "-m", "sglang.launch_server", *flags]
         command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", key]
-        server = cls(f"http://127.0.0.1:{port}", api_key=key, timeout_s=timeout_s, sockets=folder, log=log)
+        server = cls(f"http://127.0.0.1:{port}", api_key=key, timeout_s=timeout_s, sockets=folder, log=log.resolve())
         with log.open("wb") as out:
             server._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**inherited, **(environment or {})},
+                env={**environment, "SPECRL_LOCKSTEP": f"{lockstep_s:g}"},
                 start_new_session=True,
                 cwd=folder,  # in ours, Python would import our files in place of installed packages
             )
@@ -132,7 +135,7 @@ class Server:
                 if clock.now() > limit:
                     raise ServerSilent(
                         f"the server must answer within {timeout_s:g} s, but did not; allow it longer, or see its log: "
-                        f"{self._log_tail()}"
+                        f"{self._log_lines()}"
                     ) from None
             Event().wait(_POLL_S)
 
@@ -140,20 +143,18 @@ class Server:
         """Raise a ServerError if its process has ended."""
         if not self.running:
             assert self._process is not None
-            tail, status = self._log_tail(), self._process.returncode
-            if is_out_of_memory(tail):
-                raise ServerOutOfMemory(f"the server ran out of memory; {MORE_MEMORY}; its log: {tail}")
-            raise ServerGone(f"the server must run, but ended with status {status}; start it again; its log: {tail}")
+            log, status = self._log_lines(), self._process.returncode
+            if is_out_of_memory(log):
+                raise ServerOutOfMemory(f"the server ran out of memory; {MORE_MEMORY}; its log: {log}")
+            raise ServerGone(f"the server must run, but ended with status {status}; start it again; its log: {log}")
 
-    @property
+    @cached_property
     def info(self) -> dict[str, Any]:
         """Its version and arguments, from /server_info."""
-        if self._info is None:
-            info = self.client.get("/server_info")
-            if not isinstance(info, dict):
-                raise ServerFailed(f"{self.client.url}/server_info must answer an object, but got {info!r:.80}")
-            self._info = info
-        return self._info
+        info = self.client.get("/server_info")
+        if not isinstance(info, dict):
+            raise ServerFailed(f"{self.client.url}/server_info must answer an object, but got {info!r:.80}")
+        return info
 
     @property
     def version(self) -> str:
@@ -165,16 +166,11 @@ class Server:
         return self.sockets is not None and (self.sockets / name).is_socket()
 
     def socket(self, name: str) -> str:
-        """Return the address of the plugin's socket of this name.
-
-        Raises:
-            ServerFailed: it does not exist.
-        """
+        """Return the address of the plugin's socket of this name; raise a ServerFailed if it does not exist."""
         if self.sockets is None or not self.has_socket(name):
-            lines = " | ".join(line for line in self._log_lines() if "SPECRL PLUGIN" in line)
             raise ServerFailed(
                 f"the server's plugin must listen on its socket {name!r}, but does not; is specrl installed beside "
-                f"SGLang, with {VARIABLES[name]} set? its log has: {lines or 'nothing about it'}"
+                f"SGLang, with {VARIABLES[name]} set? its log: {self._log_lines('SPECRL PLUGIN')}"
             )
         return f"ipc://{(self.sockets / name).absolute()}"
 
@@ -182,13 +178,14 @@ class Server:
         """End it with all its processes, if it was launched here; idempotent."""
         self._end()
 
-    def _log_tail(self) -> str:
-        return f"{self.log}: " + " | ".join(self._log_lines()[-_LOG_LINES:])
-
-    def _log_lines(self) -> list[str]:
+    def _log_lines(self, containing: str = "") -> str:
+        """Return the last lines of its log that contain a text."""
         if self.log is None or not self.log.exists():
-            return []
-        return [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line]
+            return "no log"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return f"{self.log}: " + " | ".join(
+            [line.strip() for line in lines if line and containing in line][-_LOG_LINES:]
+        )
 
 
 def check_version(python: str | Path | None = None) -> str | None:

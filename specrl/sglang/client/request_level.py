@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import cycle, islice
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from specrl.core.clock import WallClock
 from specrl.core.plan import Plan
-from specrl.core.round import Completion, PlainSample, Round
+from specrl.core.round import Completion, Round
 from specrl.sglang.client.http import ServerFailed
 from specrl.sglang.client.plain_server import paused
 from specrl.sglang.client.requests import LiveRequest
@@ -31,12 +32,8 @@ class RequestLevelSession(ServerSession):
         """Tokens of each prompt and half of its output: how far each request has come is not known."""
         return [len(text) for text in self._texts()]
 
-    def measure_plain(self) -> PlainSample | None:
-        """Time a step of the server without speculation at half-way contexts, while this one is paused."""
-        if self._plain is None:
-            return None
-        with paused(self._server):
-            return self._plain.measure(self._texts())
+    def _waiting(self) -> AbstractContextManager[None]:
+        return paused(self._server)
 
     def _fill(self) -> None:
         joining = [self._new() for _ in range(self._batch_size - len(self._live))]

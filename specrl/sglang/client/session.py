@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -84,6 +85,14 @@ class ServerSession(Session):
             raise ValueError(f"plan must be one that the server was launched for ({offered}), but got {plan}")
         return self._round(plan)
 
+    def measure_plain(self) -> PlainSample | None:
+        """Time a step of the server without speculation on the live requests' texts, while this server waits."""
+        self._check_open()
+        if self._plain is None:
+            return None
+        with self._waiting():
+            return self._plain.measure(self._texts())
+
     def drain(self) -> list[Trace]:
         """Take the traces that have arrived; those of the last rounds may still be on their way."""
         return []
@@ -108,6 +117,14 @@ class ServerSession(Session):
 
     def _disconnect(self) -> None:
         """Undo `_connect`."""
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        """Let the server wait with its requests."""
+        return nullcontext()
+
+    @abstractmethod
+    def _texts(self) -> list[list[int]]:
+        """Return token ids as long as each live request is now."""
 
     @abstractmethod
     def _fill(self) -> None:
@@ -150,22 +167,20 @@ class LockstepSession(ServerSession):
         """Known tokens of each live request, with the one that its prefill adds."""
         return [live.context for live in self._live]
 
-    def measure_plain(self) -> PlainSample | None:
-        """Time a step of the server without speculation on the live requests' texts, while this server waits."""
-        self._check_open()
-        return None if self._plain is None else self._plain.measure([live.text for live in self._live])
-
     def plain_steps(self, count: int) -> list[PlainSample]:
-        """Time `count` such steps one after another; a ValueError without a server without speculation."""
+        """Time `count` consecutive steps of the server without speculation; a ValueError if there is none."""
         self._check_open()
         if self._plain is None:
             return super().plain_steps(count)
-        return self._plain.steps([live.text for live in self._live], count)
+        return self._plain.steps(self._texts(), count)
 
     def drain(self) -> list[Trace]:
         """Take the traces that have arrived."""
         arrived = [] if self._traces is None else self._traces.received()
         return [trace for trace in arrived if trace.request_ids[0] >= 0]
+
+    def _texts(self) -> list[list[int]]:
+        return [live.text for live in self._live]
 
     def _connect(self, trace: bool) -> None:
         server, timeout_s = self._server, self._server.timeout_s
