@@ -22,25 +22,15 @@ _SEED_STEP = 1_000_003  # between the seeds of two engines
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Settings of every engine.
+    """Settings of every engine."""
 
-    Args:
-        target: the model; on the CPU if it names no device.
-        workload: opens the requests on the engine's node.
-        serving: how they are served.
-        learner: settings of the learner, which decide what the traces must hold.
-        max_context: most tokens of a request.
-        max_pending_calls: calls that the learner has not answered.
-        seed: of requests and sampling; every engine adds an offset of its own.
-    """
-
-    target: TargetConfig
-    workload: Callable[[], Workload]
+    target: TargetConfig  # on the CPU if it names no device
+    workload: Callable[[], Workload]  # opens the requests on the engine's node
     serving: ServingConfig
     learner: LearnerConfig
-    max_context: int
-    max_pending_calls: int = 2
-    seed: int = 0
+    max_context: int  # most tokens of a request
+    max_pending_calls: int = 2  # calls that the learner has not answered
+    seed: int = 0  # of requests and sampling; every engine adds its own offset
 
 
 @dataclass(frozen=True)

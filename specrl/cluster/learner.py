@@ -81,7 +81,11 @@ class LearnerActor:
         self._publish_every, self._unpublished, self._restored = publish_every, 0, 0
         self._metrics: dict[str, float] = {}
         if self._checkpoint.exists():
-            self._restore()
+            state = load_checkpoint(self._checkpoint, "cluster").state
+            require(state["target"] == target, "the target of a learner's checkpoint", target, state["target"])
+            self._learner.load_state_dict(state["learner"])
+            self._taken.update(state["taken"])
+            self._restored = int(state["restored"]) + 1
         self.publish()
 
     def learn(self, engine: int, sent: SentTraces) -> Published:
@@ -112,13 +116,6 @@ class LearnerActor:
         self._version, weights = self._learner.weights()
         self._weights = ray.put(_to_bytes(weights))
         self._unpublished = 0
-
-    def _restore(self) -> None:
-        state = load_checkpoint(self._checkpoint, "cluster").state
-        require(state["target"] == self._target, "the target of a learner's checkpoint", self._target, state["target"])
-        self._learner.load_state_dict(state["learner"])
-        self._taken.update(state["taken"])
-        self._restored = int(state["restored"]) + 1
 
 
 class RemoteLearner(DraftLearner):

@@ -30,7 +30,7 @@ class LearnedRun:
 
     @classmethod
     def read(cls, run: Path, *, target: str | None = None) -> LearnedRun:
-        """Read the output directory of `specrl train` or `specrl quickstart`; `target` None: the run's.
+        """Read the output directory of `specrl train` or `specrl quickstart`; `target` replaces the run's.
 
         Raises:
             ValueError: no draft or plans in it, a damaged file, or a configuration of an older version.

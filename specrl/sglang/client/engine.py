@@ -55,7 +55,7 @@ class SGLangEngine(Engine):
 
     @property
     def clock(self) -> Clock:
-        """This machine's clock; rounds are timed on the server's host."""
+        """The clock of this machine; rounds are timed on the server's host."""
         return self._clock
 
     @property
@@ -118,12 +118,7 @@ class SGLangEngine(Engine):
         return self._sessions[plain]
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
-        """Serve these draft weights (by SGLang's names) from the next round on; requests in flight go on.
-
-        Raises:
-            ValueError: the weights do not fit the draft that serves.
-            SwapError: the server did not take them.
-        """
+        """Serve these draft weights (by SGLang's names) from the next round on; raises the errors of `push`."""
         server, client = self.server, self.server.client
         push(client.url, weights, version=version, like=self._draft, api_key=client.api_key, timeout_s=server.timeout_s)
         server.draft_version = version

@@ -1,11 +1,8 @@
 """Replace the draft weights of a running SGLang server without dropping requests; checked before and after.
 
-The calls are those of SGLang 0.5.23: /pause_generation (in place), /begin_weight_update, /update_weights_from_tensor,
-/end_weight_update and /continue_generation, with the selector 'draft'. All bytes of the weights but the last one are
-sent before the pause.
-
-SGLang reads weights as a pickle, with an unpickler that accepts tensors and names only. It is written here, of one flat
-tensor, and none is ever read. It contains the weights themselves, because tensors in shared memory can end a server.
+The calls are those of SGLang 0.5.23, with the selector 'draft'. All bytes of the weights but the last one are sent
+before the pause. SGLang reads weights as a pickle of tensors and names only, which is written here, and never read. It
+contains the weights themselves, because tensors in shared memory can end a server.
 """
 
 from __future__ import annotations
@@ -43,19 +40,14 @@ _PADDED_ROWS = 64  # SGLang pads a head to a multiple of so many rows
 class Swap:
     """A hot swap that succeeded.
 
-    Attributes:
-        version: version of the weights that serve now; requests carry it as `weight_version`.
-        calls_s: seconds of each of the five calls, by name and in order.
-        bytes: bytes of the weights.
-        checksum: the server's checksum of its draft.
-        exact: whether every tensor's checksum was computed here too and was the same. Only servers on a CPU use a
-            checksum that can be computed without SGLang; on other devices, check the acceptance.
+    It is `exact` if the checksum of every tensor was computed here too and was the same. Only servers on a CPU use a
+    checksum that can be computed without SGLang; on other devices, check the acceptance.
     """
 
-    version: int
-    calls_s: Mapping[str, float]
-    bytes: int
-    checksum: str
+    version: int  # of the weights that serve now; requests carry it as `weight_version`
+    calls_s: Mapping[str, float]  # seconds of each of the five calls, by name and in order
+    bytes: int  # size of the weights
+    checksum: str  # of the server's draft, computed by the server
     exact: bool
 
     @property
@@ -90,15 +82,19 @@ def push(
         timeout_s: seconds for all calls together. After a timeout, two more calls let the server go on.
 
     Raises:
-        ValueError: weights that do not fit the draft that serves, or a server that cannot swap; nothing was sent.
+        ValueError: a tensor is missing, extra, not finite, or has another shape or dtype; the vocabulary differs; or
+            the server cannot swap weights. Nothing was sent.
         SwapError: the server refused, died, took too long, or holds other weights than those that were sent.
     """
     client, clock = Client(url, api_key=api_key, timeout_s=timeout_s), WallClock()
     deadline = clock.now() + timeout_s
     try:
         info = client.get("/server_info")
-        _check_server(info)
-        check_weights(weights, info.get("speculative_draft_model_path") if like is None else like, version=version)
+        algorithm = info.get("speculative_algorithm")
+        require(algorithm == "EAGLE3", "the algorithm of a server", "EAGLE3 to swap its draft", algorithm)
+        for name in ("tp_size", "dp_size", "pp_size"):
+            require(int(info.get(name) or 1) == 1, f"{name} of a server", "1 to swap its draft", info.get(name))
+        _check_weights(weights, info.get("speculative_draft_model_path") if like is None else like, version)
         sent = {name: t.detach().cpu().contiguous() for name, t in weights.items() if name not in _VOCABULARY_MAPS}
         calls_s = _swap(client, encode(sent, version), clock, deadline)
         query = {"action": "checksum", "selector": "draft"}
@@ -151,12 +147,8 @@ def recover(url: str, *, api_key: str | None = None, timeout_s: float = 10.0) ->
     resume(url, Client(url, api_key=api_key).headers, timeout_s)
 
 
-def check_weights(weights: Mapping[str, Tensor], like: Draft | Path | str | None, *, version: int) -> None:
-    """Refuse weights that do not fit the draft that serves.
-
-    Raises:
-        ValueError: a tensor is missing, extra, not finite, or has another shape or dtype; or the vocabulary differs.
-    """
+def _check_weights(weights: Mapping[str, Tensor], like: Draft | Path | str | None, version: int) -> None:
+    """Raise a ValueError for weights that do not fit the draft that serves."""
     config, d2t = _served_draft(like)
     name = f"draft version {version}"
     check_tensors(weights, expected_draft_tensors(config), what=name, optional=("t2d",))
@@ -182,13 +174,6 @@ def _served_draft(like: Draft | Path | str | None) -> tuple[DraftArchitecture, T
         return config, file.get_tensor("d2t").long()
 
 
-def _check_server(info: Mapping[str, Any]) -> None:
-    algorithm = info.get("speculative_algorithm")
-    require(algorithm == "EAGLE3", "the algorithm of a server", "EAGLE3 to swap its draft", algorithm)
-    for name in ("tp_size", "dp_size", "pp_size"):
-        require(int(info.get(name) or 1) == 1, f"{name} of a server", "1 to swap its draft", info.get(name))
-
-
 def encode(weights: Mapping[str, Tensor], version: int) -> bytes:
     """Return the body of /update_weights_from_tensor: contiguous tensors on the CPU as SGLang's flattened bucket."""
     ordered = sorted(weights.items(), key=lambda item: -item[1].element_size())  # so that each tensor is aligned
@@ -211,18 +196,14 @@ def encode(weights: Mapping[str, Tensor], version: int) -> bytes:
 
 def served_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights with the names, stacking and padding of SGLang's model."""
-    out: dict[str, Tensor] = {}
-    stacks = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
-    for stack, parts in stacks.items():
+    rest = dict(weights)
+    head = rest.pop("lm_head.weight")
+    served = {"lm_head.weight": torch.nn.functional.pad(head, (0, 0, 0, -len(head) % _PADDED_ROWS))}
+    for stack, parts in {"self_attn.qkv": ("q", "k", "v"), "mlp.gate_up": ("gate", "up")}.items():
         module = stack.split(".")[0]
-        out[f"model.layers.0.{stack}.weight"] = torch.cat([weights[f"midlayer.{module}.{p}.weight"] for p in parts])
-    stacked = {part for parts in stacks.values() for part in parts}
-    for name, tensor in weights.items():
-        if name == "lm_head.weight":
-            out[name] = torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % _PADDED_ROWS))
-        elif name.split(".")[-2] not in stacked:
-            out["model." + name.replace("midlayer.", "layers.0.")] = tensor
-    return out
+        stacked = [rest.pop(f"midlayer.{module}.{part}_proj.weight") for part in parts]
+        served[f"model.layers.0.{stack}_proj.weight"] = torch.cat(stacked)
+    return served | {"model." + name.replace("midlayer.", "layers.0."): tensor for name, tensor in rest.items()}
 
 
 def _compare(checksums: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:

@@ -118,8 +118,6 @@ class Client:
         """Yield the answers to a POST as they arrive (server-sent events)."""
         limit = self._limit(None)
         with self._send("POST", path, json.dumps(body).encode(), limit) as response:
-            if response.status_code != 200:
-                raise error_for_status(response.status_code, self.url + path, response.read().decode(errors="replace"))
             for line in response.iter_lines():
                 data = line.removeprefix("data:").strip()
                 if data == "[DONE]":
@@ -171,30 +169,34 @@ class Client:
     def _once(
         self, method: str, path: str, body: bytes | Iterator[bytes] | None, limit: float, length: int | None = None
     ) -> Any:
-        parts = bytearray()
         with self._send(method, path, body, limit, length) as response:
-            for part in response.iter_bytes():
-                parts += part
-                self._left(path, limit)
-        text = parts.decode("utf-8", "replace")
-        if response.status_code != 200:
-            raise error_for_status(response.status_code, self.url + path, text)
+            text = self._read(response, path, limit)
         return self._parse(path, text) if text.strip() else None
 
     @contextmanager
     def _send(
         self, method: str, path: str, body: bytes | Iterator[bytes] | None, limit: float, length: int | None = None
     ) -> Iterator[httpx.Response]:
-        """Yield a response with an unread body; httpx's errors become ours."""
+        """Yield a response with status 200 and an unread body; httpx's errors become ours."""
         headers = {} if length is None else {"Content-Length": str(length)}
         try:
             timeout = self._left(path, limit)
             with self._http.stream(method, self.url + path, content=body, headers=headers, timeout=timeout) as response:
+                if response.status_code != 200:
+                    text = self._read(response, path, limit)
+                    raise error_for_status(response.status_code, self.url + path, text)
                 yield response
         except httpx.TimeoutException as error:
             raise self._silent(path) from error
         except httpx.TransportError as error:
             raise self._gone(path, str(error) or type(error).__name__) from error
+
+    def _read(self, response: httpx.Response, path: str, limit: float) -> str:
+        parts = bytearray()
+        for part in response.iter_bytes():
+            parts += part
+            self._left(path, limit)
+        return parts.decode("utf-8", "replace")
 
     def _parse(self, path: str, text: str) -> Any:
         try:
@@ -206,6 +208,7 @@ class Client:
         return self._clock.now() + (self.timeout_s if timeout_s is None else timeout_s)
 
     def _left(self, path: str, limit: float) -> float:
+        """Return the seconds until the limit; raise a ServerSilent after it."""
         left = limit - self._clock.now()
         if left <= 0.0:
             raise self._silent(path)
@@ -215,6 +218,4 @@ class Client:
         return ServerGone(f"{self.url} must answer {path}, but {reason}; is it running? see its log")
 
     def _silent(self, path: str) -> ServerSilent:
-        return ServerSilent(
-            f"{self.url} must answer {path} in time, but did not; see its log, or allow a longer timeout_s"
-        )
+        return ServerSilent(f"{self.url} must answer {path} in time, but did not; see its log, or raise timeout_s")

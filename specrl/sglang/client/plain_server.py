@@ -71,7 +71,7 @@ class PlainServer:
         """The server's reports. An idle server may take a second to answer, so the connection is kept."""
         if self._rounds is not None:
             try:
-                self._rounds.received()  # reports of other requests
+                self._rounds.clear()  # reports of other requests
                 return self._rounds
             except ServerError:  # another client has taken our place
                 self._rounds.close()

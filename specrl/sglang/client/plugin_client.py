@@ -23,14 +23,11 @@ class Connection:
     """A connection to a socket of the plugin; a context manager that disconnects. It belongs to one thread.
 
     Args:
-        endpoint: address of the socket.
+        endpoint: address of the socket; a ServerGone is raised if nobody listens there.
         check: called while waiting; raises an error if no message can arrive any more.
         timeout_s: seconds that a message may take.
         kind: zmq.DEALER for a `Channel` of the plugin, zmq.REQ for the socket that receives plans.
         high_water_mark: received messages that may wait for `receive`.
-
-    Raises:
-        ServerGone: nobody listens there.
     """
 
     def __init__(
@@ -66,11 +63,7 @@ class Connection:
         self._socket.send_multipart(encode(Message(header)))
 
     def hello(self) -> Mapping[str, Any]:
-        """Become the channel's client, and return the header of its answer; without an answer, disconnect.
-
-        Raises:
-            ServerError: there is no answer.
-        """
+        """Become the channel's client, and return the header of its answer; raise a ServerError without an answer."""
         try:
             self.send({"kind": "hello"})
             return self.receive().header
@@ -116,7 +109,7 @@ class Connection:
 class Rounds(Connection):
     """Reports of the server's rounds, and permits for the next ones. Without an answer, methods raise a ServerError.
 
-    The arguments are those of `Connection`. A round waits for a permit for at most `lockstep_s` seconds.
+    A round waits for a permit for at most `lockstep_s` seconds.
     """
 
     def __init__(self, endpoint: str, check: Callable[[], None], timeout_s: float) -> None:
@@ -135,18 +128,16 @@ class Rounds(Connection):
 
     def next(self, timeout_s: float | None = None) -> RoundReport:
         """Return the next report."""
-        return _report(self.receive(timeout_s))
+        fields = {name: value for name, value in self.receive(timeout_s).header.items() if name != "dropped"}
+        try:
+            return RoundReport(**fields)
+        except TypeError as error:
+            raise ServerFailed(f"the plugin must report rounds as this version does, but {error}; update it") from error
 
-    def received(self) -> list[RoundReport]:
-        """Return the reports that have arrived."""
-        return [_report(message) for message in iter(self.poll, None)]
-
-
-def _report(message: Message) -> RoundReport:
-    try:
-        return RoundReport(**{name: value for name, value in message.header.items() if name != "dropped"})
-    except TypeError as error:
-        raise ServerFailed(f"the plugin must report rounds as this version does, but {error}; update it") from error
+    def clear(self) -> None:
+        """Discard the reports that have arrived."""
+        while self.poll() is not None:
+            pass
 
 
 class Plans(Connection):
@@ -157,12 +148,7 @@ class Plans(Connection):
         self._plan: Plan | None = None
 
     def set(self, plan: Plan) -> None:
-        """Let the next rounds follow this plan.
-
-        Raises:
-            ValueError: the server has no buffers for it.
-            ServerError: there is no answer.
-        """
+        """Let the next rounds follow this plan; a ValueError if the server has no buffers for it."""
         if plan == self._plan:
             return
         self.send({"plans": {"1": str(plan)}})

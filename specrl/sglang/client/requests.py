@@ -14,21 +14,13 @@ from specrl.sglang.plugin.traces import OPT_OUT
 
 @dataclass
 class LiveRequest:
-    """A request on a server.
+    """A request on a server."""
 
-    Attributes:
-        number: its number in the session.
-        request: prompt and sampling parameters.
-        rid: its id on the server.
-        output: its reported tokens so far.
-        resumed: number of these tokens that were generated before it was parked.
-    """
-
-    number: int
-    request: Request
-    rid: str = ""
-    output: list[int] = field(default_factory=list)
-    resumed: int = 0
+    number: int  # in the session
+    request: Request  # prompt and sampling parameters
+    rid: str = ""  # id on the server
+    output: list[int] = field(default_factory=list)  # reported tokens so far
+    resumed: int = 0  # number of these tokens that were generated before it was parked
 
     @property
     def context(self) -> int:

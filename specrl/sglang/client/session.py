@@ -64,25 +64,16 @@ class ServerSession(Session):
         return self._batch_size
 
     def resize(self, batch_size: int) -> None:
-        """Change the number of live requests from the next round on.
-
-        Raises:
-            ValueError: it is not from 1 to `max_batch_size`, or the session is closed.
-        """
+        """Change the number of live requests, from 1 to `max_batch_size`, from the next round on."""
         self._check_open()
         self._set_batch_size(batch_size)
         self._fill()
 
     def round(self, plan: Plan) -> Round:
-        """Run one round by this plan.
-
-        Raises:
-            ValueError: a plan that the server cannot run, or the session is closed.
-        """
+        """Run one round by this plan; a ValueError if the server cannot run it, or the session is closed."""
         self._check_open()
-        if plan not in self._offered:
-            offered = ", ".join(map(str, self._offered))
-            raise ValueError(f"plan must be one that the server was launched for ({offered}), but got {plan}")
+        offered = ", ".join(map(str, self._offered))
+        require(plan in self._offered, "plan", f"one that the server was launched for ({offered})", str(plan))
         return self._round(plan)
 
     def measure_plain(self) -> PlainSample | None:
@@ -116,7 +107,7 @@ class ServerSession(Session):
             raise ValueError("trace=True needs the plugin in the server, but there is none that we can reach")
 
     def _disconnect(self) -> None:
-        """Undo `_connect`."""
+        """Disconnect from the plugin."""
 
     def _waiting(self) -> AbstractContextManager[None]:
         """Let the server wait with its requests."""
@@ -157,9 +148,10 @@ class ServerSession(Session):
 class LockstepSession(ServerSession):
     """B requests on a server that runs one round at a time and waits in between.
 
-    A finished request is replaced after its round. The prefill of its successor comes before the next round, whose
-    `prefill_s` is the time it took. `resize` to fewer requests parks the last ones: the server can end a request only
-    at the end of a round, so one further round runs, which is not reported. Parked requests go on from their tokens.
+    A finished request is replaced after its round. The prefill of its successor comes before the next round, which
+    reports its seconds as `prefill_s`. `resize` to fewer requests parks the last ones: the server can end a request
+    only at the end of a round, so one further round runs, which is not reported. Parked requests go on from their
+    tokens.
     """
 
     @property

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from specrl.core.plan import Plan
 from specrl.core.round import Trace
@@ -46,7 +44,7 @@ class Subscriber(Connection):
         incomplete: requests that were left out.
 
     Raises:
-        ServerError: nobody listens there, or does not answer.
+        ServerError: no plugin listens or answers there.
     """
 
     def __init__(
@@ -118,8 +116,7 @@ class Subscriber(Connection):
             if header["kind"] == "prefill":
                 request.pieces.append(message)
             else:
-                row = {name: tensor[index] for name, tensor in message.tensors.items()}
-                out += self._complete(request, _trace(request.number, header, row, index))
+                out += self._complete(request, _trace(request.number, message, index))
         return out
 
     def _complete(self, request: _Request, trace: Trace) -> list[Trace]:
@@ -140,8 +137,9 @@ class Subscriber(Connection):
         return [complete]
 
 
-def _trace(number: int, header: Mapping[str, Any], row: Mapping[str, Tensor], index: int) -> Trace:
+def _trace(number: int, message: Message, index: int) -> Trace:
     """Return the trace of one request in a 'round' message, with parents in place of the tree's links."""
+    header, row = message.header, {name: tensor[index] for name, tensor in message.tensors.items()}
     n = len(row["tokens"])
     parents = torch.arange(n) - 1
     if "children" in row:

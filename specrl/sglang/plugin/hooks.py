@@ -45,24 +45,14 @@ class Failsafe:
 
 @dataclass(frozen=True, slots=True)
 class HookTarget:
-    """A function or class of SGLang.
+    """A function or class of SGLang."""
 
-    Attributes:
-        target: its dotted name.
-        parameters: its first parameters, by name and in order.
-        methods: for a class: required methods, with their first parameters after self.
-    """
-
-    target: str
-    parameters: tuple[str, ...]
-    methods: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    target: str  # its dotted name
+    parameters: tuple[str, ...]  # its first parameters, by name and in order
+    methods: tuple[tuple[str, tuple[str, ...]], ...] = ()  # required of a class, with their parameters after self
 
     def check(self) -> object:
-        """Return the function or class.
-
-        Raises:
-            ValueError: it does not exist, or has other parameters.
-        """
+        """Return the function or class; raise a ValueError if it does not exist, or has other parameters."""
         try:
             resolved: object = pkgutil.resolve_name(self.target)
         except (ImportError, AttributeError) as error:

@@ -37,7 +37,7 @@ class Lookahead:
     later: on a busy server, the time from one round to the next. `clock` times the rounds.
     """
 
-    ready = True  # it decides from the first round on
+    ready = True  # from the first round on
 
     def __init__(self, chooser: PlanChooser, clock: Clock) -> None:
         self.chooser, self._clock = chooser, clock
@@ -46,7 +46,7 @@ class Lookahead:
         self._reported_s = 0.0
 
     def steps(self, batch_size: int) -> int:
-        """num_steps of the next round."""
+        """Return num_steps of the next round."""
         plan = self.chooser.choose(self._observer.observe(batch_size, 1.0))  # SGLang does not pass the context lengths
         self._begun.append((batch_size, plan, self._clock.now()))
         return plan.num_steps
@@ -57,10 +57,9 @@ class Lookahead:
         while self._begun:
             begun_size, plan, began = self._begun.popleft()
             if begun_size == batch_size == len(correct_drafts) and max(correct_drafts) <= plan.num_steps:
-                correct, contexts = np.asarray(correct_drafts, np.int64), np.zeros(batch_size, np.int64)
+                rows, correct = np.arange(batch_size), np.asarray(correct_drafts, np.int64)
                 seconds = now - max(began, self._reported_s)
-                done = Round(plan, np.arange(batch_size), correct + 1, correct, contexts, 0.0, seconds, 0.0)
-                self.chooser.learn(done)
+                self.chooser.learn(Round(plan, rows, correct + 1, correct, 0 * rows, 0.0, seconds, 0.0))
                 break
         self._reported_s = now
 
@@ -68,12 +67,7 @@ class Lookahead:
 class PlanServer:
     """Plans from clients as a controller. The last valid table stays in use after its sender has disconnected.
 
-    Args:
-        endpoint: address of the socket.
-        check: raises a ValueError for plans that cannot be served.
-
-    Raises:
-        ValueError: the endpoint is in use, or cannot be used.
+    `check` raises a ValueError for plans that cannot be served. The endpoint must be free, or a ValueError is raised.
     """
 
     def __init__(self, endpoint: str, check: Callable[[Sequence[Plan]], None]) -> None:
@@ -90,7 +84,7 @@ class PlanServer:
         return self._table is not None
 
     def steps(self, batch_size: int) -> int | None:
-        """num_steps of the next round; None before the first table."""
+        """Return num_steps of the next round; None before the first table."""
         table = self._table
         return None if table is None else table.best(batch_size).num_steps
 
@@ -149,7 +143,7 @@ def make_lookahead(settings: Settings, candidate_steps: Sequence[int], tp_size: 
             "but it learns; set SPECRL_POLICY_PIN=1"
         )
     plans = [plan for plan in policy.plans if plan.is_chain and plan.num_steps in candidate_steps]
-    return Lookahead(policy.chooser(plans, costs=False), clock)  # the costs were measured on another engine
+    return Lookahead(policy.chooser(plans), clock)
 
 
 def make_policy(original: type[Any], settings: Settings, tp_size: Callable[[], int]) -> type[Any]:

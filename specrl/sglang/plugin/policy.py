@@ -40,12 +40,11 @@ class LearnedPolicy:
         names = {bound: str(plan) for bound, plan in self.table.items()}
         require(allowed, "a policy's table", f"of plans among {', '.join(map(str, self.plans))}", names)
 
-    def chooser(self, plans: Sequence[Plan] | None = None, *, costs: bool = True) -> PlanChooser:
+    def chooser(self, plans: Sequence[Plan] | None = None) -> PlanChooser:
         """Return the chooser that goes on learning, or the table if there is no state.
 
         Args:
-            plans: plans that it may choose; None: `self.plans`.
-            costs: keep the learned costs; False for another engine or machine. The learned acceptance is always kept.
+            plans: plans that it may choose, without their learned costs, which fit one engine only; None: `self.plans`.
 
         Raises:
             ValueError: the chooser's state was not written by this version.
@@ -54,7 +53,7 @@ class LearnedPolicy:
             return PlanTable(self.table)
         chooser = AdaptiveChooser(self.plans if plans is None else plans)
         try:
-            if costs and plans is None:
+            if plans is None:
                 chooser.load_state_dict(self.state)
             else:
                 chooser.survival.load_state_dict(self.state["survival"])
@@ -74,11 +73,7 @@ class LearnedPolicy:
 
     @classmethod
     def load(cls, directory: Path) -> LearnedPolicy:
-        """Read policy.json.
-
-        Raises:
-            ValueError: there is none, or it is not one that this version wrote.
-        """
+        """Read policy.json; raise a ValueError if there is none, or if this version did not write it."""
         path = Path(directory) / POLICY
         if not path.is_file():
             raise ValueError(f"a policy directory must hold {POLICY}, but {str(directory)!r} does not; export one")

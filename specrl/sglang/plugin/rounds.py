@@ -12,11 +12,12 @@ Everything happens in the scheduler's thread. ZeroMQ's own thread sends the queu
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from specrl.core.checks import require
 from specrl.core.clock import Clock, WallClock
 from specrl.sglang.plugin.hooks import PROCESS, WORKER, Failsafe, log, plan_name
 from specrl.sglang.plugin.settings import Settings
@@ -31,29 +32,17 @@ class RoundReport:
 
     A round's seconds go from the end of the one before it to its own end, scheduling included, but without waiting for
     permits or requests. On a GPU, or if rounds overlap, the host cannot tell drafting from verifying: all is `other_s`.
-
-    Attributes:
-        kind: 'round' or 'prefill'.
-        requests: SGLang's request ids, B.
-        tokens: the new tokens of each request.
-        finished: ids of the requests that ended.
-        prefill_s: of a prefill: its seconds; of a round: those of all prefills since the round before.
-        plan: the plan, written out; '0' for a prefill.
-        correct: correct drafts of each request, B; empty for a prefill.
-        contexts: tokens that were known of each request before the round, B; empty for a prefill.
-        draft_s: seconds of drafting.
-        verify_s: seconds of verifying.
-        other_s: all other seconds of the round.
+    A prefill has no plan, correct drafts and contexts.
     """
 
     kind: Literal["round", "prefill"]
-    requests: Sequence[str]
-    tokens: Sequence[Sequence[int]]
-    finished: Sequence[str]
-    prefill_s: float
-    plan: str = "0"
-    correct: Sequence[int] = ()
-    contexts: Sequence[int] = ()
+    requests: Sequence[str]  # B ids of SGLang
+    tokens: Sequence[Sequence[int]]  # B lists of new tokens
+    finished: Sequence[str]  # ids of the requests that ended
+    prefill_s: float  # of a prefill: its seconds; of a round: those of all prefills since the round before
+    plan: str = "0"  # written out
+    correct: Sequence[int] = ()  # B numbers of correct drafts
+    contexts: Sequence[int] = ()  # B numbers of tokens that were known before the round
     draft_s: float = 0.0
     verify_s: float = 0.0
     other_s: float = 0.0
@@ -192,15 +181,12 @@ class RoundHooks:
                 self._held, self._permits = True, 0
                 channel.send(Message({"kind": "held"}))
             else:
-                self._take_permit(channel, header)
-
-    def _take_permit(self, channel: Channel, header: Mapping[str, Any]) -> None:
-        try:
-            if header["kind"] != "permit":
-                raise ValueError(header["kind"])
-            self._permits, self._required = int(header["rounds"]), frozenset(map(str, header["requests"]))
-        except (ValueError, KeyError, TypeError) as error:
-            channel.refuse(f'a permit must be {{"kind": "permit", "rounds": 1, "requests": []}}, but got {error!r}')
+                try:
+                    require(kind == "permit", "kind", "'hold' or 'permit'", kind)
+                    self._permits, self._required = int(header["rounds"]), frozenset(map(str, header["requests"]))
+                except (ValueError, KeyError, TypeError) as error:
+                    form = '{"kind": "permit", "rounds": 1, "requests": []}'
+                    channel.refuse(f"a permit must be {form}, but got {error!r}")
 
     def _processed(self, scheduler: Any, batch: Any, result: Any, before: Sequence[int]) -> None:
         """Report a batch; `before` is the number of output tokens that each of its requests had."""

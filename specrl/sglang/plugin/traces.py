@@ -54,9 +54,6 @@ class TraceQueue:
     """Messages that wait for the client of a channel, with at most `max_bytes` of tensors.
 
     Without a client nothing is stored. Waiting messages are dropped when the client goes or another one comes.
-
-    Raises:
-        ValueError: the endpoint is in use, or cannot be used.
     """
 
     def __init__(self, endpoint: str, max_bytes: int) -> None:
@@ -114,7 +111,7 @@ class TraceHooks:
     Args:
         settings: settings with a socket for traces.
         tp_rank: returns the rank of tensor parallelism; only rank 0 sends traces.
-        weight_version: returns SGLang's name of the weights that serve, which hot swaps of a draft set; '' if unknown.
+        weight_version: returns SGLang's name of the weights that serve, which hot swaps of a draft set.
     """
 
     def __init__(self, settings: Settings, tp_rank: Callable[[], int], weight_version: Callable[[], str] = str) -> None:

@@ -26,6 +26,7 @@ import torch
 import zmq
 from torch import Tensor
 
+from specrl.core.checks import require
 from specrl.core.clock import WallClock
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.int64, torch.float32, torch.float16, torch.bfloat16)}
@@ -48,11 +49,7 @@ def encode(message: Message) -> list[Any]:
 
 
 def decode(parts: Sequence[bytes | memoryview]) -> Message:
-    """Return the message of these parts; its tensors use the memory of the parts.
-
-    Raises:
-        ValueError: the parts are not a message.
-    """
+    """Return the message of these parts, whose memory its tensors use; a ValueError if they are not a message."""
     try:
         header = json.loads(bytes(parts[0]))
         described = zip(header.pop("tensors", []), parts[1:], strict=True)
@@ -72,24 +69,18 @@ def _tensor(part: bytes | memoryview, dtype: torch.dtype, shape: Sequence[int]) 
 
 
 def parse_address(text: str, name: str) -> str:
-    """Return the ZeroMQ endpoint of an address.
+    """Return the ZeroMQ endpoint of an address; a ValueError with the setting's `name` for another address.
 
-    Args:
-        text: unix:PATH or ipc://PATH, a Unix socket that only this user may use, or tcp://127.0.0.1:PORT, which every
-            user of this machine may use.
-        name: name of the setting, for the error.
-
-    Raises:
-        ValueError: another address.
+    It is unix:PATH or ipc://PATH, a Unix socket that only this user may use, or tcp://127.0.0.1:PORT, which every user
+    of this machine may use.
     """
     if re.fullmatch(r"tcp://127\.0\.0\.1:\d+", text):
         return text
     unix = re.fullmatch(r"(?:unix:|ipc://)(/.*)", text)
-    if unix is None:
-        raise ValueError(f"{name} must be unix:/absolute/path or tcp://127.0.0.1:PORT, but got {text!r}")
-    if len(unix[1].encode()) > _LONGEST_PATH:
-        raise ValueError(f"{name} must have at most {_LONGEST_PATH} bytes, but got {unix[1]!r}; shorten it")
-    return f"ipc://{unix[1]}"
+    path = unix[1] if unix else ""
+    require(bool(path), name, "unix:/absolute/path or tcp://127.0.0.1:PORT", text)
+    require(len(path.encode()) <= _LONGEST_PATH, name, f"a path of at most {_LONGEST_PATH} bytes", path)
+    return f"ipc://{path}"
 
 
 def is_listening(endpoint: str) -> bool:
@@ -102,12 +93,9 @@ def is_listening(endpoint: str) -> bool:
 
 
 def bind(kind: int, endpoint: str, high_water_mark: int) -> zmq.Socket[bytes]:
-    """Return a ROUTER or REP socket that listens at an endpoint of `parse_address`.
+    """Return a ROUTER or REP socket that listens at an endpoint; a ValueError if it is in use, or cannot be used.
 
     The file that a dead process left there is replaced. `high_water_mark` messages may wait for each client.
-
-    Raises:
-        ValueError: the endpoint is in use, or cannot be used.
     """
     path = Path(endpoint.removeprefix("ipc://"))
     if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
@@ -133,22 +121,19 @@ class Channel:
     It belongs to one thread: ZeroMQ's sockets are not thread-safe.
 
     Args:
-        endpoint: address of its socket.
+        endpoint: address of its socket; a ValueError if it is in use, or cannot be used.
         high_water_mark: messages that may wait for the client.
         hello: header of the first message to every new client.
 
     Attributes:
         dropped: messages that were not sent; the client finds the number in every header.
-
-    Raises:
-        ValueError: the endpoint is in use, or cannot be used.
     """
 
-    def __init__(self, endpoint: str, high_water_mark: int, hello: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, endpoint: str, high_water_mark: int, hello: Mapping[str, Any] = {}) -> None:
         self.dropped = 0
         self._socket = bind(zmq.ROUTER, endpoint, high_water_mark)
         self._socket.router_mandatory = True  # sending to a client that has gone is an error
-        self._hello = {"kind": "hello", **(hello or {})}
+        self._hello = {"kind": "hello", **hello}
         self._client: bytes | None = None
         self._refusals: list[tuple[bytes, list[Any]]] = []  # not sent yet, because these clients are slow
         self._clock, self._checked_s = WallClock(), 0.0
