@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from http_help import Serve, answering
 from own_locks import own_locks  # noqa: F401 - used by all tests
 
 for name in [name for name in os.environ if name.startswith("SPECRL_")]:
@@ -20,3 +21,10 @@ def short() -> Iterator[Path]:
     """A directory whose name leaves room for that of a Unix socket (108 bytes)."""
     with tempfile.TemporaryDirectory(prefix="specrl") as name:
         yield Path(name)
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """A function that starts an HTTP server (see `http_help.answering`)."""
+    with answering() as start:
+        yield start

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import zmq
+from traced import put_request
 
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.agents.draft.sequences import Assembler
@@ -22,13 +23,14 @@ from specrl.core.clock import VirtualClock
 from specrl.core.plan import Plan
 from specrl.core.round import Trace
 from specrl.sglang.client.http import ServerFailed
+from specrl.sglang.client.plugin_client import Plans
 from specrl.sglang.client.trace_subscriber import Subscriber
 from specrl.sglang.plugin import entry
 from specrl.sglang.plugin.hooks import HookTarget
 from specrl.sglang.plugin.lookahead import Lookahead, make_lookahead, make_policy
 from specrl.sglang.plugin.policy import LearnedPolicy
 from specrl.sglang.plugin.settings import Settings
-from specrl.sglang.plugin.traces import TraceHooks
+from specrl.sglang.plugin.traces import TraceHooks, TraceQueue
 from specrl.sglang.plugin.transport import Message, bind, decode, encode, parse_address
 
 V, H3, N = 7, 6, 4
@@ -36,15 +38,13 @@ CANDIDATES = [0, 1, 3]
 
 
 class SGLangParams:
-    """As SGLang's AdaptiveSpeculativeParams: always one step."""
+    """The interface of SGLang's AdaptiveSpeculativeParams: always one step."""
+
+    candidate_steps = CANDIDATES
 
     def __init__(self, initial_steps: int, cfg_path: str | None = None) -> None:
         self.reports: list[list[int]] = []
         self._cuda_graph_bs: list[int] | None = None
-
-    @property
-    def candidate_steps(self) -> list[int]:
-        return CANDIDATES
 
     def set_cuda_graph_bs(self, cuda_graph_bs: list[int] | None) -> None:
         self._cuda_graph_bs = cuda_graph_bs
@@ -60,33 +60,34 @@ class SGLangParams:
         return [step]
 
 
-def policy(directory: Path, table: dict[int, Plan], *, learns: bool = False) -> Path:
+def settings_of(directory: Path, table: dict[int, Plan], *, learns: bool = False, pin: bool = False) -> Settings:
     plans = (Plan(0), Plan(1), Plan(3), Plan(3, 2, 6), Plan(2))
-    state = AdaptiveChooser(plans).state_dict() if learns else None
-    LearnedPolicy(table, plans, state).save(directory)
-    return directory
+    LearnedPolicy(table, plans, AdaptiveChooser(plans).state_dict() if learns else None).save(directory)
+    return Settings(policy=directory, pin=pin)
 
 
-def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+def only_error(caplog: pytest.LogCaptureFixture) -> str:
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    return line
 
 
 # The policy.
 
 
 def test_a_table_decides_and_sglangs_rule_is_not_asked(tmp_path: Path) -> None:
-    settings = Settings(policy=policy(tmp_path, {1: Plan(3), 8: Plan(0)}))
-    params = make_policy(SGLangParams, settings, lambda: 4)(3)  # a table may serve several ranks
+    params = make_policy(SGLangParams, settings_of(tmp_path, {1: Plan(3), 8: Plan(0)}), lambda: 4)(3)
     assert isinstance(params, SGLangParams)
     assert [params.get_steps_for_batch(b) for b in (1, 7, 8, 30)] == [3, 3, 0, 0]
     assert params.on_verify_complete([2], 1) is None and params.reports == []
     assert params.cuda_graph_bs_for_step(3) is None
     params.set_cuda_graph_bs([1, 2])
     assert params.cuda_graph_bs_for_step(3) == [1, 2], "a graph for any batch size at which the plan may be chosen"
+    pinned = settings_of(tmp_path, {1: Plan(3)}, learns=True, pin=True)
+    assert make_lookahead(pinned, CANDIDATES, 2, VirtualClock()).steps(1) == 3, "it may serve several ranks"
 
 
 @pytest.mark.parametrize(
-    ("table", "learns", "ranks", "why"),
+    ("table", "learns", "ranks", "rule"),
     [
         ({1: Plan(2)}, False, 1, "chains of 0, 1, 3"),
         ({1: Plan(3, 2, 6)}, False, 1, "chains of 0, 1, 3"),
@@ -94,22 +95,16 @@ def test_a_table_decides_and_sglangs_rule_is_not_asked(tmp_path: Path) -> None:
     ],
 )
 def test_a_policy_that_cannot_serve_is_refused_and_sglang_goes_on(
-    table: dict[int, Plan], learns: bool, ranks: int, why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    table: dict[int, Plan], learns: bool, ranks: int, rule: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    params = make_policy(SGLangParams, Settings(policy=policy(tmp_path, table, learns=learns)), lambda: ranks)(3)
+    params = make_policy(SGLangParams, settings_of(tmp_path, table, learns=learns), lambda: ranks)(3)
     assert params.get_steps_for_batch(1) == 1 and params.on_verify_complete([1], 1) == 1 and params.reports == [[1]]
     assert params.cuda_graph_bs_for_step(3) == [3]
-    (line,) = errors(caplog)
-    assert line.startswith("SPECRL PLUGIN: the policy is switched off") and why in line
-
-
-def test_a_pinned_policy_may_serve_several_ranks(tmp_path: Path) -> None:
-    settings = Settings(policy=policy(tmp_path, {1: Plan(3)}, learns=True), pin=True)
-    assert make_lookahead(settings, CANDIDATES, 2, VirtualClock()).steps(1) == 3
+    assert "the policy is switched off" in only_error(caplog) and rule in caplog.text
 
 
 def test_a_failure_while_serving_ends_the_policy_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    params = make_policy(SGLangParams, Settings(policy=policy(tmp_path, {1: Plan(3)})), lambda: 1)(3)
+    params = make_policy(SGLangParams, settings_of(tmp_path, {1: Plan(3)}), lambda: 1)(3)
 
     def fails(observation: object) -> Plan:
         raise RuntimeError("a bug\nof two lines")
@@ -117,16 +112,15 @@ def test_a_failure_while_serving_ends_the_policy_once(tmp_path: Path, caplog: py
     params.controller.chooser.choose = fails
     assert [params.get_steps_for_batch(1) for _ in range(3)] == [1, 1, 1]
     assert params.on_verify_complete([0], 1) == 1
-    (line,) = errors(caplog)
-    assert "RuntimeError: a bug of two lines" in line
+    assert "RuntimeError: a bug of two lines" in only_error(caplog)
 
 
 @pytest.mark.parametrize("late", [0, 2])
 def test_the_chooser_learns_the_best_plan_even_from_late_results(late: int, tmp_path: Path) -> None:
     """Three steps cost as much as none here, and all drafts are accepted: the chooser must settle on three."""
-    settings, clock = Settings(policy=policy(tmp_path, {1: Plan(0)}, learns=True)), VirtualClock()
-    lookahead = make_lookahead(settings, CANDIDATES, 1, clock)
-    assert lookahead.chooser.plans == (Plan(0), Plan(1), Plan(3)), "no tree, and only what SGLang has buffers for"
+    clock = VirtualClock()
+    lookahead = make_lookahead(settings_of(tmp_path, {1: Plan(0)}, learns=True), CANDIDATES, 1, clock)
+    assert lookahead.chooser.plans == (Plan(0), Plan(1), Plan(3)), "no tree, and only plans with buffers in SGLang"
     begun: list[int] = []
     for _ in range(400):
         begun.append(lookahead.steps(2))
@@ -146,10 +140,9 @@ def test_a_report_that_fits_no_round_is_ignored() -> None:
     chooser.learn = learned.append  # type: ignore[method-assign, assignment]
     lookahead = Lookahead(chooser, VirtualClock())
     lookahead.report([1], 1)  # nothing begun
-    lookahead.steps(2)
-    lookahead.report([1], 1)  # another batch size
-    lookahead.steps(1)
-    lookahead.report([3], 1)  # more drafts than the plan has
+    for begun, reported in ((2, [1]), (1, [3])):  # another batch size, more drafts than the plan has
+        lookahead.steps(begun)
+        lookahead.report(reported, 1)
     assert learned == []
     lookahead.steps(1)
     lookahead.report([1], 1)
@@ -160,19 +153,18 @@ def test_plans_are_taken_from_a_socket(short: Path) -> None:
     params = make_policy(SGLangParams, Settings(plans=f"ipc://{short}/p"), lambda: 1)(3)
     assert params.get_steps_for_batch(1) == 1 and params.on_verify_complete([1], 1) == 1, "SGLang's rule before plans"
     assert (short / "p").stat().st_mode & 0o777 == 0o600
-    requests: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REQ)
-    with requests as client:
-        client.linger, client.rcvtimeo = 0, 60_000
-        client.connect(f"ipc://{short}/p")
-
-        def answer(text: str) -> Any:
-            client.send_string(text)
-            return client.recv_json()
-
-        assert answer('{"plans": {"1": 3, "8": "0"}}') == {"ok": True, "rounds": 1}
+    with Plans(f"ipc://{short}/p", lambda: None, 60.0) as client:
+        client.send({"plans": {"1": 3, "8": "0"}})
+        assert client.receive().header == {"ok": True, "rounds": 1}
         assert [params.get_steps_for_batch(b) for b in (1, 9)] == [3, 0]
-        for wrong in ("nonsense", "[]", '{"plans": {}}', '{"plans": {"1": 2}}', '{"plans": {"1": "3/2/6"}}'):
-            assert "error" in answer(wrong)
+        for wrong in ({}, {"plans": []}, {"plans": {}}, {"plans": {"1": 2}}, {"plans": {"1": "3/2/6"}}):
+            client.send(wrong)
+            assert "error" in client.receive().header
+        client.set(Plan(1))
+        client.set(Plan(1))
+        with pytest.raises(ValueError, match="plan must be"):
+            client.set(Plan(2))
+        client.set(Plan(3))
     assert params.get_steps_for_batch(1) == 3, "the last valid table stays, also without its sender"
     params.controller.close()
 
@@ -180,23 +172,18 @@ def test_plans_are_taken_from_a_socket(short: Path) -> None:
 # Settings, entry point and hooked functions.
 
 
-def test_without_settings_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("POLICY", "TRACES", "ROUNDS"):
-        monkeypatch.delenv(f"SPECRL_{name}", raising=False)
-    monkeypatch.setitem(sys.modules, "sglang", None)  # any import of it would fail
+@pytest.mark.parametrize("traces", ["", "unix:/tmp/t"])
+def test_without_settings_or_sglang_nothing_is_hooked(
+    traces: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SPECRL_TRACES", traces)
+    monkeypatch.setitem(sys.modules, "sglang", None)  # any import of it fails
     before = set(sys.modules)
     entry.register()
-    assert set(sys.modules) == before
-
-
-def test_without_the_hooked_functions_one_line_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("SPECRL_TRACES", f"unix:{tmp_path}/t")
-    monkeypatch.setitem(sys.modules, "sglang", None)
-    entry.register()
-    (line,) = errors(caplog)
-    assert "tracing is switched off" in line and "sglang" in line
+    if traces:
+        assert "tracing is switched off" in only_error(caplog) and "sglang" in caplog.text
+    else:
+        assert set(sys.modules) == before and not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -221,26 +208,31 @@ def test_wrong_settings_are_named(name: str, value: str) -> None:
 
 
 def test_settings_are_read_from_the_environment() -> None:
-    found = Settings.from_environment(
-        {"SPECRL_ROUNDS": "unix:/x", "SPECRL_LOCKSTEP": "30", "SPECRL_POLICY": "tcp://127.0.0.1:5000"}
-    )
-    assert found == Settings(rounds="ipc:///x", lockstep_s=30.0, plans="tcp://127.0.0.1:5000")
-    found = Settings.from_environment(
-        {"SPECRL_POLICY": "/p", "SPECRL_TRACES": "ipc:///t", "SPECRL_TRACES_MAX_BYTES": "9"}
-    )
-    assert found == Settings(policy=Path("/p"), traces="ipc:///t", traces_max_bytes=9)
-    assert Settings.from_environment({"SPECRL_POLICY_PIN": "1"}) is None
+    for values, expected in (
+        (
+            {"ROUNDS": "unix:/x", "LOCKSTEP": "30", "POLICY": "tcp://127.0.0.1:5000"},
+            Settings(rounds="ipc:///x", lockstep_s=30.0, plans="tcp://127.0.0.1:5000"),
+        ),
+        (
+            {"POLICY": "/p", "POLICY_PIN": "1", "TRACES": "ipc:///t", "TRACES_MAX_BYTES": "9"},
+            Settings(policy=Path("/p"), pin=True, traces="ipc:///t", traces_max_bytes=9),
+        ),
+    ):
+        assert Settings.from_environment({f"SPECRL_{name}": text for name, text in values.items()}) == expected
 
 
-def test_a_hooked_function_that_changed_is_named() -> None:
-    assert HookTarget("json.dumps", ("obj",)).check() is not None
-    for target, name in (
+@pytest.mark.parametrize(
+    ("target", "rule"),
+    [
         (HookTarget("json.no_such_thing", ()), "json.no_such_thing"),
         (HookTarget("json.dumps", ("batch",)), "json.dumps must take batch, but takes obj"),
         (HookTarget("pathlib.Path", (), (("vanish", ()),)), "pathlib.Path must have vanish"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            target.check()
+    ],
+)
+def test_a_hooked_function_that_changed_is_named(target: HookTarget, rule: str) -> None:
+    assert HookTarget("json.dumps", ("obj",)).check() is not None
+    with pytest.raises(ValueError, match=rule):
+        target.check()
 
 
 def test_the_plugin_runs_with_the_packages_that_sglang_has() -> None:
@@ -295,138 +287,64 @@ def test_an_address_in_use_or_a_file_is_not_taken(short: Path) -> None:
 # Traces.
 
 
-class Request:
-    def __init__(self, rid: str, **custom: object) -> None:
-        self.rid, self.over = rid, False
-        self.sampling_params = types.SimpleNamespace(custom_params=custom or None, temperature=0.7, top_k=50)
-
-    def finished(self) -> bool:
-        return self.over
-
-
-class Serving:
-    """SGLang's side of a few requests that decode a chain of three, deterministically."""
-
-    def __init__(self, hooks: TraceHooks, requests: list[Request], prompt: int = 5) -> None:
-        self.hooks, self.requests = hooks, requests
-        self.lengths = [prompt] * len(requests)
-        self.generator = torch.Generator().manual_seed(0)
-        self.tokens: dict[str, list[int]] = {r.rid: [] for r in requests}
-        self.last = torch.zeros(len(requests), dtype=torch.int64)
-        mode = types.SimpleNamespace(is_idle=lambda: False)
-        self.batch = types.SimpleNamespace(reqs=requests, forward_mode=mode)
-
-    def prefill(self, cached: int = 0) -> None:
-        count = len(self.requests)
-        self.batch.extend_lens = [n - cached for n in self.lengths]
-        self.batch.prefix_lens = [cached] * count
-        self.batch.input_ids = torch.randint(0, V, (sum(self.batch.extend_lens),), generator=self.generator)
-        features = torch.randn(len(self.batch.input_ids), H3, generator=self.generator)
-        rows = self.batch.input_ids.split(self.batch.extend_lens)
-        for request, row in zip(self.requests, rows, strict=True):
-            self.tokens[request.rid] += row.tolist()
-
-        def shifts(worker: object, batch: Any, states: object, following: object) -> str:
-            batch.input_ids = None
-            return "drafted"
-
-        assert self.hooks.around_prefill(shifts, "worker", self.batch, features, "next") == "drafted"
-        self.last = torch.randint(0, V, (count,), generator=self.generator)
-
-    def round(self, accepted: int = 2) -> None:
-        count = len(self.requests)
-        drafts = torch.randint(0, V, (count, N), generator=self.generator)
-        drafts[:, 0] = self.last
-        index = torch.full((count, N), -1, dtype=torch.int32)
-        index[:, : accepted + 1] = torch.arange(count)[:, None] * N + torch.arange(accepted + 1)
-        verified = types.SimpleNamespace(draft_token=drafts.flatten(), draft_token_num=N, topk=1, spec_steps=N - 1)
-        output = types.SimpleNamespace(
-            next_token_logits=torch.randn(count * N, V, generator=self.generator),
-            hidden_states=torch.randn(count * N, H3, generator=self.generator),
-        )
-        self.batch.seq_lens = torch.tensor(self.lengths, dtype=torch.int32)
-        result = ("predict", "lengths", index)
-        assert self.hooks.around_verify(lambda *_: result, verified, self.batch, output) is result
-        for b, request in enumerate(self.requests):
-            self.tokens[request.rid] += drafts[b, : accepted + 1].tolist()
-            self.lengths[b] += accepted + 1
-        self.last = torch.randint(0, V, (count,), generator=self.generator)
-
-    def finish(self) -> None:
-        for request in self.requests:
-            request.over = True
-
-
-def turn(hooks: TraceHooks) -> None:
-    """A turn of SGLang's scheduler with nothing to do."""
-    assert hooks.around_ingest(lambda *_: [], "scheduler") == []
+Subscribe = Callable[[], Subscriber]
 
 
 @pytest.fixture
-def hooks(short: Path) -> Iterator[TraceHooks]:
-    made = TraceHooks(Settings(traces=f"ipc://{short}/t", traces_max_bytes=20_000), lambda: 0)
-    turn(made)
+def queue(short: Path) -> Iterator[TraceQueue]:
+    made = TraceQueue(f"ipc://{short}/t", 20_000)
     yield made
-    assert made.queue is not None
-    made.queue.close()
-
-
-Subscribe = Callable[[TraceHooks], Subscriber]
+    made.close()
 
 
 @pytest.fixture
-def subscribe(short: Path) -> Iterator[Subscribe]:
+def subscribe(queue: TraceQueue, short: Path) -> Iterator[Subscribe]:
     with ExitStack() as opened, ThreadPoolExecutor(1) as pool:
 
-        def connect(hooks: TraceHooks) -> Subscriber:
+        def connect() -> Subscriber:
             connecting = pool.submit(Subscriber, short / "t", 60.0)
             while not connecting.done():
-                turn(hooks)
+                queue.send()
             return opened.enter_context(connecting.result())
 
         yield connect
 
 
-def messages(hooks: TraceHooks, subscriber: Subscriber) -> Iterator[Message]:
-    while True:
-        turn(hooks)
-        yield from subscriber.messages(0.01)
+def collect(queue: TraceQueue, subscriber: Subscriber, requests: int) -> list[Trace]:
+    """Return the traces until this number of requests have ended."""
+    traces: list[Trace] = []
+    ended = 0
+    while ended < requests:
+        queue.send()
+        for message in subscriber.messages(0.01):
+            traces += subscriber.take(message)
+            ended += message.header["kind"] == "finished"
+    return traces
 
 
-def collect(hooks: TraceHooks, subscriber: Subscriber, requests: int) -> list[Trace]:
-    """Traces until so many requests have ended."""
-    out: list[Trace] = []
-    for message in messages(hooks, subscriber):
-        out += subscriber.take(message)
-        if sum(len(trace.finished) for trace in out) == requests:
-            return out
-    raise AssertionError
-
-
-def test_every_request_comes_from_its_prompt_to_its_end(hooks: TraceHooks, subscribe: Subscribe) -> None:
-    subscriber = subscribe(hooks)
-    serving = Serving(hooks, [Request("a"), Request("b")])
-    serving.prefill()
-    for accepted in (2, 0, 3):
-        serving.round(accepted)
-    serving.finish()
-    traces = collect(hooks, subscriber, 2)
-    for number, request in enumerate(serving.requests):
-        own = [trace for trace in traces if trace.request_ids[0] == number]
-        assert [t.plan for t in own] == [None, Plan(3), Plan(3), Plan(3)] and own[-1].finished == (number,)
-        tokens = [int(t.tokens[0, row]) for t in own for row in t.path[0].tolist() if row >= 0]
-        assert tokens == serving.tokens[request.rid]
-        assert [int(t.positions[0]) for t in own] == [0, 5, 8, 9]
-        prefill = own[0]
-        assert prefill.features.shape == (1, 5, H3) and prefill.logits[0].argmax(-1).tolist() == tokens[1:6]
-        assert own[1].parents.tolist() == [[-1, 0, 1, 2]] and own[1].temperatures == (0.7,)
+def test_every_request_is_traced_from_its_prompt_to_its_end(queue: TraceQueue, subscribe: Subscribe) -> None:
+    subscriber = subscribe()
+    expected = [put_request(queue, rid, V, H3) for rid in ("a", "bb")]
+    traces = collect(queue, subscriber, 2)
+    for number, tokens in enumerate(expected):
+        prefill, *rounds = (trace for trace in traces if trace.request_ids[0] == number)
+        assert [t.plan for t in rounds] == [Plan(1)] * 4 and rounds[-1].finished == (number,)
+        assert [int(t.positions[0]) for t in (prefill, *rounds)] == [0, 4, 5, 6, 7]
+        assert prefill.features.shape == (1, 4, H3) and prefill.logits[0].argmax(-1).tolist() == tokens[1:5]
+        assert rounds[0].parents.tolist() == [[-1, 0]] and rounds[0].temperatures == (0.7,)
     assert subscriber.incomplete == subscriber.dropped == 0
     assembler = Assembler()
-    sequences = assembler.add(traces)
-    assert [s.tokens.tolist() for s in sequences] == [*serving.tokens.values()] and assembler.counts["skipped"] == 0
+    assert [s.tokens.tolist() for s in assembler.add(traces)] == expected and assembler.counts["skipped"] == 0
 
 
-def test_the_links_of_a_tree_become_parents(hooks: TraceHooks, subscribe: Subscribe) -> None:
+def test_requests_with_a_cached_prompt_or_a_dropped_round_are_left_out(queue: TraceQueue, subscribe: Subscribe) -> None:
+    subscriber = subscribe()
+    put_request(queue, "cached", V, H3, start=2)
+    put_request(queue, "dropped", V, H3, rounds=(4, 6, 7))
+    assert Assembler().add(collect(queue, subscriber, 2)) == [] and subscriber.incomplete == 2
+
+
+def test_the_links_of_a_tree_become_parents(subscribe: Subscribe) -> None:
     # 0 -> 1, 2; 1 -> 3; 2 -> 4, 5
     tensors = {
         "tokens": torch.arange(6)[None],
@@ -437,135 +355,126 @@ def test_the_links_of_a_tree_become_parents(hooks: TraceHooks, subscribe: Subscr
         "children": torch.tensor([[1, 3, 4, -1, -1, -1]]),
         "siblings": torch.tensor([[-1, 2, -1, -1, 5, -1]]),
     }
-    subscriber = subscribe(hooks)
+    subscriber, requests = subscribe(), {"requests": ["a"]}
     prompt = {"tokens": torch.zeros(1, dtype=torch.int64), "features": torch.zeros(1, H3)}
-    header = {"kind": "round", "requests": ["a"], "plan": "3/2/6", "temperatures": [0.0]}
-    subscriber.take(Message({"kind": "prefill", "requests": ["a"], "start": 0}, prompt))
-    subscriber.take(Message(header, tensors))
-    (trace,) = subscriber.take(Message({"kind": "finished", "requests": ["a"]}))
+    subscriber.take(Message({"kind": "prefill", **requests, "start": 0}, prompt))
+    subscriber.take(Message({"kind": "round", **requests, "plan": "3/2/6", "temperatures": [0.0]}, tensors))
+    (trace,) = subscriber.take(Message({"kind": "finished", **requests}))
     assert trace.parents.tolist() == [[-1, 0, 0, 1, 2, 2]]
 
 
-def test_without_a_client_nothing_is_kept(hooks: TraceHooks) -> None:
-    serving = Serving(hooks, [Request("a")])
-    serving.prefill()
-    for _ in range(10):
-        serving.round()
-    assert hooks.queue is not None and hooks.queue.waiting_bytes == hooks.queue.dropped == 0
-
-
-def test_serving_waits_for_no_client_and_drops_are_counted(hooks: TraceHooks, subscribe: Subscribe) -> None:
-    """A client that does not read fills the socket, then the queue up to its bytes; the rest is dropped."""
-    subscriber = subscribe(hooks)
-    serving = Serving(hooks, [Request(str(i)) for i in range(32)])
-    serving.prefill()
-    queue = hooks.queue
-    assert queue is not None
-    while queue.dropped < 10:
-        serving.round()
-        assert queue.waiting_bytes <= 20_000
-    serving.finish()
-    for message in messages(hooks, subscriber):  # now it reads
-        subscriber.take(message)
-        if message.header["kind"] == "finished":
-            break
-    assert subscriber.dropped == queue.dropped and subscriber.incomplete > 0
-    assert queue.waiting_bytes == 0
-
-
-def test_a_message_beyond_the_bound_is_logged_once(
-    hooks: TraceHooks, subscribe: Subscribe, caplog: pytest.LogCaptureFixture
+def test_messages_are_stored_for_a_client_only_and_up_to_the_bound(
+    queue: TraceQueue, subscribe: Subscribe, caplog: pytest.LogCaptureFixture
 ) -> None:
-    subscribe(hooks)
-    serving = Serving(hooks, [Request(str(i)) for i in range(200)])
-    serving.round()
-    serving.round()
-    assert hooks.queue is not None and hooks.queue.dropped == 2
-    assert caplog.text.count("raise SPECRL_TRACES_MAX_BYTES") == 1
-
-
-def test_a_client_that_went_is_forgotten_and_the_next_is_served(hooks: TraceHooks, subscribe: Subscribe) -> None:
-    first = subscribe(hooks)
-    serving = Serving(hooks, [Request("a")])
-    serving.prefill()
-    queue = hooks.queue
-    assert queue is not None
-    first.close()
+    put_request(queue, "a", V, H3)
+    queue.send()
+    assert queue.waiting_bytes == queue.dropped == 0
+    client = subscribe()
+    for _ in range(2):
+        queue.put({"kind": "prefill"}, {"tokens": torch.zeros(2_501, dtype=torch.int64)})
+    assert queue.dropped == 2 and caplog.text.count("raise SPECRL_TRACES_MAX_BYTES") == 1
+    client.close()
     while queue.wanted:
-        serving.round()
+        put_request(queue, "b", V, H3)
+        queue.send()
     assert queue.waiting_bytes == 0
-    again = subscribe(hooks)
-    fresh = Serving(hooks, [Request("b")])
-    fresh.prefill()
-    fresh.round()
-    fresh.finish()
-    serving.finish()
-    traces = collect(hooks, again, 1)
-    tokens = [int(t.tokens[0, row]) for t in traces for row in t.path[0].tolist() if row >= 0]
-    assert tokens == fresh.tokens["b"] and hooks.safe.on
 
 
-def test_a_client_that_never_reads_does_not_keep_the_next_one_out(hooks: TraceHooks, subscribe: Subscribe) -> None:
-    stuck = subscribe(hooks)
-    serving = Serving(hooks, [Request(str(i)) for i in range(32)])
-    queue = hooks.queue
-    assert queue is not None
-    while not queue.dropped:
-        serving.round()
-    again = subscribe(hooks)
-    serving.round()
-    serving.finish()
-    kinds = [next(messages(hooks, again)).header["kind"] for _ in range(2)]
-    assert kinds == ["round", "finished"]
-    with pytest.raises(ServerFailed, match="another client"):
-        for _ in messages(hooks, stuck):
-            pass
+@pytest.mark.parametrize("reads_later", [True, False])
+def test_a_client_that_does_not_read_is_not_waited_for(
+    queue: TraceQueue, subscribe: Subscribe, reads_later: bool
+) -> None:
+    """It fills the socket, then the queue up to its bytes; the rest is dropped, and counted."""
+    slow, sent = subscribe(), 0
+    while queue.dropped < 10:
+        put_request(queue, str(sent), 300, 600)
+        queue.send()
+        assert queue.waiting_bytes <= 20_000
+        sent += 1
+    if reads_later:
+        collect(queue, slow, sent)
+        assert slow.dropped == queue.dropped and queue.waiting_bytes == 0
+    else:
+        other = subscribe()
+        tokens = put_request(queue, "other", V, H3)
+        (sequence,) = Assembler().add(collect(queue, other, 1))
+        assert sequence.tokens.tolist() == tokens
+        with pytest.raises(ServerFailed, match="another client"):
+            collect(queue, slow, sent)
 
 
-def test_requests_opt_out_and_sampling_takes_requests_whole(short: Path, subscribe: Subscribe) -> None:
-    hooks = TraceHooks(Settings(traces=f"ipc://{short}/t", traces_rate=0.5), lambda: 0)
-    turn(hooks)
-    subscriber = subscribe(hooks)
-    requests = [Request(f"r{i}") for i in range(200)] + [Request(f"no{i}", specrl_traces=False) for i in range(50)]
-    serving = Serving(hooks, requests)
-    serving.round()
-    serving.round()
-    first, second = (next(messages(hooks, subscriber)).header["requests"] for _ in range(2))
-    assert first == second and not any(rid.startswith("no") for rid in first)
-    assert 70 < len(first) < 130  # of 200 at one half: the ids are fixed, so this never changes
+# Hooks around SGLang's functions.
+
+
+def batch_of(requests: Sequence[str]) -> Any:
+    """A batch of SGLang; requests whose id begins with 'no' opted out."""
+    reqs = []
+    for rid in requests:
+        custom = {"specrl_traces": False} if rid.startswith("no") else None
+        sampling = SimpleNamespace(custom_params=custom, temperature=0.7, top_k=50)
+        reqs.append(SimpleNamespace(rid=rid, sampling_params=sampling, finished=lambda: False))
+    return SimpleNamespace(reqs=reqs, forward_mode=SimpleNamespace(is_idle=lambda: False))
+
+
+def connected(hooks: TraceHooks, path: Path) -> Subscriber:
+    with ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(Subscriber, path, 60.0)
+        while not connecting.done():
+            assert hooks.around_ingest(lambda *_: [], "scheduler") == []
+        return connecting.result()
+
+
+def test_verifications_and_prefills_are_sent_without_requests_that_opted_out(short: Path) -> None:
+    hooks = TraceHooks(Settings(traces=f"ipc://{short}/t", traces_rate=0.5), lambda: 0, lambda: "7")
+    hooks.around_ingest(lambda *_: [], "scheduler")
+    batch, count = batch_of([f"r{i}" for i in range(200)] + [f"no{i}" for i in range(50)]), 250
+    batch.extend_lens, batch.prefix_lens, batch.input_ids = [2] * count, [3] * count, torch.arange(2 * count)
+    batch.seq_lens = torch.full((count,), 5, dtype=torch.int32)
+    states = torch.arange(2.0 * count)[:, None].repeat(1, H3)
+    verified = SimpleNamespace(draft_token=torch.arange(N * count), draft_token_num=N, topk=1, spec_steps=N - 1)
+    output = SimpleNamespace(next_token_logits=torch.zeros(N * count, V), hidden_states=torch.zeros(N * count, H3))
+    accepted = torch.arange(count)[:, None] * N + torch.tensor([0, 1, 0, 0])
+    result = ("predict", "lengths", accepted.masked_fill(torch.arange(N) > 1, -1))
+    with connected(hooks, short / "t") as subscriber:
+        assert hooks.around_prefill(lambda *_: "drafted", "worker", batch, states, "next") == "drafted"
+        assert hooks.around_verify(lambda *_: result, verified, batch, output) is result
+        received = list[Message]()
+        while not received or received[-1].header["kind"] != "round":
+            hooks.around_ingest(lambda *_: [], "scheduler")
+            received += subscriber.messages(0.01)
+    prompts, message = {each.header["requests"][0]: each for each in received[:-1]}, received[-1]
+    chosen = message.header["requests"]
+    assert list(prompts) == chosen and not any(rid.startswith("no") for rid in chosen), "requests are traced whole"
+    assert 70 < len(chosen) < 130  # of 200 at one half: the ids are fixed, so this never changes
+    row = int(chosen[3][1:])
+    prompt, tensors = prompts[chosen[3]], message.tensors
+    assert prompt.header["start"] == 3 and prompt.tensors["tokens"].tolist() == [2 * row, 2 * row + 1]
+    assert prompt.tensors["features"][:, 0].tolist() == [2 * row, 2 * row + 1]
+    assert tensors["tokens"][3].tolist() == [N * row + i for i in range(N)]
+    assert tensors["path"][3].tolist() == [0, 1, -1, -1]
+    assert message.header["plan"] == "3/1/4" and message.header["weight_version"] == "7"
+    assert tensors["logits"].shape == (len(chosen), N, V) and tensors["positions"].tolist() == [5] * len(chosen)
     assert hooks.queue is not None
     hooks.queue.close()
 
 
-def test_a_prompt_that_was_read_from_a_cache_is_left_out(hooks: TraceHooks, subscribe: Subscribe) -> None:
-    subscriber = subscribe(hooks)
-    serving = Serving(hooks, [Request("a")])
-    serving.prefill(cached=2)
-    serving.round()
-    serving.finish()
-    assert [trace for _ in range(3) for trace in subscriber.take(next(messages(hooks, subscriber)))] == []
-    assert subscriber.incomplete == 1
+def test_our_failures_end_tracing_and_sglangs_errors_are_passed_on(
+    short: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hooks = TraceHooks(Settings(traces=f"ipc://{short}/t"), lambda: 0, str)
 
-
-def test_a_failure_ends_tracing_and_not_serving(hooks: TraceHooks, caplog: Any, subscribe: Subscribe) -> None:
-    subscribe(hooks)
-    broken = types.SimpleNamespace()  # nothing that the hooks read
-    assert hooks.around_verify(lambda *_: "result", broken, broken, broken) == "result"
-    assert hooks.around_prefill(lambda *_: "drafted", broken, broken, broken, broken) == "drafted"
-    (line,) = errors(caplog)
-    assert line.startswith("SPECRL PLUGIN: tracing is switched off (AttributeError")
-
-
-def test_sglangs_own_errors_are_passed_on(hooks: TraceHooks) -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("SGLang's")
 
     with pytest.raises(RuntimeError, match="SGLang's"):
         hooks.around_verify(fails, None, None, None)
-    assert hooks.safe.on
-
-
-def test_other_ranks_send_nothing(short: Path) -> None:
-    hooks = TraceHooks(Settings(traces=f"ipc://{short}/t"), lambda: 1)
-    turn(hooks)
-    assert hooks.queue is None and not (short / "t").exists()
+    assert hooks.safe.on and hooks.queue is not None
+    broken = SimpleNamespace()  # without the attributes that the hooks read
+    with connected(hooks, short / "t"):
+        assert hooks.around_verify(lambda *_: "result", broken, broken, broken) == "result"
+        assert hooks.around_prefill(lambda *_: "drafted", broken, broken, broken, broken) == "drafted"
+    assert "tracing is switched off (AttributeError" in only_error(caplog)
+    hooks.queue.close()
+    other_rank = TraceHooks(Settings(traces=f"ipc://{short}/other"), lambda: 1, str)
+    other_rank.around_ingest(lambda *_: [], "scheduler")
+    assert other_rank.queue is None and not (short / "other").exists()

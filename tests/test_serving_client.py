@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
-from itertools import count
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
-from http_help import answering
+from http_help import Serve, answer_json, read_json
 from tiny import Listed
 
 from specrl.core.clock import WallClock
 from specrl.core.interfaces import Request
 from specrl.core.plan import Plan
 from specrl.core.registry import make_engine
-from specrl.sglang.client.factory import attach_engine, launch_engine
+from specrl.sglang.client.factory import attach_engine, command_line, launch_engine, serving_of
 from specrl.sglang.client.http import (
     Client,
     ServerBusy,
@@ -36,38 +34,25 @@ from specrl.sglang.client.launch import Server
 from specrl.sglang.client.requests import LiveRequest, LiveRequests
 
 ROOT = Path(__file__).parent.parent
-Answers = Callable[[BaseHTTPRequestHandler, int], None]
-Serve = Callable[[Answers], str]
 
 
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Serves what a function makes of each request and its number; gives the URL."""
-    with answering() as start:
+def test_an_answer_is_json_the_key_is_sent_and_the_connection_is_kept(serve: Serve) -> None:
+    ports = set[int]()
 
-        def counted(answers: Answers) -> str:
-            number = count(1)
-            return start(lambda handler: answers(handler, next(number)))
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        read_json(handler)
+        ports.add(handler.client_address[1])
+        handler.protocol_version, handler.close_connection = "HTTP/1.1", False
+        answer_json(handler, {"key": handler.headers["Authorization"]})
 
-        yield counted
-
-
-def answer_json(handler: BaseHTTPRequestHandler, status: int, value: object) -> None:
-    body = json.dumps(value).encode()
-    handler.send_response(status)
-    handler.send_header("Content-Length", str(len(body)))
-    handler.end_headers()
-    handler.wfile.write(body)
-
-
-def test_an_answer_is_json_and_the_key_is_sent(serve: Serve) -> None:
-    url = serve(lambda handler, _: answer_json(handler, 200, {"key": handler.headers["Authorization"]}))
-    assert Client(url, api_key="secret").post("/x", {}) == {"key": "Bearer secret"}
+    url = serve(answer)
     assert Client(url + "/").get("/x") == {"key": None}
+    client = Client(url, api_key="secret")
+    assert [client.post("/x", {}) for _ in range(3)] == [{"key": "Bearer secret"}] * 3 and len(ports) == 2
 
 
 @pytest.mark.parametrize(
-    ("status", "said", "kind", "words"),
+    ("status", "body", "error", "remedy"),
     [
         (401, "Unauthorized", ServerRefuses, "pass api_key="),
         (400, "input too long", ServerFailed, "input too long"),
@@ -76,47 +61,26 @@ def test_an_answer_is_json_and_the_key_is_sent(serve: Serve) -> None:
         (503, "Not enough memory", ServerOutOfMemory, "lower --max-running-requests"),
     ],
 )
-def test_refusals_say_what_to_do(serve: Serve, status: int, said: str, kind: type[ServerError], words: str) -> None:
-    url = serve(lambda handler, _: answer_json(handler, status, said))
-    with pytest.raises(kind, match=words):
-        Client(url).post("/generate", {})
+def test_refusals_say_what_to_do(serve: Serve, status: int, body: str, error: type[ServerError], remedy: str) -> None:
+    with pytest.raises(error, match=remedy):
+        Client(serve(lambda handler: answer_json(handler, body, status))).post("/generate", {})
 
 
 def test_a_busy_server_is_asked_again_within_the_deadline(serve: Serve) -> None:
-    url = serve(lambda handler, count: answer_json(handler, 429 if count < 3 else 200, "queue is full"))
-    assert Client(url).post("/generate", {}) == "queue is full"
-    asked: list[int] = []
-
-    def full(handler: BaseHTTPRequestHandler, number: int) -> None:
-        asked.append(number)
-        answer_json(handler, 429, "queue is full")
-
+    statuses = [200, 429, 429]
+    url = serve(lambda handler: answer_json(handler, "queue is full", statuses.pop()))
+    assert Client(url).post("/generate", {}) == "queue is full" and not statuses
     with pytest.raises((ServerBusy, ServerSilent), match="in time"):
-        Client(serve(full), timeout_s=2.0).post("/generate", {})
-    assert len(asked) > 1
+        Client(serve(lambda handler: answer_json(handler, "queue is full", 429)), timeout_s=1.0).post("/generate", {})
 
 
-def test_connections_are_kept(serve: Serve) -> None:
-    ports = set[int]()
-
-    def answer(handler: BaseHTTPRequestHandler, _: int) -> None:
-        ports.add(handler.client_address[1])
-        handler.protocol_version, handler.close_connection = "HTTP/1.1", False
-        answer_json(handler, 200, {})
-
-    client = Client(serve(answer))
-    for _ in range(3):
-        client.get("/")
-    assert len(ports) == 1
-
-
-def test_nobody_and_nonsense(serve: Serve) -> None:
+def test_no_server_and_an_answer_that_is_not_json(serve: Serve) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         with pytest.raises(ServerGone, match="is it running"):  # nobody listens on a port that is ours
             Client(f"http://127.0.0.1:{free.getsockname()[1]}").get("/model_info")
 
-    def html(handler: BaseHTTPRequestHandler, _: int) -> None:
+    def html(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.end_headers()
         handler.wfile.write(b"<html>")
@@ -140,55 +104,45 @@ def test_wrong_arguments_are_named(url: str, timeout_s: float, name: str) -> Non
         Client(url, timeout_s=timeout_s)
 
 
-@pytest.mark.parametrize("drips", [False, True])
-def test_a_hang_ends_at_the_deadline(serve: Serve, drips: bool) -> None:
-    """Also if bytes come one by one; 1,000 of them would take 100 s."""
+@pytest.mark.parametrize(
+    ("sends", "dies", "error"), [("", False, ServerSilent), (" ", False, ServerSilent), ("[1, 2", True, ServerGone)]
+)
+def test_a_server_that_hangs_or_dies(serve: Serve, sends: str, dies: bool, error: type[ServerError]) -> None:
+    """A hang ends at the deadline, also if bytes arrive one by one; 1,000 of them would take 100 s."""
     over = Event()
 
-    def hang(handler: BaseHTTPRequestHandler, _: int) -> None:
-        if drips:
+    def hang(handler: BaseHTTPRequestHandler) -> None:
+        if sends:
             handler.send_response(200)
             handler.send_header("Content-Length", "1000")
             handler.end_headers()
         while not over.wait(0.1):
-            if drips:
-                handler.wfile.write(b" ")
-                handler.wfile.flush()
+            handler.wfile.write(sends.encode())
+            handler.wfile.flush()
+            if dies:
+                return handler.connection.shutdown(socket.SHUT_RDWR)
 
     clock = WallClock()
     began = clock.now()
-    with pytest.raises(ServerSilent, match="timeout_s"):
-        Client(serve(hang), timeout_s=0.3).post("/generate", {})
+    with pytest.raises(error, match="is it running" if dies else "timeout_s"):
+        Client(serve(hang), timeout_s=60.0 if dies else 0.3).post("/generate", {})
     over.set()
     assert clock.now() - began < 60.0
 
 
-def test_a_server_that_dies_in_the_middle(serve: Serve) -> None:
-    def die(handler: BaseHTTPRequestHandler, _: int) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Length", "1000")
-        handler.end_headers()
-        handler.wfile.write(b'{"output_ids": [1, 2')
-        handler.wfile.flush()
-        handler.connection.shutdown(socket.SHUT_RDWR)
-
-    with pytest.raises(ServerGone, match="is it running"):
-        Client(serve(die)).post("/generate", {})
-
-
 def test_requests_are_sent_at_once_and_one_failure_ends_them_all(serve: Serve) -> None:
-    def answer(handler: BaseHTTPRequestHandler, _: int) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        status = 500 if body["input_ids"] == [9] else 200
-        answer_json(handler, status, {"output_ids": body["input_ids"], "asked": body["sampling_params"]})
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        body = read_json(handler)
+        tokens = body["input_ids"]
+        answer_json(handler, {"output_ids": tokens, **body["sampling_params"]}, 500 if tokens == [9] else 200)
 
     requests = LiveRequests(Client(serve(answer)))
     for number in range(3):
         requests.send(f"r{number}", LiveRequest(number, Request((number, 1), 5, 0.5, learn=False)).body())
     for number in range(3):
-        found = requests.take(f"r{number}", 60.0)
-        assert found["output_ids"] == [number, 1]
-        assert found["asked"]["max_new_tokens"] == 5 and found["asked"]["custom_params"] == {"specrl_traces": False}
+        taken = requests.take(f"r{number}", 60.0)
+        assert taken["output_ids"] == [number, 1] and taken["max_new_tokens"] == 5
+        assert taken["custom_params"] == {"specrl_traces": False}
     requests.check()
     with pytest.raises(ServerSilent, match="request nobody"):
         requests.take("nobody", 0.05)
@@ -197,19 +151,24 @@ def test_requests_are_sent_at_once_and_one_failure_ends_them_all(serve: Serve) -
         requests.take("r2", 60.0)
 
 
-SGLANG = {"version": "0.5.23", "speculative_algorithm": "EAGLE3"}
-CHAIN = {"speculative_num_steps": 2, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 3}
+def test_a_parked_request_goes_on_from_its_tokens() -> None:
+    live = LiveRequest(0, Request((1, 2), 10), "r", output=[3, 4, 5], resumed=3)
+    assert live.body()["input_ids"] == [1, 2, 3, 4, 5] and live.body()["sampling_params"]["max_new_tokens"] == 7
+    assert live.context == 6  # its prefill adds one
+    assert LiveRequest(0, Request((1, 2), 10), "r").context == 3
 
 
-def test_a_server_without_the_plugin_is_seen_by_the_request(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    def answer(handler: BaseHTTPRequestHandler, _: int) -> None:
-        if handler.path == "/server_info":
-            return answer_json(handler, 200, {**SGLANG, **CHAIN})
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        if handler.path == "/abort_request":
-            return answer_json(handler, 200, None)
+SGLANG = {
+    "version": "0.5.23", "speculative_algorithm": "EAGLE3", "speculative_num_steps": 2, "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": 3,
+}  # fmt: skip
+
+
+def test_a_server_without_the_plugin_reports_whole_requests(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
         meta = {"spec_correct_drafts_histogram": [1, 2, 1], "finish_reason": {"type": "length"}}
-        answer_json(handler, 200, {"output_ids": [*body["input_ids"], *range(6)], "meta_info": meta})
+        generated = {"output_ids": [*read_json(handler).get("input_ids", ()), *range(6)], "meta_info": meta}
+        answer_json(handler, {"/server_info": SGLANG, "/generate": generated}.get(handler.path))
 
     engine = attach_engine(serve(answer), timeout_s=60.0)
     assert engine.plans == (Plan(2),) and caplog.text.count("no plan per round, no traces") == 1
@@ -220,7 +179,7 @@ def test_a_server_without_the_plugin_is_seen_by_the_request(serve: Serve, caplog
     assert done.finished[0].tokens == (5, 6, 0, 1, 2, 3, 4, 5) and done.seconds > 0.0
     assert session.round(Plan(2)).request_ids[0] != done.request_ids[0]
     assert session.measure_plain() is None and session.drain() == [] and session.batch_size == 2
-    with pytest.raises(ValueError, match="plan must be .* launched for .2/1/3."):
+    with pytest.raises(ValueError, match="plan must be"):
         session.round(Plan(0))
     engine.close()
     with pytest.raises(ValueError, match="is closed"):
@@ -231,46 +190,63 @@ def test_a_server_without_the_plugin_is_seen_by_the_request(serve: Serve, caplog
 
 def test_another_version_without_the_plugin_is_refused_by_name(serve: Serve) -> None:
     with pytest.raises(ValueError, match="SGLang must be 0.5.23.* 0.4.1"):
-        attach_engine(serve(lambda handler, _: answer_json(handler, 200, {**SGLANG, **CHAIN, "version": "0.4.1"})))
-
-
-def test_wrong_options_of_an_engine_are_named() -> None:
-    with pytest.raises(ValueError, match="speed"):
-        make_engine("sglang", plans=(Plan(1),), speed=3)
-    for options, name in (
-        ({"python": sys.executable}, "must have SGLang and specrl.*python="),
-        ({"python": "/nowhere/python"}, "python= must be"),
-        ({"baseline": "never"}, "baseline must be"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            launch_engine(plans="1", **options)  # type: ignore[arg-type]
+        attach_engine(serve(lambda handler: answer_json(handler, {**SGLANG, "version": "0.4.1"})))
 
 
 @pytest.mark.parametrize(
-    ("code", "kind", "words"),
+    ("options", "name"),
+    [
+        ({"speed": 3}, "speed"),
+        ({"python": sys.executable}, "must have SGLang and specrl.*python="),
+        ({"python": "/nowhere/python"}, "python= must be"),
+        ({"baseline": "never"}, "baseline must be"),
+    ],
+)
+def test_wrong_options_of_an_engine_are_named(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        make_engine("sglang", plans=(Plan(1),), **options)
+
+
+def test_the_flags_that_sglang_is_launched_with(tmp_path: Path) -> None:
+    words = command_line(serving_of([Plan(0), Plan(3), Plan(1)]), "/t", "/d", tmp_path)
+    assert words[words.index("--speculative-num-steps") + 1] == "3" and "--speculative-adaptive" in words
+    assert words[words.index("--speculative-draft-model-path") + 1] == "/d"
+    config = Path(words[words.index("--speculative-adaptive-config") + 1]).read_text()
+    assert config.strip() == '{"1": {"candidate_steps": [0, 1, 3]}}'
+    tree = command_line(serving_of([Plan(3, 2, 6)]), "/t", "/d", tmp_path)
+    assert tree[tree.index("--speculative-num-draft-tokens") + 1] == "6" and "--speculative-adaptive" not in tree
+    for plans in ("0", "1,3/2/6"):
+        with pytest.raises(ValueError, match="plans must"):
+            launch_engine(plans=plans)
+
+
+def fake_python(folder: Path, code: str) -> Path:
+    """A Python that runs this code and nothing else."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "words"),
     [
         ("raise SystemExit('no such model')", ServerGone, "status 1.*no such model"),
         ("raise SystemExit('CUDA out of memory')", ServerOutOfMemory, "--mem-fraction-static.*CUDA out of memory"),
         ("import time; time.sleep(60)", ServerSilent, "0.5 s"),
     ],
 )
-def test_a_server_that_does_not_start(tmp_path: Path, code: str, kind: type[ServerError], words: str) -> None:
-    """Its Python runs other code."""
-    fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n')
-    fake.chmod(0o755)
-    server = Server.launch([], tmp_path / "server.log", tmp_path, python=fake)
-    with pytest.raises(kind, match=words):
-        server.wait(0.5 if kind is ServerSilent else 120.0)
+def test_a_server_that_does_not_start(tmp_path: Path, code: str, error: type[ServerError], words: str) -> None:
+    server = Server.launch([], tmp_path / "log", tmp_path, python=fake_python(tmp_path, code))
+    with pytest.raises(error, match=words):
+        server.wait(0.5 if error is ServerSilent else 120.0)
     server.close()
     assert not server.running
     server.close()
 
 
-def test_a_server_does_not_outlive_whoever_launched_it(tmp_path: Path) -> None:
-    fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import time; time.sleep(600)"\n')
-    fake.chmod(0o755)
+def test_a_server_ends_with_the_process_that_launched_it(tmp_path: Path) -> None:
+    fake_python(tmp_path, "import time; time.sleep(600)")
     code = (
         "import sys; from pathlib import Path; from specrl.sglang.client.launch import Server\n"
         "folder = Path(sys.argv[1]); server = Server.launch([], folder / 'log', folder, python=folder / 'python')\n"
@@ -279,7 +255,7 @@ def test_a_server_does_not_outlive_whoever_launched_it(tmp_path: Path) -> None:
     launcher = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     )
-    assert launcher.stdout is not None and launcher.stdin is not None
+    assert launcher.stdout is not None
     group = int(launcher.stdout.readline())
     os.killpg(group, 0)
     launcher.kill()
@@ -289,12 +265,4 @@ def test_a_server_does_not_outlive_whoever_launched_it(tmp_path: Path) -> None:
         if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
             return
         Event().wait(0.05)
-    raise AssertionError("it is still there")
-
-
-def test_a_parked_request_goes_on_from_its_tokens() -> None:
-    live = LiveRequest(0, Request((1, 2), 10), "r", output=[3, 4, 5], resumed=3)
-    assert live.body()["input_ids"] == [1, 2, 3, 4, 5]
-    assert live.body()["sampling_params"]["max_new_tokens"] == 7
-    assert live.context == 6  # its prefill adds one
-    assert LiveRequest(0, Request((1, 2), 10), "r").context == 3
+    raise AssertionError("it still runs")

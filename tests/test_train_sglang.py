@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from test_hot_swap import Fake
+from traced import put_request
 
 from specrl.agents.draft.learner import LearnerConfig
 from specrl.commands.train import train_server
@@ -36,31 +37,12 @@ class Traffic:
         self._thread.join()
 
     def _serve(self) -> None:
-        target = tiny.tiny_target().config
-        generator = torch.Generator().manual_seed(0)
-        number = 0
+        target, number = tiny.tiny_target().config, 0
         while not self._over.wait(0.005):
             self._queue.send()
-            if not self._queue.wanted:
-                continue
-            tokens = torch.randint(1, target.vocab_size, (9,), generator=generator)
-            features = torch.randn(9, 3 * target.hidden_size, generator=generator)
-            logits = torch.randn(9, target.vocab_size, generator=generator)
-            requests = [f"r{number}"]
-            number += 1
-            prompt = {"tokens": tokens[:4], "features": features[:4]}
-            self._queue.put({"kind": "prefill", "requests": requests, "start": 0}, prompt)
-            header = {"kind": "round", "requests": requests, "plan": "1/1/2", "temperatures": [0.7]}
-            for at in range(4, 8):
-                rows = {
-                    "tokens": tokens[None, at : at + 2],
-                    "features": features[None, at : at + 2],
-                    "logits": logits[None, at : at + 2],
-                    "path": torch.tensor([[0, -1]]),
-                    "positions": torch.tensor([at]),
-                }
-                self._queue.put({**header, "weight_version": "3"}, rows)
-            self._queue.put({"kind": "finished", "requests": requests})
+            if self._queue.wanted:
+                put_request(self._queue, f"r{number}", target.vocab_size, 3 * target.hidden_size)
+                number += 1
         self._queue.close()
 
 

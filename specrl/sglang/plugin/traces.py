@@ -114,7 +114,7 @@ class TraceHooks:
         weight_version: returns SGLang's name of the weights that serve, which hot swaps of a draft set.
     """
 
-    def __init__(self, settings: Settings, tp_rank: Callable[[], int], weight_version: Callable[[], str] = str) -> None:
+    def __init__(self, settings: Settings, tp_rank: Callable[[], int], weight_version: Callable[[], str]) -> None:
         self.safe = Failsafe("tracing")
         self._settings, self._tp_rank, self._weight_version = settings, tp_rank, weight_version
         self._live: dict[str, Any] = {}  # request id -> SGLang's request
