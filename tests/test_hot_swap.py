@@ -7,70 +7,60 @@ import io
 import json
 import pickle
 import socket
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from http_help import Serve, answer_json, read_json
 
 from specrl.core.clock import WallClock
 from specrl.models.draft import Draft, new_draft
 from specrl.sglang.client.hot_swap import checksum, encode, push, served_names
 from specrl.sglang.client.http import SwapError
 
+ORDER = ["/server_info", "/pause_generation", "/begin_weight_update", "/update_weights_from_tensor"]
+RELEASE = ["/end_weight_update", "/continue_generation"]
 
-class Fake:
-    """A server that answers as SGLang does, and records its calls.
 
-    Args:
-        draft: the draft that it seems to hold.
-        fails: path -> status that it answers instead of 200.
+class SwapServer:
+    """Answers the calls of a hot swap like an SGLang server that holds `draft`, and records them.
+
+    `fails` is a path that it answers with status `status`; `info` are entries of /server_info.
     """
 
-    def __init__(self, draft: Draft, fails: dict[str, int], **facts: object) -> None:
+    def __init__(self, serve: Serve, draft: Draft, fails: str = "", status: int = 500, **info: object) -> None:
         self.calls: list[tuple[str, Any]] = []
         self.keys: set[str | None] = set()
-        fake = self
-        known = {n: t for n, t in draft.tensors.items() if n not in ("d2t", "t2d")}
-        hashes = {f"draft.{name}": checksum(tensor) for name, tensor in served_names(known).items()}
-        hashes["draft.model.embed_tokens.weight"] = "the target's"
+        self.dead = False  # closes every connection
+        weights = {n: t for n, t in draft.tensors.items() if n not in ("d2t", "t2d")}
+        checksums = {f"draft.{name}": checksum(tensor) for name, tensor in served_names(weights).items()}
+        checksums["draft.model.embed_tokens.weight"] = "the target's"
         answers = {
-            "/server_info": {"speculative_algorithm": "EAGLE3", "device": "cpu", "tp_size": 1, **facts},
-            "/weights_checker": {"ranks": [{"checksums": hashes, "per_gpu_checksum": "all"}]},
+            "/server_info": {"speculative_algorithm": "EAGLE3", "device": "cpu", "tp_size": 1, **info},
+            "/weights_checker": {"ranks": [{"checksums": checksums, "per_gpu_checksum": "all"}]},
         }
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            if self.dead:
+                raise ConnectionError
+            body = read_json(handler)
+            if body or handler.path != ORDER[-1]:  # an incomplete upload was canceled
+                self.calls.append((handler.path, body))
+                self.keys.add(handler.headers.get("Authorization"))
+                value = answers.get(handler.path, {"success": True, "message": "no"})
+                answer_json(handler, value, status if handler.path == fails else 200)
 
-            def do_POST(self) -> None:
-                length = int(self.headers.get("Content-Length") or 0)
-                body = self.rfile.read(length)
-                if len(body) < length:  # an upload that was given up
-                    return
-                fake.calls.append((self.path, json.loads(body) if body else None))
-                fake.keys.add(self.headers.get("Authorization"))
-                said = json.dumps(answers.get(self.path, {"success": True, "message": "no"})).encode()
-                self.send_response(fails.get(self.path, 200))
-                self.send_header("Content-Length", str(len(said)))
-                self.end_headers()
-                self.wfile.write(said)
-
-            do_GET = do_POST
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.block_on_close = False  # a connection that is kept must not delay the end
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = serve(answer)
 
     @property
     def paths(self) -> list[str]:
         return [path for path, _ in self.calls]
+
+
+Make = Callable[..., SwapServer]
 
 
 @pytest.fixture
@@ -79,31 +69,18 @@ def draft() -> Draft:
 
 
 @pytest.fixture
-def fakes(draft: Draft) -> Iterator[Any]:
-    made: list[Fake] = []
-
-    def make(fails: dict[str, int] | None = None, holds: Draft = draft, **facts: object) -> Fake:
-        made.append(Fake(holds, fails or {}, **facts))
-        return made[-1]
-
-    yield make
-    for fake in made:
-        fake.server.shutdown()
-        fake.server.server_close()
+def make(draft: Draft, serve: Serve) -> Make:
+    return lambda holds=draft, **options: SwapServer(serve, holds, **options)
 
 
-ORDER = ["/server_info", "/pause_generation", "/begin_weight_update", "/update_weights_from_tensor"]
-RELEASE = ["/end_weight_update", "/continue_generation"]
-
-
-def test_the_draft_alone_is_swapped_in_place(draft: Draft, fakes: Any) -> None:
-    fake = fakes()
-    swap = push(fake.url, draft.tensors, version=7, like=draft, api_key="secret")
-    assert fake.paths == [*ORDER, *RELEASE, "/weights_checker"] and fake.keys == {"Bearer secret"}
-    said = dict(fake.calls)
-    assert said["/pause_generation"] == {"mode": "in_place"}
-    update = said["/update_weights_from_tensor"]
-    assert said["/begin_weight_update"]["selector"] == said["/weights_checker"]["selector"] == "draft"
+def test_the_draft_alone_is_swapped_in_place(draft: Draft, make: Make) -> None:
+    server = make()
+    swap = push(server.url, draft.tensors, version=7, like=draft, api_key="secret")
+    assert server.paths == [*ORDER, *RELEASE, "/weights_checker"] and server.keys == {"Bearer secret"}
+    bodies = dict(server.calls)
+    assert bodies["/pause_generation"] == {"mode": "in_place"}
+    update = bodies["/update_weights_from_tensor"]
+    assert bodies["/begin_weight_update"]["selector"] == bodies["/weights_checker"]["selector"] == "draft"
     assert (update["selector"], update["flush_cache"], update["weight_version"]) == ("draft", False, "7")
     assert (swap.version, swap.exact, swap.checksum) == (7, True, "all") and 0 < swap.stopped_s <= swap.pause_s
     assert [f"/{name}" for name in swap.calls_s] == [*ORDER[1:], *RELEASE] and min(swap.calls_s.values()) > 0
@@ -111,79 +88,77 @@ def test_the_draft_alone_is_swapped_in_place(draft: Draft, fakes: Any) -> None:
 
 
 class Confined(pickle.Unpickler):
-    """Reads what SGLang's SafeUnpickler lets through, and this is all of it that we send."""
+    """Reads the names that SGLang's SafeUnpickler accepts and that we send, and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
-            "types.SimpleNamespace",
-            "torch.Size",
-            "torch._utils._rebuild_tensor_v2",
-            "collections.OrderedDict",
-            "torch.float32",
-            "torch.bfloat16",
-        }
+            "types.SimpleNamespace", "torch.Size", "torch._utils._rebuild_tensor_v2", "collections.OrderedDict",
+            "torch.float32", "torch.bfloat16", "torch.serialization._get_layout",
+        }  # fmt: skip
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return lambda data: torch.load(io.BytesIO(data), weights_only=True)
-        if (module, name) == ("torch.serialization", "_get_layout") or f"{module}.{name}" in allowed:
-            return super().find_class(module, name)
-        raise AssertionError(f"{module}.{name} is sent")
+        assert f"{module}.{name}" in allowed
+        return super().find_class(module, name)
 
 
 def test_what_is_sent_is_one_flat_tensor_with_names() -> None:
     sent = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([3.0], dtype=torch.bfloat16), "c": torch.tensor([4.0])}
     (text,) = json.loads(encode(sent, 1))["serialized_named_tensors"]
     bucket = Confined(io.BytesIO(base64.b64decode(text))).load()
-    found = {
+    received = {
         m.name: bucket["flattened_tensor"][m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape)
         for m in bucket["metadata"]
     }
-    assert found.keys() == sent.keys() and all(torch.equal(found[n], t) for n, t in sent.items())
+    assert received.keys() == sent.keys() and all(torch.equal(received[n], t) for n, t in sent.items())
 
 
 @pytest.mark.parametrize("fails", [*ORDER[1:], *RELEASE])
-def test_a_server_that_refuses_is_told_to_go_on(draft: Draft, fakes: Any, fails: str) -> None:
-    fake = fakes({fails: 500})
+def test_a_server_that_refuses_is_resumed(draft: Draft, make: Make, fails: str) -> None:
+    server = make(fails=fails)
     with pytest.raises(SwapError, match=f"{fails} failed .500: .*see its log"):
-        push(fake.url, draft.tensors, version=1, like=draft)
-    assert fake.paths[-2:] == RELEASE
-    assert "/weights_checker" not in fake.paths
+        push(server.url, draft.tensors, version=1, like=draft)
+    assert server.paths[-2:] == RELEASE and "/weights_checker" not in server.paths
 
 
-def test_a_server_that_wants_a_key_says_so(draft: Draft, fakes: Any) -> None:
-    fake = fakes({"/server_info": 401})
-    with pytest.raises(SwapError, match="401.*api_key="):
-        push(fake.url, draft.tensors, version=1, like=draft)
-    assert fake.paths == ["/server_info"]
-
-
-def test_other_weights_in_the_server_are_noticed(draft: Draft, fakes: Any) -> None:
+def test_other_weights_in_the_server_are_noticed(draft: Draft, make: Make) -> None:
     other = new_draft(tiny.tiny_target(), draft_vocab_size=8, aux_layers=tiny.AUX_LAYERS, seed=4)
     with pytest.raises(SwapError, match="qkv_proj.weight differs"):
-        push(fakes(holds=other).url, draft.tensors, version=1, like=draft)
+        push(make(other).url, draft.tensors, version=1, like=draft)
 
 
-@pytest.mark.parametrize("facts", [{"speculative_algorithm": None}, {"tp_size": 2}])
-def test_a_server_that_cannot_swap_is_refused(draft: Draft, fakes: Any, facts: dict[str, object]) -> None:
-    fake = fakes(**facts)
-    with pytest.raises(ValueError, match="EAGLE3|tp_size must be 1"):
-        push(fake.url, draft.tensors, version=1, like=draft)
-    assert fake.paths == ["/server_info"]
+@pytest.mark.parametrize(
+    ("options", "error", "rule"),
+    [
+        ({"speculative_algorithm": None}, ValueError, "algorithm of a server must be EAGLE3"),
+        ({"tp_size": 2}, ValueError, "tp_size of a server must be 1"),
+        ({"fails": "/server_info", "status": 401}, SwapError, "401.*api_key="),
+    ],
+)
+def test_a_server_that_cannot_swap_gets_no_weights(
+    draft: Draft, make: Make, options: dict[str, Any], error: type[Exception], rule: str
+) -> None:
+    server = make(**options)
+    with pytest.raises(error, match=rule):
+        push(server.url, draft.tensors, version=1, like=draft)
+    assert server.paths == ["/server_info"]
 
 
-def test_weights_that_do_not_fit_are_refused_before_anything_is_sent(draft: Draft, fakes: Any) -> None:
-    fake = fakes()
-    for weights, rule in (
-        ({**draft.tensors, "d2t": draft.tensors["d2t"] + 1}, "d2t must be"),
-        ({**draft.tensors, "fc.weight": draft.tensors["fc.weight"].double()}, "torch.float64"),
-        ({**draft.tensors, "norm.weight": torch.ones(3)}, "norm.weight"),
-        ({**draft.tensors, "embed_tokens.weight": torch.ones(3)}, "embed_tokens.weight"),
+def test_weights_that_do_not_fit_are_refused_before_anything_is_sent(draft: Draft, make: Make) -> None:
+    server, good = make(), draft.tensors
+    for changes, rule in (
+        ({"d2t": good["d2t"] + 1}, "d2t must be"),
+        ({"fc.weight": good["fc.weight"].double()}, "torch.float64"),
+        ({"norm.weight": torch.ones(3)}, "norm.weight"),
+        ({"embed_tokens.weight": torch.ones(3)}, "embed_tokens.weight"),
     ):
         with pytest.raises(ValueError, match=rule):
-            push(fake.url, weights, version=1, like=draft)
-    assert set(fake.paths) == {"/server_info"}
+            push(server.url, {**good, **changes}, version=1, like=draft)
+    with pytest.raises(ValueError, match="like="):
+        push(server.url, good, version=1)
+    assert set(server.paths) == {"/server_info"}
 
 
-def test_a_server_that_says_nothing_is_waited_for_no_longer_than_asked(draft: Draft) -> None:
+def test_a_silent_server_ends_the_swap_in_time(draft: Draft) -> None:
     clock = WallClock()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = clock.now()

@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import pytest
 import tiny
 import torch
-from test_hot_swap import Fake
+from http_help import Serve
+from test_hot_swap import SwapServer
 from traced import put_request
 
 from specrl.agents.draft.learner import LearnerConfig
@@ -52,50 +54,51 @@ def draft() -> Draft:
 
 
 @pytest.fixture
-def served(draft: Draft, short: Path) -> Iterator[tuple[Fake, Traffic, Path]]:
-    fake = Fake(draft, {}, device="cuda")  # where checksums cannot be compared, so that any weights may come
-    traffic = Traffic(short / "t")
-    yield fake, traffic, short / "t"
-    traffic.close()
-    fake.server.shutdown()
-    fake.server.server_close()
+def server(draft: Draft, serve: Serve) -> SwapServer:
+    return SwapServer(serve, draft, device="cuda")  # checksums cannot be compared, so any weights are accepted
 
 
-def test_it_learns_swaps_and_goes_on(draft: Draft, served: tuple[Fake, Traffic, Path], tmp_path: Path) -> None:
-    fake, _, traces = served
-    target = tiny.tiny_target()
+@pytest.fixture
+def traffic(short: Path) -> Iterator[Traffic]:
+    made = Traffic(short / "t")
+    yield made
+    made.close()
+
+
+def swapped_versions(server: SwapServer) -> list[int]:
+    return [int(body["weight_version"]) for path, body in server.calls if path == "/update_weights_from_tensor"]
+
+
+def test_it_learns_swaps_and_goes_on(
+    draft: Draft, server: SwapServer, traffic: Traffic, short: Path, tmp_path: Path
+) -> None:
+    arguments: Any = (tiny.tiny_target(), draft, CONFIG, server.url, short / "t")
     lines: list[str] = []
-    learner = ServerLearner(target, draft, CONFIG, fake.url, traces, sync_every=2)
-    learn_from_server(learner, OutputDir(tmp_path), requests=6, checkpoint_every=2, print_line=lines.append)
-    versions = [int(said["weight_version"]) for path, said in fake.calls if path == "/update_weights_from_tensor"]
+    learner = ServerLearner(*arguments, sync_every=2)
+    learn_from_server(learner, OutputDir(tmp_path), requests=4, checkpoint_every=2, print_line=lines.append)
+    versions = swapped_versions(server)
     assert versions[0] == 0 and versions == sorted(set(versions)) and learner.version == versions[-1] > 0
     assert learner.accept_length == 1.0 and "accept length 1.00" in lines[-2]
     assert {s.draft_version for s in learner.learner.replay} == {3}, "the version that the server reports"
     learned = load_draft(tmp_path / "draft")
     assert not torch.equal(learned.tensors["fc.weight"], draft.tensors["fc.weight"])
     # A resumed run first swaps its weights in, and goes on counting.
-    fake.calls.clear()
-    resumed = ServerLearner(target, draft, CONFIG, fake.url, traces, sync_every=2, resume=tmp_path / "checkpoint")
-    (update,) = [said for path, said in fake.calls if path == "/update_weights_from_tensor"]
-    assert int(update["weight_version"]) == learner.version and resumed.requests == learner.requests
+    server.calls.clear()
+    resumed = ServerLearner(*arguments, sync_every=2, resume=tmp_path / "checkpoint")
+    assert swapped_versions(server) == [learner.version] and resumed.requests == learner.requests
     assert all(torch.equal(t, learned.tensors[n]) for n, t in resumed.learner.weights()[1].items())
     resumed.close()
 
 
 def test_a_server_that_goes_leaves_a_checkpoint_and_one_error(
-    draft: Draft, served: tuple[Fake, Traffic, Path], tmp_path: Path
+    draft: Draft, server: SwapServer, traffic: Traffic, short: Path, tmp_path: Path
 ) -> None:
-    fake, traffic, traces = served
-    learner = ServerLearner(tiny.tiny_target(), draft, CONFIG, fake.url, traces, sync_every=2)
-
-    dead: list[str] = []
+    learner = ServerLearner(tiny.tiny_target(), draft, CONFIG, server.url, short / "t", sync_every=2)
 
     def die(line: str) -> None:
-        if "accept length" in line and learner.requests and not dead:
-            dead.append(line)
+        if learner.requests and not server.dead:
+            server.dead = True
             traffic.close()
-            fake.server.shutdown()
-            fake.server.server_close()
 
     with pytest.raises(OSError, match="go on with --resume|is it running"):
         learn_from_server(
@@ -105,7 +108,8 @@ def test_a_server_that_goes_leaves_a_checkpoint_and_one_error(
     assert state["requests"] == learner.requests > 0
 
 
-@pytest.mark.parametrize(("changes", "name"), [({"requests": 0}, "requests"), ({"checkpoint_interval": 0}, "interval")])
-def test_numbers_out_of_range_are_named(changes: dict[str, int], name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["requests", "checkpoint_interval", "weight_sync_interval"])
+def test_numbers_out_of_range_are_named(name: str, tmp_path: Path) -> None:
+    numbers: Any = {name: 0}
     with pytest.raises(ValueError, match=name):
-        train_server(server="", traces=tmp_path, draft=tmp_path, output_dir=tmp_path, **changes)  # type: ignore[arg-type]
+        train_server(server="", traces=tmp_path, draft=tmp_path, output_dir=tmp_path, **numbers)
