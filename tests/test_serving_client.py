@@ -151,13 +151,6 @@ def test_requests_are_sent_at_once_and_one_failure_ends_them_all(serve: Serve) -
         requests.take("r2", 60.0)
 
 
-def test_a_parked_request_goes_on_from_its_tokens() -> None:
-    live = LiveRequest(0, Request((1, 2), 10), "r", output=[3, 4, 5], resumed=3)
-    assert live.body()["input_ids"] == [1, 2, 3, 4, 5] and live.body()["sampling_params"]["max_new_tokens"] == 7
-    assert live.context == 6  # its prefill adds one
-    assert LiveRequest(0, Request((1, 2), 10), "r").context == 3
-
-
 SGLANG = {
     "version": "0.5.23", "speculative_algorithm": "EAGLE3", "speculative_num_steps": 2, "speculative_eagle_topk": 1,
     "speculative_num_draft_tokens": 3,
@@ -186,9 +179,6 @@ def test_a_server_without_the_plugin_reports_whole_requests(serve: Serve, caplog
         session.round(Plan(2))
     with pytest.raises(ValueError, match="trace"):
         engine.start(Listed([Request((5, 6), 8)]), batch_size=2, seed=0, trace=True)
-
-
-def test_another_version_without_the_plugin_is_refused_by_name(serve: Serve) -> None:
     with pytest.raises(ValueError, match="SGLang must be 0.5.23.* 0.4.1"):
         attach_engine(serve(lambda handler: answer_json(handler, {**SGLANG, "version": "0.4.1"})))
 
