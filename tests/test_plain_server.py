@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler
-from threading import Condition, Event
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -23,7 +23,6 @@ from specrl.decoding.engine import LocalEngine
 from specrl.envs.timed_env import NO_PLAIN
 from specrl.sglang.client.factory import attach_engine
 from specrl.sglang.client.http import ServerError, ServerFailed, ServerGone
-from specrl.sglang.client.launch import Server
 from specrl.sglang.client.plain_server import StreamedPlainServer
 
 STEP_S = 0.01
@@ -35,79 +34,54 @@ DRAFTS = {
 MODEL = {"model_path": "a/model", "weight_version": "default"}
 
 
-class Stepped(VirtualClock):
-    """Advances a step at a time, once the client has read it for every token of the step before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._reads, self._read = 0, Condition()
-
-    def now(self) -> float:
-        with self._read:
-            self._reads += 1
-            self._read.notify_all()
-            return super().now()
-
-    def step(self, pieces: int) -> None:
-        with self._read:
-            assert self._read.wait_for(lambda: self._reads >= pieces, 60.0), "the client does not read the clock"
-            self.advance(STEP_S)
-
-
 class Fake:
-    """A server with this information; its tokens come a step apart, `lump` at a time. It records its calls."""
+    """A server with this information. It records its calls; if it `dies`, it closes streams early."""
 
-    def __init__(
-        self,
-        info: Mapping[str, Any] = {},
-        model: Mapping[str, Any] = {},
-        lump: int = 1,
-        fails: str = "",
-        clock: Stepped | None = None,
-    ) -> None:
-        self.info, self.model = {**INFO, **info}, {**MODEL, **model}
-        self.lump, self.fails, self.clock = lump, fails, clock
-        self.pieces = 0
+    def __init__(self, info: Mapping[str, Any] = {}, model: Mapping[str, Any] = {}) -> None:
+        self.answers = {"/server_info": {**INFO, **info}, "/model_info": {**MODEL, **model}}
         self.calls: list[str] = []
+        self.dies = False
 
     def __call__(self, handler: BaseHTTPRequestHandler) -> None:
         self.calls.append(handler.path)
         body = read_json(handler)
-        if body.get("stream"):
-            self._stream(handler, body)
-        else:
-            answer_json(handler, {"/server_info": self.info, "/model_info": self.model}.get(handler.path, {}))
-
-    def _stream(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-        """The first request begins three steps before the others."""
+        if not body.get("stream"):
+            return answer_json(handler, self.answers.get(handler.path, {}))
         handler.send_response(200)
         handler.end_headers()
-        new = body["sampling_params"]["max_new_tokens"]
-
-        def send(value: object) -> None:
-            handler.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
-
-        for step in range(1, new + 1):
-            if self.clock is None:
-                Event().wait(STEP_S)
-            else:
-                self.clock.step(self.pieces)
-            for index, rid in enumerate(body["rid"]):
-                count = step - (3 if index else 0)
-                if count >= 1 and (count % self.lump == 0 or count == new):
-                    send({"meta_info": {"id": rid, "completion_tokens": count}})
-                    self.pieces += 1
-            if self.fails == "error" and step == 2:
-                send({"error": {"message": "too long"}})
-            if self.fails == "gone" and step == 2:
+        for piece in pieces(body):
+            handler.wfile.write(b"data: " + json.dumps(piece).encode() + b"\n\n")
+            if self.dies:
                 return
         handler.wfile.write(b"data: [DONE]\n\n")
 
 
+def pieces(body: Any, lump: int = 1, step: Callable[[], object] = lambda: None) -> Iterator[Any]:
+    """The pieces of a streamed answer, `lump` tokens at a time; the first request begins three steps before others."""
+    new = body["sampling_params"]["max_new_tokens"]
+    for steps in range(1, new + 1):
+        step()
+        for index, rid in enumerate(body["rid"]):
+            count = steps - (3 if index else 0)
+            if count >= 1 and (count % lump == 0 or count == new):
+                yield {"meta_info": {"id": rid, "completion_tokens": count}}
+
+
+def streamed(lump: int = 1, *, error: str = "") -> StreamedPlainServer:
+    """A plain server whose tokens arrive a step apart on a virtual clock, without HTTP."""
+    clock = VirtualClock()
+
+    def stream(path: str, body: Any) -> Iterator[Any]:
+        yield from [{"error": {"message": error}}] if error else pieces(body, lump, lambda: clock.advance(STEP_S))
+
+    client: Any = SimpleNamespace(url="http://x", stream=stream)
+    server: Any = SimpleNamespace(client=client, timeout_s=60.0)
+    return StreamedPlainServer(server, clock)
+
+
 @pytest.mark.parametrize("lump", [1, 4])
-def test_steps_are_those_in_which_all_requests_decode(serve: Serve, lump: int) -> None:
-    clock = Stepped()
-    plain = StreamedPlainServer(Server(serve(Fake(lump=lump, clock=clock))), clock)
+def test_steps_are_those_in_which_all_requests_decode(lump: int) -> None:
+    plain = streamed(lump)
     steps = plain.steps([[1, 2], [1, 2, 3, 4]], 12)
     assert len(steps) <= 12 - 2 and all(step.batch_size == 2 for step in steps), "three steps were of one request"
     assert steps[0].context >= 3.0 + 3.0 and np.diff([step.context for step in steps]) == pytest.approx(1.0)
@@ -117,19 +91,11 @@ def test_steps_are_those_in_which_all_requests_decode(serve: Serve, lump: int) -
     assert measured.context == 3.0
 
 
-@pytest.mark.parametrize(
-    ("fails", "texts", "error", "words"),
-    [
-        ("gone", [[1, 2]], ServerGone, "before the end"),
-        ("error", [[1, 2]], ServerFailed, "too long"),
-        ("", [[1], [2]], ServerFailed, "--max-running-requests"),
-    ],
-)
-def test_a_stream_that_breaks_off_or_is_too_short_is_one_error(
-    serve: Serve, fails: str, texts: list[list[int]], error: type[ServerError], words: str
-) -> None:
-    with pytest.raises(error, match=words):
-        StreamedPlainServer(Server(serve(Fake(fails=fails)))).steps(texts, 1)
+def test_an_error_or_a_stream_that_is_too_short_is_one_error() -> None:
+    with pytest.raises(ServerFailed, match="too long"):
+        streamed(error="too long").steps([[1, 2]], 1)
+    with pytest.raises(ServerFailed, match="--max-running-requests"):
+        streamed().steps([[1], [2]], 1)
 
 
 def test_a_running_server_is_paused_while_the_other_is_measured(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
@@ -142,7 +108,7 @@ def test_a_running_server_is_paused_while_the_other_is_measured(serve: Serve, ca
     assert sample is not None and sample.batch_size == 2 and sample.context == 6.0, "half of the output"
     assert list(session.context_lengths) == [6, 6]
     assert ours.calls[-2:] == ["/pause_generation", "/continue_generation"] and beside.calls[-1] == "/generate"
-    beside.fails = "gone"
+    beside.dies = True
     with pytest.raises(ServerGone, match="before the end"):
         session.measure_plain()
     assert ours.calls[-2:] == ["/pause_generation", "/continue_generation"], "it is resumed after an error too"

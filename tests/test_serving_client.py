@@ -89,19 +89,12 @@ def test_no_server_and_an_answer_that_is_not_json(serve: Serve) -> None:
         Client(serve(html)).get("/")
 
 
-@pytest.mark.parametrize(
-    ("url", "timeout_s", "name"),
-    [
-        ("localhost:30000", 1.0, "url"),
-        ("ftp://x", 1.0, "url"),
-        ("http://", 1.0, "url"),
-        ("http://x:port", 1.0, "url"),
-        ("http://x", 0.0, "timeout_s"),
-    ],
-)
-def test_wrong_arguments_are_named(url: str, timeout_s: float, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be"):
-        Client(url, timeout_s=timeout_s)
+@pytest.mark.parametrize("url", ["localhost:30000", "ftp://x", "http://", "http://x:port"])
+def test_wrong_arguments_are_named(url: str) -> None:
+    with pytest.raises(ValueError, match="url must be"):
+        Client(url)
+    with pytest.raises(ValueError, match="timeout_s must be"):
+        Client("http://x", timeout_s=0.0)
 
 
 @pytest.mark.parametrize(
