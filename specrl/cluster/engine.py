@@ -73,13 +73,11 @@ class EngineActor:
         handle, seed = ray.get_actor(learner), settings.seed + _SEED_STEP * number
         (published, weights), config, serving = newest_weights(handle), settings.learner, settings.serving
         self._chooser = serving.make_chooser(seed)
-        self._learner = RemoteLearner(
-            handle,
-            number,
-            (published.version, weights),
-            Assembler(sample_rate=config.request_sample_rate, seed=seed, keep_rejected=config.rejected_weight > 0),
-            max_pending_calls=settings.max_pending_calls,
+        assembler = Assembler(
+            sample_rate=config.request_sample_rate, seed=seed, keep_rejected=config.rejected_weight > 0
         )
+        newest = published.version, weights
+        self._learner = RemoteLearner(handle, number, newest, assembler, settings.max_pending_calls)
         model = settings.target.load(device="cpu")
         self._loop = OnlineLoop(
             LocalEngine(model, Draft(architecture, weights), max_context=settings.max_context),

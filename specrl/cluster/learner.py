@@ -59,16 +59,9 @@ class Published(NamedTuple):
 class LearnerActor:
     """An `OnlineLearner` for `ray.remote`; Ray runs its calls one after the other.
 
-    Args:
-        target: name of the target; the draft shares its embedding.
-        initial_draft: directory of the draft to start from if there is no checkpoint.
-        config: configuration of the learner.
-        directory: directory of its checkpoint; to restart on another node, the learner needs a shared one.
-        publish_every: sequences between two publications.
-        seed: seed of the learner.
-
-    Raises:
-        ValueError: a checkpoint of another target.
+    It starts from its checkpoint in `directory`, or from the draft in the directory `initial_draft` if there is none.
+    To restart on another node, it needs a shared directory. It publishes weights every `publish_every` sequences. A
+    checkpoint of another target is a ValueError.
     """
 
     def __init__(
@@ -128,7 +121,7 @@ class RemoteLearner(DraftLearner):
     Args:
         learner: handle of the actor.
         engine: number of this engine.
-        first: version and weights that serve now.
+        serving: version and weights that serve now.
         assembler: makes sequences from traces.
         max_pending_calls: at least 1.
     """
@@ -137,14 +130,13 @@ class RemoteLearner(DraftLearner):
         self,
         learner: Any,
         engine: int,
-        first: tuple[int, Mapping[str, Tensor]],
+        serving: tuple[int, Mapping[str, Tensor]],
         assembler: Assembler,
-        *,
         max_pending_calls: int = 2,
     ) -> None:
         self._learner, self._engine, self._assembler = learner, engine, assembler
         self._max_pending_calls = max_pending_calls
-        self._version, self._weights = first
+        self._version, self._weights = serving
         self._pending: dict[Any, int] = {}  # reference of an answer: requests of the call
         self._arriving: tuple[int, Any] | None = None  # version and reference of weights on their way here
         self._counts: Counter[str] = Counter()

@@ -92,11 +92,7 @@ def _digests(directory: Path) -> dict[str, str]:
 
 
 def check_bundle(directory: Path) -> list[str]:
-    """Return the files of a bundle, after comparing every one with manifest.json.
-
-    Raises:
-        ValueError: no manifest, or a file that is missing, changed or not in it.
-    """
+    """Return the files of a bundle; a ValueError if one is missing, changed or not in manifest.json."""
     manifest = directory / MANIFEST
     if not manifest.is_file():
         raise ValueError(f"a bundle must hold {MANIFEST}, but {str(directory)!r} does not; export it again")
@@ -110,13 +106,8 @@ def check_bundle(directory: Path) -> list[str]:
 def push_to_hub(directory: Path, repository: str, *, dry_run: bool) -> list[str]:
     """Upload a bundle to a private repository of the Hugging Face Hub, after checking it against its manifest.
 
-    It needs a login (`hf auth login`), but not for a dry run.
-
-    Returns:
-        The files that were uploaded, or with `dry_run` would be.
-
-    Raises:
-        ValueError: a repository that is not 'owner/name', or a damaged bundle.
+    It needs a login (`hf auth login`), but not for a dry run. It returns the files that were uploaded, or with
+    `dry_run` would be. A repository that is not 'owner/name', or a damaged bundle, is a ValueError.
     """
     require(bool(re.fullmatch(r"[\w.-]+/[\w.-]+", repository)), "push_to_hub", "'owner/name'", repository)
     files = check_bundle(directory)
@@ -130,11 +121,7 @@ def push_to_hub(directory: Path, repository: str, *, dry_run: bool) -> list[str]
 
 
 def read_plans(path: Path) -> dict[int, Plan]:
-    """Return the plan per batch size (lower bound -> plan) from a run's plans.json.
-
-    Raises:
-        ValueError: no such file, or not a table of plans.
-    """
+    """Return the plans (lower bound of the batch size -> plan) of a run's plans.json; a ValueError without them."""
     if not path.exists():
         raise ValueError(f"a run must hold {path.name}, but {str(path.parent)!r} does not; name a finished run")
     try:

@@ -197,11 +197,7 @@ def _plans_of(info: Mapping[str, Any], *, adaptive: bool) -> tuple[Plan, ...]:
 
 
 def serving_of(plans: Sequence[Plan]) -> Serving:
-    """Return how to serve these plans: chains, among which SGLang can switch, or one tree.
-
-    Raises:
-        ValueError: no plan drafts, or there is a tree besides other plans.
-    """
+    """Return how to serve these plans; a ValueError unless they are one tree, or chains with a draft."""
     if not any(plan.num_steps for plan in plans):
         raise ValueError("plans must include one that drafts, but got only 0; for example '0,1/1/2,3/1/4'")
     trees = [plan for plan in plans if not plan.is_chain]

@@ -183,9 +183,8 @@ class Server:
         if self.log is None or not self.log.exists():
             return "no log"
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return f"{self.log}: " + " | ".join(
-            [line.strip() for line in lines if line and containing in line][-_LOG_LINES:]
-        )
+        chosen = [line.strip() for line in lines if line and containing in line]
+        return f"{self.log}: {' | '.join(chosen[-_LOG_LINES:])}"
 
 
 def check_version(python: str | Path | None = None) -> str | None:

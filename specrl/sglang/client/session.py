@@ -16,7 +16,7 @@ from specrl.core.round import Completion, PlainSample, Round, Trace
 from specrl.sglang.client.http import ServerFailed
 from specrl.sglang.client.launch import PLANS, ROUNDS, TRACES, Server
 from specrl.sglang.client.plain_server import PlainServer
-from specrl.sglang.client.plugin_client import Plans, Rounds
+from specrl.sglang.client.plugin_client import Connection, Plans, Rounds
 from specrl.sglang.client.requests import LiveRequest, LiveRequests
 from specrl.sglang.client.trace_subscriber import MAX_WAITING, Subscriber
 from specrl.sglang.plugin.rounds import RoundReport
@@ -52,6 +52,7 @@ class ServerSession(Session):
         self._name = f"specrl-{secrets.token_hex(4)}"
         self._requests = LiveRequests(server.client)
         self._live: list[LiveRequest] = []
+        self._connections: list[Connection] = []  # to the plugin
         self._created = self._sent = 0
         self._closed = False
         self._set_batch_size(batch_size)
@@ -93,7 +94,8 @@ class ServerSession(Session):
         if self._closed:
             return
         self._closed = True
-        self._disconnect()
+        for connection in self._connections:
+            connection.close()
         try:
             self._requests.abort(self._name)
             for live in self._live:  # the next session starts on an idle server
@@ -105,9 +107,6 @@ class ServerSession(Session):
         """Connect to the plugin, before any request is sent."""
         if trace:
             raise ValueError("trace=True needs the plugin in the server, but there is none that we can reach")
-
-    def _disconnect(self) -> None:
-        """Disconnect from the plugin."""
 
     def _waiting(self) -> AbstractContextManager[None]:
         """Let the server wait with its requests."""
@@ -181,12 +180,8 @@ class LockstepSession(ServerSession):
         self._rounds = Rounds(server.socket(ROUNDS), self._check, timeout_s)
         self._plans = Plans(server.socket(PLANS), self._check, timeout_s) if len(self._offered) > 1 else None
         self._traces = Subscriber(server.socket(TRACES), timeout_s, self._number, MAX_WAITING) if trace else None
+        self._connections = [part for part in (self._rounds, self._plans, self._traces) if part is not None]
         self._rounds.hold()
-
-    def _disconnect(self) -> None:
-        for connection in (self._rounds, self._plans, self._traces):
-            if connection is not None:
-                connection.close()
 
     def _fill(self) -> None:
         leaving, self._live = self._live[self._batch_size :], self._live[: self._batch_size]
@@ -227,7 +222,7 @@ class LockstepSession(ServerSession):
         self._requests.check()
 
     def _number(self, rid: str) -> int:
-        """The number of a request; -1 if it is not of this session."""
+        """Return the number of a request; -1 if it is not of this session."""
         return int(rid.rpartition("-")[2]) if rid.startswith(self._name) else -1
 
     def _step(self) -> RoundReport:
