@@ -157,6 +157,7 @@ def test_plans_are_taken_from_a_socket(short: Path) -> None:
         client.send({"plans": {"1": 3, "8": "0"}})
         assert client.receive().header == {"ok": True, "rounds": 1}
         assert [params.get_steps_for_batch(b) for b in (1, 9)] == [3, 0]
+        wrong: dict[str, Any]
         for wrong in ({}, {"plans": []}, {"plans": {}}, {"plans": {"1": 2}}, {"plans": {"1": "3/2/6"}}):
             client.send(wrong)
             assert "error" in client.receive().header

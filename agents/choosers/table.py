@@ -15,13 +15,13 @@ class PlanTable(PlanChooser):
     """One plan per batch size, by lower bound: a batch size takes the entry of the largest bound it reaches.
 
     Args:
-        table: lower bound -> plan, also as text; a batch size below the least bound takes the least one's.
+        table: lower bound -> plan, both also as text; a batch size below the least bound takes the least one's.
 
     Raises:
         ValueError: an empty table, or a bound below 1.
     """
 
-    def __init__(self, table: Mapping[int, Plan | str] | Mapping[str, str]) -> None:
+    def __init__(self, table: Mapping[int, Plan | str]) -> None:
         parsed = {int(bound): Plan.parse(plan) for bound, plan in table.items()}
         if not parsed or min(parsed) < 1:
             raise ValueError(f"a plan table needs entries for batch sizes from 1 on, but got {dict(table)}")

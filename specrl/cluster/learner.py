@@ -188,7 +188,7 @@ class RemoteLearner(DraftLearner):
                     pass
 
     def end_session(self) -> None:
-        """Discard what was seen of unfinished requests."""
+        """Discard the traces of unfinished requests."""
         self._assembler.forget()
 
     def _take_answer(self, answer: Any, requests: int) -> None:

@@ -1,1 +1,1 @@
-"""What is learned, in the form in which it serves."""
+"""Learned drafts and plans in the form in which they serve."""

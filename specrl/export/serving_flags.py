@@ -68,7 +68,7 @@ def flag_words(flags: Mapping[str, object]) -> list[str]:
 def plan_serving(
     table: Mapping[int, Plan], speeds: Speeds | None = None, *, lookahead: Lookahead = "auto", candidates: int = 1
 ) -> Serving:
-    """Fit a learned table of plans to what SGLang can do.
+    """Fit a learned table of plans to the abilities of SGLang.
 
     Args:
         table: lower bound of the batch size -> plan.
@@ -135,7 +135,7 @@ def write_serving(serving: Serving, flags: Mapping[str, object], output: OutputD
 
 _LAUNCH = """\
 #!/usr/bin/env bash
-# Serve this directory with SGLang 0.5.23. Flags given here override serve.yaml: ./launch.sh --port 30001
+# Serve this directory with SGLang 0.5.23. Flags on the command line override serve.yaml: ./launch.sh --port 30001
 set -euo pipefail
 cd "$(dirname "$0")"
 exec "${PYTHON:-python3}" -m sglang.launch_server --config serve.yaml "$@"

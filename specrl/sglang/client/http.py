@@ -1,4 +1,4 @@
-"""HTTP to an SGLang server, on httpx: JSON, a deadline on every call, and errors that say what to do."""
+"""HTTP to an SGLang server, on httpx: JSON, a deadline on every call, and errors with remedies."""
 
 from __future__ import annotations
 

@@ -8,13 +8,13 @@ from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from specrl.core.clock import WallClock
 from specrl.core.plan import Plan
 from specrl.core.round import Completion, Round
 from specrl.sglang.client.http import ServerFailed
 from specrl.sglang.client.plain_server import paused
-from specrl.sglang.client.requests import LiveRequest
 from specrl.sglang.client.session import ServerSession
 
 
@@ -44,17 +44,19 @@ class RequestLevelSession(ServerSession):
         """Wait until a request ends."""
         server, clock = self._server, WallClock()
         began = clock.now()
-        rows = list[tuple[int, int, int, int]]()  # request, tokens, correct drafts, context
-        ended = list[Completion]()
-        while not rows:
+        correct, ended = np.zeros(0, np.int64), list[Completion]()
+        while not len(correct):
             rid = self._requests.any(server.timeout_s)
             (live,) = (live for live in self._live if live.rid == rid)
             self._live.remove(live)
             answer = self._requests.take(rid, server.timeout_s)
             ended.append(Completion(live.number, live.request.prompt, tuple(answer["output_ids"])))
-            rows += _rounds_of(live, answer, plan)
+            correct = _correct_drafts(answer, plan)
             self._fill()
-        ids, tokens, correct, contexts = (np.array(column) for column in zip(*rows, strict=True))
+        length = len(ended[-1].tokens)
+        tokens = np.diff(np.minimum(np.cumsum(correct + 1), length - 1), prepend=0)  # the prefill adds the first one
+        ids = np.full_like(correct, ended[-1].request_id)
+        contexts = np.full_like(correct, len(ended[-1].prompt) + length // 2)
         seconds = max(clock.now() - began, 1e-9)
         return Round(plan, ids, tokens, correct, contexts, 0.0, 0.0, seconds, 0.0, server.draft_version, tuple(ended))
 
@@ -65,24 +67,17 @@ class RequestLevelSession(ServerSession):
         return [list(islice(cycle(r.prompt), length)) for r, length in zip(requests, lengths, strict=True)]
 
 
-def _rounds_of(live: LiveRequest, answer: dict[str, Any], plan: Plan) -> list[tuple[int, int, int, int]]:
-    """The rounds of a request by its histogram; the first token is its prefill's."""
-    left = len(answer["output_ids"]) - 1
+def _correct_drafts(answer: dict[str, Any], plan: Plan) -> NDArray[np.int64]:
+    """Return the number of correct drafts in each round of a request, by its histogram: [rounds] int64, ascending."""
     histogram = answer.get("meta_info", {}).get("spec_correct_drafts_histogram")
     if histogram is None and plan.num_steps:
         raise ServerFailed(
             "an answer must have spec_correct_drafts_histogram, but has not; is it SGLang 0.5.23, with a draft?"
         )
     if histogram is None:
-        histogram = [left]
+        histogram = [len(answer["output_ids"]) - 1]
     if len(histogram) > plan.num_steps + 1:
         raise ServerFailed(
             f"a round of {plan} must not accept {len(histogram) - 1} drafts; does the server change its plan?"
         )
-    context, rows = len(live.request.prompt) + (left + 1) // 2, []
-    for correct, rounds in enumerate(histogram):
-        for _ in range(rounds):
-            tokens = min(correct + 1, left)  # tokens after its end were dropped
-            left -= tokens
-            rows.append((live.number, tokens, correct, context))
-    return rows
+    return np.repeat(np.arange(len(histogram)), histogram)

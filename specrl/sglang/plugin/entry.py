@@ -7,6 +7,7 @@ once, and imports nothing.
 from __future__ import annotations
 
 import os
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,16 @@ def register() -> None:
         Failsafe("tracing").call(_register_traces, settings)
     if settings.rounds is not None:
         Failsafe("reporting of rounds").call(_register_rounds, settings)
+
+
+def _runtime(getter: str, attribute: str) -> Callable[[], Any]:
+    """Return a function that reads an attribute of SGLang's runtime context; it works once SGLang has started."""
+    return lambda: getattr(pkgutil.resolve_name(f"sglang.srt.runtime_context.{getter}")(), attribute)
+
+
+_tp_size = _runtime("get_server_args", "tp_size")
+_tp_rank = _runtime("get_parallel", "tp_rank")
+_weight_version = _runtime("get_serving", "weight_version")
 
 
 def _register_policy(settings: Settings) -> None:
@@ -67,21 +78,3 @@ def _register(functions: Mapping[HookTarget, Callable[..., Any]], *, replace: bo
         log.warning("specrl plugin: %s", note)
     for target, function in functions.items():
         HookRegistry.register(target.target, function, HookType.REPLACE if replace else HookType.AROUND)
-
-
-def _tp_size() -> int:
-    from sglang.srt.runtime_context import get_server_args
-
-    return int(get_server_args().tp_size)
-
-
-def _tp_rank() -> int:
-    from sglang.srt.runtime_context import get_parallel
-
-    return int(get_parallel().tp_rank)
-
-
-def _weight_version() -> str:
-    from sglang.srt.runtime_context import get_serving
-
-    return str(get_serving().weight_version)

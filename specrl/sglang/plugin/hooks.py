@@ -24,7 +24,7 @@ class Failsafe:
 
     Args:
         part: its name, for the log.
-        fallback: what SGLang does without it, for the log.
+        fallback: the behaviour of SGLang without it, for the log.
     """
 
     def __init__(self, part: str, fallback: str = "SGLang serves without it") -> None:

@@ -186,7 +186,7 @@ class TraceHooks:
             "requests": [request.rid for request in requests],
             "plan": plan_name(verified),
             "temperatures": [0.0 if s.top_k == 1 else float(s.temperature) for s in sampling],
-            "weight_version": self._weight_version(),
+            "weight_version": str(self._weight_version()),
         }
         queue.put(header, _round_tensors(verified, batch, output, result[2], chosen))
         queue.send()
