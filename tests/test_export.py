@@ -81,7 +81,7 @@ def test_a_tree_serves_alone_and_its_loss_is_reported() -> None:
         ({"candidates": 0}, "candidates"),
     ):
         with pytest.raises(ValueError, match=rule):
-            plan_serving(table, **options)  # type: ignore[arg-type]
+            plan_serving(table, **options)
 
 
 def test_no_draft_is_served_if_plan_0_is_always_best(tmp_path: Path) -> None:
