@@ -51,7 +51,12 @@ class Live(SingleSessionEngine):
 def launched_as(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Let every launch yield this engine; the arguments of the launches."""
     launches: list[dict[str, Any]] = []
-    monkeypatch.setattr("specrl.core.registry.make_engine", lambda *_, **options: launches.append(options) or engine)
+
+    def make(name: str, **options: Any) -> Engine:
+        launches.append(options)
+        return engine
+
+    monkeypatch.setattr("specrl.core.registry.make_engine", make)
     return launches
 
 
