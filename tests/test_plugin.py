@@ -391,23 +391,34 @@ def connect(hooks: TraceHooks, path: Path) -> Subscriber:
         return connecting.result()
 
 
-def test_a_verification_is_sent_without_requests_that_opted_out(short: Path) -> None:
+def test_prefills_and_trees_are_sent_without_requests_that_opted_out(short: Path) -> None:
     hooks = TraceHooks(Settings(traces=f"ipc://{short}/t", traces_rate=0.5), lambda: 0, lambda: "7")
-    requests = [request(f"r{i}") for i in range(200)] + [request(f"no{i}", specrl_traces=False) for i in range(50)]
-    mode, rows = SimpleNamespace(is_idle=lambda: False), torch.arange(250)
-    batch = SimpleNamespace(reqs=requests, forward_mode=mode, seq_lens=rows.int())
-    verified = SimpleNamespace(draft_token=torch.arange(N * 250), draft_token_num=N, topk=1, spec_steps=N - 1)
-    output = SimpleNamespace(next_token_logits=torch.zeros(N * 250, V), hidden_states=torch.zeros(N * 250, H3))
-    accepted = rows[:, None] * N + torch.arange(N)
-    result = ("predict", "lengths", accepted.masked_fill(torch.arange(N) > 1, -1).int())
+    requests = [request(f"r{i}") for i in range(20)] + [request(f"no{i}", specrl_traces=False) for i in range(5)]
+    mode, rows, count = SimpleNamespace(is_idle=lambda: False), torch.arange(25), 25
+    batch = SimpleNamespace(reqs=requests, forward_mode=mode, seq_lens=torch.full((count,), 2))
+    batch.extend_lens, batch.prefix_lens, batch.input_ids = [2] * count, [0] * count, torch.arange(2 * count)
+    verified = SimpleNamespace(draft_token=torch.arange(N * count), draft_token_num=N, topk=2, spec_steps=2)
+    verified.retrieve_next_token = torch.tensor([1, 3, -1, -1]).repeat(count)  # 0 -> 1, 2; 1 -> 3
+    verified.retrieve_next_sibling = torch.tensor([-1, 2, -1, -1]).repeat(count)
+    output = SimpleNamespace(next_token_logits=torch.zeros(N * count, 100), hidden_states=torch.zeros(N * count, H3))
+    result = ("predict", "lengths", rows[:, None] * N + torch.tensor([0, 1, 3]))
     with connect(hooks, short / "t") as subscriber:
+        assert hooks.around_prefill(lambda *_: "drafted", "", batch, torch.zeros(2 * count, H3), "") == "drafted"
         assert hooks.around_verify(lambda *_: result, verified, batch, output) is result
-        header, tensors = subscriber.receive()
+        traces = list[Trace]()
+        while not traces:
+            hooks.around_ingest(lambda *_: [], "scheduler")
+            for message in subscriber.messages(0.01):
+                traces += subscriber.take(message)
+        header = message.header
+        last = subscriber.take(Message({"kind": "finished", "requests": header["requests"]}))
     chosen = [int(rid.removeprefix("r")) for rid in header["requests"]]
-    assert 70 < len(chosen) < 130, "half of 200 by their fixed ids, and none that opted out"
-    assert tensors["tokens"].tolist() == [[N * row + i for i in range(N)] for row in chosen]
-    assert tensors["positions"].tolist() == chosen and tensors["path"].tolist() == [[0, 1, -1, -1]] * len(chosen)
-    assert (header["plan"], header["weight_version"]) == ("3/1/4", "7")
+    assert 5 < len(chosen) < 15, "half of 20 by their fixed ids, and none that opted out"
+    assert [prompt.tokens[0].tolist() for prompt in traces] == [[2 * row, 2 * row + 1] for row in chosen]
+    for row, trace in zip(chosen, last, strict=True):
+        assert trace.tokens[0].tolist() == [N * row + i for i in range(N)] and trace.plan == Plan(2, 2, 4)
+        assert (trace.parents[0].tolist(), trace.path[0].tolist()) == ([-1, 0, 0, 1], [0, 1, 3])
+        assert (trace.draft_version, int(trace.positions[0])) == (7, 2)
     assert hooks.queue is not None
     hooks.queue.close()
 
