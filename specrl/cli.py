@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import specrl
-from specrl.io.options import Options, did_you_mean
+from specrl.core.checks import require_known
+from specrl.io.options import Options
 
 
 class Command(NamedTuple):
@@ -88,8 +89,7 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
         elif first in REMOVED_COMMANDS:
             raise ValueError(f"the command {first!r} was removed; {REMOVED_COMMANDS[first]}")
         else:
-            near = did_you_mean(first, [*commands, "--help", "--version"]) or "; see 'specrl --help'"
-            raise ValueError(f"a command must be one of {', '.join(commands)}, but got {first!r}{near}")
+            require_known("a command", first, [*commands, "--help", "--version"])
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

@@ -34,7 +34,7 @@ class TargetConfig:
     """The target model.
 
     Args:
-        name: directory, Hugging Face id, or 'embedded', 'embedded-easy', 'embedded-strong'.
+        name: directory, Hugging Face id, or 'embedded', 'embedded-easy' or '-strong'.
         dtype: of its weights. Greedy output is exactly lossless in float32.
         device: 'cpu' or a CUDA device; by default a GPU if there is one.
 
@@ -68,11 +68,10 @@ class DraftConfig:
     """The draft model: an EAGLE3 checkpoint, or a new one from random initialisation.
 
     Args:
-        path: EAGLE3 draft directory; by default a new draft from random initialisation.
-        vocab_size: size of a new draft's vocabulary; by default all tokens. It holds the most frequent tokens of the
-            workload.
-        intermediate_size: width of a new draft's MLP; by default the target's. It is at most 256 by default for a
-            target with a hidden size below 512.
+        path: EAGLE3 draft directory; by default a new draft, randomly initialised.
+        vocab_size: most frequent tokens that a new draft can predict; by default all tokens.
+        intermediate_size: width of a new draft's MLP; by default the target's. For a target with a hidden size below
+            512 it is at most 256 by default.
 
     Raises:
         ValueError: a size below 1, or one beside a path.
@@ -123,8 +122,7 @@ class WorkloadConfig:
     """The requests.
 
     Args:
-        name: 'stdlib', a file or directory of prompts, or a stream such as 'stdlib@500,own.jsonl'. All forms are in
-            docs/guides/model.md.
+        name: 'stdlib', file, directory, or a stream 'stdlib@500,own.jsonl'. See docs/guides/model.md.
         prompt_tokens: tokens of a prompt. A conversation is never cut, but left out if it is longer.
         max_new_tokens: tokens generated per request.
         temperature: of sampling; 0 is greedy.
@@ -180,7 +178,7 @@ class EngineConfig:
 
     Args:
         name: 'local' (this process) or 'sglang'. Two SGLang servers are launched, with and without speculation.
-        python: for 'sglang': Python that has SGLang and this package; by default this one.
+        python: for 'sglang': Python with SGLang and this package; by default this one.
         flags: for 'sglang': further flags for sglang.launch_server.
 
     Raises:

@@ -21,33 +21,30 @@ class LearnerConfig:
         betas: of AdamW.
         max_grad_norm: gradients are clipped to this norm.
         batch_size: sequences per update.
-        ttt_steps: steps of the training-time test (EAGLE-3, arXiv:2503.01840), at least 1.
-        ttt_decay: the loss of step k has the weight ttt_decay ** k,
-        ttt_weights: unless these are given, one for each step.
-        loss: 'forward_kl', 'reverse_kl', 'next_token', 'total_variation', 'lk' (losses of single tokens),
-            'accept_length' or 'seconds_saved' (losses of a chain of `ttt_steps` drafts, which have no gradient for an
-            untrained draft; combine them with 'forward_kl'), or a mixture such as 'forward_kl:0.7+lk:0.3'. See
-            `specrl.agents.draft.losses` for the formulas.
-        draft_sampling: how drafts are proposed and accepted in the losses of a chain: 'sampled' (rejection sampling) or
-            'greedy' (the draft's most likely token, accepted if it is the target's: a surrogate). These losses are
-            unbiased if `temperature` is that of the requests (null if requests differ).
-        rejected_weight: weight of the loss on the target's distribution after rejected drafts: forward KL on its
-            `rejected_top_k` most likely tokens. 0: rejected drafts are not kept.
-        rejected_top_k: tokens of that distribution to learn from.
+        ttt_steps: steps of the training-time test (EAGLE-3, arXiv:2503.01840).
+        ttt_decay: the loss of step k has the weight ttt_decay ** k.
+        ttt_weights: weights of the steps, in place of those of ttt_decay.
+        loss: of `specrl.agents.draft.losses`, or a mixture such as 'forward_kl:0.7+lk:0.3'. Losses of single
+            tokens are 'forward_kl', 'reverse_kl', 'next_token', 'total_variation' and 'lk'. Losses of a chain of
+            `ttt_steps` drafts are 'accept_length' and 'seconds_saved'; they have no gradient for an untrained draft, so
+            combine them with 'forward_kl'.
+        draft_sampling: how the losses of a chain propose and accept drafts. Rejection sampling is 'sampled'. With
+            'greedy' the draft proposes its most likely token, which is accepted if it is the target's (a surrogate). The
+            losses are unbiased if `temperature` is that of the requests (null if requests differ).
+        rejected_weight: weight of the loss on rejected drafts; 0: they are not kept. It is the forward KL on the
+            `rejected_top_k` most likely tokens of the target's distribution after a rejected draft.
+        rejected_top_k: most likely tokens of the target that this loss uses.
         updates_per_request: updates for each finished request.
-        temperature: temperature at which target and draft distributions are compared; null: each request's own (1 for
-            greedy requests).
-        ema_decay: decay per update of the moving average of the weights, which is served; 0: the latest weights serve.
+        temperature: of both distributions in the loss; null: each request's own. A greedy request counts as 1.
+        ema_decay: decay per update of the average of the weights that serves; 0: no average.
         replay_capacity: sequences in the replay buffer.
-        replay_half_life: number of requests after which the probability of being drawn halves.
-        stale_half_life: number of draft versions after which it halves as well; null: staleness is only reported.
-        request_sample_rate: share of requests to learn from or hold out, by a hash of their ids.
-        holdout_fraction: share of those that is held out to compare drafts; the last 64 are kept.
-        max_bad_updates: updates in a row with a loss or gradient that is not finite, before the last good weights are
-            restored.
-        dtype: dtype of matrix products; 'auto' is bfloat16 if the processor or GPU supports it, else float32. Weights
-            and optimiser state are always float32.
-        device: device of the learner and its replay buffer, 'cpu' or a CUDA device; null: that of the target.
+        replay_half_life: requests after which the probability of being drawn halves.
+        stale_half_life: draft versions after which it halves as well; null: never. Staleness is reported in any case.
+        request_sample_rate: share of requests to learn from or hold out, by a hash of ids.
+        holdout_fraction: share of these to hold out, to compare drafts. The last 64 are kept.
+        max_bad_updates: updates in a row that are not finite, before the last good weights return.
+        dtype: of matrix products; 'auto': bfloat16 if it is supported. Weights and optimiser state are always float32.
+        device: of learner and replay buffer, 'cpu' or CUDA; null: that of the target.
 
     Raises:
         ValueError: a number out of range, or an unknown loss or dtype.

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from specrl.agents.choosers import policy_network as saved
 from specrl.core.plan import Plan
+from specrl.io.read import read_mapping
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -65,18 +66,13 @@ class AgentConfig:
         Raises:
             ValueError: no such file, or nothing for this environment in it.
         """
-        import yaml  # type: ignore[import-untyped]
-
         path = self.hyperparameters or Path(__file__).parent / "hyperparameters" / f"{self.algo}.yaml"
         if not path.is_file():
             raise ValueError(f"hyperparameters must be a YAML file, but there is no {str(path)!r}")
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{str(path)!r} must be YAML, but {' '.join(str(error).split())}") from error
-        if not isinstance(found, dict) or not isinstance(found.get(task), dict) or "n_timesteps" not in found[task]:
+        hyperparameters = read_mapping(path).get(task)
+        if not isinstance(hyperparameters, dict) or "n_timesteps" not in hyperparameters:
             raise ValueError(f"{str(path)!r} must hold hyperparameters under {task!r}, with n_timesteps")
-        return dict(found[task])
+        return hyperparameters
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.core.plan import Plan, parse_plans
 from specrl.export.bundle import PLANS, Provenance, read_plans
 from specrl.export.serving_flags import Speeds
+from specrl.io.read import read_mapping, read_rows
 from specrl.models.draft import Draft, load_draft
 from specrl.sglang.plugin.policy import LearnedPolicy
 
@@ -40,13 +39,13 @@ class LearnedRun:
         source = Provenance(
             target or config.get("target", {}).get("name", _QUICKSTART["target"]),
             float(config.get("workload", {}).get("temperature", _QUICKSTART["temperature"])),
-            _read_json(run / PLANS).get("requests"),
+            read_mapping(run / PLANS).get("requests"),
             _read_measurements(run),
-            _read_json(run / "environment.json"),
+            read_mapping(run / "environment.json"),
             text,
         )
         plans, chooser = config.get("serving", {}).get("plans"), None
-        state = _read_json(run / "checkpoint" / "state.json").get("chooser", {})
+        state = read_mapping(run / "checkpoint" / "state.json").get("chooser", {})
         if plans is not None and "survival" in state:  # otherwise a fixed plan
             chooser = AdaptiveChooser(parse_plans(plans))
             try:
@@ -71,35 +70,18 @@ class LearnedRun:
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     """Return the text and the content of a run's configuration."""
-    import yaml  # type: ignore[import-untyped]
-
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    try:
-        config = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} must be YAML, but is not: {' '.join(str(error).split())}") from error
+    config = read_mapping(path)
     if isinstance(config.get("target"), str):
         raise ValueError(
             f"target in {str(path)!r} must be a group of options, but is {config['target']!r}, as in an older version; "
             "export the run with that version, or write its options as 'specrl train --print_config' does"
         )
-    return text, dict(config)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file; empty if there is none."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} must be a JSON object, but is not ({error})") from error
+    return path.read_text(encoding="utf-8") if path.is_file() else "", config
 
 
 def _read_measurements(run: Path) -> tuple[dict[str, str], ...]:
     """Return the measured rows with a speedup over plain decoding."""
-    rows: list[dict[str, str]] = []
-    for path in (run / "measured.csv", run / "bench.csv"):
-        if path.is_file():
-            rows += csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    rows = [*read_rows(run / "measured.csv"), *read_rows(run / "bench.csv")]
     rows = [row for row in rows if row.get("speedup") and "A/A" not in row.get("plan", "")]
     if missing := [key for row in rows for key in _MEASURED if key not in row]:
         raise ValueError(f"{str(run)!r}'s measurements must have a column {missing[0]!r}, but they do not")

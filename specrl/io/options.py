@@ -1,9 +1,9 @@
-"""Command line options from a function's signature, and its arguments from a command line or a YAML file.
+"""The options of a command, made from a function's signature and docstrings, and read by jsonargparse.
 
-A parameter is an option. A parameter whose type is a dataclass is a group of options, one for every field:
-`--target.dtype bfloat16`. Some may be written shorter:
+A parameter is an option. A parameter whose type is a dataclass is a group of options, one for each field:
+`--target.dtype bfloat16`. This module adds short forms to what jsonargparse reads:
 
-    --target DIR             --target.name=DIR, the group's first field
+    --target DIR             --target.name=DIR, the first field of the group
     --batch_sizes 1,4,16     --batch_sizes=[1,4,16]
     --resume                 --resume=true
     DIR, before any option   the first parameter, if it has no default or None as default
@@ -12,27 +12,20 @@ A parameter is an option. A parameter whose type is a dataclass is a group of op
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from specrl.io.moved import moved
-from specrl.io.signature import (
-    NAMES,
-    describe_type,
-    item_type,
-    metavar,
-    read_docstring,
-    read_parameters,
-    read_signature,
-    union_members,
-)
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+from specrl.io.read import read_mapping
 
 _ALWAYS = ("help", "config", "print_config")  # options that every command has
 
@@ -52,38 +45,58 @@ class Options:
         function: has keyword parameters with types and a docstring in Google's style; or a dataclass.
 
     Attributes:
-        table: all options by name.
-        groups: name of every group, with the name of its first option.
+        types: the type of each option by its full name, such as 'target.dtype'; without 'or None'.
+        groups: the first option of each group.
+        parser: jsonargparse's parser, without the short forms.
     """
 
     def __init__(self, command: str, function: Callable[..., object]) -> None:
+        from jsonargparse import ArgumentParser
+
         self.command, self.function = command, function
-        self.table = {option.name: option for option in read_signature(function)}
+        self.types: dict[str, Any] = {}
         self.groups: dict[str, str] = {}
-        for name in self.table:
-            if "." in name:
-                self.groups.setdefault(name.partition(".")[0], name)
+        self._required: list[str] = []
+        text, helps, examples = _read_docstring(function)
+        layout: Any = partial(argparse.RawDescriptionHelpFormatter, max_help_position=40)
+        self.parser = ArgumentParser(description=text, formatter_class=layout, exit_on_error=False)
+        for name, kind, default in _parameters(function):
+            if not dataclasses.is_dataclass(kind):
+                self._add(self.parser, name, kind, default, helps.get(name, ""))
+                continue
+            about, field_helps, _ = _read_docstring(kind)
+            title = helps.get(name) or about.partition("\n")[0]
+            group = self.parser.add_argument_group(f"{name} ({title.rstrip('.')})")
+            for field, field_kind, field_default in _parameters(kind):
+                self.groups.setdefault(name, f"{name}.{field}")
+                value = getattr(default, field, field_default)
+                self._add(group, f"{name}.{field}", field_kind, value, field_helps.get(field, ""))
+        notes = ["--config FILE.yaml reads options from a file; --print_config prints them and runs nothing."]
+        for name, first in list(self.groups.items())[:1]:
+            notes.append(f"The first option of a group has a short form: --{name} X is --{first} X.")
+        self.parser.usage = " ".join([command, *(name.upper() for name in self._required), "[options]"])
+        self.parser.epilog = "\n".join([*notes, *(["", "example:"] if examples else []), *examples])
 
     def parse(self, words: Sequence[str], *, output_dir: Path | None = None) -> Parsed:
         """Read a command line. --help and --print_config print and raise SystemExit.
 
         Args:
             words: of the command line, after the command.
-            output_dir: value of the option of that name if the command has it and it is not given.
+            output_dir: value of the option of that name if the command has it and it is not set.
 
         Raises:
             ValueError: the words do not fit; one line.
         """
         values = self._read_words(words)
         if "help" in values:
-            self.parser().print_help()
+            self.parser.print_help()
             raise SystemExit(0)
         print_only = values.pop("print_config", False)
-        found = self.resolve(values, output_dir=output_dir)
+        parsed = self.resolve(values, output_dir=output_dir)
         if print_only:
-            print(found.yaml)
+            print(parsed.yaml)
             raise SystemExit(0)
-        return found
+        return parsed
 
     def resolve(self, values: Mapping[str, Any], *, output_dir: Path | None = None) -> Parsed:
         """Read a mapping, with groups as mappings or with dotted names, and fill in the defaults.
@@ -93,148 +106,145 @@ class Options:
         """
         from jsonargparse import ArgumentError
 
-        parser = self.parser()
         try:
-            config = parser.parse_object(self._flat(values))
+            config = self.parser.parse_object(self._flat(values))
         except ArgumentError as error:
             raise ValueError(self._explain(str(error))) from error
-        if "output_dir" in self.table and config["output_dir"] is None:
+        if "output_dir" in self.types and config["output_dir"] is None:
             config["output_dir"] = output_dir
-        found = config.as_dict()
-        for name, kind, _ in read_parameters(self.function):
+        arguments = config.as_dict()
+        for name, kind, _ in _parameters(self.function):
             if name in self.groups:
-                found[name] = kind(**found[name])
-        return Parsed(found, parser.dump(config, skip_unset=False))
+                arguments[name] = kind(**arguments[name])
+        return Parsed(arguments, self.parser.dump(config, skip_unset=False))
+
+    def _add(self, section: Any, name: str, kind: Any, default: Any, text: str) -> None:
+        """Add an option to the parser or to one of its groups."""
+        self.types[name] = _without_none(kind)
+        value: dict[str, Any] = {"default": default}
+        if default is inspect.Parameter.empty:
+            self._required.append(name)
+            value, text = {"required": True}, f"{text} (required)"
+        elif default not in (None, "", ()):
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            text += f" (default: {shown.lower() if isinstance(default, bool) else shown})"
+        form = _form(self.types[name])
+        section.add_argument(f"--{name}", type=kind, metavar=form, help=text.replace("%", "%%").strip(), **value)
 
     def _read_words(self, words: Sequence[str]) -> dict[str, Any]:
-        """The values on a command line by the full name of their option; configuration files have less precedence."""
-        first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-        configs, given, rest = dict[str, Any](), self._positional(words[:first]), list(words[first:])
+        """Read the values on a command line by the full names of their options; they override configuration files."""
+        count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+        configs, values, rest = dict[str, Any](), self._read_positional(words[:count]), list(words[count:])
         while rest:
             option, equals, value = rest.pop(0).partition("=")
             if option in ("-h", "--help", "--print_config"):
-                given["help" if option == "-h" else option[2:]] = True
+                values["help" if option == "-h" else option[2:]] = True
                 continue
             if not option.startswith("--"):
                 raise ValueError(f"options must be written as --name value, but got {option!r}; {self._see}")
-            name = "config" if option == "--config" else self._known(option[2:], dashes="--")
-            kind = self.table[name].kind if name in self.table else str
+            name = "config" if option == "--config" else self._full_name(option[2:], dashes="--")
+            kind = self.types.get(name, Path)
             if not equals and kind is bool and (not rest or rest[0].startswith("--")):
                 value = "true"
             elif not equals and rest and (not rest[0].startswith("--") or " " in rest[0]):
                 value = rest.pop(0)
             elif not equals:
                 raise ValueError(f"{option} must have a value, but got none; {self._see}")
-            if name == "config":
-                configs |= self._flat(_read_yaml(Path(value)))
+            if name != "config":
+                values[name] = _as_list(value, kind)
+            elif Path(value).is_file():
+                configs |= self._flat(read_mapping(Path(value)))
             else:
-                given[name] = _bracket(value, kind)
-        return {**configs, **given}
+                raise ValueError(f"--config must be a YAML file, but there is no {value!r}; {self._see}")
+        return {**configs, **values}
 
-    def parser(self) -> ArgumentParser:
-        """The parser of jsonargparse."""
-        from jsonargparse import ArgumentParser
+    def _read_positional(self, words: Sequence[str]) -> dict[str, Any]:
+        """Read the words before the first option: required parameters, or the first one if its default is None."""
+        first = next(iter(self.types), "")
+        names = self._required or ([first] if words and self.parser.get_default(first) is None else [])
+        if words and names and _item_type(self.types[names[0]]) is not None:  # 'report RUN RUN'
+            return {names[0]: list(words)}
+        if len(words) > len(names):
+            raise ValueError(f"options must be written as --name value, but got {words[len(names)]!r}; {self._see}")
+        return dict(zip(names, words, strict=False))
 
-        text, _, examples = read_docstring(self.function)
-        needed = [name for name, option in self.table.items() if option.required]
-        epilog = ["--config FILE.yaml reads options from a file; --print_config prints them and runs nothing."]
-        if self.groups:
-            group, first = next(iter(self.groups.items()))
-            epilog.append(f"The first option of a group has a short form: --{group} X is --{first} X.")
-        if examples:
-            epilog += ["", "example:", *(f"  {line}" for line in examples)]
-        parser = ArgumentParser(
-            prog=self.command,
-            usage=" ".join([self.command, *(name.upper() for name in needed), "[options]"]),
-            description=text,
-            epilog="\n".join(epilog),
-            formatter_class=_Help,
-            exit_on_error=False,
-        )
-        sections: dict[str, Any] = {"": parser}
-        for option in self.table.values():
-            if option.group not in sections:
-                sections[option.group] = parser.add_argument_group(option.group)
-            default: dict[str, Any] = {"required": True} if option.required else {"default": option.default}
-            sections[option.group].add_argument(
-                f"--{option.name}", type=option.kind, metavar=metavar(option.kind), help=option.help_text, **default
-            )
-        return parser
-
-    def _positional(self, words: Sequence[str]) -> dict[str, Any]:
-        """Words before the first option: the first parameters, if they have no default or the first has None."""
-        needed = [option for option in self.table.values() if option.required]
-        named = needed or [option for option in list(self.table.values())[:1] if option.default is None]
-        if words and named and item_type(named[0].kind) is not None:  # 'report RUN RUN'
-            return {named[0].name: list(words)}
-        if len(words) > len(named):
-            raise ValueError(f"options must be written as --name value, but got {words[len(named)]!r}; {self._see}")
-        return {option.name: word for option, word in zip(named, words, strict=False)}
-
-    def _known(self, name: str, *, dashes: str = "") -> str:
-        """The full name of an option; `dashes` is written before names in messages."""
-        if name in self.table or name in self.groups:
+    def _full_name(self, name: str, *, dashes: str = "") -> str:
+        """Return the full name of an option; messages write `dashes` before names."""
+        if name in self.types or name in self.groups:
             return self.groups.get(name, name)
-        if new := moved(self.command, name, [*self.table, *self.groups], dashes=dashes):
+        if new := moved(self.command, name, [*self.types, *self.groups], dashes=dashes):
             raise ValueError(f"{dashes}{name} has moved, use {new}")
-        near = did_you_mean(f"{dashes}{name}", [f"{dashes}{known}" for known in (*_ALWAYS, *self.table, *self.groups)])
-        raise ValueError(f"{dashes}{name} must be an option of '{self.command}', but is none{near or '; ' + self._see}")
+        close = difflib.get_close_matches(name, [*_ALWAYS, *self.types, *self.groups], n=1)
+        remedy = f"did you mean '{dashes}{close[0]}'?" if close else self._see
+        raise ValueError(f"{dashes}{name} must be an option of '{self.command}', but is none; {remedy}")
 
     def _flat(self, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        """The values of nested groups by the full names of their options."""
-        out: dict[str, Any] = {}
+        """Return the values of nested groups by the full names of their options."""
+        flat: dict[str, Any] = {}
         for key, value in values.items():
             if f"{prefix}{key}" in self.groups and isinstance(value, Mapping):
-                out |= self._flat(value, f"{key}.")
+                flat |= self._flat(value, f"{key}.")
             elif f"{prefix}{key}" != "config":
-                out[self._known(f"{prefix}{key}")] = value
-        return out
+                flat[self._full_name(f"{prefix}{key}")] = value
+        return flat
 
     def _explain(self, message: str) -> str:
-        """A complaint of jsonargparse as one line: rule, value and remedy."""
-        keys = [key for key in re.findall(r'Parser key "([^"]*)"', message) if key in self.table]
-        given = re.search(r"[Gg](?:iven value|ot value): (.*)", message)
-        if not keys or given is None:
+        """Return an error of jsonargparse as one line: rule, value and remedy."""
+        names = [name for name in re.findall(r'Parser key "([^"]*)"', message) if name in self.types]
+        value = re.search(r"(?:Given value|Got value): (.*)", message)
+        if not names or value is None:
             return f"{' '.join(message.split())}; {self._see}"
-        return f"--{keys[-1]} must be {describe_type(self.table[keys[-1]].kind)}, but got {given[1]}; {self._see}"
+        return f"--{names[-1]} must be {_form(self.types[names[-1]])}, but got {value[1]}; {self._see}"
 
     @property
     def _see(self) -> str:
         return f"see '{self.command} --help'"
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Keeps line breaks, and has a wide column for names."""
-
-    def __init__(self, prog: str, **settings: Any) -> None:
-        super().__init__(prog, **{"max_help_position": 36, **settings})
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """'; did you mean …?' if something known is close, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _parameters(of: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name, type and default of every parameter of a function or dataclass."""
+    kinds = typing.get_type_hints(of)
+    factories = {field.name: field.default_factory for field in dataclasses.fields(of)} if inspect.isclass(of) else {}
+    for name, parameter in inspect.signature(of).parameters.items():
+        factory = factories.get(name)
+        yield name, kinds[name], factory() if callable(factory) else parameter.default
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    import yaml  # type: ignore[import-untyped]
-    from jsonargparse import get_loader
+def _read_docstring(of: Any) -> tuple[str, dict[str, str], list[str]]:
+    """Return the text before 'Args:', the first sentence on every argument, and the lines of 'Example:'."""
+    import docstring_parser
 
-    try:
-        found = get_loader("yaml")(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ValueError(f"--config must be a readable YAML file, but got {str(path)!r}: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"--config must be YAML, but {str(path)!r} is not: {error}") from error
-    if not isinstance(found, Mapping):
-        raise ValueError(f"--config must hold options by name, but {str(path)!r} holds {type(found).__name__}")
-    return found
+    doc = docstring_parser.parse(of.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)
+    sentences = {each.arg_name: re.split(r"\.(?:\s+(?=[A-Z])|$)", each.description or "")[0] for each in doc.params}
+    return (
+        "\n\n".join(filter(None, (doc.short_description, doc.long_description))),
+        {name: " ".join(sentence.split()) for name, sentence in sentences.items()},
+        [f"  {line.strip()}" for part in doc.examples for line in (part.description or "").splitlines()],
+    )
 
 
-def _bracket(value: str, kind: Any) -> str:
-    """A list with commas as JSON; another value as it is."""
-    item = item_type(kind)
-    single = any(part in NAMES for part in union_members(kind))  # 'float | list[float]'
-    if item is None or value.startswith("[") or value in ("", "null") or (single and "," not in value):
+def _without_none(kind: Any) -> Any:
+    """Return T for 'T | None'; any other type as it is."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return next(part for part in typing.get_args(kind) if part is not type(None)) if is_union else kind
+
+
+def _item_type(kind: Any) -> Any:
+    """Return the type of the items of a tuple; None for any other type."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+
+
+def _form(kind: Any) -> str:
+    """Return how a value is written: 'INT', 'FLOAT,...' or '{a,b}'."""
+    if typing.get_origin(kind) is typing.Literal:
+        return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
+    item = _item_type(kind)
+    return getattr(kind, "__name__", "value").upper() if item is None else f"{_form(item)},..."
+
+
+def _as_list(value: str, kind: Any) -> str:
+    """Return a list with commas as JSON, and another value as it is."""
+    item = _item_type(kind)
+    if item is None or value.startswith("[") or value in ("", "null"):
         return value
-    return json.dumps(value.split(",")) if item in (str, Path) else f"[{value}]"
+    return json.dumps(value.split(",")) if item not in (int, float) else f"[{value}]"

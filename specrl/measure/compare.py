@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from specrl.core.batch_schedule import reached_bound
 from specrl.core.plan import PLAIN, Plan
 from specrl.core.statistics import Interval, mean_interval, probability_of_improvement
 from specrl.export.bundle import PLANS, read_plans
+from specrl.io.read import read_mapping, read_rows
 from specrl.measure.arms import local_arms
 from specrl.measure.paired import AA_CONTROL, ArmResult, measure, seconds_per_token, speedup
 from specrl.measure.plain import fastest_plain
@@ -158,7 +157,7 @@ def compare_benches(a: Path, b: Path) -> list[dict[str, object]]:
 
 def environment_differences(a: Path, b: Path) -> list[str]:
     """Return a line with the differences between the environments of two benchmarks, or no line."""
-    first, second = (json.loads((path / _BENCH).read_text(encoding="utf-8"))["environment"] for path in (a, b))
+    first, second = (read_mapping(path / _BENCH)["environment"] for path in (a, b))
     changed = [
         f"{key} {first.get(key)} and {second.get(key)}" for key in _COMPARED if first.get(key) != second.get(key)
     ]
@@ -193,12 +192,12 @@ def _read_bench(path: Path) -> dict[Key, tuple[Floats, dict[str, Any]]]:
     """Return the log speedups of the blocks and the row of bench.json of every arm with a draft."""
     seconds: dict[Key, list[float]] = {}
     try:
-        for row in csv.DictReader((path / _BLOCKS).read_text(encoding="utf-8").splitlines()):
+        for row in read_rows(path / _BLOCKS):
             key = row["temperature"], row["batch_size"], row["arm"]
             seconds.setdefault(key, []).append(float(row["seconds"]) / float(row["tokens"]))
         rows = {
             ("" if row["temperature"] is None else str(row["temperature"]), str(row["batch_size"]), row["plan"]): row
-            for row in json.loads((path / _BENCH).read_text(encoding="utf-8"))["rows"]
+            for row in read_mapping(path / _BENCH)["rows"]
         }
         return {
             (t, batch, arm): (np.log(seconds[t, batch, PLAIN][: len(own)] / np.array(own)), rows[t, batch, arm])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml  # type: ignore[import-untyped]
 
 from specrl.core.statistics import Interval, ratio_of_sums
+from specrl.io.read import read_mapping, read_rows
 from specrl.simulation.profile import load_profile
 
 Row = Mapping[str, Any]  # of a CSV file: numbers as floats, text, None for an empty field
@@ -138,10 +136,10 @@ def _read_run(path: Path, name: str) -> RunData:
         found.pop("log.csv", None)  # quickstart writes both
     log = [row for row in _read_csv(path / "log.csv") if row.get("requests") is not None]
     half = log[-1]["requests"] / 2 if log else 0.0
-    plans = _read_mapping(path / "plans.json").get("plans") or {b: log[-1][f"plan_{b}"] for b in batch_sizes(log)}
+    plans = read_mapping(path / "plans.json").get("plans") or {b: log[-1][f"plan_{b}"] for b in batch_sizes(log)}
     if not isinstance(plans, dict) or not all(str(batch).isdigit() for batch in plans):
         raise ValueError(f"{path / 'plans.json'} must map batch sizes to plans, but has {plans!r}")
-    bench = _read_mapping(path / "bench.json").get("measured")
+    bench = read_mapping(path / "bench.json").get("measured")
     results = _measured(
         [*_read_csv(path / "measured.csv"), *_read_csv(path / "bench.csv")],
         _read_csv(path / "blocks.csv"),
@@ -154,7 +152,7 @@ def _read_run(path: Path, name: str) -> RunData:
         name=name,
         path=path,
         commands=tuple(found.values()),
-        config=dict(_options(_read_mapping(path / "config.yaml"))),
+        config=dict(_options(read_mapping(path / "config.yaml"))),
         environment=_environment(path),
         log=log,
         gate=_read_csv(path / "gate.csv"),
@@ -167,17 +165,10 @@ def _read_run(path: Path, name: str) -> RunData:
 
 def _read_csv(path: Path) -> list[Row]:
     """The rows of a CSV file; none if it does not exist."""
-    if not path.exists():
-        return []
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            lines = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} must be CSV in UTF-8, but is not: {error}") from error
-    if missing := [name for name in _REQUIRED_COLUMNS[path.name] if name not in (reader.fieldnames or ())]:
+    rows = read_rows(path)
+    if missing := [name for name in _REQUIRED_COLUMNS[path.name] if any(name not in row for row in rows[:1])]:
         raise ValueError(f"{path} must have the columns that specrl writes, but has no {', '.join(missing)}")
-    return [{key: _parse(path, key, text) for key, text in line.items() if key} for line in lines]
+    return [{key: _parse(path, key, text) for key, text in row.items() if key} for row in rows]
 
 
 def _parse(path: Path, key: str, text: str | None) -> float | str | None:
@@ -191,21 +182,6 @@ def _parse(path: Path, key: str, text: str | None) -> float | str | None:
         raise ValueError(f"{path} must have numbers in column {key!r}, but has {text!r}") from None
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON or YAML file; an empty one if the file does not exist."""
-    if not path.exists():
-        return {}
-    kind = "JSON" if path.suffix == ".json" else "YAML"
-    try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} must be {kind}, but is not: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must be a {kind} mapping, but is {type(value).__name__}")
-    return value
-
-
 def _options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The options in a configuration file; those of a group are named 'group.option'."""
     for name, value in config.items():
@@ -217,9 +193,9 @@ def _options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def _environment(path: Path) -> Mapping[str, Any]:
     """The machine and software of a run; commands write them to different files."""
-    records: list[dict[str, Any] | None] = [_read_mapping(path / "environment.json")]
-    records += [_read_mapping(path / f"{name}.json").get("environment") for name in ("bench", "evaluate", "summary")]
-    records += [(_read_mapping(path / "profile.json").get("provenance") or {}).get("environment")]
+    records: list[dict[str, Any] | None] = [read_mapping(path / "environment.json")]
+    records += [read_mapping(path / f"{name}.json").get("environment") for name in ("bench", "evaluate", "summary")]
+    records += [(read_mapping(path / "profile.json").get("provenance") or {}).get("environment")]
     return next((record for record in records if record), {})
 
 

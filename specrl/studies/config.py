@@ -10,10 +10,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from specrl.core.checks import require
+from specrl.core.checks import require, require_known
 from specrl.core.plan import parse_plans
-from specrl.io.options import Options, did_you_mean
+from specrl.io.options import Options
 from specrl.io.output import to_json
+from specrl.io.read import read_mapping
 from specrl.studies.goals import BY_BLOCK, LEVELS, Budget
 from specrl.studies.live import LiveTrial
 from specrl.studies.simulated import SimulatedTrial
@@ -170,35 +171,29 @@ def read_study(name: str | Path) -> Study:
     Raises:
         ValueError: no such file, or something in it does not fit.
     """
-    import yaml  # type: ignore[import-untyped]
-
     ready = {path.stem: path for path in sorted(STUDIES.glob("*.yaml"))}
     path = ready.get(str(name), Path(name))
     if not path.is_file():
-        meant = did_you_mean(str(name), list(ready))
-        raise ValueError(f"a study must be a YAML file or one of {', '.join(ready)}, but got {str(name)!r}{meant}")
+        require_known("a study", name, ready, " or a YAML file")
     try:
-        return make_study(yaml.safe_load(path.read_text(encoding="utf-8")), path.stem)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        return make_study(read_mapping(path), path.stem)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def make_study(given: Any, name: str) -> Study:
-    """A study from the contents of its file; `name` if the file gives none.
+def make_study(settings: Mapping[str, Any], name: str) -> Study:
+    """Make a study from the contents of its file; it has the name `name` if the file has none.
 
     Raises:
         ValueError: something in it does not fit.
     """
-    require(isinstance(given, dict), "a study", "a mapping", given)
-    return Study(**_options("specrl study", Study).resolve({"name": name, **given}).arguments)
+    return Study(**_options("specrl study", Study).resolve({"name": name, **settings}).arguments)
 
 
 def _check_objectives(study: Study) -> None:
     known = study.kind.OBJECTIVES
     for name in study.objectives or ("",):
-        if name not in known:
-            meant = did_you_mean(name, list(known))
-            raise ValueError(f"objectives of {study.trial!r} must be of {', '.join(known)}, but got {name!r}{meant}")
+        require_known(f"objectives of {study.trial!r}", name, known)
     for level, name in LEVELS.items():
         if (name in study.objectives) != (level in study.levels):
             raise ValueError(f"objective {name} and levels.{level} go together, but got {study.levels}")

@@ -18,17 +18,15 @@ class ServingConfig:
     """How requests are served while the draft learns.
 
     Args:
-        plans: num_steps/topk/num_draft_tokens, with commas between. The chooser chooses one for each round; 0 drafts
-            nothing.
+        plans: num_steps/topk/num_draft_tokens, to choose from. The chooser chooses one for each round; 0 drafts nothing.
         chooser: 'adaptive', or one plan for every round, such as 3/1/4.
-        batch_schedule: batch sizes over time: batch size x rounds, repeated.
+        batch_schedule: batch sizes over time, each x rounds, repeated.
         requests: number of requests to serve. A resumed run counts those before it too.
-        max_seconds: stop after this many seconds, at a checkpoint; results are written. A resumed run counts from 0. By
-            default there is no limit.
+        max_seconds: stop at a checkpoint after this many seconds; by default never. A resumed run counts from 0.
         weight_sync_interval: finished requests between two updates of the serving draft.
-        deploy: 'always' serves the newest weights, 'better' only tested ones. They are tested on held-out sequences and
-            then in a trial on the traffic. A checkpoint ends a trial, so leave room for one between
-            checkpoints: 128 to 512 rounds.
+        deploy: 'always': the newest weights serve; 'better': only tested ones. They are tested on held-out sequences,
+            then in a trial on the traffic. A checkpoint ends a trial, so checkpoints must be further apart than a
+            trial takes: 128 to 512 rounds.
 
     Raises:
         ValueError: a setting out of range.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any
 from specrl.core.rollout import Step
 from specrl.core.round_stats import StatsByWindow
 from specrl.io.output import OutputDir, show
+from specrl.io.read import read_rows
 from specrl.training.config import LogConfig
 from specrl.training.run import Run
 from specrl.workloads.stream import Shifting
@@ -176,8 +176,4 @@ class Reporter:
 
 def read_windows(directory: Path, served: int) -> list[dict[str, object]]:
     """The rows of a directory's windows.csv up to `served` requests, which a resumed run continues."""
-    path = directory / "windows.csv"
-    if served == 0 or not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [dict(row) for row in csv.DictReader(file) if int(row["served"]) <= served]
+    return [dict(row) for row in read_rows(directory / "windows.csv") if served and int(row["served"]) <= served]
