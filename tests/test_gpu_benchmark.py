@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -69,54 +69,18 @@ def test_every_stage_leaves_its_results(done: Path) -> None:
     assert [row["plan"] for row in rows["bench"]] == 2 * plans and rows["bench"][-1]["batch_size"] == 2
     assert rows["host"] == [], "it is defined on a GPU only"
     assert len(rows["plain"]) == 2 and all(row["of_copy"] > 0 for row in rows["plain"])
-    page = (done / "page.md").read_text()
-    assert page.count("NOT MEASURED") == 4 and page.count(f"torch {torch.__version__}") == 5
+    assert (done / "page.md").read_text().count("NOT MEASURED") == 4
     assert "bench-2" in (done / "report" / "report.html").read_text()
 
 
-def test_a_stage_without_time_does_the_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[tuple[object, ...]] = []
-
-    def run_command(*words: object) -> int:
-        lines.append(words)
-        return 2
-
-    monkeypatch.setattr(stage("commands"), "run_command", run_command)
-    with pytest.raises(SystemExit, match=r"failed: exit statuses \[2\]"):
-        stage("commands").bench(small(tmp_path, 0.0))
-    assert lines[0][lines[0].index("--batch_sizes") + 1] == 1
-    stage("plain").plain(small(tmp_path, 0.0))
-    assert len(json.loads((tmp_path / "plain.json").read_text())["rows"]) == 1
-
-
 def test_a_failed_stage_stops_no_other(gpu: ModuleType, tmp_path: Path) -> None:
-    lines: list[Sequence[str]] = []
-
     def run_stage(words: Sequence[str], seconds: float) -> int:
-        lines.append(words)
+        assert words[-2:] == ["--size", "small"]
         return 124 if words[0] == "train" else 0
 
     assert gpu.run_all(tmp_path, ["--size", "small"], minutes=1.0, run_stage=run_stage) == 1
-    assert [words[0] for words in lines] == list(gpu.STAGES) and lines[0][-2:] == ["--size", "small"]
     rows = json.loads((tmp_path / "stages.json").read_text())["rows"]
-    assert [row["exit_status"] for row in rows] == [0, 0, 124, 0, 0, 0, 0]
-
-
-def test_the_check_runs_the_doctor_and_the_cuda_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = stage("commands")
-    monkeypatch.setattr(commands, "run_command", lambda *words: 0)
-    tests = SimpleNamespace(returncode=1, stdout="F.\n1 failed, 1 passed in 3 s\n")
-    monkeypatch.setattr(commands.subprocess, "run", lambda words, **settings: tests)
-    with pytest.raises(SystemExit, match=r"failed: exit statuses \[0, 1\]"):
-        commands.check(small(tmp_path, 1.0))
-    rows = json.loads((tmp_path / "check.json").read_text())["rows"]
-    assert [row["exit_status"] for row in rows] == [0, 1] and rows[1]["result"] == "1 failed, 1 passed in 3 s"
-
-
-def test_busy_seconds_are_those_of_a_union() -> None:
-    spans = [(0.0, 10.0, "gpu"), (5.0, 12.0, "gpu"), (6.0, 7.0, "gpu"), (20.0, 21.0, "gpu"), (0.0, 99.0, "cpu")]
-    events = [SimpleNamespace(time_range=SimpleNamespace(start=a, end=b), device_type=d) for a, b, d in spans]
-    assert stage("host").busy_seconds(events, "gpu") == pytest.approx(13e-6)
+    assert [row["exit_status"] for row in rows] == [124 * (name == "train") for name in gpu.STAGES]
 
 
 def test_rounds_are_profiled(done: Path) -> None:
@@ -125,14 +89,11 @@ def test_rounds_are_profiled(done: Path) -> None:
     assert wall_s > 0 and busy_s > 0
 
 
-def test_the_large_shape_is_llamas() -> None:
+def test_the_large_shape_has_the_sizes_of_llama_3_1_8b() -> None:
     plain, config = stage("plain"), stage("stage").LLAMA_8B
-    assert plain.count(config) == 8_030_261_248  # as meta-llama/Llama-3.1-8B says
+    assert plain.count(config) == 8_030_261_248
     assert plain.weight_bytes(config) == 2 * (8_030_261_248 - 128256 * 4096 + 4096)
     assert plain.cache_bytes(config, 1000) == 131_072_000
-    assert plain.count(stage("stage").SIZES["full"].target) > 250e6
-    drawn = plain.RandomTensors(config, "meta")
-    assert drawn["lm_head.weight"].shape == (128256, 4096) and not drawn
 
 
 @pytest.mark.parametrize(
@@ -144,7 +105,6 @@ def test_the_large_shape_is_llamas() -> None:
         ({"speedup": 1.49}, ["PASS", "PASS", "FAIL", "PASS"]),
         ({"high": 0.99}, ["PASS", "PASS", "PASS", "FAIL"]),
         ({"plan": "5/1/6"}, ["PASS", "PASS", "NOT MEASURED", "NOT MEASURED"]),
-        ({"device": "cpu"}, ["NOT MEASURED"] * 4),
         ({"size": "small"}, ["NOT MEASURED"] * 4),
     ],
 )

@@ -29,8 +29,8 @@ class LearnerConfig:
             `ttt_steps` drafts are 'accept_length' and 'seconds_saved'; they have no gradient for an untrained draft, so
             combine them with 'forward_kl'.
         draft_sampling: how the losses of a chain propose and accept drafts. Rejection sampling is 'sampled'. With
-            'greedy' the draft proposes its most likely token, which is accepted if it is the target's (a surrogate). The
-            losses are unbiased if `temperature` is that of the requests (null if requests differ).
+            'greedy' the draft proposes its most likely token, which is accepted if it is the target's (a surrogate).
+            The losses are unbiased if `temperature` is that of the requests (null if requests differ).
         rejected_weight: weight of the loss on rejected drafts; 0: they are not kept. It is the forward KL on the
             `rejected_top_k` most likely tokens of the target's distribution after a rejected draft.
         rejected_top_k: most likely tokens of the target that this loss uses.

@@ -18,7 +18,7 @@ class ServingConfig:
     """How requests are served while the draft learns.
 
     Args:
-        plans: num_steps/topk/num_draft_tokens, to choose from. The chooser chooses one for each round; 0 drafts nothing.
+        plans: num_steps/topk/num_draft_tokens, to choose from. One is chosen for each round; 0 drafts nothing.
         chooser: 'adaptive', or one plan for every round, such as 3/1/4.
         batch_schedule: batch sizes over time, each x rounds, repeated.
         requests: number of requests to serve. A resumed run counts those before it too.
