@@ -1,4 +1,4 @@
-"""Settings that commands and studies share: frozen dataclasses, checked when they are made.
+"""Settings that commands and studies share: frozen dataclasses that raise a ValueError if a value is out of range.
 
 The command line makes an option of every field: `TargetConfig.dtype` of a parameter `target` is `--target.dtype`, and
 `--target NAME` is short for the first field, `--target.name NAME`. The lines under `Args:` are the help texts.
@@ -37,9 +37,6 @@ class TargetConfig:
         name: directory, Hugging Face id, or 'embedded', 'embedded-easy' or '-strong'.
         dtype: of its weights. Greedy output is exactly lossless in float32.
         device: 'cpu' or a CUDA device; by default a GPU if there is one.
-
-    Raises:
-        ValueError: another dtype.
     """
 
     name: str = "embedded"
@@ -50,14 +47,7 @@ class TargetConfig:
         require(self.dtype in ("float32", "bfloat16"), "target.dtype", "'float32' or 'bfloat16'", self.dtype)
 
     def load(self, *, device: str | None = None) -> Target:
-        """Load the model.
-
-        Args:
-            device: used if `self.device` is None; None: a GPU if there is one.
-
-        Raises:
-            ValueError: no such model or device, or a checkpoint that is not supported.
-        """
+        """Load the model; `device` replaces a `self.device` of None (see `specrl.load_target` for errors)."""
         from specrl.models.target import default_device, load_target
 
         return load_target(self.name, device=default_device(self.device or device), dtype=self.dtype)
@@ -72,9 +62,6 @@ class DraftConfig:
         vocab_size: most frequent tokens that a new draft can predict; by default all tokens.
         intermediate_size: width of a new draft's MLP; by default the target's. For a target with a hidden size below
             512 it is at most 256 by default.
-
-    Raises:
-        ValueError: a size below 1, or one beside a path.
     """
 
     path: Path | None = None
@@ -84,11 +71,7 @@ class DraftConfig:
     def __post_init__(self) -> None:
         for name, size in {"vocab_size": self.vocab_size, "intermediate_size": self.intermediate_size}.items():
             require(size is None or size >= 1, f"draft.{name}", "at least 1", size)
-            if size is not None and self.path is not None:
-                raise ValueError(
-                    f"draft.{name} is for a new draft, but got {size} with draft.path {str(self.path)!r}; "
-                    "leave one of them out"
-                )
+            require(size is None or self.path is None, f"draft.{name}", "left out if draft.path is set", size)
 
     def load(self, target: Target, *, seed: int = 0, vocabulary: Tensor | None = None) -> Draft:
         """Load the checkpoint at `path`, or make a new draft.
@@ -96,8 +79,8 @@ class DraftConfig:
         Args:
             target: the model that it drafts for.
             seed: of a new draft's initialisation.
-            vocabulary: [vocab_size] int64, ascending target ids that a new draft can predict
-                (`specrl.training.vocabulary`); None: all. Required if `vocab_size` is given.
+            vocabulary: [vocab_size] int64, ascending target ids that a new draft can predict; None: all. Count them
+                by `specrl.training.vocabulary`.
 
         Raises:
             ValueError: a checkpoint that cannot be read, or no vocabulary of `vocab_size` tokens.
@@ -106,11 +89,10 @@ class DraftConfig:
 
         if self.path is not None:
             return load_draft(self.path)
-        if self.vocab_size is not None and (vocabulary is None or len(vocabulary) != self.vocab_size):
-            raise ValueError(
-                f"draft.vocab_size needs a vocabulary of {self.vocab_size} tokens, but got "
-                f"{'none' if vocabulary is None else len(vocabulary)}; leave it out, or count the workload's tokens"
-            )
+        counted = None if vocabulary is None else len(vocabulary)
+        require(
+            self.vocab_size in (None, counted), "draft.vocab_size", f"the vocabulary's size, {counted}", self.vocab_size
+        )
         width = self.intermediate_size
         if width is None and target.config.hidden_size < SMALL_TARGET:
             width = min(NARROW_MLP, target.config.intermediate_size)
@@ -126,9 +108,6 @@ class WorkloadConfig:
         prompt_tokens: tokens of a prompt. A conversation is never cut, but left out if it is longer.
         max_new_tokens: tokens generated per request.
         temperature: of sampling; 0 is greedy.
-
-    Raises:
-        ValueError: a number out of range.
     """
 
     name: str = "stdlib"
@@ -139,16 +118,16 @@ class WorkloadConfig:
     def __post_init__(self) -> None:
         require(self.prompt_tokens >= 1, "workload.prompt_tokens", "at least 1", self.prompt_tokens)
         require(self.max_new_tokens >= 1, "workload.max_new_tokens", "at least 1", self.max_new_tokens)
-        known = 0 <= self.temperature < math.inf
-        require(known, "workload.temperature", "a finite number of at least 0", self.temperature)
+        finite = 0 <= self.temperature < math.inf
+        require(finite, "workload.temperature", "a finite number of at least 0", self.temperature)
 
     @property
     def max_context(self) -> int:
-        """Most tokens of a request, prompt included."""
+        """Maximum number of tokens of a request, prompt included."""
         return self.prompt_tokens + self.max_new_tokens
 
     def open(self, target: str, split: Split, *, ignore_eos: bool | None = None) -> Workload:
-        """The requests in the tokens of a target.
+        """Return the requests in the tokens of a target.
 
         Args:
             target: name of the target (`TargetConfig.name`).
@@ -180,9 +159,6 @@ class EngineConfig:
         name: 'local' (this process) or 'sglang'. Two SGLang servers are launched, with and without speculation.
         python: for 'sglang': Python with SGLang and this package; by default this one.
         flags: for 'sglang': further flags for sglang.launch_server.
-
-    Raises:
-        ValueError: another name, or options of 'sglang' with another engine.
     """
 
     name: Literal["local", "sglang"] = "local"
@@ -192,11 +168,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require(self.name in ("local", "sglang"), "engine.name", "'local' or 'sglang'", self.name)
         for name, value in {"python": self.python, "flags": self.flags}.items():
-            if value and self.is_local:
-                raise ValueError(
-                    f"engine.{name} is for the engine 'sglang', but got {str(value)!r} with {self.name!r}; "
-                    "add --engine sglang"
-                )
+            require(not value or not self.is_local, f"engine.{name}", "left out without --engine sglang", str(value))
 
     @property
     def is_local(self) -> bool:
@@ -229,8 +201,8 @@ class EngineConfig:
         Args:
             target: the target model.
             draft: a draft or its directory; None: 'local' decodes plainly, 'sglang' gets a random draft.
-            plans: that it has to run.
-            max_context: most tokens of a request, for 'local'.
+            plans: that it must be able to run.
+            max_context: maximum tokens of a request, for 'local'.
             model: the loaded target, for 'local'; None: it is loaded here.
             use_rejection_sampling: see `specrl.LocalEngine`.
             trace: for 'sglang': record traces; a local session is asked for them when it starts.
@@ -266,9 +238,6 @@ class MeasureConfig:
     Args:
         precision: measure until each 95 % interval has a half-width of at most this.
         seconds: or until this much time is spent per batch size.
-
-    Raises:
-        ValueError: a number out of range.
     """
 
     precision: float = 0.02
@@ -281,6 +250,6 @@ class MeasureConfig:
 
 def check_batch_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
     """Return the batch sizes; raise a ValueError if there are none or one is below 1."""
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise ValueError(f"batch_sizes must be numbers of at least 1, but got {list(batch_sizes)}; for example 1,4,16")
+    positive = bool(batch_sizes) and min(batch_sizes) >= 1
+    require(positive, "batch_sizes", "numbers of at least 1, such as 1,4,16", list(batch_sizes))
     return tuple(batch_sizes)

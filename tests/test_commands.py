@@ -1,4 +1,4 @@
-"""Every command runs through the command line, with small settings, and writes the files that the documentation names."""
+"""Every command runs through the command line with small settings, and writes the documented files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ LOG = "seconds requests draft_version serve_s learn_s alpha loss staleness token
 LOG += "passed_over opted_out bad_updates rollbacks plan_B speedup_B accept_length_B"
 SUMS = "rounds requests tokens plain_s draft_s verify_s other_s accepted_1"
 WINDOWS = f"served batch_size plan {SUMS}"
-BLOCKS = f"batch_size lane block seconds {SUMS}"
+BLOCKS = f"temperature batch_size lane block seconds {SUMS}"
 MEASURED = "batch_size plan mean_tps p50_tps p05_tps p95_tps total_tps count speedup low high accept_length round_ms "
 MEASURED += "draft_ms verify_ms other_ms prefill_s"
 ROUNDS = "batch_size plan context tokens correct_drafts draft_s verify_s other_s prefill_s plain_s draft_version"
@@ -70,7 +70,7 @@ COLUMNS = {
     },
     "train": {"log.csv": LOG, "windows.csv": WINDOWS},
     "offline": {"log.csv": "epoch updates accept_length loss alpha seconds"},
-    "bench": {"bench.csv": f"temperature {MEASURED}", "blocks.csv": f"temperature {BLOCKS}"},
+    "bench": {"bench.csv": f"temperature {MEASURED}", "blocks.csv": BLOCKS},
     "compare": {
         "compare.csv": "batch_size plan_a plan_b speedup_a speedup_b ratio probability accept_length_a accept_length_b "
         "tps_a tps_b blocks_a blocks_b"

@@ -1,1 +1,1 @@
-"""One module per command of the command line."""
+"""One module per command. Docstrings are help texts; a command raises a ValueError if an argument does not fit."""

@@ -34,16 +34,15 @@ def bench(
 ) -> list[dict[str, object]]:
     """Measure the speedup of every plan over plain decoding, at every batch size.
 
-    Plain decoding uses no draft and the fastest setting of dtype and threads on this machine. It alternates with the
-    plans in one process, on the same prompts, which are held out from training. The first arm measures plain decoding
-    against itself (A/A); its interval must contain 1. Prefill is timed separately and is in no speedup.
+    Plain decoding, in the fastest setting of dtype and threads on this machine, alternates with the plans in one
+    process, on the same held-out prompts. It is also measured against itself (A/A); that interval must contain 1.
+    Speedups do not include prefill.
 
-    With --engine sglang two servers are launched, with and without speculation. Each is idle while the other one is
-    measured. Plans are chains, or one tree; each continues the requests where the one before left them.
+    With --engine sglang two servers are launched, with and without speculation; one is idle while the other one is
+    measured. Plans are chains, or one tree.
 
-    With --profile rounds are simulated, with the same random numbers for every plan and without A/A. Target, prompts
-    and temperature are the profile's. The tokens/s of published tables are all tokens over all seconds; the mean over
-    requests is 1 to 3 % higher.
+    With --profile rounds are simulated, without A/A; target, prompts and temperature are the profile's. Published
+    tables divide all tokens by all seconds; the mean over requests is 1 to 3 % higher.
 
     Args:
         draft: the draft model; a random one accepts next to nothing.
@@ -52,13 +51,9 @@ def bench(
         plans: num_steps/topk/num_draft_tokens, separated by commas; by default 0,1/1/2,3/1/4,3/2/6 (SGLang: without
             the tree), or all of the profile. Plan 0 drafts nothing but keeps the draft ready.
         temperatures: measured one after the other; by default workload.temperature.
-        use_rejection_sampling: sample chains from the draft; else drafts are its best tokens (SGLang's default).
+        use_rejection_sampling: sample chains from the draft; else take its best tokens, as SGLang does by default.
         seed: of prompts and sampling.
-        output_dir: where bench.json, .csv and .md, blocks.csv and bench_speculative.jsonl (with the columns of
-            SGLang's script of that name) are written; by default runs/bench-<time>.
-
-    Raises:
-        ValueError: an argument out of range.
+        output_dir: where tables and blocks are written; by default runs/bench-<time>.
 
     Example:
         specrl bench --batch_sizes 1,4,16 --plans 0,1/1/2,3/1/4,3/2/6 --draft runs/quickstart/draft
@@ -66,9 +61,9 @@ def bench(
         specrl bench --engine sglang --plans 0,1/1/2,3/1/4 --engine.python ../sglang/bin/python
     """
     sizes = None if batch_sizes is None else check_batch_sizes(batch_sizes)
-    at = (workload.temperature,) if temperatures is None else temperatures
-    distinct = len(set(at)) == len(at) > 0 and all(0 <= temperature < math.inf for temperature in at)
-    require(distinct, "temperatures", "different numbers of at least 0, such as 0,0.7", at)
+    temperatures = (workload.temperature,) if temperatures is None else temperatures
+    distinct = len(set(temperatures)) == len(temperatures) > 0 and all(0 <= t < math.inf for t in temperatures)
+    require(distinct, "temperatures", "different numbers of at least 0, such as 0,0.7", temperatures)
     chosen = None if plans is None else parse_plans(plans)
     settings: dict[str, object] = {"engine": engine.name, "seed": seed, "precision": measure.precision}
     if profile is not None:
@@ -89,7 +84,7 @@ def bench(
             workload,
             batch_sizes=sizes or (1, 4, 16),
             plans=chosen or parse_plans(PLANS if engine.is_local else CHAINS),
-            temperatures=at,
+            temperatures=temperatures,
             until=measure,
             use_rejection_sampling=use_rejection_sampling,
             seed=seed,

@@ -30,51 +30,46 @@ def compare(
     """Measure how much faster B is than A.
 
     Two drafts, or two runs with a draft, are measured now: both and plain decoding alternate in one process on the
-    same prompts, and blocks are compared in pairs. Two directories of 'specrl bench' are compared as they are. Their
-    blocks cannot be paired, so the ratio is that of their speedups, each over plain decoding in its own run, for the
-    plans that both measured.
+    same prompts, and blocks are compared in pairs. Of two directories of 'specrl bench' the speedups are compared, for
+    the plans that both measured; their blocks cannot be paired.
 
     Args:
         a: EAGLE3 draft directory, output directory of 'specrl train' or 'quickstart', or of 'specrl bench'.
         b: of the same kind.
         plan: num_steps/topk/num_draft_tokens for both; by default the plan that each run chose, or 3/1/4.
         batch_sizes: requests decoded together.
-        use_rejection_sampling: sample chains from the draft; else drafts are its best tokens (SGLang's default).
+        use_rejection_sampling: sample chains from the draft; else take its best tokens, as SGLang does by default.
         seed: of prompts and sampling.
         output_dir: where compare.json and compare.csv are written; by default runs/compare-<time>.
-
-    Raises:
-        ValueError: a directory of none of these kinds, two of different kinds, or an argument out of range.
 
     Example:
         specrl compare runs/day0 runs/day0-lk
         specrl compare runs/bench-monday runs/bench-tuesday
     """
-    sizes, given = check_batch_sizes(batch_sizes), None if plan is None else Plan.parse(plan)
+    sizes, fixed_plan = check_batch_sizes(batch_sizes), None if plan is None else Plan.parse(plan)
     finished = is_bench(a)
     if finished != is_bench(b):
         raise ValueError(f"a benchmark can only be compared with another, but got {str(a)!r} and {str(b)!r}")
     if finished:
         rows = compare_benches(a, b)
         notes = [
-            "Not paired: A and B were measured at different times, so their ratio is that of their speedups, each over "
-            "plain decoding in its own run, with a bootstrap interval over the blocks of both.",
+            "Not paired: A and B were measured at different times. The ratio is that of their speedups over plain "
+            "decoding in their own runs, with a bootstrap interval over the blocks of both.",
             *environment_differences(a, b),
         ]
     else:
-        runs = read_drafted(a), read_drafted(b)
-        rows = list(
-            compare_runs(
-                *runs,
-                target,
-                workload,
-                batch_sizes=sizes,
-                plan=given,
-                until=measure,
-                use_rejection_sampling=use_rejection_sampling,
-                seed=seed,
-            )
+        measured = compare_runs(
+            read_drafted(a),
+            read_drafted(b),
+            target,
+            workload,
+            batch_sizes=sizes,
+            plan=fixed_plan,
+            until=measure,
+            use_rejection_sampling=use_rejection_sampling,
+            seed=seed,
         )
+        rows = list(measured)
         notes = ["Paired: A, B and plain decoding took turns in one process on the same prompts."]
     show(table([_shown(row) for row in rows], title=f"A: {a}; B: {b}"), *notes)
     if output_dir is not None:

@@ -40,9 +40,6 @@ def doctor(
         seconds: of timing plain decoding.
         output_dir: where doctor.json is written; by default runs/doctor-<time>.
 
-    Raises:
-        ValueError: an argument out of range, or a device that torch does not have.
-
     Example:
         specrl doctor
         specrl doctor --threads 1,2 --batch_sizes 1,4,16 --seconds 30

@@ -35,14 +35,13 @@ def evaluate(
 ) -> list[dict[str, object]]:
     """Compare choosers of plans, in simulation or live.
 
-    In simulation all choosers have the same random numbers with a seed, and the same command gives the same numbers
-    again. Live, plain decoding, the choosers and every single plan take turns in one process. The share is the time
-    that the best plan per batch size needs for the same expected tokens, over the time that the choices need: 1 is the
-    best table. Live, the oracle headroom is printed too: the best plan per batch size over the best single plan, each
-    chosen on all cycles of the load but the one that it is measured on, and how much of it each chooser closes.
+    In simulation all choosers have the same random numbers with a seed. Live, plain decoding, the choosers and every
+    single plan take turns in one process. The share is the time that the best plan per batch size needs for the same
+    expected tokens, over the time that the choices need; the best table has 1. Live, the headroom is printed too: the
+    best plan per batch size over the best single plan, each chosen on other cycles of the load than it is measured on.
 
-    With --engine sglang two servers are launched, with and without speculation. Each is idle while the other one is
-    measured, and all choosers decode the same requests, each continuing where the one before left them.
+    With --engine sglang two servers are launched, with and without speculation; one is idle while the other one is
+    measured.
 
     Args:
         profiles: names or .json files; 'live' is the engine on this machine; by default all that are shipped.
@@ -58,9 +57,6 @@ def evaluate(
             has its own.
         leaderboard: a .csv file to which the results are appended.
         output_dir: where tables and curves are written; by default runs/evaluate-<time>.
-
-    Raises:
-        ValueError: an argument out of range.
 
     Example:
         specrl evaluate --choosers adaptive,sglang-same,3/1/4 --seeds 20

@@ -29,10 +29,8 @@ def export(
 ) -> Path:
     """Write the result of a run as one directory that SGLang serves.
 
-    The directory `bundle` in output_dir holds draft/ (an EAGLE3 checkpoint with SGLang's names, without the target's
-    embedding), adaptive.json (num_steps per batch size, in SGLang's format), policy/ (the chooser, for the plugin),
-    serve.yaml and launch.sh (the flags), README.md (a model card with the run's measurements), plans.json and
-    manifest.json (SHA-256 of every file). It is read back and compared before it replaces an earlier one.
+    The directory `bundle` in output_dir holds the draft, the plans in SGLang's format, the chooser for the plugin,
+    launch.sh and a model card. It is read back and compared before it replaces an earlier one.
 
     SGLang changes num_steps while it serves, but not the shape of a tree. If a tree was learned for some batch size,
     one plan serves all of them, and the card states what that costs.
@@ -46,9 +44,6 @@ def export(
         push_to_hub: 'owner/name' of a private repository on the Hugging Face Hub to upload the bundle to.
         dry_run: only print what would be uploaded.
         output_dir: where bundle/ goes; by default runs/export-<time>.
-
-    Raises:
-        ValueError: the run holds no draft or no plans, or the bundle does not read back.
 
     Example:
         specrl export --run runs/day0 --output_dir exported
@@ -85,9 +80,6 @@ def import_draft(*, draft: Path, num_layers: int | None = None, output_dir: Path
         draft: directory with config.json and safetensors.
         num_layers: layers of its target; needed if the draft does not name the layers that it reads.
         output_dir: where draft/ goes; by default runs/import-<time>.
-
-    Raises:
-        ValueError: a variant that would compute something else, by name.
 
     Example:
         specrl import --draft downloads/EAGLE3-LLaMA3.1-Instruct-8B --num_layers 32 --output_dir warm

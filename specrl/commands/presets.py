@@ -17,9 +17,6 @@ def presets(*, name: str | None = None, target: str = "TARGET", draft: str = "DR
         target: its target, for the launch command.
         draft: directory of the draft, for the launch command.
 
-    Raises:
-        ValueError: no such preset.
-
     Example:
         specrl presets
         specrl presets minimax-m2.1

@@ -36,26 +36,22 @@ def profile(
 ) -> Profile:
     """Record rounds of every plan and plain steps at every batch size, and fit a profile for simulation.
 
-    Each pass takes blocks of 8 rounds of each plan (after two that are not counted) and of as many plain steps, there
-    and back, so that a drift of the machine affects all equally. Run nothing else meanwhile. 'SpecRL/Simulated-v0' with
+    Plans and plain decoding take turns, in blocks of 8 rounds. Run nothing else meanwhile. 'SpecRL/Simulated-v0' with
     profile='DIR/profile.json' simulates this machine; 'specrl evaluate --profiles DIR/profile.json' compares choosers.
 
-    With --engine sglang two servers are launched, with and without speculation, in lock-step; each is idle while the
-    other one is measured. Rounds do not overlap there, so the profile has no result delay.
+    With --engine sglang two servers are launched, with and without speculation; one is idle while the other one is
+    measured. Rounds do not overlap there, so the profile has no result delay.
 
     Args:
         draft: the draft model; a random one accepts next to nothing.
         batch_sizes: requests decoded together.
         plans: that the profile offers, num_steps/topk/num_draft_tokens, separated by commas; by default
             0,1/1/2,2/1/3,3/1/4,4/1/5,3/2/6 (SGLang: without the tree).
-        use_rejection_sampling: local: sample chains from the draft; else drafts are its best tokens (SGLang's default).
+        use_rejection_sampling: sample chains from the draft; else take its best tokens, as SGLang does by default.
         seconds: of recording; at least four passes are made.
         seed: of prompts and sampling.
         name: of the profile.
         output_dir: where profile.json is written; by default runs/profile-<time>.
-
-    Raises:
-        ValueError: an argument out of range.
 
     Example:
         specrl profile --draft runs/quickstart/draft --batch_sizes 1,4,16 --plans 0,1/1/2,3/1/4

@@ -32,9 +32,6 @@ def quickstart(
         seed: of prompts, initialisation and sampling.
         output_dir: where draft/, plans.json, rounds.csv and the plots go; by default runs/quickstart-<time>.
 
-    Raises:
-        ValueError: a duration that is not positive.
-
     Example:
         specrl quickstart
         specrl quickstart --train_seconds 600

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from specrl.agents.draft.sequences import Assembler
 from specrl.config import TargetConfig, WorkloadConfig
+from specrl.core.checks import require
 from specrl.core.plan import Plan
 from specrl.decoding.engine import LocalEngine
 from specrl.io.output import OutputDir, progress, show
@@ -44,19 +45,14 @@ def record(
         seed: of requests and sampling.
         output_dir: a new directory for the traces; by default runs/record-<time>.
 
-    Raises:
-        ValueError: an argument out of range, or traces in the directory already.
-
     Example:
         specrl record --requests 2000 --output_dir runs/traces
         specrl train offline runs/traces --epochs 5
     """
     for name, value in {"requests": requests, "batch_size": batch_size, "shard_sequences": shard_sequences}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, but got {value}")
+        require(value >= 1, name, "at least 1", value)
     chosen = Plan.parse(plan)
-    if chosen.num_steps and draft is None:
-        raise ValueError(f"plan {chosen} needs a draft, but none is given; use --draft, or plan 0")
+    require(not chosen.num_steps or draft is not None, "plan", "0 without --draft", plan)
     directory = OutputDir(output_dir or Path("runs/record"))
     model = target.load()
     loaded = None if draft is None else load_draft(draft)
@@ -74,17 +70,17 @@ def record(
     taps = () if loaded is not None else aux_layers
     engine = LocalEngine(model, loaded, max_context=workload.max_context, aux_layers=taps)
     session = engine.start(stream, batch_size=min(batch_size, requests), seed=seed, trace=True)
-    assembler, left, recorded, tokens = Assembler(keep_rejected=rejected), requests, 0, 0
+    assembler, finished, recorded, tokens = Assembler(keep_rejected=rejected), 0, 0, 0
     with progress("recording", requests) as done:
-        while left:
-            left = max(0, left - len(session.round(chosen).finished))
+        while finished < requests:
+            finished += len(session.round(chosen).finished)
             assembler.opt_out(stream.opted_out)
             stream.opted_out.clear()
-            found = assembler.add(session.drain())[: requests - recorded]
-            recorded += len(found)
-            tokens += sum(len(sequence.tokens) for sequence in found)
-            writer.add(found)
-            done(requests - left)
+            sequences = assembler.add(session.drain())[: requests - recorded]
+            recorded += len(sequences)
+            tokens += sum(len(sequence.tokens) for sequence in sequences)
+            writer.add(sequences)
+            done(finished)
     writer.close()
     engine.close()
     show(f"{recorded} requests, {tokens} tokens, plan {chosen}, written: {directory.path}")

@@ -20,9 +20,6 @@ def report(*, runs: tuple[Path, ...], output_dir: Path | None = None) -> Path:
         runs: output directories of specrl train, quickstart, bench, evaluate and profile.
         output_dir: directory of report.html and the figures; default: runs/report-<time>.
 
-    Raises:
-        ValueError: a directory is not a run, or one of its files is damaged.
-
     Example:
         specrl report runs/quickstart-20261121-104250-15218
         specrl report runs/day0 runs/day1 runs/bench --output_dir runs/days

@@ -41,9 +41,6 @@ def rl(
         seed: of weights, exploration and environments.
         output_dir: where results go; by default runs/rl-<time>.
 
-    Raises:
-        ValueError: an argument out of range, or a policy that does not fit.
-
     Example:
         specrl rl --agent maskable_ppo --agent.seconds 60 --output_dir runs/sim
         specrl rl live --agent.policy runs/sim --draft runs/quickstart/draft --batch_sizes 1,4 --agent.seconds 120
@@ -82,9 +79,6 @@ def rl_live(
         reward: by name, as the environments have it.
         seed: of weights, exploration and environments.
         output_dir: where results go; by default runs/rl-live-<time>.
-
-    Raises:
-        ValueError: an argument out of range, or a policy that does not fit.
 
     Example:
         specrl rl live --agent.policy runs/sim --draft runs/quickstart/draft --batch_sizes 1,4 --agent.seconds 120

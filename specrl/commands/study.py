@@ -29,16 +29,11 @@ def study(
 
     A study's file names the objectives, the searched parameters and the budget of a trial. The ready-made studies are
     kl_direction, sync_interval, discard_topk, lookahead and learning_rate (ablations), learner (a search of the
-    learner's settings) and chooser (simulated). If the file names a pruner, a trial that is significantly worse than
-    the best one on the same blocks is stopped early (Wilcoxon's signed-rank test).
+    learner's settings) and chooser (simulated).
 
     The same command continues an interrupted study; completed and pruned trials count as `trials`. A trial whose
-    process was killed is run again with the same parameters, up to twice, a minute after its last heartbeat. Live
-    trials are timed, so one runs at a time on a device; simulated ones may run in several processes, by --jobs or by
-    the same command started again.
-
-    Results are trials/NNNN/ (of a live trial, the results of `specrl train`), trials.csv, values.csv, study.json,
-    and plots of the history, slices, importance, blocks and, of several objectives, the Pareto front.
+    process was killed runs again with the same parameters, up to twice. Live trials are timed, so one runs at a time on
+    a device; simulated ones may run in several processes, by --jobs or by the same command started again.
 
     Args:
         spec: a ready-made study's name or a YAML file; by default the one in output_dir, else 'learner'.
@@ -46,8 +41,7 @@ def study(
         jobs: processes; more than 1 for simulated trials only.
         storage: Optuna's, such as postgresql://user:password@host/name; by default study.db in output_dir.
         ray: address of a Ray cluster whose nodes run the trials, 'auto' or 'local'. A timed trial uses one of the
-            resource specrl_device of its node, a trial whose worker was killed runs again, and none is pruned block by
-            block; output_dir must be a directory that all nodes share.
+            resource specrl_device of its node; no trial is pruned; all nodes must share output_dir.
         output_dir: where results are written; by default runs/study-<time>.
 
     Raises:
@@ -64,53 +58,52 @@ def study(
     need_optuna()
     out = OutputDir(output_dir or Path("runs/study"))
     saved = out.path / "study.yaml"
-    asked = read_study(spec or (saved if saved.is_file() else "learner"))
+    settings = read_study(spec or (saved if saved.is_file() else "learner"))
     require(jobs >= 1, "jobs", "at least 1", jobs)
     require(trials is None or trials >= 1, "trials", "at least 1", trials)
-    if jobs > 1 and (asked.device is not None or ray is not None):
-        why = "with --ray the cluster decides how many trials run at once" if ray else "a timed trial needs its device"
-        raise ValueError(f"{why}, so jobs must be 1, but got {jobs}; leave it out")
+    alone = settings.device is not None or ray is not None
+    require(jobs == 1 or not alone, "jobs", "1 for timed trials and with --ray", jobs)
     url = storage or f"sqlite:///{(out.path / 'study.db').resolve()}"
-    kept = open_study(asked, url)
-    total = trials or kept.user_attrs.get("trials") or asked.trials
-    kept.set_user_attr("trials", total)
+    search = open_study(settings, url)
+    total = trials or search.user_attrs.get("trials") or settings.trials
+    search.set_user_attr("trials", total)
     if not saved.is_file():
-        out.write_text(saved.name, yaml.safe_dump(asked.to_dict(), sort_keys=False))
-    done, _ = count_trials(kept)
-    show(f"study {asked.name!r}: {done} of {total} trials finished" + (f"; {asked.about}" if asked.about else ""))
+        out.write_text(saved.name, yaml.safe_dump(settings.to_dict(), sort_keys=False))
+    done, _ = count_trials(search)
+    show(f"study {settings.name!r}: {done} of {total} trials finished", *filter(None, [settings.about]))
     try:
         if ray is None:
-            with device_lock(asked), _helpers(asked, url, out.path, total, jobs):
-                optimize(asked, url, out.path, total)
+            with device_lock(settings), _worker_processes(settings, url, out.path, total, jobs):
+                optimize(settings, url, out.path, total)
         else:
             from specrl.cluster.studies import trial_runner
 
-            with trial_runner(ray, asked) as (run, slots):
-                optimize(asked, url, out.path, total, run=run, jobs=slots)
+            with trial_runner(ray, settings) as (run, slots):
+                optimize(settings, url, out.path, total, run=run, jobs=slots)
     except KeyboardInterrupt:
         show(f"to continue: specrl study --output_dir {out.path}")
         raise
-    found = write_report(kept, asked, out)
-    show(*summarize(found, asked, url, out.path))
-    return found
+    results = write_report(search, settings, out)
+    show(*summarize(results, settings, url, out.path))
+    return results
 
 
 @contextmanager
-def _helpers(spec: Study, url: str, directory: Path, total: int, jobs: int) -> Iterator[None]:
-    """Other processes that run trials until `total` are finished; they end with this one."""
+def _worker_processes(spec: Study, url: str, directory: Path, total: int, jobs: int) -> Iterator[None]:
+    """Run trials in `jobs` - 1 more processes until `total` are finished; they end with this one."""
     context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=_help, args=(spec, url, directory, total, n)) for n in range(1, jobs)]
-    for process in others:
+    workers = [context.Process(target=_work, args=(spec, url, directory, total, n)) for n in range(1, jobs)]
+    for process in workers:
         process.start()
     try:
         yield
-        for process in others:
+        for process in workers:
             process.join()
     finally:
-        for process in others:
+        for process in workers:
             process.terminate()
 
 
-def _help(spec: Study, url: str, directory: Path, total: int, worker: int) -> None:
+def _work(spec: Study, url: str, directory: Path, total: int, worker: int) -> None:
     parent = multiprocessing.parent_process()
     optimize(spec, url, directory, total, worker=worker, wanted=lambda: parent is None or parent.is_alive())

@@ -50,9 +50,6 @@ def train(
         seed: of everything random.
         output_dir: where results go; by default runs/train-<time>.
 
-    Raises:
-        ValueError: an argument out of range, or nothing to resume.
-
     Example:
         specrl train --serving.requests 500 --output_dir runs/day0
         specrl train --config runs/day0/config.yaml --resume --serving.requests 1000
@@ -113,18 +110,11 @@ def train_offline(
         seed: of everything random.
         output_dir: where results go; by default runs/train-offline-<time>.
 
-    Raises:
-        ValueError: traces of another target, an argument out of range, or nothing to resume.
-
     Example:
         specrl record --requests 2000 --output_dir runs/traces
         specrl train offline runs/traces --epochs 5
     """
-    if draft.vocab_size is not None:
-        raise ValueError(
-            f"draft.vocab_size needs requests to count tokens of, but got {draft.vocab_size} with traces; name a "
-            "draft.path with that vocabulary"
-        )
+    require(draft.vocab_size is None, "draft.vocab_size", "left out with traces", draft.vocab_size)
     directory = OutputDir(output_dir or Path("runs/train-offline"))
     model = target.load()
     first = draft.load(model, seed=seed)
@@ -165,18 +155,14 @@ def train_server(
         seed: of the learner.
         output_dir: where results go; by default runs/train-server-<time>.
 
-    Raises:
-        ValueError: an argument out of range, a draft that is not the server's, or nothing to resume.
-        OSError: the server does not answer.
-
     Example:
         specrl train server http://127.0.0.1:30000 /tmp/traces exported/bundle/draft --target Qwen/Qwen3-8B
     """
-    require(requests >= 1, "requests", "at least 1", requests)
-    require(checkpoint_interval >= 1, "checkpoint_interval", "at least 1", checkpoint_interval)
-    require(weight_sync_interval >= 1, "weight_sync_interval", "at least 1", weight_sync_interval)
+    counts = {"weight_sync_interval": weight_sync_interval, "checkpoint_interval": checkpoint_interval}
+    for name, value in {"requests": requests, **counts}.items():
+        require(value >= 1, name, "at least 1", value)
     directory = OutputDir(output_dir or Path("runs/train-server"))
-    following = ServerLearner(
+    server_learner = ServerLearner(
         target.load(device="cpu"),
         load_draft(draft),
         learner,
@@ -186,7 +172,7 @@ def train_server(
         seed=seed,
         resume=directory.path / "checkpoint" if resume else None,
     )
-    learn_from_server(following, directory, requests=requests, checkpoint_every=checkpoint_interval)
+    learn_from_server(server_learner, directory, requests=requests, checkpoint_every=checkpoint_interval)
 
 
 def train_ray(
@@ -214,19 +200,12 @@ def train_ray(
         seed: of everything random.
         output_dir: where results go; by default runs/train-ray-<time>.
 
-    Raises:
-        ValueError: an argument out of range, resources that the cluster does not have, or nothing to resume.
-
     Example:
         specrl train ray --ray 10.0.0.1:6379 --ray.engines 7 --serving.requests 20000 --output_dir /shared/run
     """
     require(serving.deploy == "always", "serving.deploy", "'always' (leave it out) on Ray", serving.deploy)
-    require(
-        serving.max_seconds is None,
-        "serving.max_seconds",
-        "left out on Ray (set serving.requests)",
-        serving.max_seconds,
-    )
+    seconds = serving.max_seconds
+    require(seconds is None, "serving.max_seconds", "left out on Ray (set serving.requests)", seconds)
     model, requests = target.load(device="cpu"), workload.open(target.name, "train", ignore_eos=False)
     settings = EngineSettings(
         target,

@@ -57,6 +57,11 @@ def _text(value: object) -> str:
     return ", ".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)
 
 
+def _drawing(caption: str, paint: Callable[..., None], **data: object) -> Drawing:
+    """A figure that one of the `paint_...` functions draws from its data."""
+    return Drawing(figures.draw_svg(partial(paint, **data)), caption)
+
+
 def _overview(runs: Sequence[RunData]) -> Iterator[Table]:
     rows = [
         {
@@ -85,32 +90,30 @@ def _learning(run: RunData, runs: Sequence[RunData]) -> Content:
         return
     logs = [other.log for other in runs]
     for quantity, label in (("accept_length", "Accept length"), ("speedup", "Speedup")):
-        svg = figures.draw_svg(
-            partial(figures.paint_learning, log=run.log, quantity=quantity, logs=logs, gate=run.gate)
-        )
-        yield Drawing(svg, f"{label} over the last 400 rounds at each batch size, by requests served.")
+        caption = f"{label} over the last 400 rounds at each batch size, by requests served."
+        yield _drawing(caption, figures.paint_learning, log=run.log, quantity=quantity, logs=logs, gate=run.gate)
     rows: list[Row] = []
-    for line in figures.thin(run.log):
+    for logged in figures.thin(run.log):
         row: dict[str, object] = {
-            "requests": f"{line['requests']:,.0f}",
-            "seconds": f"{line['seconds']:,.0f}",
-            "draft version": f"{line['draft_version']:.0f}",
+            "requests": f"{logged['requests']:,.0f}",
+            "seconds": f"{logged['seconds']:,.0f}",
+            "draft version": f"{logged['draft_version']:.0f}",
         }
         for b in batch_sizes(run.log):
-            row[f"batch size {b}: plan"] = line.get(f"plan_{b}")
-            row[f"batch size {b}: speedup [95 %]"] = number(interval(line, f"speedup_{b}"), "×")
-            row[f"batch size {b}: accept length [95 %]"] = number(interval(line, f"accept_length_{b}"), digits=2)
+            row[f"batch size {b}: plan"] = logged.get(f"plan_{b}")
+            row[f"batch size {b}: speedup [95 %]"] = number(interval(logged, f"speedup_{b}"), "×")
+            row[f"batch size {b}: accept length [95 %]"] = number(interval(logged, f"accept_length_{b}"), digits=2)
         rows.append(row)
     yield from _table(f"Learning curve of {run.name}", rows)
     rows = [
         {
-            "requests": f"{line['requests']:.0f}",
-            "draft version": f"{line['version']:.0f}",
-            "look": line["look"],
-            "decision": figures.decision(line),
-            "reason": line["reason"],
+            "requests": f"{decision['requests']:.0f}",
+            "draft version": f"{decision['version']:.0f}",
+            "check": decision["look"],
+            "decision": figures.decision(decision),
+            "reason": decision["reason"],
         }
-        for line in run.gate
+        for decision in run.gate
     ]
     yield from _table(f"Decisions of the gate of {run.name}", rows)
 
@@ -134,8 +137,8 @@ def _by_origin(results: Sequence[PlanResult]) -> Iterator[tuple[str, list[PlanRe
 def _speedups(run: RunData, runs: Sequence[RunData]) -> Content:
     for title, results in _by_origin(run.speedups):
         chosen, why = _chosen(run, results, runs)
-        svg = figures.draw_svg(partial(figures.paint_heatmap, results=results, chosen=chosen))
-        yield Drawing(svg, f"Speedup over plain decoding, {title}. ★ {why}.")
+        caption = f"Speedup over plain decoding, {title}. ★ {why}."
+        yield _drawing(caption, figures.paint_heatmap, results=results, chosen=chosen)
 
 
 def _chosen(run: RunData, results: Sequence[PlanResult], runs: Sequence[RunData]) -> tuple[Mapping[int, str], str]:
@@ -165,8 +168,8 @@ def _acceptance(run: RunData, runs: Sequence[RunData]) -> Content:
     for title, results in _by_origin(known):
         ascending = sorted(results, key=lambda r: (math.isfinite(r.acceptance[0].low), len(r.acceptance)))
         longest = dict(sorted({result.batch_size: result for result in ascending}.items()))
-        svg = figures.draw_svg(partial(figures.paint_acceptance, results=list(longest.values())))
-        yield Drawing(svg, f"Acceptance by position, {title}: the longest plan at each batch size.")
+        caption = f"Acceptance by position, {title}: the longest plan at each batch size."
+        yield _drawing(caption, figures.paint_acceptance, results=list(longest.values()))
     rows = []
     for result in known:
         row = _plan(result)
@@ -180,8 +183,7 @@ def _acceptance(run: RunData, runs: Sequence[RunData]) -> Content:
 def _breakdown(run: RunData, runs: Sequence[RunData]) -> Content:
     known = [result for result in run.results if result.parts_ms]
     for title, results in _by_origin(known):
-        svg = figures.draw_svg(partial(figures.paint_breakdown, results=results))
-        yield Drawing(svg, f"Time of a round by part, {title}.")
+        yield _drawing(f"Time of a round by part, {title}.", figures.paint_breakdown, results=results)
     rows = []
     for result in known:
         parts = {f"{part} [95 %]": number((result.parts_ms or {}).get(part), " ms") for part in PARTS}
@@ -210,8 +212,7 @@ def _costs(run: RunData, runs: Sequence[RunData]) -> Content:
 def _regret(run: RunData, runs: Sequence[RunData]) -> Content:
     for source in dict.fromkeys(row["source"] for row in run.regret):
         own = [row for row in run.regret if row["source"] == source]
-        svg = figures.draw_svg(partial(figures.paint_regret, rows=own))
-        yield Drawing(svg, f"Regret on {source}: mean and range over seeds.")
+        yield _drawing(f"Regret on {source}: mean and range over seeds.", figures.paint_regret, rows=own)
         rows = [
             {
                 "chooser": chooser,

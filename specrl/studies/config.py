@@ -67,12 +67,14 @@ class Study:
         require(self.trials >= 1, "trials", "at least 1", self.trials)
         require(bool(self.search), "search", "one or more parameters", self.search)
         _check_objectives(self)
-        if self.pruner is not None and (len(self.objectives) > 1 or self.objectives[0] not in BY_BLOCK):
-            known, found = ", ".join(BY_BLOCK), ", ".join(self.objectives)
-            raise ValueError(f"pruner needs one objective, of {known}, but got {found}; write 'pruner: null'")
+        prunable = len(self.objectives) == 1 and self.objectives[0] in BY_BLOCK
+        rule = f"one of {', '.join(BY_BLOCK)} with a pruner ('pruner: null' for others)"
+        require(self.pruner is None or prunable, "objectives", rule, self.objectives)
         if self.sampler == "grid":
-            if endless := [name for name, values in self.grid().items() if not values]:
-                raise ValueError(f"sampler 'grid' needs categorical, plans or int, but {endless[0]} is another kind")
+            for name, values in self.grid().items():
+                require(
+                    bool(values), f"search.{name}", "categorical, plans or int with sampler 'grid'", self.search[name]
+                )
             size = prod(map(len, self.grid().values()))
             require(self.trials <= size, "trials", f"at most the {size} points of the grid", self.trials)
         _check_parameters(self)
@@ -89,17 +91,17 @@ class Study:
 
     @property
     def directions(self) -> list[Literal["maximize", "minimize"]]:
-        """Of the objectives."""
+        """The directions of the objectives."""
         return [self.kind.OBJECTIVES[name] for name in self.objectives]
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
         """The search space."""
-        return {name: read_distribution(name, given) for name, given in self.search.items()}
+        return {name: read_distribution(name, form) for name, form in self.search.items()}
 
     def grid(self) -> dict[str, list[Any]]:
         """Every value of each searched parameter; [] for a parameter with too many values."""
-        return {name: list_values(found) for name, found in self.distributions.items()}
+        return {name: list_values(distribution) for name, distribution in self.distributions.items()}
 
     def make_trial(self, params: Mapping[str, Any]) -> tuple[LiveTrial | SimulatedTrial, str]:
         """The trial with these parameters, and all its settings as YAML for --config.
@@ -110,59 +112,55 @@ class Study:
         live = self.trial == "train"
         requests = {"serving.requests": self.budget.requests} if live else {}
         options = _options("specrl train" if live else "specrl study", self.kind)  # type: ignore[arg-type]
-        found = options.resolve({**requests, **self.fixed, **params})
-        return self.kind(**found.arguments), found.yaml
+        parsed = options.resolve({**requests, **self.fixed, **params})
+        return self.kind(**parsed.arguments), parsed.yaml
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of its file, as JSON has them."""
-        found: dict[str, Any] = json.loads(to_json(asdict(self)))
-        return found
+        """Return the contents of its file, as JSON has them."""
+        settings: dict[str, Any] = json.loads(to_json(asdict(self)))
+        return settings
 
 
-def read_distribution(name: str, given: Any) -> BaseDistribution:
+def read_distribution(name: str, form: Any) -> BaseDistribution:
     """Read '{float: [0.001, 0.01], log: true}', '{int: [1, 6]}', '{categorical: [a, b]}' or '{plans: 1/1/2,3/1/4}'.
 
     Raises:
         ValueError: another form, or bounds that Optuna refuses.
     """
-    from optuna.distributions import json_to_distribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    form: dict[str, Any]
     try:
-        match given:
-            case {"plans": str(plans)} if len(given) == 1:
-                form = {"type": "categorical", "choices": [str(plan) for plan in parse_plans(plans)]}
-            case {"categorical": [*choices]} if choices and len(given) == 1:
-                form = {"type": "categorical", "choices": choices}
-            case {"int": [int(low), int(high)]} if set(given) <= {"int", "log", "step"}:
-                form = {**given, "type": "int", "low": low, "high": high}
-            case {"float": [low, high]} if set(given) <= {"float", "log", "step"}:
-                form = {**given, "type": "float", "low": float(low), "high": float(high)}
-            case _:
-                raise ValueError(
-                    "must be float or int with [low, high] and perhaps log or step, categorical with a list, or plans, "
-                    f"but got {given!r}; for example {{float: [0.001, 0.01], log: true}}"
-                )
-        return json_to_distribution(json.dumps(form))
+        match form:
+            case {"plans": str(plans)} if len(form) == 1:
+                return CategoricalDistribution([str(plan) for plan in parse_plans(plans)])
+            case {"categorical": [*choices]} if choices and len(form) == 1:
+                return CategoricalDistribution(choices)
+            case {"int": [int(low), int(high)], **options} if set(options) <= {"log", "step"}:
+                return IntDistribution(low, high, **options)
+            case {"float": [low, high], **options} if set(options) <= {"log", "step"}:
+                return FloatDistribution(float(low), float(high), **options)
+        raise ValueError(
+            "must be float or int with [low, high] and perhaps log or step, categorical with a list, or plans, "
+            f"but got {form!r}; for example {{float: [0.001, 0.01], log: true}}"
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"search.{name}: {error}") from error
 
 
-def attributes(found: BaseDistribution) -> dict[str, Any]:
-    """The choices of a categorical distribution; low, high, log and step of another one."""
+def attributes(distribution: BaseDistribution) -> dict[str, Any]:
+    """Return the choices of a categorical distribution; low, high, log and step of another one."""
     from optuna.distributions import distribution_to_json
 
-    attributes: dict[str, Any] = json.loads(distribution_to_json(found))["attributes"]
+    attributes: dict[str, Any] = json.loads(distribution_to_json(distribution))["attributes"]
     return attributes
 
 
-def list_values(found: BaseDistribution) -> list[Any]:
-    """Every value of a categorical distribution or of integers; [] for other distributions."""
-    from optuna.distributions import IntDistribution
-
-    if isinstance(found, IntDistribution) and not found.log:
-        return list(range(found.low, found.high + 1, found.step))
-    return list(attributes(found).get("choices", []))
+def list_values(distribution: BaseDistribution) -> list[Any]:
+    """Return every value of a categorical distribution or of integers; [] for other distributions."""
+    limits = attributes(distribution)
+    if type(limits.get("low")) is int and not limits["log"]:
+        return list(range(limits["low"], limits["high"] + 1, limits["step"]))
+    return list(limits.get("choices", []))
 
 
 def read_study(name: str | Path) -> Study:
@@ -202,7 +200,7 @@ def _check_objectives(study: Study) -> None:
     require(fits, "levels", f"{' or '.join(LEVELS)}, above 0", levels)
     if "accept_length" in levels and not str(study.fixed.get("serving.chooser", ""))[:1].isdigit():
         raise ValueError("levels.accept_length needs a fixed plan, but got none; for example serving.chooser: 4/1/5")
-    fits = set(limits) <= {"peak_memory_mib", "pause_ms"} & set(known) and all(most > 0 for most in limits.values())
+    fits = set(limits) <= {"peak_memory_mib", "pause_ms"} & set(known) and all(limit > 0 for limit in limits.values())
     require(fits, "constraints", "peak_memory_mib or pause_ms of live trials, above 0", limits)
 
 
@@ -211,8 +209,8 @@ def _check_parameters(study: Study) -> None:
     if both := sorted(set(study.fixed) & set(study.search)):
         raise ValueError(f"a parameter is searched or fixed, but {both[0]!r} is both; take it out of one")
     study.make_trial({})
-    for name, found in study.distributions.items():
-        limits = attributes(found)
+    for name, distribution in study.distributions.items():
+        limits = attributes(distribution)
         for value in limits["choices"] if "choices" in limits else (limits["low"], limits["high"]):
             try:
                 study.make_trial({name: value})

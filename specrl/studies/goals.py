@@ -41,8 +41,8 @@ class Budget:
     seeds: int = 6
 
     def __post_init__(self) -> None:
-        for name, least in {"requests": 1, "rounds": 1, "blocks": 2, "seeds": 2}.items():
-            require(getattr(self, name) >= least, f"budget.{name}", f"at least {least}", getattr(self, name))
+        for name, minimum in {"requests": 1, "rounds": 1, "blocks": 2, "seeds": 2}.items():
+            require(getattr(self, name) >= minimum, f"budget.{name}", f"at least {minimum}", getattr(self, name))
         require(min(self.batch_sizes) >= 1, "budget.batch_sizes", "at least 1", self.batch_sizes)
         if self.plan is not None:
             parse_plans(self.plan)
@@ -75,22 +75,22 @@ def measure_blocks(blocks: Iterable[Mapping[str, float]], objective: str, on_blo
 
     Args:
         blocks: values by name, with the logarithm of a speedup.
-        objective: of these values the one that `on_block` gets.
-        on_block: called after each block; None: nothing is called.
+        objective: name of the value that `on_block` gets.
+        on_block: called after each block.
 
     Returns:
         The mean of each value over the blocks, or the geometric mean of speedups.
     """
-    found = Measured()
+    measured = Measured()
     for number, block in enumerate(blocks):
         for name, value in block.items():
-            found.blocks.setdefault(name, []).append(value)
+            measured.blocks.setdefault(name, []).append(value)
         if on_block is not None and objective in block:
             on_block(number, block[objective])
-    for name, samples in found.blocks.items():
+    for name, samples in measured.blocks.items():
         mean = mean_interval(samples, rng=np.random.default_rng(0))
         if name == "speedup":
             with np.errstate(over="ignore"):
                 mean = Interval(*np.exp([mean.value, mean.low, mean.high]).tolist())
-        found.values[name], found.intervals[name] = mean.value, mean
-    return found
+        measured.values[name], measured.intervals[name] = mean.value, mean
+    return measured

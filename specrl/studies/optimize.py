@@ -40,7 +40,7 @@ def open_study(spec: Study, url: str, *, worker: int = 0, grace_s: int = GRACE_S
     Args:
         spec: the study.
         url: of the storage, as SQLAlchemy writes it.
-        worker: number of the process, which gives each process random numbers of its own.
+        worker: number of the process, for random numbers of its own.
         grace_s: seconds without a heartbeat after which a trial is failed and queued again.
 
     Raises:
@@ -145,11 +145,11 @@ def optimize(
 
     def objective(trial: optuna.Trial) -> list[float]:
         params = {}
-        for name, found in spec.distributions.items():
-            suggest = getattr(trial, f"suggest_{type(found).__name__.removesuffix('Distribution').lower()}")
-            params[name] = suggest(name, **attributes(found))
-        place = directory / "trials" / f"{trial.number:04d}"
-        trial.set_user_attr("directory", str(place))
+        for name, distribution in spec.distributions.items():
+            suggest = getattr(trial, f"suggest_{type(distribution).__name__.removesuffix('Distribution').lower()}")
+            params[name] = suggest(name, **attributes(distribution))
+        trial_directory = directory / "trials" / f"{trial.number:04d}"
+        trial.set_user_attr("directory", str(trial_directory))
 
         def on_block(number: int, value: float) -> None:
             trial.report(value, number)
@@ -157,7 +157,7 @@ def optimize(
                 raise optuna.TrialPruned
 
         try:
-            measured = run(spec, params, place, on_block if len(spec.objectives) == 1 else None)
+            measured = run(spec, params, trial_directory, on_block if len(spec.objectives) == 1 else None)
         except NotReached as error:
             raise optuna.TrialPruned(str(error)) from error
         except KeyboardInterrupt:
@@ -165,8 +165,8 @@ def optimize(
             raise
         trial.set_user_attr("values", measured.values)
         trial.set_user_attr("intervals", {name: [i.value, i.low, i.high] for name, i in measured.intervals.items()})
-        for name, most in spec.constraints.items():
-            trial.set_constraint(name, measured.values[name] - most)
+        for name, limit in spec.constraints.items():
+            trial.set_constraint(name, measured.values[name] - limit)
         return [measured.values[name] for name in spec.objectives]
 
     def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:

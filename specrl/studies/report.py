@@ -30,7 +30,7 @@ def write_report(study: optuna.Study, spec: Study, out: OutputDir) -> dict[str, 
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     states = [trial.state.name.lower() for trial in trials]
-    found = {
+    results = {
         "study": spec.name,
         "objectives": dict(zip(spec.objectives, spec.directions, strict=True)),
         "trials": {state: states.count(state) for state in dict.fromkeys(states)},
@@ -40,16 +40,16 @@ def write_report(study: optuna.Study, spec: Study, out: OutputDir) -> dict[str, 
     }
     out.write_csv("trials.csv", [_row(spec, trial) for trial in trials])
     out.write_csv("values.csv", mean_by_value(spec, complete))
-    out.write_json("study.json", found)
+    out.write_json("study.json", results)
     if len(complete) > 1:
         _plot(study, spec, out.path)
-    return found
+    return results
 
 
-def summarize(found: Mapping[str, Any], spec: Study, url: str, directory: Path) -> list[RenderableType]:
-    """The best trials as a table, and commands for further steps."""
-    best: Sequence[Mapping[str, Any]] = found["best"]
-    finished = ", ".join(f"{count} {state}" for state, count in found["trials"].items())
+def summarize(results: Mapping[str, Any], spec: Study, url: str, directory: Path) -> list[RenderableType]:
+    """Return the best trials as a table, and commands for further steps."""
+    best: Sequence[Mapping[str, Any]] = results["best"]
+    finished = ", ".join(f"{count} {state}" for state, count in results["trials"].items())
     if not best:
         why = " within the constraints" if spec.constraints else ""
         return [f"no trial was completed{why} ({finished}); see {directory / 'trials.csv'}"]
@@ -63,11 +63,11 @@ def summarize(found: Mapping[str, Any], spec: Study, url: str, directory: Path) 
         rows.append({**row, **{name: trial[name] for name in spec.search}})
     title = "Pareto front" if len(spec.objectives) > 1 else "best trials"
     out: list[RenderableType] = [table(rows, title=f"{spec.name}: {title} of {finished}")]
-    place = best[0]["directory"]
     if spec.device is not None:
-        out.append(f"to export the best: specrl export --run {place}")
+        run = best[0]["directory"]
+        out.append(f"to export the best: specrl export --run {run}")
         out.append("the best of many trials looks better than it is; to measure it again, on prompts in another order:")
-        out.append(f"  specrl bench --draft {place}/draft --seed 1")
+        out.append(f"  specrl bench --draft {run}/draft --seed 1")
     else:
         out.append("the best settings: " + ", ".join(f"{name} {best[0][name]}" for name in spec.search))
     out.append(f"written: {directory} (plots, trials.csv, values.csv, study.json)")
@@ -78,8 +78,8 @@ def summarize(found: Mapping[str, Any], spec: Study, url: str, directory: Path) 
 def mean_by_value(spec: Study, complete: Sequence[Trial]) -> list[dict[str, object]]:
     """Mean and 95 % interval over trials of each objective, for each value of the parameters with few values."""
     out: list[dict[str, object]] = []
-    for name, found in spec.distributions.items():
-        for value in list_values(found):
+    for name, distribution in spec.distributions.items():
+        for value in list_values(distribution):
             chosen = [trial.values for trial in complete if trial.params.get(name) == value]
             for index, objective in enumerate(spec.objectives):
                 sample = [values[index] for values in chosen]

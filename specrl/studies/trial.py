@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,10 @@ def measure_trial(
     trial, text = study.make_trial(params)
     out = OutputDir(directory)
     out.write_text("config.yaml", text)
-    found = trial.measure(study, out, on_block)
-    record = {"study": study.name, "params": dict(params), "values": found.values, "intervals": found.intervals}
-    out.write_json("trial.json", {**record, "blocks": found.blocks, "environment": environment()})
-    return found
+    measured = trial.measure(study, out, on_block)
+    record = {"study": study.name, "params": dict(params), **asdict(measured), "environment": environment()}
+    out.write_json("trial.json", record)
+    return measured
 
 
 @contextmanager

@@ -74,13 +74,11 @@ class Line:
         try:
             return self.chat.render_chat(read_conversation(record, where), record.get("tools"))
         except ValueError as error:
-            raise ValueError(
-                f"a conversation must fit the target's chat template, but {where}: {error}; correct or remove the line"
-            ) from error
+            raise ValueError(f"a conversation must fit the target's chat template, but {where}: {error}") from error
 
 
 def read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Line]:
-    """Check every line of a .jsonl file and give those that hold a prompt, without keeping their text.
+    """Check every line of a .jsonl file and yield those that hold a prompt, without their text.
 
     Raises:
         ValueError: a line is not UTF-8 or JSON, or has no known layout; it is named by number.
@@ -148,19 +146,13 @@ def _parse(line: bytes, where: str, offset: int) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"a workload's files must be UTF-8, but {where} is not at byte {offset + error.start}; convert it"
-        ) from error
+        at = offset + error.start
+        raise ValueError(f"a workload's files must be UTF-8, but {where} is not at byte {at}; convert it") from error
     except ValueError as error:
-        raise ValueError(
-            f"every line of a .jsonl workload must be JSON, but {where} is not: {error}; correct it"
-        ) from error
+        raise ValueError(f"every line of a .jsonl workload must be JSON, but {where} is not: {error}") from error
     if not isinstance(record, dict) or not _key(record):
         has = f"only {', '.join(map(repr, record))}" if isinstance(record, dict) else "no object"
-        raise ValueError(
-            f"every line of a .jsonl workload must hold one of {', '.join(map(repr, KEYS))}, but {where} has {has}; "
-            "rename its key"
-        )
+        raise ValueError(f"every line of a .jsonl workload must hold one of {KEYS}, but {where} has {has}")
     if not isinstance(record.get("learn", True), bool):
         raise _wrong("'learn' must be true or false", where, record["learn"])
     return record

@@ -48,10 +48,7 @@ def shifted_texts(name: str) -> list[str]:
         texts = [_read(path) for path in files if _TEST_FOLDERS & set(path.relative_to(root).parts[:-1])]
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise ValueError(
-            f"workload {name!r} must be part of the standard library, but {root} has none of it; install it, or name "
-            "a directory"
-        )
+        raise ValueError(f"workload {name!r} must be installed with the standard library, but {root} has none of it")
     return texts
 
 

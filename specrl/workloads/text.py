@@ -64,19 +64,14 @@ class TextWorkload:
             return
         longest = 0
         for text in sorted((text for text in self.texts if text.chat is None), key=lambda text: -text.size):
-            found = len(self._encode(text.content, 0, high))
-            longest = max(longest, found)
-            if found >= (1 if text.whole else high):
+            length = len(self._encode(text.content, 0, high))
+            longest = max(longest, length)
+            if length >= (1 if text.whole else high):
                 return
+        rule, has = f"a text of at least {high} tokens", f"its longest has {longest}; lower prompt_tokens"
         if chats:
-            raise ValueError(
-                f"{self.source} must hold a conversation of at most {high} tokens, but its shortest has {shortest} in "
-                "the target's chat template; raise prompt_tokens"
-            )
-        raise ValueError(
-            f"{self.source} must hold a text of at least {high} tokens, but its longest has {longest}; "
-            "lower prompt_tokens or name longer texts"
-        )
+            rule, has = f"a conversation of at most {high} tokens", f"its shortest has {shortest}; raise prompt_tokens"
+        raise ValueError(f"{self.source} must hold {rule}, but {has}")
 
     def requests(self, seed: int) -> Iterator[Request]:
         """An endless stream; the same seed gives the same requests."""
@@ -146,12 +141,10 @@ def load_workload(
     """Load a workload by name.
 
     Args:
-        spec: 'stdlib' (sources of the running interpreter's standard library), one of its parts that no embedded
-            target was trained on: 'pydoc_data' (prose, the texts of `help()`), 'encodings' (tables) or 'tests' (test
-            code), a .jsonl or .txt file, or a directory (searched for .py, .txt, .md and .jsonl). Lines of .jsonl hold
-            'prompt', 'text' (a document), or a conversation: 'messages', 'conversations' (ShareGPT) or 'turns'. A
-            conversation is used up to the last turn that is not the assistant's, in the target's chat template; without
-            one, the contents are joined. A line with "learn": false is served, and never learnt from.
+        spec: 'stdlib' (sources of the running interpreter's standard library); 'pydoc_data' (prose), 'encodings'
+            (tables) or 'tests' (test code), parts of it that no embedded target was trained on; a .jsonl or .txt file;
+            or a directory (searched for .py, .txt, .md and .jsonl). Lines of .jsonl are described in
+            docs/guides/model.md. A line with "learn": false is served, and never learnt from.
         tokenizer, max_new_tokens, ignore_eos: as in `TextWorkload`.
         prompt_tokens: prompt length, or the least and the greatest.
         temperature: of every request, or several to draw from.
@@ -231,6 +224,5 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"a workload's files must be UTF-8, but {path} is not at byte {error.start}; convert it"
-        ) from error
+        at = error.start
+        raise ValueError(f"a workload's files must be UTF-8, but {path} is not at byte {at}; convert it") from error
