@@ -20,7 +20,7 @@ from specrl.io.options import Options
 
 
 class Command(NamedTuple):
-    """Where a command's function is, and what it does in a line."""
+    """The place of a command's function, and its description in one line."""
 
     target: str  # 'module:function'
     help: str
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
 
 
 def split_command(words: Sequence[str], commands: Mapping[str, Command] = COMMANDS) -> tuple[str, list[str]]:
-    """The name of the command that a command line begins with, '' if there is none, and the words after it."""
+    """Return the name of the command that a command line begins with, '' if there is none, and the words after it."""
     for count in (2, 1):  # 'train offline' before 'train'
         if (name := " ".join(words[:count])) in commands:
             return name, list(words[count:])
@@ -112,7 +112,7 @@ def split_command(words: Sequence[str], commands: Mapping[str, Command] = COMMAN
 
 
 def options_of(name: str, command: Command | None = None) -> Options:
-    """The options of a command."""
+    """Return the options of a command."""
     module, _, function = (command or COMMANDS[name]).target.partition(":")
     return Options(f"specrl {name}", getattr(importlib.import_module(module), function))
 
@@ -120,7 +120,7 @@ def options_of(name: str, command: Command | None = None) -> Options:
 def run(name: str, command: Command, words: Sequence[str]) -> None:
     """Read the options of a command and call its function.
 
-    A function with a parameter `output_dir` gets runs/<command>-<time> if none is given, and the configuration is
+    A function with a parameter `output_dir` gets runs/<command>-<time> by default, and the configuration is
     written there as config.yaml.
 
     Raises:

@@ -105,16 +105,11 @@ def test_options_files_and_names_that_are_mentioned_exist(page: Path) -> None:
 
 def test_reference_pages_come_from_the_sources(tmp_path: Path) -> None:
     hooks = runpy.run_path(str(ROOT / "tools/docs_hooks.py"))
-
-    def render(page: str) -> str:
-        return str(hooks["on_page_markdown"]((ROOT / "docs" / page).read_text(encoding="utf-8")))
-
-    commands, keys = render("reference/cli.md"), render("reference/config.md")
+    pages = {name: (ROOT / "docs/reference" / f"{name}.md").read_text(encoding="utf-8") for name in ("cli", "config")}
+    commands, keys = (hooks["on_page_markdown"](text) for text in pages.values())
     groups = set(re.findall(r"\(config\.md#(\w+)\)", commands))
     assert re.findall(r"^## specrl (.*)$", commands, re.MULTILINE) == list(COMMANDS)
     assert groups and groups <= set(re.findall(r"^## (\w+)$", keys, re.MULTILINE))
-    assert "| `--seed` | `0` |" in commands and "| `betas` | `0.9,0.95` | of AdamW. |" in keys
-    assert "| `batch_size` | `" in render("environments/spec_decode.md")
 
     undocumented = 'class Env:\n    """Text.\n\n    ## Arguments\n        one: first.\n\n    ## End\n    """\n'
     (tmp_path / "env.py").write_text(f"{undocumented}    def __init__(self, *, one: int = 1, two: int = 2): ...\n")

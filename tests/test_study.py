@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 
 import optuna
@@ -152,17 +151,6 @@ def test_several_processes_run_one_study() -> None:
     assert 7 <= states("out").count("COMPLETE") <= 8, "two processes may begin the last trial at once"
     drawn = [tuple(trial.params.values()) for trial in trials("out")]
     assert len(set(drawn)) == len(drawn), "processes have random numbers of their own"
-
-
-def test_several_trials_may_run_at_once_elsewhere() -> None:
-    together = Barrier(3)
-
-    def elsewhere(*trial: Any) -> Measured:
-        together.wait(timeout=60)
-        return instant(*trial)
-
-    optimize(make_study(CHOOSER, "mine"), URL, Path("out"), 6, run=elsewhere, jobs=3)
-    assert states() == ["COMPLETE"] * 6
 
 
 HANGS = """

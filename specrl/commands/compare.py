@@ -75,13 +75,13 @@ def compare(
     if output_dir is not None:
         directory = OutputDir(output_dir)
         directory.write_csv("compare.csv", rows)
-        report = {"a": a, "b": b, "paired": not finished, "said": notes, "rows": rows, "environment": environment()}
+        report = {"a": a, "b": b, "paired": not finished, "notes": notes, "rows": rows, "environment": environment()}
         show(f"written: {directory.write_json('compare.json', report)}")
     return rows
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, object]:
-    """A row for people."""
+    """Return a row for people."""
 
     def interval(name: str) -> str:
         return str(Interval(row[name], row[f"{name}_low"], row[f"{name}_high"]))

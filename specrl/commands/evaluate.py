@@ -91,17 +91,17 @@ def evaluate(
                 done += more
                 bar(done)
 
-            found = [backend.evaluate(choosers, range(seeds), advance) for backend in backends]
-    compared = compare_choosers(found, reference)
+            evaluations = [backend.evaluate(choosers, range(seeds), advance) for backend in backends]
+    compared = compare_choosers(evaluations, reference)
     rows = comparison_rows(compared)
     title = f"{seeds} seeds, {schedule.rounds} rounds, batch sizes {schedule.batch_sizes}"
     show(table(shown_rows(compared, reference), title=title))
-    for one in found:
+    for one in evaluations:
         reached = ", ".join(f"{bound} {speedup:.3f}" for bound, speedup in one.bounds.items())
         show(f"{one.source}: speedup of the bounds: {reached}", *(gap_lines(one.cycles) if one.cycles else []))
     if output_dir is not None:
         directory = OutputDir(output_dir)
         settings = {"batch_sizes": schedule.batch_sizes, "rounds": schedule.rounds, "shifts": schedule.shifts}
-        write_evaluation(directory, found, rows, settings=settings, leaderboard=leaderboard)
+        write_evaluation(directory, evaluations, rows, settings=settings, leaderboard=leaderboard)
         show(f"written: {directory.path}; appended to {leaderboard}", hint(directory.path))
     return rows

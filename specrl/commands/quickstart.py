@@ -27,7 +27,7 @@ def quickstart(
 
     Args:
         train_seconds: seconds of serving and learning.
-        measure_seconds: most seconds of the final measurement.
+        measure_seconds: maximum seconds of the final measurement.
         idle_seconds: seconds of serving without learning, for comparison.
         seed: of prompts, initialisation and sampling.
         output_dir: where draft/, plans.json, rounds.csv and the plots go; by default runs/quickstart-<time>.

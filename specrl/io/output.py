@@ -96,7 +96,7 @@ def _plain(value: Any) -> Any:
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, str] | Sequence[str] | None = None, *, title: str = "") -> Table:
-    """A table for people: numbers to three significant digits and to the right, missing values as a dash.
+    """Return a table for people: numbers to three significant digits and to the right, missing values as a dash.
 
     Args:
         rows: one mapping per line.
@@ -131,20 +131,20 @@ def show(*parts: RenderableType) -> None:
 
 
 def hint(directory: Path) -> str:
-    """The last line that a command prints."""
+    """Return the last line that a command prints."""
     return f"to see it in a browser: specrl report {shlex.quote(str(directory))}"
 
 
 @contextmanager
-def progress(what: str, total: float) -> Iterator[Callable[..., None]]:
+def progress(title: str, total: float) -> Iterator[Callable[..., None]]:
     """A progress bar on standard error; the value is called with how much of `total` is done, and an optional note.
 
     It is drawn in that call, and by no other thread, so call it outside timed windows.
     """
     bar = Progress(console=Console(stderr=True), auto_refresh=False, transient=True, disable=not sys.stderr.isatty())
     with bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(title, total=total)
         bar.refresh()
         yield lambda done, note="": bar.update(
-            task, completed=min(done, total), description=f"{what} {note}".rstrip(), refresh=True
+            task, completed=min(done, total), description=f"{title} {note}".rstrip(), refresh=True
         )

@@ -97,7 +97,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunData]:
     """Read run directories. Each is named by its last parts that make its name unique.
 
     Raises:
-        ValueError: no directory is given, one is given twice, one is not a run, or one of its files is damaged.
+        ValueError: no directory, the same directory twice, one that is not a run, or one of its files is damaged.
     """
     resolved = [Path(path).resolve() for path in paths]
     if not resolved or len(set(resolved)) < len(resolved):
@@ -109,14 +109,14 @@ def read_runs(paths: Sequence[Path]) -> list[RunData]:
 
 
 def batch_sizes(log: Sequence[Row]) -> list[int]:
-    """The batch sizes in a log, ascending."""
+    """Return the batch sizes in a log, ascending."""
     last = log[-1] if log else {}
-    found = (key.removeprefix("plan_") for key in last if key.startswith("plan_") and last[key])
-    return sorted(int(text) for text in found if text.isdigit())
+    suffixes = (key.removeprefix("plan_") for key in last if key.startswith("plan_") and last[key])
+    return sorted(int(suffix) for suffix in suffixes if suffix.isdigit())
 
 
 def interval(row: Row, key: str) -> Interval | None:
-    """The value in the column `key` with the bounds in the columns key_low and key_high."""
+    """Return the value in the column `key` with the bounds in the columns key_low and key_high."""
     value, low, high = (row.get(key + end) for end in ("", "_low", "_high"))
     if value is None:
         return None
@@ -126,14 +126,14 @@ def interval(row: Row, key: str) -> Interval | None:
 def _read_run(path: Path, name: str) -> RunData:
     if not path.is_dir():
         raise ValueError(f"a run must be a directory, but {str(path)!r} is not; give the --output_dir of a command")
-    found = {file: command for file, command in _COMMANDS.items() if (path / file).exists()}
-    if not found:
+    commands = {file: command for file, command in _COMMANDS.items() if (path / file).exists()}
+    if not commands:
         raise ValueError(
             f"a run must contain one of {', '.join(_COMMANDS)}, but {str(path)!r} does not; "
             f"give the --output_dir of specrl {', '.join(_COMMANDS.values())}"
         )
-    if "measured.csv" in found:
-        found.pop("log.csv", None)  # quickstart writes both
+    if "measured.csv" in commands:
+        commands.pop("log.csv", None)  # quickstart writes both
     log = [row for row in _read_csv(path / "log.csv") if row.get("requests") is not None]
     half = log[-1]["requests"] / 2 if log else 0.0
     plans = read_mapping(path / "plans.json").get("plans") or {b: log[-1][f"plan_{b}"] for b in batch_sizes(log)}
@@ -146,12 +146,12 @@ def _read_run(path: Path, name: str) -> RunData:
         "simulated" if isinstance(bench, dict) and bench.get("profile") else "measured",
     )
     results += _live([row for row in _read_csv(path / "windows.csv") if row["served"] > half])
-    if "profile.json" in found:
+    if "profile.json" in commands:
         results += _of_profile(path / "profile.json")
     return RunData(
         name=name,
         path=path,
-        commands=tuple(found.values()),
+        commands=tuple(commands.values()),
         config=dict(_options(read_mapping(path / "config.yaml"))),
         environment=_environment(path),
         log=log,
@@ -164,7 +164,7 @@ def _read_run(path: Path, name: str) -> RunData:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    """The rows of a CSV file; none if it does not exist."""
+    """Return the rows of a CSV file; none if it does not exist."""
     rows = read_rows(path)
     if missing := [name for name in _REQUIRED_COLUMNS[path.name] if any(name not in row for row in rows[:1])]:
         raise ValueError(f"{path} must have the columns that specrl writes, but has no {', '.join(missing)}")
@@ -183,7 +183,7 @@ def _parse(path: Path, key: str, text: str | None) -> float | str | None:
 
 
 def _options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The options in a configuration file; those of a group are named 'group.option'."""
+    """Yield the options in a configuration file; those of a group are named 'group.option'."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _options(value, f"{prefix}{name}.")
@@ -192,7 +192,7 @@ def _options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _environment(path: Path) -> Mapping[str, Any]:
-    """The machine and software of a run; commands write them to different files."""
+    """Return the machine and software of a run; commands write them to different files."""
     records: list[dict[str, Any] | None] = [read_mapping(path / "environment.json")]
     records += [read_mapping(path / f"{name}.json").get("environment") for name in ("bench", "evaluate", "summary")]
     records += [(read_mapping(path / "profile.json").get("provenance") or {}).get("environment")]
@@ -200,7 +200,7 @@ def _environment(path: Path) -> Mapping[str, Any]:
 
 
 def _point(value: float) -> Interval:
-    """A value without an interval."""
+    """Return a value without an interval."""
     return Interval(value, math.nan, math.nan)
 
 
@@ -216,7 +216,7 @@ def _ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Interval
 
 
 def _summary(rows: Iterable[Row]) -> dict[str, Any]:
-    """The fields of `PlanResult` that follow from stretches of rounds (see `specrl.core.round_stats`)."""
+    """Return the fields of `PlanResult` that follow from stretches of rounds (see `specrl.core.round_stats`)."""
     stretches = [row for row in rows if row.get("rounds")]
     if not stretches:
         return {}
@@ -238,17 +238,17 @@ def _summary(rows: Iterable[Row]) -> dict[str, Any]:
 
 
 def _measured(rows: Sequence[Row], blocks: Sequence[Row], origin: str) -> list[PlanResult]:
-    """Results of `specrl bench` and `quickstart`. Intervals other than the speedup's come from the blocks."""
+    """Return results of `specrl bench` and `quickstart`. Intervals other than the speedup's come from the blocks."""
     results = []
     for row in rows:
-        at, plan = (row["batch_size"], row.get("temperature")), row["plan"]
+        cell, plan = (row["batch_size"], row.get("temperature")), row["plan"]
         arms = {plan, plan.partition("(")[2].rstrip(")")}  # '0 (no learning)' is called 'no learning' in blocks.csv
-        own = [b for b in blocks if (b["batch_size"], b.get("temperature")) == at and b["arm"] in arms]
+        measured = [b for b in blocks if (b["batch_size"], b.get("temperature")) == cell and b["arm"] in arms]
         fields = {
             "accept_length": _point(row["accept_length"]),
             "round_ms": _point(row["round_ms"]),
             "parts_ms": {part: _point(row[f"{part}_ms"]) for part in PARTS if row.get(f"{part}_ms") is not None},
-            **_summary(own),
+            **_summary(measured),
         }
         if row["speedup"] is not None:
             fields["speedup"] = Interval(row["speedup"], row["low"], row["high"])
@@ -259,18 +259,18 @@ def _measured(rows: Sequence[Row], blocks: Sequence[Row], origin: str) -> list[P
 
 
 def _live(rows: Sequence[Row]) -> list[PlanResult]:
-    """Results while serving, with intervals over stretches of rounds."""
+    """Return results while serving, with intervals over stretches of rounds."""
     results = []
     for batch, plan in sorted({(row["batch_size"], row["plan"]) for row in rows}):
-        own = [row for row in rows if (row["batch_size"], row["plan"]) == (batch, plan)]
-        spent = [sum(row[f"{part}_s"] for part in PARTS) for row in own]
-        speedup = _ratio([row["plain_s"] for row in own], spent)
-        results.append(PlanResult("live", int(batch), plan, speedup=speedup, **_summary(own)))
+        windows = [row for row in rows if (row["batch_size"], row["plan"]) == (batch, plan)]
+        seconds = [sum(row[f"{part}_s"] for part in PARTS) for row in windows]
+        speedup = _ratio([row["plain_s"] for row in windows], seconds)
+        results.append(PlanResult("live", int(batch), plan, speedup=speedup, **_summary(windows)))
     return results
 
 
 def _of_profile(path: Path) -> list[PlanResult]:
-    """The costs in a profile, which records no intervals."""
+    """Return the costs in a profile, which records no intervals."""
     profile = load_profile(str(path))
     results = []
     for cost in profile.costs:

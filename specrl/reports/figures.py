@@ -56,7 +56,7 @@ _DECISIONS = {"passed a trial": "^", "passed held-out": "2", "refused": "v", "ha
 
 
 def draw_svg(paint: Callable[[Axes], None]) -> str:
-    """The SVG document of a figure, in the light theme, that a `paint_...` function of this module draws."""
+    """Return the SVG document of a figure, in the light theme, that a `paint_...` function of this module draws."""
     with matplotlib.rc_context(_STYLE):
         file = io.StringIO()
         _figure([paint], _WIDTH, 3.0).savefig(file, format="svg", metadata={"Date": None})
@@ -116,14 +116,14 @@ def save_plot(draw: Callable[[], Any], path: Path) -> None:
         plt.close(figure)
 
 
-def thin(rows: Sequence[Row], most: int = _MAX_POINTS) -> Sequence[Row]:
-    """At most about `most` rows, evenly spaced; the last one is always among them."""
-    step = max(1, -(-len(rows) // most))
+def thin(rows: Sequence[Row]) -> Sequence[Row]:
+    """Return about 200 evenly spaced rows; the last one is always among them."""
+    step = max(1, -(-len(rows) // _MAX_POINTS))
     return rows[::-1][::step][::-1]
 
 
 def decision(row: Row) -> str:
-    """The decision in a row of gate.csv, in words."""
+    """Return the decision in a row of gate.csv, in words."""
     if row["passed"] == "True":
         return "passed a trial" if row["look"] == "trial" else "passed held-out"
     return "harmful" if row["harmful"] == "True" else "refused"
@@ -150,16 +150,16 @@ def paint_learning(
         _line_with_band(axes, log, "requests", *keys, label=f"batch size {batch}")
     axes.axhline(1.0, color=_FAINT, lw=1, ls="--")
     unit = "speedup over plain decoding" if quantity == "speedup" else "tokens per request and round"
-    found = [row.get(f"{quantity}_{batch}") for other in logs for batch in batch_sizes(other) for row in other]
-    values = np.array([1.0, *(value for value in found if value is not None)])
+    shown = [row.get(f"{quantity}_{batch}") for other in logs for batch in batch_sizes(other) for row in other]
+    values = np.array([1.0, *(value for value in shown if value is not None)])
     low, room = np.nanmin(values), max(0.05, np.ptp(values[~np.isnan(values)]))
     axes.set(xlabel="requests served", ylabel=unit, ylim=(low - 0.25 * room, low + 1.15 * room))  # wide bands are cut
     new = [b["requests"] for a, b in zip(log, log[1:], strict=False) if a["draft_version"] != b["draft_version"]]
     decided = {kind: [row["requests"] for row in gate if decision(row) == kind] for kind in _DECISIONS}
     for kind, marker, at in (("new draft", "|", new), *((kind, _DECISIONS[kind], at) for kind, at in decided.items())):
-        look: Any = {"marker": marker, "ls": "", "ms": 5, "transform": axes.get_xaxis_transform()}
+        style: Any = {"marker": marker, "ls": "", "ms": 5, "transform": axes.get_xaxis_transform()}
         if at:
-            axes.plot(at, [0.03 if at is new else 0.09] * len(at), color=_INK, label=kind, **look)
+            axes.plot(at, [0.03 if at is new else 0.09] * len(at), color=_INK, label=kind, **style)
     axes.grid(True)
     _legend_above(axes, 3)
 
@@ -167,8 +167,8 @@ def paint_learning(
 def paint_regret(axes: Axes, rows: Sequence[Row]) -> None:
     """Draw the cumulative regret of choosers over rounds: the mean over seeds, and the range (rows of one source)."""
     for chooser in dict.fromkeys(row["chooser"] for row in rows):
-        own = [row for row in rows if row["chooser"] == chooser]
-        _line_with_band(axes, own, "round", "regret", "least", "greatest", label=chooser)
+        curve = [row for row in rows if row["chooser"] == chooser]
+        _line_with_band(axes, curve, "round", "regret", "least", "greatest", label=chooser)
     axes.set(xlabel="round", ylabel="cumulative regret, rounds", title=", ".join({row["source"] for row in rows}))
     axes.grid(True)
     _legend_above(axes, 2)
@@ -215,8 +215,8 @@ def paint_breakdown(axes: Axes, results: Sequence[PlanResult]) -> None:
     _figure_of(axes).set_size_inches(_WIDTH, 1.1 + 0.24 * len(results))
     left, rows = np.zeros(len(results)), range(len(results))
     for n, part in enumerate(PARTS):
-        found = [(result.parts_ms or {}).get(part) for result in results]
-        ms = [value.value if value else 0.0 for value in found]
+        intervals = [(result.parts_ms or {}).get(part) for result in results]
+        ms = [value.value if value else 0.0 for value in intervals]
         hatch = ("", "//", "\\\\")[n]
         axes.barh(rows, ms, 0.72, left, color=_LINES[n], label=part, hatch=hatch, edgecolor=_PAPER, lw=0)
         left += ms
@@ -230,7 +230,7 @@ def paint_breakdown(axes: Axes, results: Sequence[PlanResult]) -> None:
 
 
 def _plan_order(results: Sequence[PlanResult]) -> list[str]:
-    """The plans of results, ascending, then those with a name."""
+    """Return the plans of results, ascending, then those with a name."""
 
     def rank(text: str) -> tuple[bool, Plan, str]:
         plan, _, name = text.partition(" ")

@@ -32,7 +32,7 @@ Content = Iterator[Drawing | Table]
 
 
 def number(value: Interval | None, unit: str = "", digits: int = 3) -> str:
-    """A number with its unit, and its interval in brackets if it has one; a dash for None and nan."""
+    """Return a number with its unit, and its interval in brackets if it has one; a dash for None and nan."""
     if value is None or not math.isfinite(value.value):
         return "–"
     bounds = f" [{value.low:,.{digits}f}, {value.high:,.{digits}f}]"
@@ -41,7 +41,7 @@ def number(value: Interval | None, unit: str = "", digits: int = 3) -> str:
 
 
 def _table(caption: str, rows: Sequence[Row]) -> Iterator[Table]:
-    """A table of rows by heading, without empty columns; nothing if there are no rows."""
+    """Yield a table of rows by heading, without empty columns; nothing if there are no rows."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     texts = [{name: _text(row.get(name)) for name in names} for row in rows]
     head = [name for name in names if name == names[0] or any(row[name] != "–" for row in texts)]
@@ -58,7 +58,7 @@ def _text(value: object) -> str:
 
 
 def _drawing(caption: str, paint: Callable[..., None], **data: object) -> Drawing:
-    """A figure that one of the `paint_...` functions draws from its data."""
+    """Return a figure that one of the `paint_...` functions draws from its data."""
     return Drawing(figures.draw_svg(partial(paint, **data)), caption)
 
 
@@ -124,12 +124,12 @@ def _origin(result: PlanResult) -> str:
 
 
 def _plan(result: PlanResult) -> dict[str, object]:
-    """The columns that identify a result."""
+    """Return the columns that identify a result."""
     return {"batch size": result.batch_size, "plan": result.plan, "how": _origin(result)}
 
 
 def _by_origin(results: Sequence[PlanResult]) -> Iterator[tuple[str, list[PlanResult]]]:
-    """Results that belong in one figure, with a title."""
+    """Yield results that belong in one figure, with a title."""
     for origin in dict.fromkeys(map(_origin, results)):
         yield origin, [result for result in results if _origin(result) == origin]
 
@@ -154,7 +154,7 @@ def _chosen(run: RunData, results: Sequence[PlanResult], runs: Sequence[RunData]
 
 
 def _speedup_table(runs: Sequence[RunData]) -> Iterator[Table]:
-    """Speedups of all runs, side by side."""
+    """Yield speedups of all runs, side by side."""
     rows: dict[tuple[str, float, int, str], dict[str, object]] = {}
     for run in runs:
         for r in run.speedups:
@@ -211,8 +211,8 @@ def _costs(run: RunData, runs: Sequence[RunData]) -> Content:
 
 def _regret(run: RunData, runs: Sequence[RunData]) -> Content:
     for source in dict.fromkeys(row["source"] for row in run.regret):
-        own = [row for row in run.regret if row["source"] == source]
-        yield _drawing(f"Regret on {source}: mean and range over seeds.", figures.paint_regret, rows=own)
+        curves = [row for row in run.regret if row["source"] == source]
+        yield _drawing(f"Regret on {source}: mean and range over seeds.", figures.paint_regret, rows=curves)
         rows = [
             {
                 "chooser": chooser,
@@ -221,7 +221,7 @@ def _regret(run: RunData, runs: Sequence[RunData]) -> Content:
                 "least": f"{row['least']:,.1f}",
                 "greatest": f"{row['greatest']:,.1f}",
             }
-            for chooser, row in {row["chooser"]: row for row in own}.items()
+            for chooser, row in {row["chooser"]: row for row in curves}.items()
         ]
         yield from _table(f"Regret on {source} at the end", rows)
 

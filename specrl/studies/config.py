@@ -100,11 +100,11 @@ class Study:
         return {name: read_distribution(name, form) for name, form in self.search.items()}
 
     def grid(self) -> dict[str, list[Any]]:
-        """Every value of each searched parameter; [] for a parameter with too many values."""
+        """Return every value of each searched parameter; [] for a parameter with too many values."""
         return {name: list_values(distribution) for name, distribution in self.distributions.items()}
 
     def make_trial(self, params: Mapping[str, Any]) -> tuple[LiveTrial | SimulatedTrial, str]:
-        """The trial with these parameters, and all its settings as YAML for --config.
+        """Return the trial with these parameters, and all its settings as YAML for --config.
 
         Raises:
             ValueError: they do not fit.

@@ -101,9 +101,9 @@ class LiveTrial:
         for name in study.objectives:
             if name in LEVELS.values() and name not in watch.reached:
                 raise NotReached(f"{name}: not within {serving.requests} requests")
-        found = measure_blocks(self._blocks(study, run, model), study.objectives[0], on_block)
-        found.values = {**values, **found.values}
-        return found
+        measured = measure_blocks(self._blocks(study, run, model), study.objectives[0], on_block)
+        measured.values = {**values, **measured.values}
+        return measured
 
     def _blocks(self, study: Study, run: Run, model: Target) -> Iterator[dict[str, float]]:
         """Measure plain decoding and the result in turns on the same prompts."""
@@ -155,7 +155,7 @@ class _Watch:
 
 @cache
 def _fastest(target: TargetConfig, workload: WorkloadConfig, batch: int) -> PlainSetting:
-    """The fastest setting of plain decoding, found once per process: every trial is measured against the same one."""
+    """Return the fastest setting of plain decoding; every trial of a process is measured against the same one."""
     prompts = WorkloadConfig(workload.name, workload.prompt_tokens, 128, workload.temperature)
     return fastest_plain(target, prompts.open(target.name, "held_out"), batch)
 
@@ -175,7 +175,7 @@ def reset_peak_memory() -> None:
 
 def peak_memory_mib() -> float:
     """Peak resident memory of the process and peak allocated memory of its GPU since the reset, MiB."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
+    peak = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert peak is not None
     gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
-    return int(found[1]) / 1024 + gpu
+    return int(peak[1]) / 1024 + gpu

@@ -95,7 +95,7 @@ def _pruner(spec: Study) -> optuna.pruners.BasePruner:
 
 
 def _sampler(spec: Study, offset: int) -> optuna.samplers.BaseSampler:
-    """The sampler; `offset` gives a resumed study and other processes random numbers of their own."""
+    """Return the sampler; `offset` gives a resumed study and other processes random numbers of their own."""
     import optuna
 
     if spec.sampler == "grid":  # numbers its points by the seed, so all processes need the same
@@ -105,7 +105,7 @@ def _sampler(spec: Study, offset: int) -> optuna.samplers.BaseSampler:
 
 
 def count_trials(study: optuna.Study) -> tuple[int, int]:
-    """Trials that are completed or pruned, and trials that run."""
+    """Return trials that are completed or pruned, and trials that run."""
     states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
     return states.count("COMPLETE") + states.count("PRUNED"), states.count("RUNNING")
 

@@ -91,7 +91,7 @@ def mean_by_value(spec: Study, complete: Sequence[Trial]) -> list[dict[str, obje
 
 
 def _best(study: optuna.Study, spec: Study, complete: Sequence[Trial]) -> list[Trial]:
-    """The Pareto front, or the trials within the constraints, best first."""
+    """Return the Pareto front, or the trials within the constraints, best first."""
     if len(spec.objectives) > 1:
         return study.best_trials
     feasible = [trial for trial in complete if all(excess <= 0.0 for excess in trial.constraints.values())]
@@ -116,14 +116,13 @@ def _row(spec: Study, trial: Trial) -> dict[str, Any]:
 
 
 def _targets(spec: Study) -> dict[str, Callable[[Trial], float] | None]:
-    """For each of several objectives the function that reads it from a trial; None for a single objective."""
-    if len(spec.objectives) == 1:
-        return {spec.objectives[0]: None}
-    return {name: partial(_objective, index) for index, name in enumerate(spec.objectives)}
+    """Return for each of several objectives the function that reads it from a trial; None for a single objective."""
 
+    def target(index: int, trial: Trial) -> float:
+        return float(trial.values[index])
 
-def _objective(index: int, trial: Trial) -> float:
-    return float(trial.values[index])
+    several = len(spec.objectives) > 1
+    return {name: partial(target, index) if several else None for index, name in enumerate(spec.objectives)}
 
 
 def _importance(study: optuna.Study, target: Callable[[Trial], float] | None) -> dict[str, float]:

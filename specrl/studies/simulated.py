@@ -31,9 +31,9 @@ class AdaptiveSettings:
 
     Args:
         revisit: rounds, at any batch size, after which a plan that was not chosen is tried again.
-        survival_memory: rounds after which the weight of an observed acceptance has fallen to 1/e.
+        survival_memory: rounds after which an observed acceptance has 1/e of its weight.
         version_memory: factor on that weight when the draft's weights change.
-        cost_memory: rounds of a plan at a batch size after which the weight of an observed cost has fallen to 1/e.
+        cost_memory: rounds of a plan at a batch size after which an observed cost has 1/e of its weight.
         cost_drift: log standard deviation of the change of a cost in a thousand rounds without an observation.
     """
 
@@ -50,7 +50,7 @@ class AdaptiveSettings:
         require(self.cost_drift > 0, "adaptive.cost_drift", "above 0", self.cost_drift)
 
     def make(self, known: Known, seed: int) -> AdaptiveChooser:
-        """A new chooser with these settings."""
+        """Return a new chooser with these settings."""
         chooser = AdaptiveChooser(known.plans, seed=seed, revisit=self.revisit)
         chooser.survival = Survival(self.survival_memory, self.version_memory)
         chooser.costs = Costs(chooser.plans, self.cost_memory, self.cost_drift)

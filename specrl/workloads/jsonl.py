@@ -98,7 +98,7 @@ def read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Line]:
 
 
 def read_conversation(record: Mapping[str, Any], where: str) -> list[Message]:
-    """The messages up to the last one from the user or a tool; empty if there is none.
+    """Return the messages up to the last one from the user or a tool; empty if there is none.
 
     Args:
         record: with 'messages' or 'conversations', a list of {'role', 'content'} (content: text, or a list of text
@@ -159,12 +159,12 @@ def _parse(line: bytes, where: str, offset: int) -> dict[str, Any]:
 
 
 def _key(record: Mapping[str, Any]) -> str:
-    """The first of `KEYS` that a record has; '' if it has none."""
+    """Return the first of `KEYS` that a record has; '' if it has none."""
     return next((key for key in KEYS if key in record), "")
 
 
 def _plain_text(record: Mapping[str, Any], where: str) -> str:
-    """The text of a line without a chat template. Of a conversation: the contents, separated by blank lines."""
+    """Return the text of a line without a chat template. Of a conversation: the contents, separated by blank lines."""
     key = _key(record)
     if key not in ("prompt", "text"):
         return "\n\n".join(message["content"] for message in read_conversation(record, where))

@@ -13,12 +13,12 @@ SKIPPED = _TEST_FOLDERS | {"site-packages", "__pycache__", "pydoc_data", "encodi
 
 
 def library_root() -> Path:
-    """The directory of the running interpreter's standard library."""
+    """Return the directory of the running interpreter's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def library_files(root: Path) -> list[Path]:
-    """Every source file under `root`, sorted, without the folders in `SKIPPED`.
+    """Return every source file under `root`, sorted, without the folders in `SKIPPED`.
 
     Raises:
         ValueError: there is none.
@@ -33,7 +33,7 @@ def library_files(root: Path) -> list[Path]:
 
 
 def shifted_texts(name: str) -> list[str]:
-    """The texts of one of the parts in `SHIFTED`.
+    """Return the texts of one of the parts in `SHIFTED`.
 
     Raises:
         ValueError: this part is not installed.

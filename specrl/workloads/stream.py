@@ -40,7 +40,7 @@ class Mixture:
     weights: tuple[float, ...]
 
     def requests(self, seed: int) -> Iterator[Request]:
-        """An endless stream; the same seed gives the same requests."""
+        """Yield an endless stream; the same seed gives the same requests."""
         rng, sources = np.random.default_rng([seed, 1]), _start(self.workloads, seed)
         ends = np.cumsum(self.weights)
         while True:
@@ -63,20 +63,20 @@ class Shifting:
     names: tuple[str, ...] = ()
 
     def requests(self, seed: int) -> Iterator[Request]:
-        """An endless stream; the same seed gives the same requests."""
+        """Yield an endless stream; the same seed gives the same requests."""
         sources = _start(self.workloads, seed)
         while True:
             for source, count in zip(sources, self.counts, strict=True):
                 yield from islice(source, count)
 
     def part_of(self, request: int) -> int:
-        """The number of the part that request number `request` belongs to, both from 0."""
+        """Return the number of the part that request number `request` belongs to, both from 0."""
         ends = np.cumsum([math.inf if count is None else count for count in self.counts])
         return int(np.searchsorted(ends, request % ends[-1], side="right"))
 
 
 def _start(workloads: Sequence[Workload], seed: int) -> list[Iterator[Request]]:
-    """Each with a seed of its own; the first with `seed` itself, as if it were alone."""
+    """Start each workload with a seed of its own; the first one with `seed`, as if it were alone."""
     return [workload.requests(seed + 1_000_003 * i) for i, workload in enumerate(workloads)]
 
 

@@ -31,8 +31,8 @@ class TextWorkload:
     Args:
         texts: documents and whole prompts, at least one. The prompts share their total length evenly.
         tokenizer: of the target.
-        prompt_tokens: least and greatest prompt length; each request's is uniform between them. A whole prompt may be
-            shorter. A conversation in a chat template is never cut, but left out if it is longer than the greatest.
+        prompt_tokens: minimum and maximum prompt length; each request's is uniform between them. A whole prompt may be
+            shorter. A conversation in a chat template is never cut, but left out if it is longer than the maximum.
         max_new_tokens: tokens to generate at most.
         temperatures: each request draws one.
         ignore_eos: always generate `max_new_tokens`.
@@ -74,7 +74,7 @@ class TextWorkload:
         raise ValueError(f"{self.source} must hold {rule}, but {has}")
 
     def requests(self, seed: int) -> Iterator[Request]:
-        """An endless stream; the same seed gives the same requests."""
+        """Yield an endless stream; the same seed gives the same requests."""
         rng = np.random.default_rng(seed)
         lengths = np.array([text.size for text in self.texts], dtype=np.float64)
         whole = np.array([text.whole for text in self.texts])
@@ -97,7 +97,7 @@ class TextWorkload:
                 yield Request(tuple(prompt), self.max_new_tokens, temperature, self.ignore_eos, text.learn)
 
     def _encode(self, content: str, start: int, count: int) -> list[int]:
-        """The first `count` tokens from character `start` on; fewer at the end of the text."""
+        """Return the first `count` tokens from character `start` on; fewer at the end of the text."""
         span = 8 * count + 32
         while True:
             ids = self.tokenizer.encode(content[start : start + span], document_start=start == 0)
@@ -118,14 +118,14 @@ class TextWorkload:
 
 
 def _line_start(content: str, near: int) -> int:
-    """The line break at or before `near`, if there is one within 1,000 characters; else `near`; 0 is the start.
+    """Return the line break at or before `near`, if there is one within 1,000 characters; else `near`; 0 is the start.
 
     A window begins with the line break itself, so that indentation has the same tokens as in the whole text.
     """
     if near < 1000 and content.rfind("\n", 0, near + 1) < 0:
         return 0
-    found = content.rfind("\n", max(0, near - 1000), near + 1)
-    return near if found < 0 else found
+    line_break = content.rfind("\n", max(0, near - 1000), near + 1)
+    return near if line_break < 0 else line_break
 
 
 def load_workload(
@@ -146,7 +146,7 @@ def load_workload(
             or a directory (searched for .py, .txt, .md and .jsonl). Lines of .jsonl are described in
             docs/guides/model.md. A line with "learn": false is served, and never learnt from.
         tokenizer, max_new_tokens, ignore_eos: as in `TextWorkload`.
-        prompt_tokens: prompt length, or the least and the greatest.
+        prompt_tokens: prompt length, or the minimum and the maximum.
         temperature: of every request, or several to draw from.
         split: 'train', 'held_out' or 'all'. Of 'stdlib', the files that the embedded targets never saw are held out.
             Of other texts it is every twentieth, of fewer than 20 the last, of one document its last tenth.
@@ -158,7 +158,7 @@ def load_workload(
         raise ValueError(f"split must be 'train', 'held_out' or 'all', but got {split!r}")
     lengths = (prompt_tokens, prompt_tokens) if isinstance(prompt_tokens, int) else tuple(prompt_tokens)
     if len(lengths) != 2:
-        raise ValueError(f"prompt_tokens must be a length or two, least and greatest, but got {prompt_tokens}")
+        raise ValueError(f"prompt_tokens must be a length or two, minimum and maximum, but got {prompt_tokens}")
     temperatures = (temperature,) if isinstance(temperature, (int, float)) else tuple(temperature)
     if str(spec) == "stdlib":
         texts = _stdlib_texts(split)
@@ -199,8 +199,8 @@ def _part(texts: list[Text | Line], split: Split) -> list[Text | Line]:
 
 def _texts(path: Path, tokenizer: Tokenizer) -> list[Text | Line]:
     if path.is_dir():
-        found = (p for p in sorted(path.rglob("*")) if p.suffix in _SUFFIXES and p.is_file())
-        files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        candidates = (p for p in sorted(path.rglob("*")) if p.suffix in _SUFFIXES and p.is_file())
+        files = [p for p in candidates if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     elif path.is_file() and path.suffix in _SUFFIXES:
         files = [path]
     else:
