@@ -204,7 +204,8 @@ class Options:
 def _parameters(of: Any) -> Iterator[tuple[str, Any, Any]]:
     """Yield the name, type and default of every parameter of a function or dataclass."""
     kinds = typing.get_type_hints(of)
-    factories = {field.name: field.default_factory for field in dataclasses.fields(of)} if dataclasses.is_dataclass(of) else {}
+    fields = dataclasses.fields(of) if dataclasses.is_dataclass(of) else ()
+    factories = {field.name: field.default_factory for field in fields}
     for name, parameter in inspect.signature(of).parameters.items():
         factory = factories.get(name)
         yield name, kinds[name], factory() if callable(factory) else parameter.default

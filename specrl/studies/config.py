@@ -135,10 +135,10 @@ def read_distribution(name: str, form: Any) -> BaseDistribution:
                 return CategoricalDistribution([str(plan) for plan in parse_plans(plans)])
             case {"categorical": [*choices]} if choices and len(form) == 1:
                 return CategoricalDistribution(choices)
-            case {"int": [int(low), int(high)], **options} if set(options) <= {"log", "step"}:
-                return IntDistribution(low, high, **options)
-            case {"float": [low, high], **options} if set(options) <= {"log", "step"}:
-                return FloatDistribution(float(low), float(high), **options)
+            case {"int": [int(low), int(high)]} if set(form) <= {"int", "log", "step"}:
+                return IntDistribution(low, high, form.get("log", False), form.get("step", 1))
+            case {"float": [low, high]} if set(form) <= {"float", "log", "step"}:
+                return FloatDistribution(float(low), float(high), form.get("log", False), form.get("step"))
         raise ValueError(
             "must be float or int with [low, high] and perhaps log or step, categorical with a list, or plans, "
             f"but got {form!r}; for example {{float: [0.001, 0.01], log: true}}"
