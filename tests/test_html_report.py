@@ -15,11 +15,11 @@ from specrl.cli import main, options_of, split_command
 from specrl.io.output import OutputDir
 
 PROFILE = Path(__file__).parent.parent / "specrl/simulation/profiles/embedded-fp32.json"
-HOSTILE = "<script>alert(1)<∕script> & $x^2$"  # a run's name
+MARKUP = "<script>alert(1)<∕script> & $x^2$"  # a run's name
 
 
 def serving(directory: Path, lines: int = 12) -> Path:
-    """A run as `specrl train --update better` writes it."""
+    """Write a run as `specrl train --serving.deploy better` does."""
     out = OutputDir(directory)
     log, windows = list[dict[str, object]](), list[dict[str, object]]()
     for n in range(1, lines + 1):
@@ -27,10 +27,11 @@ def serving(directory: Path, lines: int = 12) -> Path:
         for batch in (1, 4):
             row |= {f"plan_{batch}": "2/1/3", f"speedup_{batch}": 1 + n / 100, f"accept_length_{batch}": 1 + n / 10}
             row |= {f"speedup_{batch}_low": 0.9, f"speedup_{batch}_high": 1.5} if n > 1 else {}
-            for plan, accepted in (("0", {}), ("2/1/3", {"accepted_1": 40 * batch + n, "accepted_2": 20 * batch})):
-                sums = {"rounds": 64, "requests": 64 * batch, "tokens": 120 * batch, "plain_s": 0.08 + n / 1e3}
-                sums |= {"draft_s": 0.016, "verify_s": 0.032, "other_s": 0.016}
-                windows.append({"served": 16 * n, "batch_size": batch, "plan": plan, **sums, **accepted})
+            sums = {"rounds": 64, "requests": 64 * batch, "tokens": 120 * batch, "plain_s": 0.08 + n / 1e3}
+            window = {"served": 16 * n, "batch_size": batch, **sums, "draft_s": 0.016, "verify_s": 0.032}
+            windows.append({**window, "plan": "0", "other_s": 0.016})
+            accepted = {"accepted_1": 40 * batch + n, "accepted_2": 20 * batch}
+            windows.append({**window, "plan": "2/1/3", "other_s": 0.016, **accepted})
         log.append(row)
     out.write_csv("log.csv", log)
     out.write_csv("windows.csv", windows)
@@ -46,14 +47,14 @@ def serving(directory: Path, lines: int = 12) -> Path:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("runs")
-    simulated = "--profile embedded-fp32 --batch_sizes 1,8 --plans 1/1/2,3/1/4 --measure.seconds 1"
-    assert main(["bench", *simulated.split(), "--measure.precision", "0.1", "--output_dir", str(base / "bench")]) == 0
-    played = "--profiles embedded-fp32 --choosers adaptive,sglang-same --seeds 2 --schedule.rounds 120"
-    to = ["--output_dir", str(base / "evaluate"), "--leaderboard", str(base / "board.csv")]
-    assert main(["evaluate", *played.split(), *to]) == 0
+    bench = "--profile embedded-fp32 --batch_sizes 1,8 --plans 1/1/2,3/1/4 --measure.seconds 1 --measure.precision 0.1"
+    assert main(["bench", *bench.split(), "--output_dir", str(base / "bench")]) == 0
+    evaluate = "--profiles embedded-fp32 --choosers adaptive,sglang-same --seeds 2 --schedule.rounds 120"
+    outputs = ["--output_dir", str(base / "evaluate"), "--leaderboard", str(base / "board.csv")]
+    assert main(["evaluate", *evaluate.split(), *outputs]) == 0
     (base / "profile").mkdir()
     shutil.copy(PROFILE, base / "profile/profile.json")
-    return {"train": serving(base / HOSTILE), **{name: base / name for name in ("bench", "evaluate", "profile")}}
+    return {"train": serving(base / MARKUP), **{name: base / name for name in ("bench", "evaluate", "profile")}}
 
 
 def page(*paths: Path, output_dir: Path) -> str:
