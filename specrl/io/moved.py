@@ -1,4 +1,4 @@
-"""Options and commands that have new names, for the messages that name them."""
+"""Old names of options, and the options or commands that replace them."""
 
 from __future__ import annotations
 
@@ -53,14 +53,7 @@ MOVED_TO_COMMANDS: dict[str, dict[str, str]] = {
 
 
 def moved(command: str, name: str, known: Sequence[str], *, dashes: str = "--") -> str | None:
-    """What replaces an option that a command does not have; None: nothing does.
-
-    Args:
-        command: such as 'specrl train'.
-        name: of the option.
-        known: options that the command has.
-        dashes: before the name of an option in the answer.
-    """
+    """Return the option of `known` or the command that replaces an option of a command; None: nothing does."""
     in_groups = [option for option in known if option.partition(".")[2] == name]
     for new in (*MOVED_OPTIONS.get(name, ()), *(in_groups if len(in_groups) == 1 else ())):
         if new in known:

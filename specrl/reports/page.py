@@ -17,19 +17,11 @@ from specrl.reports.figures import COLOURS, inline_svg
 from specrl.reports.sections import OF_ALL, OF_RUN, Drawing, Table
 
 
-class Figure(NamedTuple):
-    """An `<svg>` element, and its caption with the id of its HTML element."""
-
-    id: str
-    svg: str
-    caption: str
-
-
 class Entry(NamedTuple):
-    """What a section shows of one run."""
+    """The figures and tables of one run in a section."""
 
     name: str
-    figures: list[Figure]
+    figures: list[Drawing]
     tables: list[Table]
 
 
@@ -45,7 +37,7 @@ def write_page(runs: Sequence[RunData], directory: OutputDir) -> Path:
                     name = re.sub(r"[^a-z0-9]+", "-", f"{section} {run.name}".lower()).strip("-")[:60]
                     directory.write_text(f"{count:02d}-{name}.svg", item.svg)
                     id_ = f"figure-{count}"
-                    entry.figures.append(Figure(id_, inline_svg(item.svg, id_), item.caption))
+                    entry.figures.append(Drawing(inline_svg(item.svg, id_), item.caption, id_))
                 else:
                     entry.tables.append(item)
     drafts = [run.path / "draft" for run in runs if (run.path / "draft").is_dir()]

@@ -22,10 +22,11 @@ class Table(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """A figure as an SVG document."""
+    """A figure as SVG, and the id of its caption on the page."""
 
     svg: str
     caption: str
+    id: str = ""
 
 
 Content = Iterator[Drawing | Table]
