@@ -5,18 +5,18 @@ from tiny import AUX_LAYERS, tiny_target
 
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.agents.draft.sequences import TrainingSequence
-from specrl.agents.draft.weights import LearntWeights
+from specrl.agents.draft.weights import LearnedWeights
 from specrl.models.draft import new_draft
 
 NAN = float("nan")
 
 
-def make(max_bad_updates: int = 3) -> LearntWeights:
+def make(max_bad_updates: int = 3) -> LearnedWeights:
     config = LearnerConfig(learning_rate=0.1, max_bad_updates=max_bad_updates)
-    return LearntWeights({"a": torch.ones(2), "b": torch.zeros(3)}, config)
+    return LearnedWeights({"a": torch.ones(2), "b": torch.zeros(3)}, config)
 
 
-def step(weights: LearntWeights) -> None:
+def step(weights: LearnedWeights) -> None:
     """A good update, served in part."""
     weights.optimizer.zero_grad()
     sum((t.sum() for t in weights.parameters.values()), torch.zeros(())).backward()

@@ -35,7 +35,7 @@ def serving(directory: Path, lines: int = 12) -> Path:
         log.append(row)
     out.write_csv("log.csv", log)
     out.write_csv("windows.csv", windows)
-    gate = {"version": 3, "look": "trial", "passed": True, "harmful": False, "reason": "passed <b> & co"}
+    gate = {"version": 3, "check": "trial", "passed": True, "harmful": False, "reason": "passed <b> & co"}
     out.write_csv("gate.csv", [{**gate, "requests": 48}, {**gate, "passed": False, "harmful": True, "requests": 90}])
     out.write_json("plans.json", {"plans": {"1": "2/1/3", "4": "0"}})
     out.write_json("environment.json", {"cpu": "Abacus", "cores": 2, "commit": "0123456789abcdef"})

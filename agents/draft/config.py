@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from specrl.agents.draft.losses import parse_loss
+from specrl.core.checks import require
 
 
 @dataclass(frozen=True)  # no slots: the command line reads its defaults from __dict__
@@ -75,39 +77,34 @@ class LearnerConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        def require(name: str, rule: str, holds: bool) -> None:
-            if not holds:
-                raise ValueError(f"learner.{name} must be {rule}, but got {getattr(self, name)!r}")
+        def check(names: str, rule: str, holds: Callable[[Any], bool]) -> None:
+            for name in names.split():
+                value = getattr(self, name)
+                require(holds(value), f"learner.{name}", rule, value)
 
-        for name in ("learning_rate", "max_grad_norm", "updates_per_request", "replay_half_life"):
-            require(name, "above 0", getattr(self, name) > 0)
-        for name in ("batch_size", "ttt_steps", "replay_capacity", "rejected_top_k", "max_bad_updates"):
-            require(name, "at least 1", getattr(self, name) >= 1)
-        for name in ("temperature", "stale_half_life"):
-            require(name, "above 0 or null", getattr(self, name) is None or getattr(self, name) > 0)
-        for name in ("ema_decay", "holdout_fraction"):
-            require(name, "in [0, 1)", 0 <= getattr(self, name) < 1)
-        for name in ("ttt_decay", "request_sample_rate"):
-            require(name, "in (0, 1]", 0 < getattr(self, name) <= 1)
-        require("weight_decay", "at least 0", self.weight_decay >= 0)
-        require("rejected_weight", "finite and at least 0", 0 <= self.rejected_weight < math.inf)
-        require("betas", "in [0, 1)", all(0 <= beta < 1 for beta in self.betas))
+        check("learning_rate max_grad_norm updates_per_request replay_half_life", "above 0", lambda x: x > 0)
+        check("batch_size ttt_steps replay_capacity rejected_top_k max_bad_updates", "at least 1", lambda x: x >= 1)
+        check("temperature stale_half_life", "above 0 or null", lambda x: x is None or x > 0)
+        check("ema_decay holdout_fraction", "in [0, 1)", lambda x: 0 <= x < 1)
+        check("ttt_decay request_sample_rate", "in (0, 1]", lambda x: 0 < x <= 1)
+        check("weight_decay rejected_weight", "finite and at least 0", lambda x: 0 <= x < math.inf)
+        check("betas", "in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas))
         if self.ttt_weights is not None:
             fits = len(self.ttt_weights) == self.ttt_steps and all(0 <= w < math.inf for w in self.ttt_weights)
-            require("ttt_weights", f"ttt_steps = {self.ttt_steps} finite numbers of at least 0", fits)
-        require("draft_sampling", "'sampled' or 'greedy'", self.draft_sampling in ("sampled", "greedy"))
-        require("dtype", "'auto', 'float32' or 'bfloat16'", self.dtype in ("auto", "float32", "bfloat16"))
+            check("ttt_weights", f"ttt_steps = {self.ttt_steps} finite numbers of at least 0", lambda _: fits)
+        check("draft_sampling", "'sampled' or 'greedy'", lambda x: x in ("sampled", "greedy"))
+        check("dtype", "'auto', 'float32' or 'bfloat16'", lambda x: x in ("auto", "float32", "bfloat16"))
         parse_loss(self.loss)
 
     def step_weights(self, steps: int) -> tuple[float, ...]:
-        """Weights of the first `steps` steps of the training-time test."""
+        """Return the weights of the first `steps` steps of the training-time test."""
         if self.ttt_weights is not None:
             return self.ttt_weights[:steps]
         return tuple(self.ttt_decay**k for k in range(steps))
 
 
 def product_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
-    """The dtype of matrix products for a config's `dtype` on a device of this machine."""
+    """Return the dtype of matrix products for a config's `dtype` on a device of this machine."""
     if name != "auto":
         return torch.float32 if name == "float32" else torch.bfloat16
     if torch.device(device).type == "cuda":

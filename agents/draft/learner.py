@@ -12,7 +12,7 @@ from torch import Tensor
 from specrl.agents.draft.config import LearnerConfig, product_dtype
 from specrl.agents.draft.objective import Objective
 from specrl.agents.draft.sequences import Assembler, Replay, TrainingSequence, uniform_hash
-from specrl.agents.draft.weights import LearntWeights
+from specrl.agents.draft.weights import LearnedWeights
 from specrl.core.clock import Clock
 from specrl.core.interfaces import DraftLearner, PlanCost
 from specrl.core.round import Trace
@@ -21,28 +21,27 @@ from specrl.models.target import check_device
 
 __all__ = ["LearnerConfig", "OnlineLearner", "product_dtype"]
 
-_HOLDOUT_CAPACITY = 64  # held-out sequences that are kept
-_VOCABULARY_MAPS = ("d2t", "t2d")  # tensors that are never learnt
+_HOLDOUT_CAPACITY = 64  # the newest held-out sequences
 
 
 class OnlineLearner(DraftLearner):
     """Learns a draft from the target's own traffic.
 
-    It computes on `config.device`. Its replay buffer is there too: 2 bytes x (vocabulary + 3 hidden sizes) per token.
-    Weights are returned, and sequences held out, on the target's device.
+    It computes and keeps its replay buffer on `config.device`: 2 bytes x (vocabulary + 3 hidden sizes) per token.
+    Served weights and held-out sequences are on the target's device.
 
     Args:
         draft: the draft to start from.
-        embedding: [V, H] the target's embedding, which the draft shares and never changes, on the target's device.
+        embedding: [V, H] the target's embedding, on the target's device; it never changes.
         config: how to learn.
         seed: of draws from the replay buffer, and of the choice of requests to sample and to hold out.
-        clock: to report the learner's speed; None: it is not reported.
+        clock: measures `tokens_per_s`; None: it is not reported.
         gated: only `snapshot` decides which weights are good; otherwise all weights after finite updates are.
 
     Attributes:
-        parameters, optimizer: the weights that are learnt, by SGLang's names, float32, and their optimiser.
+        parameters, optimizer: the trained weights, by SGLang's names, float32, and their optimiser.
         replay: sequences to learn from, on `device`.
-        held_out: sequences to compare drafts on, on the target's device.
+        held_out: sequences to compare drafts on.
         requests: number of finished requests taken.
 
     Raises:
@@ -63,9 +62,9 @@ class OnlineLearner(DraftLearner):
         self.device = self._home if config.device is None else _device(config.device)
         self._objective = Objective(draft, embedding.to(self.device), config)
         self.wants_plan_costs = "seconds_saved" in self._objective.mixture.chain
-        self._fixed = {n: t for n, t in draft.tensors.items() if n in _VOCABULARY_MAPS}
-        learnt = {n: t.to(self.device) for n, t in draft.tensors.items() if n not in _VOCABULARY_MAPS}
-        self._weights = LearntWeights(learnt, config)
+        self._vocabulary_maps = {n: t for n, t in draft.tensors.items() if not t.is_floating_point()}
+        trained = {n: t.to(self.device) for n, t in draft.tensors.items() if t.is_floating_point()}
+        self._weights = LearnedWeights(trained, config)
         self.parameters, self.optimizer = self._weights.parameters, self._weights.optimizer
         self._assembler = Assembler(
             sample_rate=config.request_sample_rate, seed=seed, keep_rejected=config.rejected_weight > 0
@@ -89,10 +88,10 @@ class OnlineLearner(DraftLearner):
         while self._updates_due >= 1.0 and len(self.replay):
             self._updates_due -= 1.0
             updates += 1
-            drawn = self.replay.draw(self.config.batch_size, self.version)
-            staleness = sum(self.version - s.draft_version for s in drawn) / len(drawn)
-            tokens += sum(len(s.tokens) for s in drawn)
-            for name, value in {**self.update(drawn), "staleness": staleness}.items():
+            batch = self.replay.draw(self.config.batch_size, self.version)
+            staleness = sum(self.version - s.draft_version for s in batch) / len(batch)
+            tokens += sum(len(s.tokens) for s in batch)
+            for name, value in {**self.update(batch), "staleness": staleness}.items():
                 metrics.setdefault(name, []).append(value)
         if not self._gated and updates and self._weights.bad_updates == bad_updates:
             self.snapshot()
@@ -102,9 +101,9 @@ class OnlineLearner(DraftLearner):
         return {**means, "updates": float(updates), **self.counts()}
 
     def update(self, sequences: list[TrainingSequence]) -> dict[str, float]:
-        """One optimiser step on sequences of at least two tokens, on the learner's device.
+        """Make one optimiser step on sequences of at least two tokens, on the learner's device.
 
-        If the loss or the gradient is not finite, nothing changes and nothing is returned.
+        If the loss or the gradient is not finite, the weights do not change and there are no metrics.
         """
         self.optimizer.zero_grad(set_to_none=True)
         metrics = self._objective.backward(self.parameters, sequences)
@@ -116,34 +115,34 @@ class OnlineLearner(DraftLearner):
         return {**metrics, "gradient_norm": norm}
 
     def take(self, traces: Iterable[Trace]) -> None:
-        """Take traces; the updates that are due for them are made by the next `learn`."""
+        """Add traces; the next `learn` makes the updates that are due for them."""
         self.take_sequences(self._assembler.add(traces))
 
     def take_sequences(self, sequences: Iterable[TrainingSequence]) -> None:
-        """Take sequences that were assembled elsewhere; those of one token are ignored."""
-        kept: list[TrainingSequence] = []
+        """Add assembled sequences; those of one token are ignored."""
+        to_replay: list[TrainingSequence] = []
         for sequence in sequences:
             if len(sequence.tokens) > 1:
                 self.requests += 1
                 if uniform_hash(self.requests, self._seed + 1) < self.config.holdout_fraction:
                     self.held_out.append(sequence)
                 else:
-                    kept.append(sequence.to(self.device))
-        self.replay.extend(kept)
-        self._updates_due += len(kept) * self.config.updates_per_request
+                    to_replay.append(sequence.to(self.device))
+        self.replay.extend(to_replay)
+        self._updates_due += len(to_replay) * self.config.updates_per_request
 
     def end_session(self) -> None:
-        """Forget unfinished requests: the session is over, and ids start again."""
+        """Discard unfinished requests: the session is over, and ids start again."""
         self._assembler.forget()
 
     def forget(self) -> None:
-        """Forget all finished requests, including those held out, and the updates that are due for them."""
+        """Discard all sequences, including those held out, and the updates that are due for them."""
         self.replay.clear()
         self.held_out.clear()
         self._updates_due = 0.0
 
     def opt_out(self, requests: Iterable[int]) -> None:
-        """Learn nothing from these requests, by id; unfinished ones are forgotten."""
+        """Learn nothing from these requests, by id; unfinished ones are discarded."""
         self._assembler.opt_out(requests)
 
     def set_plan_costs(self, costs: Sequence[PlanCost], speedup: float = 1.0) -> None:
@@ -161,15 +160,15 @@ class OnlineLearner(DraftLearner):
         return self._weights.updates + self._weights.rollbacks
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:
-        """The version and a copy of the weights to serve, by SGLang's names."""
+        """Return the version and a copy of the weights to serve, by SGLang's names."""
         return self.version, self._copy(self._weights.averages)
 
     def snapshot(self) -> None:
-        """Remember the present weights as good ones, for `roll_back`."""
+        """Save the present weights as good ones, for `roll_back`."""
         self._weights.snapshot()
 
     def snapshot_weights(self) -> Mapping[str, Tensor]:
-        """A copy of the weights of the last `snapshot`, by SGLang's names."""
+        """Return a copy of the weights of the last `snapshot`, by SGLang's names."""
         return self._copy(self._weights.good)
 
     def roll_back(self) -> None:
@@ -177,7 +176,7 @@ class OnlineLearner(DraftLearner):
         self._weights.roll_back()
 
     def counts(self) -> dict[str, float]:
-        """Numbers of sequences and updates; see `Assembler`, `Replay` and `LearntWeights`."""
+        """Return numbers of sequences and updates; see `Assembler`, `Replay` and `LearnedWeights`."""
         numbers = {
             "held": len(self.replay),
             "held_out": len(self.held_out),
@@ -190,7 +189,7 @@ class OnlineLearner(DraftLearner):
         return {name: float(number) for name, number in numbers.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state without sequences (`replay`, `held_out`): 'tensors' by name, all other values JSON-able."""
+        """Return the state without sequences (`replay`, `held_out`): 'tensors' by name, other values JSON-able."""
         return {
             **self._weights.state_dict(good=self._gated),
             "requests": self.requests,
@@ -200,11 +199,7 @@ class OnlineLearner(DraftLearner):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`.
-
-        Raises:
-            ValueError: the state of a learner of another draft.
-        """
+        """Restore a `state_dict`; raise a ValueError if it is of another draft."""
         self._weights.load_state_dict(state)
         self.requests, self._updates_due = state["requests"], state["due"]
         self.replay.load_state_dict(state["replay"])
@@ -215,13 +210,13 @@ class OnlineLearner(DraftLearner):
         self.replay.extend(sequence.to(self.device) for sequence in replay)
         self.held_out.extend(sequence.to(self._home) for sequence in held_out)
 
-    def _copy(self, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of these weights and of the vocabulary maps, on the target's device."""
-        return {name: t.to(self._home, copy=True) for name, t in {**learnt, **self._fixed}.items()}
+    def _copy(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy these weights and the vocabulary maps to the target's device."""
+        return {name: t.to(self._home, copy=True) for name, t in {**trained, **self._vocabulary_maps}.items()}
 
 
 def _device(name: str) -> torch.device:
-    """A device of this machine, with its index."""
+    """Return a device of this machine, with its index."""
     try:
         check_device(name)
     except ValueError as error:

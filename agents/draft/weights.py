@@ -1,4 +1,4 @@
-"""The weights of a learner: those that are learnt, their moving average, and the last good ones."""
+"""The weights of a learner: the trained ones, their moving average, and the last good average."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from specrl.agents.draft.config import LearnerConfig
 _COUNTS = ("updates", "bad_updates", "rollbacks")
 
 
-class LearntWeights:
-    """Weights that are learnt, their moving average, which is served, and the last good average.
+class LearnedWeights:
+    """Trained weights, their moving average, which serves, and the last good average.
 
     Args:
-        tensors: to start from, float32, by name; they are copied.
+        tensors: initial weights, float32, by name; they are copied.
         config: of the optimiser, the average, and the number of bad updates that is allowed.
 
     Attributes:
@@ -36,17 +36,17 @@ class LearntWeights:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
         self._ema_decay, self._max_bad_updates = config.ema_decay, config.max_bad_updates
-        self.updates = self.bad_updates = self.rollbacks = self._bad_in_a_row = 0
+        self.updates = self.bad_updates = self.rollbacks = self._consecutive_bad_updates = 0
         self.snapshot()
 
     def admits(self, loss: float, gradient_norm: float) -> bool:
-        """Whether an update is finite; after too many in a row that are not, the good weights are restored."""
+        """Return whether an update is finite; restore the good weights after too many in a row that are not."""
         if math.isfinite(loss) and math.isfinite(gradient_norm):
-            self._bad_in_a_row = 0
+            self._consecutive_bad_updates = 0
             return True
         self.bad_updates += 1
-        self._bad_in_a_row += 1
-        if self._bad_in_a_row >= self._max_bad_updates:
+        self._consecutive_bad_updates += 1
+        if self._consecutive_bad_updates >= self._max_bad_updates:
             self.roll_back()
         return False
 
@@ -60,7 +60,7 @@ class LearntWeights:
             average.lerp_(self.parameters[name], 1.0 - decay)
 
     def snapshot(self) -> None:
-        """Remember the present averages as good weights, if they are finite."""
+        """Save the present averages as good weights, if they are finite."""
         if all(bool(torch.isfinite(tensor).all()) for tensor in self.averages.values()):
             self.good = {name: tensor.clone() for name, tensor in self.averages.items()}
 
@@ -72,10 +72,10 @@ class LearntWeights:
             self.averages[name].copy_(good)
         self.optimizer.state.clear()
         self.rollbacks += 1
-        self._bad_in_a_row = 0
+        self._consecutive_bad_updates = 0
 
     def state_dict(self, *, good: bool) -> dict[str, Any]:
-        """The counts, and 'tensors' by name; the good weights only if they are asked for."""
+        """Return the counts, and 'tensors' by name, with the good weights if `good` is set."""
         tensors = {}
         for name, parameter in self.parameters.items():
             tensors[f"parameters.{name}"] = parameter.detach()
@@ -88,27 +88,26 @@ class LearntWeights:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`; the averages are the good weights if these were not asked for.
+        """Restore a `state_dict`; a state without good weights has the averages as good weights.
 
         Raises:
             ValueError: the state of another draft.
         """
         tensors: Mapping[str, Tensor] = state["tensors"]
         for name, parameter in self.parameters.items():
-            found = tensors.get(f"parameters.{name}")
-            if found is None or found.shape != parameter.shape:
-                got = "none" if found is None else tuple(found.shape)
-                shape = tuple(parameter.shape)
-                raise ValueError(f"a learner's state must fit its draft: {name} is {shape}, but got {got}")
+            saved = tensors.get(f"parameters.{name}")
+            shape = None if saved is None else tuple(saved.shape)
+            if shape != tuple(parameter.shape):
+                raise ValueError(
+                    f"a learner's state must fit its draft: {name} is {tuple(parameter.shape)}, but got {shape}"
+                )
+        self.optimizer.state.clear()
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameters.{name}"])
             self.averages[name].copy_(tensors[f"averages.{name}"])
             self.good[name].copy_(tensors.get(f"good.{name}", self.averages[name]))
-            self.optimizer.state.pop(parameter, None)
             if f"step.{name}" in tensors:
-                self.optimizer.state[parameter] = {
-                    key: tensors[f"{key}.{name}"].to(parameter.device, copy=True)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+                moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {k: t.to(parameter.device, copy=True) for k, t in moments.items()}
         for name in _COUNTS:
             setattr(self, name, state[name])

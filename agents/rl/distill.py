@@ -1,4 +1,4 @@
-"""Turns a policy into a table: the plan that it chooses most often at each batch size. NumPy only."""
+"""Turns a policy into a table: the plan that it chooses most often at each batch size."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ from specrl.core.plan import Plan
 
 
 class Distilled(NamedTuple):
-    """A table, and how well it agrees with the policy."""
+    """A table, and how well it agrees with the policy.
+
+    Attributes:
+        agreement, by_batch_size: share of the states in which the policy chose the table's plan.
+        states: number of states.
+    """
 
     table: PlanTable
-    agreement: float  # share of the states in which the policy chose the table's plan
-    by_batch_size: dict[int, float]  # the same for each batch size
-    states: int  # number of states
+    agreement: float
+    by_batch_size: dict[int, float]
+    states: int
 
 
 def distill(batch_sizes: NDArray[np.int64], actions: NDArray[np.int64], plans: Sequence[Plan]) -> Distilled:
-    """The table of the plans chosen most often at each batch size; ties go to the plan that is first in `plans`.
+    """Tabulate the plans chosen most often at each batch size; ties go to the plan that is first in `plans`.
 
     Args:
-        batch_sizes: of the states [S] int64, S at least 1.
-        actions: the policy's choice in each, as an index into `plans` [S] int64.
+        batch_sizes: of the states, [S] int64, S at least 1.
+        actions: the policy's choice in each state, as an index into `plans`, [S] int64.
         plans: in the order of the actions.
     """
     table: dict[int, Plan | str] = {}
@@ -40,8 +45,8 @@ def distill(batch_sizes: NDArray[np.int64], actions: NDArray[np.int64], plans: S
     return Distilled(PlanTable(table), agreement, shares, len(actions))
 
 
-def tabulate(chooser: NetworkChooser, most: int) -> PlanTable:
-    """The exact table of a policy that sees the batch size only, for batch sizes 1 .. `most`.
+def tabulate(chooser: NetworkChooser, max_batch_size: int) -> PlanTable:
+    """Return the exact table of a policy that sees the batch size only, up to a batch size.
 
     Raises:
         ValueError: the policy sees more, or has an LSTM.
@@ -49,8 +54,9 @@ def tabulate(chooser: NetworkChooser, most: int) -> PlanTable:
     network = chooser.network
     if not network.is_table:
         raise ValueError("a table's policy must see the batch size only; train it with 'observe: batch_size'")
-    vectors = np.zeros((most, network.inputs), dtype=np.float32)
-    vectors[:, 0] = [Observer(chooser.plans).observe(size, 1.0).values[0] for size in range(1, most + 1)]
-    actions = chooser.act(vectors, network.start(most))[0].tolist()
-    changes = [size for size in range(1, most + 1) if size == 1 or actions[size - 1] != actions[size - 2]]
+    sizes = range(1, max_batch_size + 1)
+    vectors = np.zeros((max_batch_size, network.inputs), dtype=np.float32)
+    vectors[:, 0] = [Observer(chooser.plans).observe(size, 1.0).values[0] for size in sizes]
+    actions = chooser.act(vectors, network.start(max_batch_size))[0].tolist()
+    changes = [size for size in sizes if size == 1 or actions[size - 1] != actions[size - 2]]
     return PlanTable({size: chooser.plans[actions[size - 1]] for size in changes})

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specrl.agents.choosers import policy_network as saved
+from specrl.core.checks import require, require_known
 from specrl.core.plan import Plan
 from specrl.io.read import read_mapping
 
@@ -55,13 +56,11 @@ class AgentConfig:
     policy: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.n_timesteps is not None and self.n_timesteps < 1:
-            raise ValueError(f"agent.n_timesteps must be at least 1, but got {self.n_timesteps}")
-        if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"agent.seconds must be above 0, but got {self.seconds}")
+        require(self.n_timesteps is None or self.n_timesteps >= 1, "agent.n_timesteps", "at least 1", self.n_timesteps)
+        require(self.seconds is None or self.seconds > 0, "agent.seconds", "above 0", self.seconds)
 
     def read_hyperparameters(self, task: str) -> dict[str, Any]:
-        """The hyperparameters for the environment with the id `task`.
+        """Read the hyperparameters for the environment with the id `task`.
 
         Raises:
             ValueError: no such file, or nothing for this environment in it.
@@ -77,30 +76,37 @@ class AgentConfig:
 
 @dataclass(frozen=True)
 class Agent:
-    """An agent of Stable-Baselines3 with the description of its policy; `model.learn(total_timesteps)` trains it."""
+    """An agent of Stable-Baselines3 with the description of its policy; `model.learn(total_timesteps)` trains it.
+
+    Attributes:
+        algorithm: its name in `ALGORITHMS`.
+        plans, allowed: in the order of the actions, the plans, and whether each may be chosen.
+        activation: between the layers of its networks, 'tanh' or 'relu'.
+        visible: [D] float32, 1 for entries of an observation that it sees, else 0; None: it sees all.
+    """
 
     model: BaseAlgorithm
-    algorithm: str  # its name in `ALGORITHMS`
-    plans: tuple[Plan, ...]  # in the order of the actions
-    allowed: tuple[bool, ...]  # for each plan, whether it may be chosen
-    hyperparameters: Mapping[str, Any]  # that it was made from
-    activation: str  # between the layers of its networks, 'tanh' or 'relu'
-    visible: NDArray[np.float32] | None  # [D], 1 for entries of an observation that it sees, else 0; None: it sees all
+    algorithm: str
+    plans: tuple[Plan, ...]
+    allowed: tuple[bool, ...]
+    hyperparameters: Mapping[str, Any]
+    activation: str
+    visible: NDArray[np.float32] | None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of its policy by Stable-Baselines3's names, and the scale of observations."""
+        """Return the tensors of its policy by Stable-Baselines3's names, and the scale of observations."""
         import torch
 
-        found = {name: t.detach().cpu().clone().contiguous() for name, t in self.model.policy.state_dict().items()}
+        tensors = {name: t.detach().cpu().clone().contiguous() for name, t in self.model.policy.state_dict().items()}
         scale = self._observation_scale()
         if scale is not None:
-            found |= {saved.MEAN: torch.tensor(scale.mean), saved.VARIANCE: torch.tensor(scale.var)}
+            tensors |= {saved.MEAN: torch.tensor(scale.mean), saved.VARIANCE: torch.tensor(scale.var)}
         if self.visible is not None:
-            found[saved.VISIBLE] = torch.tensor(self.visible)
-        return found
+            tensors[saved.VISIBLE] = torch.tensor(self.visible)
+        return tensors
 
     def chooser(self) -> saved.NetworkChooser:
-        """Its present policy as a plan chooser in NumPy."""
+        """Return its present policy as a plan chooser in NumPy."""
         network = saved.PolicyNetwork({name: t.numpy() for name, t in self.tensors().items()}, self.activation)
         return saved.NetworkChooser(network, self.plans, self.allowed)
 
@@ -110,7 +116,7 @@ class Agent:
 
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        described = {
+        description = {
             "algorithm": self.algorithm,
             "activation": self.activation,
             "plans": [str(plan) for plan in self.plans],
@@ -119,7 +125,7 @@ class Agent:
             "hyperparameters": dict(self.hyperparameters),
         }
         save_file(self.tensors(), folder / saved.WEIGHTS)
-        (folder / saved.DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (folder / saved.DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     def load(self, directory: str | Path) -> None:
         """Continue from a saved policy of the same algorithm, plans and network.
@@ -129,25 +135,26 @@ class Agent:
         """
         from safetensors.torch import load_file
 
-        described, found = saved.read_description(directory), load_file(Path(directory) / saved.WEIGHTS)
-        for what, own in (("algorithm", self.algorithm), ("plans", [str(plan) for plan in self.plans])):
-            if described[what] != own:
-                raise ValueError(f"a policy must have the agent's {what}, {own}, but has {described[what]}")
-        rule, scale = f"the saved policy in {str(directory)!r} must have the agent's", self._observation_scale()
-        mean, variance, visible = (found.pop(name, None) for name in (saved.MEAN, saved.VARIANCE, saved.VISIBLE))
-        for option, theirs, ours in (("observe", visible, self.visible), ("normalize", mean, scale)):
-            if (theirs is None) != (ours is None):
-                raise ValueError(f"{rule} {option!r}, but has another; change it")
+        description, tensors = saved.read_description(directory), load_file(Path(directory) / saved.WEIGHTS)
+        mean, variance, visible = (tensors.pop(name, None) for name in (saved.MEAN, saved.VARIANCE, saved.VISIBLE))
+        scale, plans = self._observation_scale(), [str(plan) for plan in self.plans]
+        for name, theirs, ours in (
+            ("algorithm", description["algorithm"], self.algorithm),
+            ("plans", description["plans"], plans),
+            ("observe", "all" if visible is None else "batch_size", "all" if self.visible is None else "batch_size"),
+            ("normalize", mean is not None, scale is not None),
+        ):
+            require(theirs == ours, f"{name} of the policy in {str(directory)!r}", f"the agent's, {ours}", theirs)
         try:
-            self.model.policy.load_state_dict(found)
+            self.model.policy.load_state_dict(tensors)
         except RuntimeError as error:
-            raise ValueError(f"{rule} network, but has another: {' '.join(str(error).split())}") from error
+            raise ValueError(f"the policy must have the agent's network, but {' '.join(str(error).split())}") from error
         if mean is not None and variance is not None:
             scale.mean, scale.var = mean.double().numpy(), variance.double().numpy()
-            scale.count = float(described["num_timesteps"])
+            scale.count = float(description["num_timesteps"])
 
     def _observation_scale(self) -> Any:
-        """The running mean and variance of observations; None if they are not normalised."""
+        """Return the running mean and variance of observations; None if they are not normalised."""
         from stable_baselines3.common.vec_env import VecNormalize
 
         env = self.model.get_env()
@@ -163,7 +170,7 @@ def make_agent(
     allowed: Sequence[bool] | None = None,
     seed: int = 0,
 ) -> Agent:
-    """An agent on a Gymnasium vector environment.
+    """Make an agent on a Gymnasium vector environment.
 
     Args:
         algorithm: 'ppo', 'dqn', 'recurrent_ppo' or 'maskable_ppo'.
@@ -184,28 +191,25 @@ def make_agent(
 
     from specrl.agents.rl.sb3_vector import SB3VectorEnv
 
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, but got {algorithm!r}")
+    require_known("algorithm", algorithm, ALGORITHMS)
     options = {key: value for key, value in hyperparameters.items() if key not in _NOT_MODEL_ARGUMENTS}
     rate = options.get("learning_rate")
     if isinstance(rate, str):
-        if not re.fullmatch(r"lin_\d*\.?\d+(e-?\d+)?", rate):
-            raise ValueError(f"learning_rate must be a number or 'lin_<number>', but got {rate!r}")
+        form = re.fullmatch(r"lin_\d*\.?\d+(e-?\d+)?", rate)
+        require(form is not None, "learning_rate", "a number or 'lin_<number>'", rate)
         options["learning_rate"] = LinearSchedule(float(rate.removeprefix("lin_")), 0.0, 1.0)
     policy_kwargs = dict(options.get("policy_kwargs", {}))
-    activation = str(policy_kwargs.pop("activation", "relu" if algorithm == "dqn" else "tanh"))  # the usual ones
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, but got {activation!r}")
+    activation = str(policy_kwargs.pop("activation", "relu" if algorithm == "dqn" else "tanh"))  # SB3's defaults
+    require_known("activation", activation, _ACTIVATIONS)
     options["policy_kwargs"] = {**policy_kwargs, "activation_fn": resolve_name(_ACTIVATIONS[activation])}
     observe, visible = hyperparameters.get("observe", "all"), None
-    if observe not in ("all", "batch_size") or (observe != "all" and algorithm == "recurrent_ppo"):
-        raise ValueError(f"observe must be 'all', or 'batch_size' unless with recurrent_ppo, but got {observe!r}")
-    if observe == "batch_size":
+    if observe != "all":
+        possible = observe == "batch_size" and algorithm != "recurrent_ppo"
+        require(possible, "observe", "'all', or 'batch_size' unless with recurrent_ppo", observe)
         size = gymnasium.spaces.flatdim(env.single_observation_space)
         visible = np.eye(1, size, dtype=np.float32)[0]  # the batch size is the first entry
     venv: Any = SB3VectorEnv(env, visible)
-    normalize = hyperparameters.get("normalize", False)
-    if normalize:
+    if normalize := hyperparameters.get("normalize", False):
         settings = {"norm_reward": False, **(normalize if isinstance(normalize, Mapping) else {})}
         venv = VecNormalize(venv, gamma=options.get("gamma", 0.99), **settings)
     model_class = resolve_name(ALGORITHMS[algorithm])

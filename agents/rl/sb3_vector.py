@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from specrl.core.checks import require
 from specrl.core.clock import WallClock
 
 _INTERVAL_S = 0.25  # smallest time between two rows of a log
@@ -21,7 +22,7 @@ _SUMMED = ("tokens", "t0_s", "batch_size", "seconds")
 
 
 class SB3VectorEnv(VecEnv):
-    """A Gymnasium vector environment, simulated or live, as a `VecEnv`. Infos are given at the end of episodes only.
+    """A Gymnasium vector environment, simulated or live, as a `VecEnv`. Only the ends of episodes have infos.
 
     Args:
         env: with `AutoresetMode.SAME_STEP`; another mode raises a ValueError.
@@ -31,12 +32,12 @@ class SB3VectorEnv(VecEnv):
     def __init__(
         self, env: gymnasium.vector.VectorEnv[Any, Any, Any], visible_features: NDArray[np.float32] | None = None
     ) -> None:
-        if (mode := env.metadata.get("autoreset_mode")) != AutoresetMode.SAME_STEP:
-            raise ValueError(f"make the environment with autoreset_mode=AutoresetMode.SAME_STEP, but got {mode}")
+        mode = env.metadata.get("autoreset_mode")
+        require(mode == AutoresetMode.SAME_STEP, "autoreset_mode", "AutoresetMode.SAME_STEP", mode)
         self.env: Any = env
         self._visible = np.float32(1.0) if visible_features is None else visible_features
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
-        self._plain = self._spent = 0.0
+        self._plain_s = self._spent_s = 0.0
 
     def reset(self) -> NDArray[np.float32]:
         """Begin an episode in every environment."""
@@ -50,28 +51,28 @@ class SB3VectorEnv(VecEnv):
         self._actions: NDArray[Any] = actions
 
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Observations, rewards, whether an episode ended, and infos."""
+        """Return observations, rewards, whether an episode ended, and infos."""
         observations, rewards, terminated, truncated, info = self.env.step(self._actions)
-        for part in (info, info.get("final_info", {})):  # the latter of environments that were reset in this step
+        for part in (info, info.get("final_info", {})):  # final_info: environments that were reset in this step
             if all(key in part for key in _SUMMED):
                 tokens, t0, size, seconds = (np.asarray(part[key], dtype=np.float64) for key in _SUMMED)
                 ran = seconds > 0
-                self._plain += float((tokens[ran] * t0[ran] / size[ran]).sum())
-                self._spent += float(seconds.sum())
-        over = terminated | truncated
+                self._plain_s += float((tokens[ran] * t0[ran] / size[ran]).sum())
+                self._spent_s += float(seconds.sum())
+        done = terminated | truncated
         infos: list[dict[str, Any]] = [{}] * self.num_envs
-        for index in np.flatnonzero(over):
+        for index in np.flatnonzero(done):
             infos[index] = {
                 "terminal_observation": info["final_obs"][index] * self._visible,
                 "TimeLimit.truncated": bool(truncated[index] and not terminated[index]),
             }
-        return observations * self._visible, np.asarray(rewards, dtype=np.float32), over, infos
+        return observations * self._visible, np.asarray(rewards, dtype=np.float32), done, infos
 
     def take_speedup(self) -> float:
-        """ΣN·t0/B ÷ ΣΔt over all rounds since the last call; nan if there were none."""
-        plain, spent = self._plain, self._spent
-        self._plain = self._spent = 0.0
-        return plain / spent if spent else float("nan")
+        """Return ΣN·t0/B ÷ ΣΔt over all rounds since the last call; nan if there were none."""
+        speedup = self._plain_s / self._spent_s if self._spent_s else float("nan")
+        self._plain_s = self._spent_s = 0.0
+        return speedup
 
     def close(self) -> None:
         """Close the environment."""
@@ -80,22 +81,22 @@ class SB3VectorEnv(VecEnv):
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
         """Call a method, such as `action_masks`, which returns a row for each environment."""
         method = getattr(self.env, method_name, None) or partial(self.env.call, method_name)
-        found = method(*method_args, **method_kwargs)
-        return [found[index] for index in self._get_indices(indices)]
+        rows = method(*method_args, **method_kwargs)
+        return [rows[index] for index in self._get_indices(indices)]
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The attribute of the vector environment, or of each environment."""
+        """Return the attribute of the vector environment, or of each environment."""
         if hasattr(self.env, attr_name):
             return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
-        found = self.env.get_attr(attr_name)
-        return [found[index] for index in self._get_indices(indices)]
+        values = self.env.get_attr(attr_name)
+        return [values[index] for index in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Not supported: raises a ValueError."""
         raise ValueError(f"attributes must be set when the environments are made, but got {attr_name!r}; make new ones")
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
-        """Never."""
+        """Return False for each environment."""
         return [False] * len(list(self._get_indices(indices)))
 
 
@@ -103,17 +104,21 @@ class RLTrainingLog(BaseCallback):
     """A callback for `model.learn` that logs the speedup, and stops after some seconds.
 
     Args:
-        max_seconds: to stop after; None: never.
-        off_the_clock: of a live environment, so that updates do not count as the agent's time.
+        max_seconds: seconds after which learning stops; None: never.
+        paused_timer: of a live environment, so that updates do not count as the agent's time.
+
+    Attributes:
+        rows: timesteps, seconds and speedup, a row every quarter of a second.
+        seconds: of learning so far.
     """
 
     def __init__(
-        self, max_seconds: float | None, off_the_clock: Callable[[], AbstractContextManager[None]] | None
+        self, max_seconds: float | None, paused_timer: Callable[[], AbstractContextManager[None]] | None
     ) -> None:
         super().__init__()
-        self.rows: list[dict[str, float]] = []  # timesteps, seconds and speedup, a row every quarter of a second
-        self.seconds = 0.0  # of learning so far
-        self._max_seconds, self._off_the_clock = max_seconds, off_the_clock
+        self.rows: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self._max_seconds, self._paused_timer = max_seconds, paused_timer
         self._clock, self._update = WallClock(), ExitStack()
 
     def _on_training_start(self) -> None:
@@ -126,8 +131,8 @@ class RLTrainingLog(BaseCallback):
         return self._max_seconds is None or self._clock.now() - self._began < self._max_seconds
 
     def _on_rollout_end(self) -> None:
-        if self._off_the_clock is not None:
-            self._update.enter_context(self._off_the_clock())
+        if self._paused_timer is not None:
+            self._update.enter_context(self._paused_timer())
         self.seconds = self._clock.now() - self._began
         if not self.rows or self.seconds - self.rows[-1]["seconds"] >= _INTERVAL_S:
             env: Any = getattr(self.training_env, "venv", self.training_env)  # without its normalisation

@@ -7,7 +7,7 @@ from pathlib import Path
 from specrl.agents.rl.sb3 import Agent, AgentConfig
 from specrl.config import EngineConfig, check_batch_sizes
 from specrl.io.output import OutputDir
-from specrl.training.rl import live_world, simulated_world, train_policy
+from specrl.training.rl import live_task, simulated_task, train_policy
 
 BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
 
@@ -46,9 +46,9 @@ def rl(
         specrl rl live --agent.policy runs/sim --draft runs/quickstart/draft --batch_sizes 1,4 --agent.seconds 120
     """
     sizes = check_batch_sizes(batch_sizes)
-    world = simulated_world(agent, profile=profile, batch_sizes=sizes, plans=plans, reward=reward)
+    task = simulated_task(agent, profile=profile, batch_sizes=sizes, plans=plans, reward=reward)
     directory = None if output_dir is None else OutputDir(output_dir)
-    return train_policy(agent, world, batch_sizes=sizes, profile=profile, seed=seed, directory=directory)
+    return train_policy(agent, task, batch_sizes=sizes, profile=profile, seed=seed, directory=directory)
 
 
 def rl_live(
@@ -84,7 +84,7 @@ def rl_live(
         specrl rl live --agent.policy runs/sim --draft runs/quickstart/draft --batch_sizes 1,4 --agent.seconds 120
     """
     sizes = check_batch_sizes(batch_sizes)
-    world = live_world(
+    task = live_task(
         agent,
         engine=engine,
         target=target,
@@ -95,4 +95,4 @@ def rl_live(
         reward=reward,
     )
     directory = None if output_dir is None else OutputDir(output_dir)
-    return train_policy(agent, world, batch_sizes=sizes, seed=seed, directory=directory)
+    return train_policy(agent, task, batch_sizes=sizes, seed=seed, directory=directory)

@@ -15,7 +15,7 @@ from specrl.core.checks import require
 from specrl.io.output import OutputDir, hint, show
 from specrl.models.draft import load_draft
 from specrl.training.config import CheckpointConfig, LogConfig, ServingConfig
-from specrl.training.logger import Metrics, Reporter
+from specrl.training.logger import MetricsWriter, TrainingLogger
 from specrl.training.offline import learn_from
 from specrl.training.run import Run, serve
 from specrl.training.server_learner import ServerLearner, learn_from_server
@@ -80,7 +80,7 @@ def train(
             seed=seed,
             resume=resumed,
         )
-        report = Reporter(run, directory, metrics=Metrics(log, directory.path))
+        report = TrainingLogger(run, directory, metrics=MetricsWriter(log, directory.path))
         serve(report, serving, checkpoint)
     run.write_results(directory)
     show(f"written: {directory.path}", hint(directory.path))

@@ -27,7 +27,7 @@ _COMMANDS = {  # a file that identifies a run: the command that writes it
 _MEASURED = ("batch_size", "plan", "speedup", "low", "high", "accept_length", "round_ms", "draft_ms")
 _REQUIRED_COLUMNS = {
     "log.csv": ("seconds",),
-    "gate.csv": ("requests", "version", "look", "passed", "harmful", "reason"),
+    "gate.csv": ("requests", "version", "check", "passed", "harmful", "reason"),
     "windows.csv": ("served", "batch_size", "plan", "rounds", "plain_s", "draft_s", "verify_s"),
     "measured.csv": _MEASURED,
     "bench.csv": _MEASURED,
@@ -35,7 +35,7 @@ _REQUIRED_COLUMNS = {
     "evaluate.csv": ("source", "chooser", "seeds", "speedup", "speedup_low", "speedup_high", "share", "regret"),
     "regret.csv": ("source", "chooser", "round", "regret", "least", "greatest"),
 }
-_TEXT_COLUMNS = ("plan", "arm", "look", "reason", "source", "chooser", "part", "passed", "harmful")
+_TEXT_COLUMNS = ("plan", "arm", "check", "reason", "source", "chooser", "part", "passed", "harmful")
 
 
 @dataclass(frozen=True, slots=True)

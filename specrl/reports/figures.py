@@ -125,7 +125,7 @@ def thin(rows: Sequence[Row]) -> Sequence[Row]:
 def decision(row: Row) -> str:
     """Return the decision in a row of gate.csv, in words."""
     if row["passed"] == "True":
-        return "passed a trial" if row["look"] == "trial" else "passed held-out"
+        return "passed a trial" if row["check"] == "trial" else "passed held-out"
     return "harmful" if row["harmful"] == "True" else "refused"
 
 

@@ -110,7 +110,7 @@ def _learning(run: RunData, runs: Sequence[RunData]) -> Content:
         {
             "requests": f"{decision['requests']:.0f}",
             "draft version": f"{decision['version']:.0f}",
-            "check": decision["look"],
+            "check": decision["check"],
             "decision": figures.decision(decision),
             "reason": decision["reason"],
         }

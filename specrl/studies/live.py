@@ -27,7 +27,7 @@ from specrl.measure.plain import PlainSetting, fastest_plain
 from specrl.models.target import Target, default_device
 from specrl.studies.goals import LEVELS, Measured, NotReached, OnBlock, measure_blocks
 from specrl.training.config import CheckpointConfig, ServingConfig
-from specrl.training.logger import Reporter
+from specrl.training.logger import TrainingLogger
 from specrl.training.run import Run, serve
 from specrl.training.vocabulary import make_draft
 
@@ -91,7 +91,7 @@ class LiveTrial:
             learner=self.learner if self.learn else None,
             seed=self.seed,
         )
-        watch, log = _Watch(run, study.levels), Reporter(run, out, print_line=lambda line: None)
+        watch, log = _Watch(run, study.levels), TrainingLogger(run, out, print_line=lambda line: None)
         serve(log, serving, CheckpointConfig(serving.requests))
         watch.end_pause()
         run.write_results(out)

@@ -14,7 +14,7 @@ from torch import Tensor
 from specrl.io.output import to_json
 from specrl.models.checkpoint import recover, save_tensors, write_atomic
 
-FORMAT = 4  # version of the format; other versions are refused
+FORMAT = 5  # version of the format; other versions are refused
 _STATE, _TENSORS, _REPLAY = "state.json", "learner.safetensors", "replay.safetensors"
 
 
@@ -23,7 +23,7 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         state: JSON-able values. 'learner' is the `state_dict` of a learner, tensors included, or None.
-        vocabulary: [vocab_size] int64, target ids of a draft with a vocabulary of its own; None: it has all.
+        vocabulary: [Vd] int64, target ids of a reduced draft vocabulary; None: the target's whole vocabulary.
         replay: sequences of the replay buffer (`specrl.training.trace_files.pack`); empty if they are not saved.
     """
 
@@ -33,7 +33,7 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(directory: Path, kind: str, checkpoint: Checkpoint) -> None:
-    """Replace the checkpoint in `directory`; the old one is kept until the new one is complete.
+    """Replace the checkpoint in `directory`; the old one remains until the new one is complete.
 
     `kind` is the kind of training, such as 'online' or 'offline'; only the same kind can load it.
     """
@@ -53,7 +53,7 @@ def save_checkpoint(directory: Path, kind: str, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(directory: Path, kind: str) -> Checkpoint:
-    """The checkpoint in `directory`.
+    """Read the checkpoint in `directory`.
 
     Raises:
         ValueError: there is none, it is damaged, or it has another format or kind.
@@ -66,11 +66,11 @@ def load_checkpoint(directory: Path, kind: str) -> Checkpoint:
         state = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"checkpoint {str(path)!r} must be JSON, but is not: {error}") from error
-    found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
+    version = state.get("format") if isinstance(state, dict) else None
+    if version != FORMAT:
         raise ValueError(
-            f"checkpoint {str(directory)!r} must have format {FORMAT}, but has {found}; it was written by another "
-            f"version, so start without --resume, from the draft that it learnt: --draft {directory.parent / 'draft'}"
+            f"checkpoint {str(directory)!r} must have format {FORMAT}, but has {version}; start without --resume, with "
+            f"the draft of that run: --draft {directory.parent / 'draft'}"
         )
     if state["kind"] != kind:
         raise ValueError(
@@ -78,9 +78,8 @@ def load_checkpoint(directory: Path, kind: str) -> Checkpoint:
             "with the options that it was started with"
         )
     try:
-        tensors, replay = (
-            load_file(directory / name) if (directory / name).exists() else {} for name in (_TENSORS, _REPLAY)
-        )
+        paths = directory / _TENSORS, directory / _REPLAY
+        tensors, replay = (load_file(path) if path.exists() else {} for path in paths)
     except SafetensorError as error:
         raise ValueError(f"checkpoint {str(directory)!r} must hold safetensors, but is damaged: {error}") from error
     vocabulary = tensors.pop("vocabulary", None)

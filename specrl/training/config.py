@@ -9,6 +9,7 @@ from typing import Literal
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.agents.choosers.table import FixedPlan
 from specrl.core.batch_schedule import parse_traffic
+from specrl.core.checks import require
 from specrl.core.interfaces import PlanChooser
 from specrl.core.plan import Plan, parse_plans
 
@@ -44,12 +45,10 @@ class ServingConfig:
         parse_plans(self.plans)
         parse_traffic(self.batch_schedule)
         for name in ("requests", "weight_sync_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"serving.{name} must be at least 1, but got {getattr(self, name)}")
-        if self.max_seconds is not None and not 0 < self.max_seconds < math.inf:
-            raise ValueError(f"serving.max_seconds must be a finite number above 0, but got {self.max_seconds}")
-        if self.deploy not in ("always", "better"):
-            raise ValueError(f"serving.deploy must be 'always' or 'better', but got {self.deploy!r}")
+            require(getattr(self, name) >= 1, f"serving.{name}", "at least 1", getattr(self, name))
+        in_range = self.max_seconds is None or 0 < self.max_seconds < math.inf
+        require(in_range, "serving.max_seconds", "a finite number above 0", self.max_seconds)
+        require(self.deploy in ("always", "better"), "serving.deploy", "'always' or 'better'", self.deploy)
         try:
             self.make_chooser(seed=0)
         except ValueError as error:
@@ -58,13 +57,13 @@ class ServingConfig:
             ) from error
 
     def make_chooser(self, seed: int) -> PlanChooser:
-        """The plan chooser."""
+        """Make the plan chooser."""
         if self.chooser == "adaptive":
             return AdaptiveChooser(parse_plans(self.plans), seed=seed)
         return FixedPlan(Plan.parse(self.chooser))
 
     def all_plans(self) -> tuple[Plan, ...]:
-        """All plans that an engine must be able to run."""
+        """Return all plans that an engine must be able to run."""
         return tuple(dict.fromkeys((*parse_plans(self.plans), *self.make_chooser(seed=0).plans)))
 
 
@@ -74,8 +73,8 @@ class CheckpointConfig:
 
     Args:
         interval: requests between two checkpoints.
-        keep_replay_buffer: save the sequences that the draft learns from. Each takes at least 2 bytes x tokens x
-            vocabulary. Without them a resumed run collects new ones.
+        keep_replay_buffer: save the sequences that the draft learns from, at least 2 bytes x tokens x vocabulary each.
+            Without them a resumed run collects new ones.
 
     Raises:
         ValueError: an interval below 1.
@@ -85,8 +84,7 @@ class CheckpointConfig:
     keep_replay_buffer: bool = False
 
     def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise ValueError(f"checkpoint.interval must be at least 1 request, but got {self.interval}")
+        require(self.interval >= 1, "checkpoint.interval", "at least 1 request", self.interval)
 
 
 @dataclass(frozen=True)

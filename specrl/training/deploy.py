@@ -1,12 +1,12 @@
-"""Serving learnt draft weights only if they are better.
+"""Serving learned draft weights only if they are better.
 
-Better weights pass two tests. Their accept length on recent held-out sequences must be
-significantly greater (`Gate.compare`). Then they take turns with the serving draft in a live trial, and must not be
-significantly slower (`judge_trial`). A turn has `TURN` rounds, and a trial is judged after 8, 16 and 32 pairs of turns,
-so a bad draft serves in half of 512 rounds at most, and in half of 128 if it is clearly worse.
+Better weights pass two checks. Their accept length on recent held-out sequences must be significantly greater
+(`Gate.compare`). Then they take turns with the serving draft in a live trial, and must not be significantly slower
+(`judge_trial`). A turn has `TURN` rounds, and a trial is judged after 8, 16 and 32 pairs of turns, so a bad draft
+serves in half of 512 rounds at most, and in half of 128 if it is clearly worse.
 
 Worse weights are rolled back. If a trial refuses a candidate that the held-out sequences approved, these sequences do
-not represent the traffic: they are deleted, and the next trial waits, twice as long after every further refusal.
+not represent the traffic: they are deleted. The next trial is delayed, twice as long after every further refusal.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from specrl.core.round_stats import RoundStats
 
 TURN = 8  # rounds that one draft serves before the other one's turn
 PAIRS = (8, 16, 32)  # pairs of turns after which a trial is judged
-MAX_WAIT = 64  # calls of the learner between two trials, after refusals in a row
+MAX_DELAY = 64  # calls of the learner between two trials, after refusals in a row
 RECENT = 32  # held-out sequences that drafts are compared on
 
-Weights = tuple[int, Mapping[str, Tensor]]  # version; tensors by SGLang's names
-Trial = Generator[Step, None, None]  # its rounds, decoded as they are iterated
+VersionedWeights = tuple[int, Mapping[str, Tensor]]  # version; tensors by SGLang's names
+Trial = Generator[Step, None, None]  # yields its rounds as they are decoded
 
 
 class DeployIfBetter:
@@ -45,7 +45,7 @@ class DeployIfBetter:
         gate: compares drafts on held-out sequences.
         plans: of the chooser. If it chooses plan 0 in a trial, the shortest plan with drafts runs instead.
         seed: of the bootstrap in a trial.
-        on_decision: called with every decision: version, look, passed, harmful and reason.
+        on_decision: called with every decision: version, check ('held-out' or 'trial'), passed, harmful and reason.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class DeployIfBetter:
         self._engine, self._learner, self._gate = engine, learner, gate
         self._seed, self._on_decision = seed, on_decision
         self._drafting = min((plan for plan in plans if plan.num_steps), key=lambda p: p.num_steps, default=None)
-        self._serving: Weights = learner.weights()
-        self._judged, self._refused, self._wait = self.version, 0, 0  # version, trials in a row, calls to wait
+        self._serving: VersionedWeights = learner.weights()
+        self._judged_version, self._refusals, self._delay = self.version, 0, 0  # refusals in a row, calls to skip
 
     @property
     def version(self) -> int:
@@ -70,7 +70,7 @@ class DeployIfBetter:
         return self._serving[0]
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The weights that passed last, by SGLang's names."""
+        """Return the weights that serve, by SGLang's names."""
         return self._serving[1]
 
     def after_learning(self, rollout: Rollout, chooser: PlanChooser) -> Trial | None:
@@ -79,24 +79,24 @@ class DeployIfBetter:
         Returns:
             If they pass, a trial, decoded by `rollout`. Closing it early ends it without a decision.
         """
-        if self._wait:
-            self._wait -= 1
+        if self._delay:
+            self._delay -= 1
             return None
-        if self._learner.version == self._judged:
+        if self._learner.version == self._judged_version:
             return None
         candidate = self._learner.weights()
         verdict = self._gate.compare(self.weights(), candidate[1], list(self._learner.held_out)[-RECENT:])
         self._report(candidate[0], "held-out", verdict)
         if verdict.passed and self._drafting is not None:
             return self._trial(candidate, rollout, _PairedChooser(chooser, self._drafting, self.version))
-        self._judged = candidate[0]
+        self._judged_version = candidate[0]
         if verdict.harmful:
             self._roll_back()
         if verdict.passed:
             self._accept(candidate)
         return None
 
-    def _trial(self, candidate: Weights, rollout: Rollout, chooser: _PairedChooser) -> Trial:
+    def _trial(self, candidate: VersionedWeights, rollout: Rollout, chooser: _PairedChooser) -> Trial:
         """Let both drafts serve in turns; the order of the turns changes from pair to pair."""
         rounds = rollout.play(chooser, self._engine.clock)
         speeds: list[tuple[float, float]] = []  # speedups of the serving draft and of the candidate
@@ -119,58 +119,58 @@ class DeployIfBetter:
         finally:
             self._load(self._serving)
 
-    def _decide(self, candidate: Weights, speeds: list[tuple[float, float]]) -> bool:
-        """Judge a trial; returns whether it is over."""
+    def _decide(self, candidate: VersionedWeights, speeds: list[tuple[float, float]]) -> bool:
+        """Judge a trial; return whether it is over."""
         rng = np.random.default_rng([self._seed, candidate[0]])
         verdict = judge_trial(*np.array(speeds).T, rng=rng)
         if not (verdict.passed or verdict.harmful or len(speeds) == PAIRS[-1]):
             return False
-        self._judged = candidate[0]
+        self._judged_version = candidate[0]
         self._report(candidate[0], "trial", verdict)
         if verdict.passed:
             self._accept(candidate)
         else:
-            self._refused += 1
-            self._wait = min(2**self._refused, MAX_WAIT)
+            self._refusals += 1
+            self._delay = min(2**self._refusals, MAX_DELAY)
             if verdict.harmful:
                 self._learner.forget()
                 self._roll_back()
         self._load(self._serving)
         return True
 
-    def _accept(self, candidate: Weights) -> None:
-        self._serving, self._refused = candidate, 0
+    def _accept(self, candidate: VersionedWeights) -> None:
+        self._serving, self._refusals = candidate, 0
         self._learner.snapshot()
         self._load(candidate)
 
     def _roll_back(self) -> None:
         self._learner.roll_back()
-        self._judged = self._learner.version
+        self._judged_version = self._learner.version
 
-    def _load(self, draft: Weights) -> None:
+    def _load(self, draft: VersionedWeights) -> None:
         if self._engine.draft_version != draft[0]:
             self._engine.load_draft(draft[1], version=draft[0])
 
-    def _report(self, version: int, look: str, verdict: Verdict) -> None:
-        decision = {"version": version, "look": look, "passed": verdict.passed, "harmful": verdict.harmful}
+    def _report(self, version: int, check: str, verdict: Verdict) -> None:
+        decision = {"version": version, "check": check, "passed": verdict.passed, "harmful": verdict.harmful}
         self._on_decision({**decision, "reason": str(verdict)})
 
     def state_dict(self) -> dict[str, Any]:
-        """The state without weights, which are the learner's snapshot."""
-        counts = {"judged": self._judged, "refused": self._refused, "wait": self._wait}
-        return {"policy": "better", "version": self.version, **counts}
+        """Return the state without weights, which are the learner's snapshot."""
+        counts = {"judged_version": self._judged_version, "refusals": self._refusals, "delay": self._delay}
+        return {"version": self.version, **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`, and serve the learner's snapshot."""
         self._serving = state["version"], self._learner.snapshot_weights()
-        self._judged, self._refused, self._wait = state["judged"], state["refused"], state["wait"]
+        self._judged_version, self._refusals, self._delay = (state[k] for k in ("judged_version", "refusals", "delay"))
         self._load(self._serving)
 
 
 class _PairedChooser(PlanChooser):
-    """A chooser in a trial: both turns of a pair run the same plans, with drafts.
+    """A chooser in a trial: both turns of a pair run the same plans.
 
-    It runs `drafting` if `chooser` chooses plan 0, which learns only from rounds of the draft with this version.
+    If `chooser` chooses plan 0, `drafting` runs instead. `chooser` learns only from rounds of the draft `version`.
     """
 
     def __init__(self, chooser: PlanChooser, drafting: Plan, version: int) -> None:

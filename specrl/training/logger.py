@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from specrl.core.rollout import Step
 from specrl.core.round_stats import StatsByWindow
 from specrl.io.output import OutputDir, show
 from specrl.io.read import read_rows
@@ -17,15 +16,12 @@ from specrl.training.config import LogConfig
 from specrl.training.run import Run
 from specrl.workloads.stream import Shifting
 
-_COUNTS = ("open", "held", "dropped", "skipped", "passed_over", "opted_out", "bad_updates", "rollbacks")
+_LEARNER_COLUMNS = ("staleness", "tokens_per_s", "open", "held", "dropped", "skipped", "passed_over", "opted_out")
+_LEARNER_COLUMNS += ("bad_updates", "rollbacks")
 
 
-class Metrics:
-    """Writes numbers to TensorBoard and Weights & Biases, as `log` says, from the first numbers on.
-
-    Args:
-        log: which of them. WANDB_MODE=offline in the environment keeps Weights & Biases on this machine.
-        directory: tensorboard/ is created in it.
+class MetricsWriter:
+    """Writes numbers to directory/tensorboard and to Weights & Biases; creates nothing before the first numbers.
 
     Raises:
         ValueError: the package of Weights & Biases is not installed.
@@ -39,41 +35,36 @@ class Metrics:
             raise ValueError(f"--wandb needs Weights & Biases, but got {error}; 'pip install wandb'") from error
 
     @cached_property
-    def _writer(self) -> Any:
+    def _tensorboard(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(self._directory / "tensorboard"))
 
     @cached_property
-    def _run(self) -> Any:
+    def _wandb_run(self) -> Any:
         assert self._wandb is not None
         return self._wandb.init(project=self._log.wandb, dir=str(self._directory), name=self._directory.name)
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
         """Write finite numbers by name; `step` is the number of requests served."""
         if self._log.wandb:
-            self._run.log(dict(numbers), step=step)
+            self._wandb_run.log(dict(numbers), step=step)
         if self._log.tensorboard:
             for name, value in numbers.items():
-                self._writer.add_scalar(name, value, step)
+                self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close."""
         if self._log.wandb:
-            self._run.finish()
+            self._wandb_run.finish()
         if self._log.tensorboard:
-            self._writer.close()
+            self._tensorboard.close()
 
 
-class Reporter:
-    """Logs a training run: a printed line and a row of log.csv every few seconds, and the decisions of the gate.
+class TrainingLogger:
+    """Logs a run: a printed line and a row of log.csv every `every_s` seconds, windows.csv, and decisions in gate.csv.
 
-    Args:
-        run: the training run.
-        directory: for log.csv, windows.csv and gate.csv.
-        every_s: seconds between two lines.
-        print_line: prints a line.
-        metrics: gets the numbers of every row too.
+    `metrics` gets the numbers of every row too.
     """
 
     def __init__(
@@ -83,72 +74,43 @@ class Reporter:
         every_s: float = 10.0,
         print_line: Callable[[str], None] = show,
         *,
-        metrics: Metrics | None = None,
+        metrics: MetricsWriter | None = None,
     ) -> None:
-        self.run, self.directory, self.every_s, self.print = run, directory, every_s, print_line
-        self._metrics = metrics
+        self.run, self.directory = run, directory
+        self._every_s, self._print, self._metrics = every_s, print_line, metrics
         self._clock = run.loop.engine.clock
-        self._began = self._last = self._clock.now()
-        self._reported = -1  # rounds at the last line
-        self._decisions = len(run.decisions)
+        self._began = self._logged_at = self._clock.now()
+        self._logged_rounds, self._logged_decisions = -1, len(run.decisions)
         self._windows = StatsByWindow()
         self._window_rows = read_windows(directory.path, run.served)  # of the run that this one continues
-        run.loop.on_step.append(self._add)
-
-    def _add(self, step: Step) -> None:
-        self._windows.add(step.round, step.plain.seconds, step.thinking_s)
+        run.loop.on_step.append(lambda step: self._windows.add(step.round, step.plain.seconds, step.thinking_s))
 
     @property
     def seconds(self) -> float:
         """Seconds of the run, including the runs that it continues."""
         return self.run.seconds_before + self._clock.now() - self._began
 
-    def maybe(self) -> None:
-        """Report new decisions, and write a line if it is time to."""
-        self._report_decisions()
-        if self._clock.now() - self._last >= self.every_s:
-            self.line()
+    def log_if_due(self) -> None:
+        """Write new decisions, and a row if the last one is old enough."""
+        self._log_decisions()
+        if self._clock.now() - self._logged_at >= self._every_s:
+            self.log()
 
-    def last(self) -> None:
-        """Write a last line, unless there was one a moment ago, and close the metrics."""
-        if not self.run.log or self._clock.now() - self._last > 0.2 * self.every_s:
-            self.line()
+    def finish(self) -> None:
+        """Write a last row, unless there was one a moment ago, and close the metrics."""
+        if not self.run.log or self._clock.now() - self._logged_at > 0.2 * self._every_s:
+            self.log()
         if self._metrics is not None:
             self._metrics.close()
 
-    def line(self) -> None:
-        """Write a line now, unless no round ran since the last one."""
-        run, loop = self.run, self.run.loop
-        self._report_decisions()
-        if loop.rounds == self._reported:
+    def log(self) -> None:
+        """Write a row now, unless no round ran since the last one."""
+        run = self.run
+        self._log_decisions()
+        if run.loop.rounds == self._logged_rounds:
             return
-        self._last, self._reported = self._clock.now(), loop.rounds
-        row: dict[str, object] = {
-            "seconds": round(run.seconds_before + self._last - self._began, 1),
-            "requests": run.served,
-            "draft_version": loop.engine.draft_version,
-            "serve_s": round(loop.serve_s, 2),
-            "learn_s": round(loop.learn_s, 2),
-        }
-        source = loop.stream.workload
-        if isinstance(source, Shifting):
-            row["part"] = source.names[source.part_of(max(0, loop.stream.taken - 1))]
-        metrics = dict(loop.metrics)
-        if run.learner is not None:
-            metrics |= run.learner.counts()
-        row |= {"alpha": metrics.get("alpha_1", math.nan), "loss": metrics.get("loss", math.nan)}
-        row |= {name: metrics.get(name, math.nan) for name in ("staleness", "tokens_per_s", *_COUNTS) if run.learner}
-        parts = []
-        for batch, stats in sorted(loop.recent.items()):
-            plan, total = loop.chooser.best(batch), stats.total
-            row |= {
-                f"plan_{batch}": str(plan),
-                f"speedup_{batch}": total.speedup,
-                f"accept_length_{batch}": total.accept_length,
-            }
-            for name, interval in zip(("speedup", "accept_length"), stats.intervals() or (), strict=False):
-                row |= {f"{name}_{batch}_low": interval.low, f"{name}_{batch}_high": interval.high}
-            parts.append(f"batch {batch}: {plan} {total.speedup:.2f}x, {total.accept_length:.2f} tokens")
+        self._logged_at, self._logged_rounds = self._clock.now(), run.loop.rounds
+        row = self._row()
         run.log.append(row)
         self.directory.write_csv("log.csv", run.log)
         self._window_rows += [{"served": run.served, **window} for window in self._windows.take_rows()]
@@ -156,22 +118,48 @@ class Reporter:
         numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         if self._metrics is not None:
             self._metrics.write(numbers, run.served)
-        alpha = numbers.get("alpha", 0.0)
-        where = f"  {row['part']}" if "part" in row else ""
-        self.print(
-            f"{row['seconds']:5.0f} s  {run.served:5d} requests{where}  alpha {alpha:.2f}  |  " + "  |  ".join(parts)
-        )
+        part, alpha = f"  {row['part']}" if "part" in row else "", numbers.get("alpha", 0.0)
+        texts = [f"{row['seconds']:5.0f} s  {run.served:5d} requests{part}  alpha {alpha:.2f}"]
+        for batch in sorted(run.loop.recent):
+            plan, speedup, length = (row[f"{name}_{batch}"] for name in ("plan", "speedup", "accept_length"))
+            texts.append(f"batch {batch}: {plan} {speedup:.2f}x, {length:.2f} tokens")
+        self._print("  |  ".join(texts))
 
-    def _report_decisions(self) -> None:
+    def _row(self) -> dict[str, object]:
+        """Return a row of log.csv."""
+        run, loop = self.run, self.run.loop
+        row: dict[str, object] = {
+            "seconds": round(run.seconds_before + self._logged_at - self._began, 1),
+            "requests": run.served,
+            "draft_version": loop.engine.draft_version,
+            "serve_s": round(loop.serve_s, 2),
+            "learn_s": round(loop.learn_s, 2),
+        }
+        workload = loop.stream.workload
+        if isinstance(workload, Shifting):
+            row["part"] = workload.names[workload.part_of(max(0, loop.stream.position - 1))]
+        metrics = {**loop.metrics, **(run.learner.counts() if run.learner else {})}
+        row |= {"alpha": metrics.get("alpha_1", math.nan), "loss": metrics.get("loss", math.nan)}
+        row |= {name: metrics.get(name, math.nan) for name in _LEARNER_COLUMNS if run.learner}
+        for batch, stats in sorted(loop.recent.items()):
+            total = stats.total
+            row[f"plan_{batch}"] = str(loop.chooser.best(batch))
+            row |= {f"speedup_{batch}": total.speedup, f"accept_length_{batch}": total.accept_length}
+            for name, interval in zip(("speedup", "accept_length"), stats.intervals() or (), strict=False):
+                row |= {f"{name}_{batch}_low": interval.low, f"{name}_{batch}_high": interval.high}
+        return row
+
+    def _log_decisions(self) -> None:
         """Write gate.csv, and print decisions of trials and on harmful drafts."""
-        if len(self.run.decisions) == self._decisions:
+        decisions = self.run.decisions
+        if len(decisions) == self._logged_decisions:
             return
-        for decision in self.run.decisions[self._decisions :]:
+        for decision in decisions[self._logged_decisions :]:
             decision.setdefault("requests", self.run.served)
-            if decision["look"] == "trial" or decision["harmful"]:
-                self.print(f"draft {decision['version']}, {decision['look']}: {decision['reason']}")
-        self._decisions = len(self.run.decisions)
-        self.directory.write_csv("gate.csv", self.run.decisions)
+            if decision["check"] == "trial" or decision["harmful"]:
+                self._print(f"draft {decision['version']}, {decision['check']}: {decision['reason']}")
+        self._logged_decisions = len(decisions)
+        self.directory.write_csv("gate.csv", decisions)
 
 
 def read_windows(directory: Path, served: int) -> list[dict[str, object]]:

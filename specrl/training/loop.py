@@ -1,7 +1,6 @@
 """The online loop: serve a workload, choose each round's plan, learn the draft from the traffic, measure.
 
-Plain decoding is measured between rounds, at the batch size and context of the session. The learner gets the traces
-outside all timed windows.
+Plain decoding is measured between rounds. The learner gets the traces outside all timed windows.
 
 A session ends at a checkpoint (`end_session`), and the next one starts after it (`start_session`). Requests in flight
 at a checkpoint are dropped, so a resumed run is identical to one that was not interrupted.
@@ -16,12 +15,14 @@ from itertools import islice
 from typing import Any
 
 from specrl.core.batch_schedule import Phase, batch_sizes
-from specrl.core.interfaces import DraftLearner, Engine, PlanChooser, PlanCost, Request, Session, Workload
+from specrl.core.interfaces import DraftLearner, Engine, PlanChooser, PlanCost, Request, Workload
 from specrl.core.plain_cost import PlainCost
 from specrl.core.rollout import Rollout, Step
 from specrl.core.round import Trace
 from specrl.core.round_stats import RecentStats, RoundStats
 from specrl.training.deploy import DeployIfBetter, Trial
+
+_COUNTERS = ("rounds", "requests", "serve_s", "learn_s", "metrics")
 
 
 @dataclass(slots=True)
@@ -30,17 +31,17 @@ class ResumableRequests:
 
     workload: Workload
     seed: int
-    taken: int = 0  # requests to skip, which earlier sessions took
-    opted_out: list[int] = field(default_factory=list)  # ids of this session's requests that must not be learnt from
+    position: int = 0  # requests that sessions have started
+    opted_out: list[int] = field(default_factory=list)  # ids of this session's requests that must not be learned from
     _rest: Iterator[Request] | None = None
 
     def requests(self, seed: int) -> Iterator[Request]:
-        """The next requests, for any seed. A session numbers its requests from 0."""
+        """Yield the next requests, for any seed. A session numbers its requests from 0."""
         self.opted_out.clear()
         if self._rest is None:
-            self._rest = islice(self.workload.requests(self.seed), self.taken, None)
+            self._rest = islice(self.workload.requests(self.seed), self.position, None)
         for number, request in enumerate(self._rest):
-            self.taken += 1
+            self.position += 1
             if not request.learn:
                 self.opted_out.append(number)
             yield request
@@ -55,7 +56,7 @@ class OnlineLoop:
         sync_every: finished requests between two calls of the learner.
         seed: of requests and sampling.
         baseline: measured plain costs to continue with.
-        deploy: decides when learnt weights serve; None: the newest always serve.
+        deploy: decides when learned weights serve; None: the newest always serve.
         state: `state_dict` of a loop to continue.
 
     Attributes:
@@ -80,8 +81,7 @@ class OnlineLoop:
         deploy: DeployIfBetter | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        self.engine, self.chooser, self.learner = engine, chooser, learner
-        self.deploy = deploy
+        self.engine, self.chooser, self.learner, self.deploy = engine, chooser, learner, deploy
         self.baseline = baseline or PlainCost()
         self.recent: dict[int, RecentStats] = {}
         self.metrics: dict[str, float] = {}
@@ -99,7 +99,7 @@ class OnlineLoop:
     def start_session(self) -> None:
         """Start a session that continues where the last one ended."""
         period = sum(phase.rounds for phase in self._traffic)
-        self._session: Session = self.engine.start(
+        self._session = self.engine.start(
             self.stream,
             batch_size=self._traffic[0].batch_size,
             max_batch_size=max(phase.batch_size for phase in self._traffic),
@@ -126,22 +126,22 @@ class OnlineLoop:
         self._session.close()
 
     def step(self) -> Step:
-        """Decode one round, and learn if it is time to."""
+        """Decode one round, and learn if enough requests have finished."""
         return next(self._steps)
 
     def _serve(self) -> Trial:
-        """The rounds of the session: the chooser's, and those of a trial if the deploy policy wants one."""
+        """Yield the rounds of the session: the chooser's, and those of a trial if the deploy policy starts one."""
         for step in self._rollout.play(self.chooser, self.engine.clock):
             self._count(step)
             trial = self._learn() if self._is_learning_due() else None
             yield step
             if trial is not None:
                 with closing(trial):
-                    for tried in trial:
-                        self._count(tried)
+                    for trial_step in trial:
+                        self._count(trial_step)
                         if self._is_learning_due():
                             self._collect()
-                        yield tried
+                        yield trial_step
 
     def _count(self, step: Step) -> None:
         done = step.round
@@ -177,14 +177,14 @@ class OnlineLoop:
                 self.engine.load_draft(weights, version=version)
 
     def _collect(self) -> None:
-        """Keep the traces of a trial for the next call of the learner."""
+        """Give the traces of a trial to the learner, for its next call."""
         assert self.learner is not None
         began = self.engine.clock.now()
         self.learner.take(self._drain(self.learner))
         self.learn_s += self.engine.clock.now() - began
 
     def _drain(self, learner: DraftLearner) -> list[Trace]:
-        """The traces since the last call; the learner is told which requests opted out."""
+        """Return the traces since the last call, and pass the requests that opted out to the learner."""
         self._unlearned = 0
         traces = self._session.drain()
         learner.opt_out(self.stream.opted_out)
@@ -192,30 +192,24 @@ class OnlineLoop:
         return traces
 
     def state_dict(self) -> dict[str, Any]:
-        """The state between two sessions, JSON-able; chooser, learner and baseline have their own."""
-        return {
-            "rounds": self.rounds,
-            "requests": self.requests,
-            "taken": self.stream.taken,
-            "serve_s": self.serve_s,
-            "learn_s": self.learn_s,
-            "metrics": self.metrics,
-            "recent": {str(batch): stats.state_dict() for batch, stats in self.recent.items()},
-        }
+        """Return the state between two sessions, JSON-able; chooser, learner and baseline have their own."""
+        recent = {str(batch): stats.state_dict() for batch, stats in self.recent.items()}
+        return {**{name: getattr(self, name) for name in _COUNTERS}, "position": self.stream.position, "recent": recent}
 
     def _load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.rounds, self.requests, self.stream.taken = state["rounds"], state["requests"], state["taken"]
-        self.serve_s, self.learn_s, self.metrics = state["serve_s"], state["learn_s"], dict(state["metrics"])
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        self.stream.position = state["position"]
         for batch, stats in state["recent"].items():
             self.recent[int(batch)] = RecentStats()
             self.recent[int(batch)].load_state_dict(stats)
 
 
 def plan_costs(chooser: PlanChooser, recent: Mapping[int, RecentStats]) -> tuple[list[PlanCost], float]:
-    """The costs of the chains that ran, weighted by the rounds at each batch size, and the recent speedup (λ).
+    """Return the costs of the chains that ran, weighted by the rounds at each batch size, and the recent speedup (λ).
 
-    A chooser without estimates, such as a table, is taken to run its best plan at each batch size; the seconds of a
-    round are then the mean of recent rounds. If its best plan is unknown too, there are no costs.
+    If a chooser has no estimates, its best plan counts at each batch size, with the mean seconds of recent rounds. If
+    its best plan is unknown too, there are no costs.
     """
     costs: list[PlanCost] = []
     everything = RoundStats()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -38,15 +39,8 @@ def learn_from(
 ) -> list[dict[str, Any]]:
     """Learn `draft` from recorded sequences, each once an epoch; writes draft/, log.csv and checkpoint/ after each.
 
-    Args:
-        traces: the recorded sequences.
-        model, target: the target and its name.
-        draft: the draft to start from.
-        config: how to learn.
-        directory: for results.
-        epochs: passes through the traces, those before a resumption included.
-        seed: of the order of sequences.
-        resume: continue after the last epoch in checkpoint/.
+    `target` is the name of `model`. `epochs` include those before a resumption. The order of the sequences depends on
+    `seed` and the epoch only.
 
     Returns:
         A row for each epoch, from 0 (no updates): updates, loss, alpha, and the accept length on held-out sequences.
@@ -66,8 +60,8 @@ def learn_from(
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(traces)).tolist()
     held_out_count = max(2, round((config.holdout_fraction or HOLDOUT_FRACTION) * len(traces)))
-    held_out = _comparable(traces, order[: min(held_out_count, MAX_COMPARED)])
-    learnt = np.array(order[held_out_count:])
+    held_out = _long_enough(traces, order[: min(held_out_count, MAX_COMPARED)])
+    trained = np.array(order[held_out_count:])
     learner = OnlineLearner(draft, model.embedding, config, seed=seed)
     sampled = config.draft_sampling == "sampled"
     gate = Gate(draft.config, model.embedding, num_steps=NUM_STEPS, sampled=sampled, seed=seed)
@@ -79,51 +73,50 @@ def learn_from(
         if wrong := {name: state.get(name) for name, value in split.items() if state.get(name) != value}:
             raise ValueError(f"--resume must hold out the same sequences, by {split}, but the checkpoint has {wrong}")
         if state["epoch"] >= epochs:
-            raise ValueError(f"--epochs must be above the {state['epoch']} epochs that were learnt, but got {epochs}")
+            raise ValueError(f"--epochs must be above the {state['epoch']} epochs of the checkpoint, but got {epochs}")
         rows, last_epoch = state["rows"], state["epoch"]
         learner.load_state_dict(state["learner"])
         began -= rows[-1]["seconds"]
     for epoch in range(epochs + 1):
         if epoch > last_epoch:
-            metrics = _learn_epoch(learner, traces, learnt.tolist()) if epoch else []
+            losses, alphas = _learn_epoch(learner, traces, trained.tolist()) if epoch else ([], [])
             weights = learner.weights()[1]
             length = float(gate.accept_lengths(weights, held_out).mean())
-            means = {name: _mean(metrics, key) for name, key in (("loss", "loss"), ("alpha", "alpha_1"))}
-            row = {"epoch": epoch, "updates": learner.updates, "accept_length": length, **means}
-            rows.append({**row, "seconds": round(clock.now() - began, 1)})
+            row = {"epoch": epoch, "updates": learner.updates, "accept_length": length}
+            row |= {"loss": _mean(losses), "alpha": _mean(alphas), "seconds": round(clock.now() - began, 1)}
+            rows.append(row)
             directory.write_csv("log.csv", rows)
             Draft(draft.config, weights).save(directory.path / "draft")
-            show(
-                f"epoch {epoch:3d}  {learner.updates:6d} updates  accept length {length:.3f} on {len(held_out)} "
-                "held-out sequences"
-            )
+            text = f"epoch {epoch:3d}  {learner.updates:6d} updates  accept length {length:.3f}"
+            show(f"{text} on {len(held_out)} held-out sequences")
             state = {"epoch": epoch, **split, "rows": rows, "learner": learner.state_dict()}
             save_checkpoint(checkpoint, _KIND, Checkpoint(state))
-        rng.shuffle(learnt)  # also in resumed epochs: the order of each epoch depends on the seed only
+        rng.shuffle(trained)  # also in resumed epochs: the order of each epoch depends on the seed only
     directory.write_json("learner.json", asdict(config))
     directory.write_json("environment.json", environment())
     return rows
 
 
-def _comparable(traces: Traces, numbers: list[int]) -> list[TrainingSequence]:
-    """The sequences of these numbers that are long enough to compare drafts on."""
-    found = [s for s in traces.read(numbers) if len(s.tokens) > max(s.prompt_tokens, NUM_STEPS + 1)]
-    if not found:
+def _long_enough(traces: Traces, numbers: list[int]) -> list[TrainingSequence]:
+    """Return the sequences of these numbers that are long enough to compare drafts on."""
+    sequences = [s for s in traces.read(numbers) if len(s.tokens) > max(s.prompt_tokens, NUM_STEPS + 1)]
+    if not sequences:
         raise ValueError(f"held-out sequences must have more than {NUM_STEPS + 1} tokens, but all are shorter")
-    return found
+    return sequences
 
 
-def _learn_epoch(learner: OnlineLearner, traces: Traces, order: list[int]) -> list[dict[str, float]]:
-    """One update for every batch of sequences; returns the metrics of good updates."""
-    metrics = []
+def _learn_epoch(learner: OnlineLearner, traces: Traces, order: list[int]) -> tuple[list[float], list[float]]:
+    """Make one update for every batch of sequences; return loss and alpha of good updates."""
+    losses, alphas = [], []
     size = learner.config.batch_size
     for start in range(0, len(order), size):
         numbers = [number for number in order[start : start + size] if traces.length(number) > 1]
         batch = [sequence.to(learner.device) for sequence in traces.read(numbers)]
-        if batch and (found := learner.update(batch)):
-            metrics.append(found)
-    return metrics
+        if batch and (metrics := learner.update(batch)):
+            losses.append(metrics["loss"])
+            alphas.append(metrics["alpha_1"])
+    return losses, alphas
 
 
-def _mean(metrics: list[dict[str, float]], key: str) -> float:
-    return float(np.mean([found[key] for found in metrics])) if metrics else float("nan")
+def _mean(numbers: Sequence[float]) -> float:
+    return float(np.mean(numbers)) if numbers else float("nan")

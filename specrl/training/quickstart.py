@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 
 from specrl.agents.draft.config import LearnerConfig
 from specrl.config import DraftConfig, MeasureConfig, TargetConfig, WorkloadConfig
@@ -20,7 +21,7 @@ from specrl.measure.plain import fastest_plain
 from specrl.measure.tables import block_rows, result_rows, shown
 from specrl.reports.figures import plot_learning, plot_speedups
 from specrl.training.config import ServingConfig
-from specrl.training.logger import Reporter
+from specrl.training.logger import TrainingLogger
 from specrl.training.run import Run
 from specrl.workloads.text import Split
 
@@ -34,28 +35,22 @@ UNLEARNED = "no learning"
 
 
 def open_requests(split: Split) -> Workload:
-    """The requests; all have the same number of new tokens."""
+    """Open the requests; all have the same number of new tokens."""
     return WORKLOAD.open(TARGET.name, split, ignore_eos=True)
 
 
 def run_quickstart(
     directory: OutputDir, *, train_seconds: float, measure_seconds: float, idle_seconds: float, seed: int
 ) -> dict[str, object]:
-    """Serve and learn, measure, and write the results (see `specrl quickstart`).
-
-    Returns:
-        The summary that is written to summary.json.
-    """
+    """Serve and learn, measure, and write the results (see `specrl quickstart`); return the summary."""
     clock = WallClock()
     began = clock.now()
     target = TARGET.load()
     workload, held_out = open_requests("train"), open_requests("held_out")
     fastest = {batch: fastest_plain(TARGET, held_out, batch) for batch in BATCH_SIZES}
     for batch, setting in fastest.items():
-        show(
-            f"plain decoding at batch size {batch} is fastest in {setting.dtype} with {setting.threads} threads "
-            f"({setting.tokens_per_s:,.0f} tok/s)"
-        )
+        text = f"{setting.dtype} with {setting.threads} threads ({setting.tokens_per_s:,.0f} tok/s)"
+        show(f"plain decoding at batch size {batch} is fastest in {text}")
     draft = DraftConfig().load(target, seed=seed)
 
     def start(learner: LearnerConfig | None) -> Run:
@@ -70,19 +65,18 @@ def run_quickstart(
         run.loop.on_step.append(lambda step: rounds.append(_round_row(step)))
         _serve(run, directory, seconds=train_seconds, title="Learning from the requests:")
     show(f"Measuring on held-out prompts at temperature {WORKLOAD.temperature}, alternating with plain decoding:")
-    unlearned = idle.table()
-    results = []
+    results = {}
     for batch, plan in run.table().items():
         drafts = {str(plan): (run.learned, plan)}
         if batch == 1:
-            drafts[UNLEARNED] = (draft, unlearned[batch])
+            drafts[UNLEARNED] = (draft, idle.table()[batch])
         blocks = {str(plan): 2.0, UNLEARNED: 0.25}
         arms = local_arms(TARGET, target, drafts, fastest[batch], max_context=WORKLOAD.max_context, block_sizes=blocks)
         until = MeasureConfig(PRECISION[batch], measure_seconds * TIME_SHARE[batch])
         tokens = WORKLOAD.max_new_tokens
-        results.append(measure(arms, held_out, batch_size=batch, block_tokens=tokens, until=until, seed=seed))
+        results[batch] = measure(arms, held_out, batch_size=batch, block_tokens=tokens, until=until, seed=seed)
     summary = {
-        "batch_sizes": {str(measured[0].batch_size): _summary(*measured) for measured in results},
+        "batch_sizes": {str(batch): _summary(*arm_results) for batch, arm_results in results.items()},
         "requests_served": run.served,
         "train_s": run.log[-1]["seconds"],
         "wall_s": round(clock.now() - began, 1),
@@ -91,7 +85,7 @@ def run_quickstart(
     run.write_results(directory)
     directory.write_csv("rounds.csv", rounds)
     directory.write_json("summary.json", {**summary, "environment": environment()})
-    _write_measured(directory, [result for measured in results for result in measured])
+    _write_measured(directory, list(chain(*results.values())))
     plot_learning(run.log, directory.path / "learning.png")
     show(f"draft, plans, plots and raw rounds: {directory.path}")
     show(hint(directory.path))
@@ -99,20 +93,20 @@ def run_quickstart(
 
 
 def _serve(run: Run, directory: OutputDir, *, seconds: float, title: str) -> None:
-    """Serve for some seconds, or longer until every batch size was served, and print a line now and then."""
+    """Serve for some seconds, or longer until every batch size was served, and log the run."""
     show(title)
-    report = Reporter(run, directory, every_s=min(12.0, seconds / 2))
+    logger = TrainingLogger(run, directory, every_s=min(12.0, seconds / 2))
     clock = run.loop.engine.clock
     began = clock.now()
     while clock.now() - began < seconds or len(run.table()) < len(BATCH_SIZES):
         run.loop.step()
-        report.maybe()
-    report.last()
+        logger.log_if_due()
+    logger.finish()
     run.loop.close()
 
 
 def _round_row(step: Step) -> dict[str, object]:
-    """A row of rounds.csv."""
+    """Return a row of rounds.csv."""
     done = step.round
     return {
         "batch_size": done.batch_size,
@@ -127,9 +121,9 @@ def _round_row(step: Step) -> dict[str, object]:
 
 
 def _summary(plain: ArmResult, learned: ArmResult, unlearned: ArmResult | None = None) -> dict[str, object]:
-    """The results at one batch size, for summary.json."""
+    """Return the results at one batch size, for summary.json."""
     assert learned.speedup is not None
-    found: dict[str, object] = {
+    summary: dict[str, object] = {
         "plan": learned.plan,
         "plain_tps": round(plain.total_tps, 1),
         "spec_tps": round(learned.total_tps, 1),
@@ -138,9 +132,8 @@ def _summary(plain: ArmResult, learned: ArmResult, unlearned: ArmResult | None =
         "accept_length": round(learned.accept_length, 3),
     }
     if unlearned is not None:
-        kept = ("plan", "speedup", "ci95", "accept_length")
-        found["without_learning"] = {k: v for k, v in _summary(plain, unlearned).items() if k in kept}
-    return found
+        summary["without_learning"] = _summary(plain, unlearned)
+    return summary
 
 
 def _write_measured(directory: OutputDir, results: Sequence[ArmResult]) -> None:

@@ -28,24 +28,34 @@ from specrl.simulation.profile import load_profile
 
 EPISODE_ROUNDS = {SIMULATED: 256, SPEC_DECODE: 128}  # each episode has one batch size
 LIVE_PLANS = "0,1/1/2,2/1/3,3/1/4,4/1/5"
-_VISITED_ROUNDS = 1024  # from which a table is made on live decoding
+_DISTILLED_ROUNDS = 1024  # of live decoding, from which a table is made
+_VERIFIED_STATES = 1000
 
 
-class World(NamedTuple):
-    """What an agent learns in."""
+class Task(NamedTuple):
+    """The environment of an agent.
 
-    task: str  # id of the environment
-    env: VectorEnv[Any, Any, Any]  # one environment or many, reset in the step that ends an episode
-    plans: tuple[Plan, ...]  # in the order of the actions
-    allowed: NDArray[np.bool_]  # [n], plans that can be run at every batch size
-    paused_timer: Callable[[], AbstractContextManager[None]] | None  # on live decoding: time not charged to the chooser
-    hyperparameters: dict[str, Any]  # of the agent, for this task
+    Attributes:
+        name: id of the environment.
+        env: one environment or many, reset in the step that ends an episode.
+        plans: in the order of the actions.
+        allowed: [n] bool, plans that can run at every batch size.
+        paused_timer: on live decoding, a context whose time is not charged to the agent.
+        hyperparameters: of the agent, for this environment.
+    """
+
+    name: str
+    env: VectorEnv[Any, Any, Any]
+    plans: tuple[Plan, ...]
+    allowed: NDArray[np.bool_]
+    paused_timer: Callable[[], AbstractContextManager[None]] | None
+    hyperparameters: dict[str, Any]
 
 
-def simulated_world(
+def simulated_task(
     agent: AgentConfig, *, profile: str, batch_sizes: Sequence[int], plans: str | None, reward: str
-) -> World:
-    """Many simulated environments on one profile; by default with the plans of the agent's policy or the profile."""
+) -> Task:
+    """Make many simulated environments on one profile; by default with the plans of the policy or the profile."""
     hyperparameters = agent.read_hyperparameters(SIMULATED)
     env = SimulatedVectorEnv(
         int(hyperparameters.get("n_envs", 1)),
@@ -57,17 +67,13 @@ def simulated_world(
         autoreset_mode=AutoresetMode.SAME_STEP,
         stagger=True,
     )
-    return World(SIMULATED, env, env.plans, env.action_masks()[0], None, hyperparameters)
+    return Task(SIMULATED, env, env.plans, env.action_masks()[0], None, hyperparameters)
 
 
-def live_world(agent: AgentConfig, *, engine: EngineConfig, plans: str | None, **settings: Any) -> World:
-    """One environment on live decoding; by default with the plans of the agent's policy, or `LIVE_PLANS`.
+def live_task(agent: AgentConfig, *, engine: EngineConfig, plans: str | None, **settings: Any) -> Task:
+    """Make one environment on live decoding; by default with the plans of the agent's policy, or `LIVE_PLANS`.
 
-    Args:
-        agent: settings of the agent.
-        engine: where it decodes.
-        plans: on offer, separated by commas.
-        **settings: of the environment (`specrl.envs.spec_decode.SpecDecodeEnv`).
+    `settings` are arguments of `specrl.envs.spec_decode.SpecDecodeEnv`.
     """
     hyperparameters = agent.read_hyperparameters(SPEC_DECODE)
     env = SpecDecodeEnv(
@@ -77,99 +83,97 @@ def live_world(agent: AgentConfig, *, engine: EngineConfig, plans: str | None, *
         max_rounds=EPISODE_ROUNDS[SPEC_DECODE],
         **settings,
     )
-    return World(SPEC_DECODE, as_vector(env), env.plans, env.action_masks(), env.off_the_clock, hyperparameters)
+    return Task(SPEC_DECODE, as_vector(env), env.plans, env.action_masks(), env.off_the_clock, hyperparameters)
 
 
 def as_vector(env: SpecDecodeEnv) -> VectorEnv[Any, Any, Any]:
-    """One live environment as a vector of one, reset in the step that ends an episode."""
+    """Make a vector of one environment, which is reset in the step that ends an episode."""
     return SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def train_policy(
-    agent: AgentConfig,
-    world: World,
+    config: AgentConfig,
+    task: Task,
     *,
     batch_sizes: Sequence[int],
     profile: str | None = None,
     seed: int = 0,
     directory: OutputDir | None = None,
 ) -> Agent:
-    """Train an agent, print the plans that it chooses, and write the policy.
+    """Train an agent, print the plans that it chooses, and write the policy to `directory` if there is one.
 
     Args:
-        agent: its settings.
-        world: to learn in; it is closed.
+        task: the environment; it is closed.
         batch_sizes: of the episodes.
-        profile: on which the policy is compared with the best plans; None: it is not compared.
+        profile: simulated to compare the policy with the best plans; None: it is not compared.
         seed: of weights, exploration and the comparison.
-        directory: where the policy is written; None: nowhere.
 
     Raises:
         ValueError: plans that the algorithm cannot handle, or a policy that does not fit.
     """
     from specrl.agents.rl.sb3_vector import RLTrainingLog
 
-    if agent.algo != "maskable_ppo" and not world.allowed.all():
-        able = ",".join(str(plan) for plan, can in zip(world.plans, world.allowed, strict=True) if can)
+    if config.algo != "maskable_ppo" and not task.allowed.all():
+        able = ",".join(str(plan) for plan, can in zip(task.plans, task.allowed, strict=True) if can)
         raise ValueError(
-            f"plans must be valid at every batch size for {agent.algo}, which has no action masks; set plans to "
+            f"plans must be valid at every batch size for {config.algo}, which has no action masks; set plans to "
             f"{able}, or agent.algo to maskable_ppo"
         )
-    hyper = world.hyperparameters
-    learning = make_agent(agent.algo, world.env, hyper, plans=world.plans, allowed=world.allowed.tolist(), seed=seed)
-    if agent.policy is not None:
-        learning.load(agent.policy)
-    curve = RLTrainingLog(agent.seconds, world.paused_timer)
-    learning.model.learn(agent.n_timesteps or int(hyper["n_timesteps"]), callback=curve)
-    chooser, compared = learning.chooser(), None
+    hyper = task.hyperparameters
+    agent = make_agent(config.algo, task.env, hyper, plans=task.plans, allowed=task.allowed.tolist(), seed=seed)
+    if config.policy is not None:
+        agent.load(config.policy)
+    curve = RLTrainingLog(config.seconds, task.paused_timer)
+    agent.model.learn(config.n_timesteps or int(hyper["n_timesteps"]), callback=curve)
+    chooser, compared = agent.chooser(), None
     if profile is None:
-        found = distill(*_visit(world.env, chooser), world.plans)
+        distilled = distill(*_run_policy(task.env, chooser), task.plans)
     else:
         compared = report(chooser, load_profile(profile), batch_sizes, seed=seed + 1)
-        found = compared.distilled
-    world.env.close()
-    _show(found, compared)
+        distilled = compared.distilled
+    task.env.close()
+    _show(distilled, compared)
     if directory is not None:
-        served = tabulate(chooser, max(batch_sizes)) if chooser.network.is_table else found.table
-        learning.save(directory.path)
-        directory.write_json(PLANS, {"plans": served.state_dict()})
-        _verify(directory.path, learning, served, max(batch_sizes))
+        plans = tabulate(chooser, max(batch_sizes)) if chooser.network.is_table else distilled.table
+        agent.save(directory.path)
+        directory.write_json(PLANS, {"plans": plans.state_dict()})
+        _verify(directory.path, agent, plans, max(batch_sizes))
         directory.write_csv("curve.csv", curve.rows)
-        results: dict[str, Any] = {"algorithm": agent.algo, "task": world.task, "seconds": curve.seconds}
-        results |= {"timesteps": learning.model.num_timesteps, "environment": environment()}
+        results: dict[str, Any] = {"algorithm": config.algo, "task": task.name, "seconds": curve.seconds}
+        results |= {"timesteps": agent.model.num_timesteps, "environment": environment()}
         if compared is not None:
             results |= {"share_of_best": compared.share, "share_by_batch_size": compared.by_batch_size}
             results |= {"share_of_table": compared.table_share, "best": compared.best.state_dict()}
-        results |= {"plans": served.state_dict(), "agreement": found.agreement, "states": found.states}
+        results |= {"plans": plans.state_dict(), "agreement": distilled.agreement, "states": distilled.states}
         directory.write_json("results.json", results)
         show(f"written: {directory.path}")
-    return learning
+    return agent
 
 
-def _show(found: Distilled, compared: Report | None) -> None:
+def _show(distilled: Distilled, compared: Report | None) -> None:
     rows: list[dict[str, object]] = []
-    for size in found.by_batch_size:
-        row: dict[str, object] = {"batch size": size, "plan": str(found.table.best(size))}
+    for size in distilled.by_batch_size:
+        row: dict[str, object] = {"batch size": size, "plan": str(distilled.table.best(size))}
         if compared is not None:
             row |= {"best": str(compared.best.best(size)), "share of best": compared.by_batch_size[size]}
         rows.append(row)
     if compared is not None:
-        show(
-            f"{compared.share:.1%} of the speed of the best plans in simulation; as a table {compared.table_share:.1%}"
-        )
-    show(table(rows), f"{found.agreement:.1%} of its choices are those of this table, in {found.states:,} states")
+        share, table_share = compared.share, compared.table_share
+        show(f"{share:.1%} of the speed of the best plans in simulation; as a table {table_share:.1%}")
+    agreement, states = distilled.agreement, distilled.states
+    show(table(rows), f"{agreement:.1%} of its choices are those of this table, in {states:,} states")
 
 
 def _plans_of(policy: Path | None) -> str | None:
     return None if policy is None else ",".join(map(str, load_chooser(policy).plans))
 
 
-def _visit(env: VectorEnv[Any, Any, Any], chooser: NetworkChooser) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Batch sizes and choices, [S] int64 each, of rounds in which a policy chooses the plans."""
+def _run_policy(env: VectorEnv[Any, Any, Any], chooser: NetworkChooser) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Run a policy; return batch sizes and actions, [S] int64 each."""
     vectors, _ = env.reset()
     state = chooser.network.start(len(vectors))
     sizes, choices = [], []
-    for _ in range(_VISITED_ROUNDS):
+    for _ in range(_DISTILLED_ROUNDS):
         actions, state = chooser.act(vectors, state)
         sizes.append(np.rint(2.0 ** (10.0 * vectors[:, 0])).astype(np.int64))
         choices.append(actions)
@@ -177,21 +181,21 @@ def _visit(env: VectorEnv[Any, Any, Any], chooser: NetworkChooser) -> tuple[NDAr
     return np.concatenate(sizes), np.concatenate(choices)
 
 
-def _verify(directory: Path, agent: Agent, served: PlanTable, max_batch_size: int) -> None:
-    """Read back what was written, and compare the choices of policy and table in 1,000 random states.
+def _verify(directory: Path, agent: Agent, plans: PlanTable, max_batch_size: int) -> None:
+    """Read the written files, and compare the choices of policy and table in random states.
 
     Raises:
         ValueError: they differ from what was written, or a policy that sees only the batch size from its table.
     """
     rng, space = np.random.default_rng(0), agent.model.observation_space
     low, high = (getattr(space, name) for name in ("low", "high"))
-    vectors = rng.uniform(low, high, size=(1000, len(low))).astype(np.float32)
-    sizes = rng.integers(1, max_batch_size, size=1000, endpoint=True)
+    vectors = rng.uniform(low, high, size=(_VERIFIED_STATES, len(low))).astype(np.float32)
+    sizes = rng.integers(1, max_batch_size, size=_VERIFIED_STATES, endpoint=True)
     vectors[:, 0] = np.log2(sizes) / 10.0
-    own, saved, table = agent.chooser(), load_chooser(directory), PlanTable(dict(read_plans(directory / PLANS)))
-    actions, again = (c.act(vectors, c.network.start(1000))[0] for c in (own, saved))
-    same = table.state_dict() == served.state_dict() and (again == actions).all()
-    if own.network.is_table:
-        same = same and [own.plans[action] for action in actions] == [table.best(size) for size in sizes.tolist()]
+    trained, saved, table = agent.chooser(), load_chooser(directory), PlanTable(dict(read_plans(directory / PLANS)))
+    expected, actions = (c.act(vectors, c.network.start(_VERIFIED_STATES))[0] for c in (trained, saved))
+    same = table.state_dict() == plans.state_dict() and (actions == expected).all()
+    if trained.network.is_table:
+        same = same and [trained.plans[a] for a in actions] == [table.best(size) for size in sizes.tolist()]
     if not same:
         raise ValueError(f"policy and plans must choose as before they were written, but {directory} differs; check it")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from specrl.agents.draft.gate import Gate
 from specrl.agents.draft.learner import LearnerConfig, OnlineLearner
 from specrl.core.batch_schedule import parse_traffic
+from specrl.core.checks import require
 from specrl.core.interfaces import Engine, Workload
 from specrl.core.plain_cost import PlainCost
 from specrl.core.plan import Plan
@@ -25,7 +26,7 @@ from specrl.training.loop import OnlineLoop
 from specrl.training.trace_files import pack, unpack
 
 if TYPE_CHECKING:
-    from specrl.training.logger import Reporter
+    from specrl.training.logger import TrainingLogger
 
 HOLDOUT_FRACTION = 0.125  # of requests for a gate, unless the config has one
 KIND = "online"  # of checkpoints
@@ -33,15 +34,21 @@ KIND = "online"  # of checkpoints
 
 @dataclass(slots=True)
 class Run:
-    """A training run: its loop and the rest of its state."""
+    """A training run: its loop and the rest of its state.
+
+    Attributes:
+        draft: the draft that it started from.
+        seconds_before: seconds of the runs that this one continues.
+        log, decisions: the rows of log.csv and of gate.csv.
+    """
 
     loop: OnlineLoop
     target: str
-    draft: Draft  # that it started from
+    draft: Draft
     learner: OnlineLearner | None
-    seconds_before: float = 0.0  # of the runs that this one continues
-    log: list[dict[str, object]] = field(default_factory=list)  # the rows of log.csv
-    decisions: list[dict[str, object]] = field(default_factory=list)  # the rows of gate.csv
+    seconds_before: float = 0.0
+    log: list[dict[str, object]] = field(default_factory=list)
+    decisions: list[dict[str, object]] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -57,51 +64,44 @@ class Run:
         seed: int,
         resume: Path | None = None,
     ) -> Run:
-        """Build a run, from its settings or from a checkpoint.
+        """Build a run of `engine`, which serves `draft` on `model`, with all of its state from the checkpoint `resume`.
 
-        Args:
-            engine: serves `draft` with the plans of `serving`.
-            model, target: the target and its name.
-            draft: the draft to start from.
-            workload: the requests.
-            serving: how they are served.
-            learner: how the draft learns; None: it does not change.
-            seed: of everything random.
-            resume: directory of the checkpoint to continue; None: a new run.
+        The draft does not change if `learner` is None. `target` is the name of the model.
 
         Raises:
             ValueError: an argument out of range, or a checkpoint of another run.
         """
         chooser, baseline = serving.make_chooser(seed), PlainCost()
         gated = serving.deploy == "better"
-        learns = None
+        online_learner = None
         if learner is not None:
             if gated and not learner.holdout_fraction:
                 learner = replace(learner, holdout_fraction=HOLDOUT_FRACTION)
-            learns = OnlineLearner(draft, model.embedding, learner, seed=seed, clock=engine.clock, gated=gated)
+            online_learner = OnlineLearner(draft, model.embedding, learner, seed=seed, clock=engine.clock, gated=gated)
         state: dict[str, Any] = {}
         if resume is not None:
             checkpoint = load_checkpoint(resume, KIND)
             state = checkpoint.state
             if state["target"] != target:
                 raise ValueError(f"the checkpoint's target must be resumed, {state['target']!r}, but got {target!r}")
-            if learns is not None:
-                _restore_learner(learns, checkpoint, serving)
+            if online_learner is not None:
+                _restore_learner(online_learner, checkpoint, serving)
             chooser.load_state_dict(state["chooser"])
             baseline.load_state_dict(state["baseline"])
         decisions = state.get("decisions", [])
         deploy = None
-        if learns is not None and gated:
+        if online_learner is not None and gated:
             steps = max(1, *(plan.num_steps for plan in chooser.plans))
             gate = Gate(draft.config, model.embedding, num_steps=steps, least_gain=0.0, seed=seed)
-            deploy = DeployIfBetter(engine, learns, gate, chooser.plans, seed=seed, on_decision=decisions.append)
+            on_decision = decisions.append
+            deploy = DeployIfBetter(engine, online_learner, gate, chooser.plans, seed=seed, on_decision=on_decision)
             if state:
                 deploy.load_state_dict(state["deploy"])
         loop = OnlineLoop(
             engine,
             workload,
             chooser,
-            learns,
+            online_learner,
             parse_traffic(serving.batch_schedule),
             sync_every=serving.weight_sync_interval,
             seed=seed,
@@ -109,7 +109,7 @@ class Run:
             deploy=deploy,
             state=state.get("loop"),
         )
-        return cls(loop, target, draft, learns, state.get("seconds", 0.0), state.get("log", []), decisions)
+        return cls(loop, target, draft, online_learner, state.get("seconds", 0.0), state.get("log", []), decisions)
 
     @property
     def served(self) -> int:
@@ -124,34 +124,30 @@ class Run:
         return self.draft if self.learner is None else Draft(self.draft.config, self.learner.weights()[1])
 
     def save(self, directory: Path, *, seconds: float = 0.0, replay: bool = False) -> None:
-        """Write a checkpoint, atomically; the loop's session must have ended.
+        """Write directory/checkpoint, atomically, with the sequences to learn from if `replay` is set.
 
-        Args:
-            directory: the directory in which checkpoint/ is written.
-            seconds: of the run so far, including the runs that it continues.
-            replay: keep the sequences to learn from too; without them a resumed run collects new ones.
+        The loop's session must have ended. `seconds` include the runs that this one continues.
         """
         loop, learner = self.loop, self.learner
-        kept, held_out = ([*learner.replay], [*learner.held_out]) if learner is not None and replay else ([], [])
-        sequences, notes = pack([*kept, *held_out])
+        sequences = [] if learner is None or not replay else [*learner.replay, *learner.held_out]
+        tensors, notes = pack(sequences)
         state = {
             "target": self.target,
-            "served": self.served,
             "seconds": seconds,
             "learner": None if learner is None else learner.state_dict(),
-            "deploy": {"policy": "always"} if loop.deploy is None else loop.deploy.state_dict(),
+            "deploy": None if loop.deploy is None else loop.deploy.state_dict(),
             "chooser": loop.chooser.state_dict(),
             "baseline": loop.baseline.state_dict(),
             "loop": loop.state_dict(),
             "replay": notes,
-            "held_out": len(held_out),
+            "held_out": len(learner.held_out) if learner is not None and replay else 0,
             "log": self.log,
             "decisions": self.decisions,
         }
-        save_checkpoint(directory / "checkpoint", KIND, Checkpoint(state, self.draft.target_ids, sequences))
+        save_checkpoint(directory / "checkpoint", KIND, Checkpoint(state, self.draft.target_ids, tensors))
 
     def table(self) -> dict[int, Plan]:
-        """The best plan now at every batch size that was served, where the chooser knows one."""
+        """Return the best plan now at every batch size that was served, where the chooser knows one."""
         best = {batch: self.loop.chooser.best(batch) for batch in sorted(self.loop.recent)}
         return {batch: plan for batch, plan in best.items() if plan is not None}
 
@@ -172,16 +168,12 @@ def write_results(
         directory.write_json("learner.json", asdict(config))
 
 
-def serve(report: Reporter, serving: ServingConfig, checkpoint: CheckpointConfig) -> None:
-    """Serve until enough requests have finished or the time is over, with a checkpoint at the end.
+def serve(logger: TrainingLogger, serving: ServingConfig, checkpoint: CheckpointConfig) -> None:
+    """Serve the run of a logger until `serving.requests` or `serving.max_seconds`, with a checkpoint at the end.
 
-    Args:
-        report: the run, its directory, and its log.
-        serving: `requests` to finish, including those before a resumption, or `max_seconds` of this call, which is
-            checked after each round.
-        checkpoint: when to write checkpoints.
+    The requests include those before a resumption, the seconds do not. They are checked after each round.
     """
-    run, clock = report.run, report.run.loop.engine.clock
+    run, clock = logger.run, logger.run.loop.engine.clock
     deadline = clock.now() + (math.inf if serving.max_seconds is None else serving.max_seconds)
     saved, done = run.served, run.served >= serving.requests
     while not done:
@@ -190,23 +182,21 @@ def serve(report: Reporter, serving: ServingConfig, checkpoint: CheckpointConfig
         if done or run.served - saved >= checkpoint.interval:
             saved = run.served
             run.loop.end_session()
-            report.line()
-            run.save(report.directory.path, seconds=report.seconds, replay=checkpoint.keep_replay_buffer)
+            logger.log()
+            run.save(logger.directory.path, seconds=logger.seconds, replay=checkpoint.keep_replay_buffer)
             if not done:
                 run.loop.start_session()
         else:
-            report.maybe()
-    report.last()
+            logger.log_if_due()
+    logger.finish()
 
 
 def _restore_learner(learner: OnlineLearner, checkpoint: Checkpoint, serving: ServingConfig) -> None:
     state = checkpoint.state
     if state["learner"] is None:
         raise ValueError("the checkpoint was made without learning, so --learn must be false, but got true")
-    if state["deploy"]["policy"] != serving.deploy:
-        raise ValueError(
-            f"serving.deploy must be the checkpoint's, {state['deploy']['policy']!r}, but got {serving.deploy!r}"
-        )
+    deploy = "always" if state["deploy"] is None else "better"
+    require(serving.deploy == deploy, "serving.deploy", f"the checkpoint's, {deploy!r}", serving.deploy)
     learner.load_state_dict(state["learner"])
     sequences = [unpack(i, checkpoint.replay, note) for i, note in enumerate(state["replay"])]
     first_held_out = len(sequences) - state["held_out"]

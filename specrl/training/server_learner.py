@@ -1,7 +1,7 @@
-"""Learns a draft from the traffic of an SGLang server that others use: traces come from its plugin, weights go by swap.
+"""Learns a draft from the requests of an SGLang server: traces come from its plugin, and weights are hot-swapped.
 
-The server never waits for the learner, and does not notice if the learner dies. If the server dies, what was learned is
-on disk, and a resumed run first swaps it into the new server.
+The server never waits for the learner and continues without it. If the server ends, a resumed run first swaps the
+learned weights into the new server.
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ from specrl.core.round import Trace
 from specrl.io.output import OutputDir, show
 from specrl.models.draft import Draft
 from specrl.models.target import Target
-from specrl.sglang.client.hot_swap import Swap, push
+from specrl.sglang.client.hot_swap import push
 from specrl.sglang.client.http import Client, ServerError, ServerGone
 from specrl.sglang.client.trace_subscriber import MAX_WAITING, Subscriber
 from specrl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
-API_KEY = "SPECRL_API_KEY"  # in the environment, as others can read command lines
+API_KEY = "SPECRL_API_KEY"  # in the environment, because other users can read command lines
 _KIND = "server"
-_ROUNDS = 400  # that the accept length is the mean of
-_WAIT_S, _SILENCE_S = 0.5, 10.0  # for traces; without any, before the server is asked whether it is there
+_RECENT = 400  # rounds of the mean accept length, and swaps of the longest pause
+_POLL_S, _SILENCE_S = (
+    0.5,
+    10.0,
+)  # between polls; without traces, until the server is polled
+_METRICS = ("alpha_1", "loss", "staleness", "skipped", "held")
 
 
 class ServerLearner:
     """Learns from a server's traces, and swaps the new weights in.
 
     Args:
-        target: the target that the server serves.
-        draft: the draft that the server was started with.
-        config: configuration of the learner.
-        url: URL of the server. Its API key, if it needs one, is read from SPECRL_API_KEY.
+        target, draft: the models that the server was started with.
+        config, seed: of the learner.
+        url: of the server. Its API key, if it needs one, is read from SPECRL_API_KEY.
         traces: socket of the server's plugin (SPECRL_TRACES=unix:PATH), on this machine.
         sync_every: finished requests between two updates.
-        seed: of the learner.
         resume: checkpoint of an earlier run to continue.
 
     Attributes:
-        requests: finished requests, those before a resumption included.
+        requests: finished requests, including those before a resumption.
         version: version of the weights that serve.
 
     Raises:
@@ -67,45 +69,41 @@ class ServerLearner:
         seed: int = 0,
         resume: Path | None = None,
     ) -> None:
-        self.clock = WallClock()
-        self.draft, self._url, self._sync_every = draft, url, sync_every
+        self.clock, self.draft = WallClock(), draft
         self.learner = OnlineLearner(draft, target.embedding, config, seed=seed, clock=self.clock)
         self.requests, self.version = 0, -1
-        self._swaps: deque[Swap] = deque(maxlen=_ROUNDS)
+        self._url, self._sync_every, self._api_key = url, sync_every, os.environ.get(API_KEY)
         self._metrics: Mapping[str, float] = {}
-        self._accepted: deque[int] = deque(maxlen=_ROUNDS)
+        self._pauses_s: deque[float] = deque(maxlen=_RECENT)
+        self._accept_lengths: deque[int] = deque(maxlen=_RECENT)
         self._unlearned: list[Trace] = []
-        self._finished = 0  # requests that finished in them
         if resume is not None:
             state = load_checkpoint(resume, _KIND).state
             self.learner.load_state_dict(state["learner"])
             self.requests = int(state["requests"])
-        self._api_key = os.environ.get(API_KEY)
         self._client = Client(url, api_key=self._api_key, timeout_s=10.0)
         self._swap()
-        self._reader = self._connect(traces)
-        self._heard_s = self.clock.now()
+        self._subscriber = self._connect(traces)
+        self._heard_at = self.clock.now()
 
     @property
     def accept_length(self) -> float:
         """Mean tokens per request and round over the last 400 rounds that drafted; nan before the first."""
-        return float(np.mean(self._accepted)) if self._accepted else math.nan
+        return float(np.mean(self._accept_lengths)) if self._accept_lengths else math.nan
 
     def step(self) -> None:
-        """Take the traces that have come; learn and swap every `sync_every` requests.
+        """Read the traces that have arrived; learn and swap every `sync_every` requests.
 
         Raises:
-            OSError: the server has gone or does not answer, or another client takes its traces.
+            OSError: the server has gone or does not answer, or another client reads its traces.
         """
-        traces = self._take()
-        self._accepted += [int((t.path >= 0).sum()) for t in traces if t.plan is not None and t.plan.num_steps]
+        traces = self._read()
+        self._accept_lengths += [int((t.path >= 0).sum()) for t in traces if t.plan is not None and t.plan.num_steps]
         self._unlearned += traces
-        finished = sum(len(trace.finished) for trace in traces)
-        self.requests += finished
-        self._finished += finished
-        if self._finished >= self._sync_every:
+        self.requests += sum(len(trace.finished) for trace in traces)
+        if sum(len(trace.finished) for trace in self._unlearned) >= self._sync_every:
             self._metrics = self.learner.learn(self._unlearned)
-            self._unlearned, self._finished = [], 0
+            self._unlearned = []
             self._swap()
 
     def save(self, directory: Path) -> None:
@@ -114,50 +112,50 @@ class ServerLearner:
         save_checkpoint(directory / "checkpoint", _KIND, Checkpoint(state))
 
     def row(self) -> dict[str, Any]:
-        """A line of log.csv."""
-        names = ("alpha_1", "loss", "staleness", "skipped", "held")
+        """Return a row of log.csv."""
         return {
             "requests": self.requests,
             "draft_version": self.version,
             "accept_length": self.accept_length,
-            "swap_pause_s": max((swap.pause_s for swap in self._swaps), default=math.nan),
-            "dropped": self._reader.dropped,
-            "incomplete": self._reader.incomplete,
-            **{name: self._metrics[name] for name in names if name in self._metrics},
+            "swap_pause_s": max(self._pauses_s, default=math.nan),
+            "dropped": self._subscriber.dropped,
+            "incomplete": self._subscriber.incomplete,
+            **{name: self._metrics[name] for name in _METRICS if name in self._metrics},
         }
 
     def close(self) -> None:
-        """Disconnect; the server keeps the draft that it has."""
-        self._reader.close()
+        """Disconnect; the server continues with its present draft."""
+        self._subscriber.close()
 
     def _swap(self) -> None:
         version, weights = self.learner.weights()
         if version != self.version:
-            self._swaps.append(push(self._url, weights, version=version, like=self.draft, api_key=self._api_key))
+            swap = push(self._url, weights, version=version, like=self.draft, api_key=self._api_key)
+            self._pauses_s.append(swap.pause_s)
             self.version = version
 
-    def _take(self) -> list[Trace]:
+    def _read(self) -> list[Trace]:
         try:
-            traces = self._reader.received(_WAIT_S)
-            if traces:
-                self._heard_s = self.clock.now()
-            elif self.clock.now() - self._heard_s > _SILENCE_S:
-                self._client.get("/server_info")  # perhaps it has no requests
-                self._heard_s = self.clock.now()
+            traces = self._subscriber.received(_POLL_S)
+            if not traces and self.clock.now() - self._heard_at > _SILENCE_S:
+                self._client.get("/server_info")  # raises an error unless the server is only idle
+            elif not traces:
+                return []
         except ServerGone as error:
             raise OSError(
                 f"the server {self._url} must run, but is gone ({error}); start it again and go on with --resume"
             ) from error
+        self._heard_at = self.clock.now()
         return traces
 
     def _connect(self, traces: Path) -> Subscriber:
-        """Connect to the traces, as soon as the server's plugin listens."""
+        """Connect to the traces as soon as the server's plugin listens."""
         while True:
             try:
                 return Subscriber(traces, max_waiting=MAX_WAITING)
             except ServerError:
                 self._client.get("/server_info")  # raises an error if the server has gone too
-            Event().wait(_WAIT_S)
+            Event().wait(_POLL_S)
 
 
 def learn_from_server(
@@ -169,41 +167,34 @@ def learn_from_server(
     every_s: float = 10.0,
     print_line: Callable[[str], None] = show,
 ) -> None:
-    """Learn until so many requests have finished; checkpoints are written on the way, at the end, and on errors.
+    """Learn until `requests` have finished, including those before a resumption, and close the learner.
 
-    Args:
-        learner: closed at the end.
-        directory: for checkpoint/, draft/ and log.csv.
-        requests: finished requests in all, those before a resumption included.
-        checkpoint_every: requests between two checkpoints.
-        every_s: seconds between two lines of output.
-        print_line: prints a line.
+    Writes a row of log.csv every `every_s` seconds, and a checkpoint every `checkpoint_every` requests, at the end and
+    on errors. At the end it writes draft/.
     """
     clock = learner.clock
-    began = last = clock.now()
+    began = logged_at = clock.now()
     saved, rows = learner.requests, list[dict[str, Any]]()
 
-    def report() -> None:
+    def log() -> None:
         row = {"seconds": round(clock.now() - began, 1), **learner.row()}
         rows.append(row)
         directory.write_csv("log.csv", rows)
-        print_line(
-            f"{row['seconds']:5.0f} s  {row['requests']:5d} requests  draft {row['draft_version']}  accept length "
-            f"{row['accept_length']:.2f}"
-        )
+        text = f"{row['seconds']:5.0f} s  {row['requests']:5d} requests  draft {row['draft_version']}"
+        print_line(f"{text}  accept length {row['accept_length']:.2f}")
 
     try:
         while learner.requests < requests:
             learner.step()
-            if clock.now() - last >= every_s:
-                last = clock.now()
-                report()
+            if clock.now() - logged_at >= every_s:
+                logged_at = clock.now()
+                log()
             if learner.requests - saved >= checkpoint_every:
                 saved = learner.requests
                 learner.save(directory.path)
     finally:  # also if the server has gone
         learner.save(directory.path)
-        report()
+        log()
         learner.close()
     Draft(learner.draft.config, learner.learner.weights()[1]).save(directory.path / "draft")
     print_line(f"written: {directory.path}")
