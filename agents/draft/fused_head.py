@@ -1,7 +1,7 @@
-"""The draft's head and its losses, without the logits of more than a block of slots in memory.
+"""The draft's head and its losses, with the logits of one block of slots at a time in memory.
 
-The logits of a block are computed, replaced by the gradient of the loss in pieces that fit into the cache, and
-multiplied into the gradients of the states and of the head.
+The logits of a block are replaced by the gradient of the loss, piece by piece, and multiplied into the gradients of the
+states and of the head.
 """
 
 from __future__ import annotations
@@ -23,16 +23,24 @@ PIECE = 1 << 20  # numbers of one piece in float32: 4 MiB, about a processor's c
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The target's distributions at M slots, on the draft's vocabulary: p = mass · softmax(logits / temperature)."""
+    """The target's distributions at M slots, on the draft's vocabulary: p = mass · softmax(logits / temperature).
 
-    logits: Tensor  # [M, Vd], as in the traces
-    mass: Tensor  # [M, 1] float32, the target's probability of the draft's vocabulary
-    temperature: Tensor  # [M, 1] float32, above 0
-    tokens: Tensor  # [M] int64, the next token as a draft id; -1: not in the draft's vocabulary, or not known
-    top_k: int | None = None  # keep the most likely tokens only
+    Attributes:
+        logits: [M, Vd], as in the traces.
+        mass: [M, 1] float32, the target's probability of the draft's vocabulary.
+        temperature: [M, 1] float32, above 0.
+        tokens: [M] int64, the next token as a draft id; -1: not in the draft's vocabulary, or not known.
+        top_k: number of most likely tokens to which p is restricted; None: all.
+    """
+
+    logits: Tensor
+    mass: Tensor
+    temperature: Tensor
+    tokens: Tensor
+    top_k: int | None = None
 
     def p(self, slots: Tensor) -> Tensor:
-        """p [n, Vd] float32 at `slots [n]`, computed when it is needed."""
+        """Compute p [n, Vd] float32 at `slots [n]`."""
         scores = self.logits.index_select(0, slots).float().div_(self.temperature[slots])
         p = torch.softmax(scores, -1).mul_(self.mass[slots])
         return p if self.top_k is None else top_k_of(p, self.top_k)
@@ -45,43 +53,35 @@ def make_targets(
     target_ids: Tensor | None,
     top_k: int | None = None,
 ) -> Targets:
-    """Targets of several sequences, concatenated.
+    """Concatenate the targets of several sequences, given logits [n, V] and a temperature for each.
 
     Args:
-        logits: [n, V] for each sequence.
-        temperatures: one for each sequence.
         next_tokens: [n] int64 target ids for each sequence, -1 where they are not known.
         target_ids: [Vd] int64, the target id of each draft id; None: they are the same.
-        top_k: see `Targets`.
     """
     temperature = torch.cat([torch.full((len(x), 1), float(t)) for x, t in zip(logits, temperatures, strict=True)])
     tokens = torch.cat(list(next_tokens))
     if target_ids is None:
-        kept, mass = logits[0] if len(logits) == 1 else torch.cat(list(logits)), torch.ones_like(temperature)
-    else:
-        draft_ids = torch.full((logits[0].shape[-1],), -1).scatter_(0, target_ids, torch.arange(len(target_ids)))
-        tokens = torch.where(tokens >= 0, draft_ids[tokens.clamp_min(0)], tokens)
-        parts = [x.index_select(-1, target_ids) for x in logits]
-        triples = zip(logits, parts, temperatures, strict=True)
-        mass = torch.cat([(_log_norm(y, t) - _log_norm(x, t)).exp_() for x, y, t in triples])
-        kept = torch.cat(parts)
-        kept[mass[:, 0] == 0] = 0.0  # any finite distribution; its mass is 0
-    return Targets(kept, mass, temperature, tokens, top_k)
+        joined = logits[0] if len(logits) == 1 else torch.cat(list(logits))
+        return Targets(joined, torch.ones_like(temperature), temperature, tokens, top_k)
+    draft_ids = torch.full((logits[0].shape[-1],), -1).scatter_(0, target_ids, torch.arange(len(target_ids)))
+    tokens = torch.where(tokens >= 0, draft_ids[tokens.clamp_min(0)], tokens)
+    parts = [x.index_select(-1, target_ids) for x in logits]
+    triples = zip(logits, parts, temperatures, strict=True)
+    mass = torch.cat([(_log_norm(y, t) - _log_norm(x, t)).exp_() for x, y, t in triples])
+    joined = torch.cat(parts)
+    joined[mass[:, 0] == 0] = 0.0  # any finite distribution; its mass is 0
+    return Targets(joined, mass, temperature, tokens, top_k)
 
 
 def _log_norm(logits: Tensor, temperature: float) -> Tensor:
-    """log Σ exp(logits / temperature) in float32: [n, V] -> [n, 1]."""
+    """Return log Σ exp(logits / temperature) in float32: [n, V] -> [n, 1]."""
     parts = logits.split(max(1, PIECE // logits.shape[-1]))
     return torch.cat([(part.float() / temperature).logsumexp(-1, keepdim=True) for part in parts])
 
 
 class FusedHead:
-    """The draft's head and the sum of its losses, from which `backward` differentiates the rest of the draft.
-
-    Args:
-        weight: [Vd, H] float32, the parameter.
-        dtype: of the products.
-    """
+    """The draft's head, `weight` [Vd, H] float32, with products in `dtype`, and the sum of its losses."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.cast = weight.to(dtype)  # with gradients
@@ -96,7 +96,7 @@ class FusedHead:
     def add_token_losses(
         self, rows: Tensor, targets: Targets, slots: Tensor, mixture: Mixture, weight: float
     ) -> Tensor:
-        """Add weight · Σ_n loss(softmax(rows · headᵀ / temperature), p); returns the mean α [].
+        """Add weight · Σ_n loss(softmax(rows · headᵀ / temperature), p); return the mean α [].
 
         Args:
             rows: [N, H] states, N at least 1.
@@ -129,7 +129,7 @@ class FusedHead:
         self._outputs.append((loss, None))
 
     def backward(self) -> float:
-        """Add the gradients of all losses to those of the parameters; returns the sum of the losses."""
+        """Add the gradients of all losses to those of the parameters of the draft; return the sum of the losses."""
         outputs, grads = zip(*self._outputs, strict=True)
         torch.autograd.backward(list(outputs), list(grads))
         self._weight.grad = self._grad if self._weight.grad is None else self._weight.grad.add_(self._grad)
@@ -137,7 +137,7 @@ class FusedHead:
 
 
 def _token_losses(scores: Tensor, p: Tensor, token: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
-    """Σ loss and Σ α of q = softmax(scores) [2], and the gradient of the former by `scores` [n, Vd]."""
+    """Return Σ loss and Σ α of q = softmax(scores) [2], and the gradient of the former by `scores` [n, Vd]."""
     if mixture.slot == {"forward_kl": 1.0}:  # has the gradient q Σ p - p, which is computed in place
         q, mass = torch.softmax(scores, -1), p.sum(-1, keepdim=True)
         log_norm = scores.amax(-1, keepdim=True) - q.amax(-1, keepdim=True).log()
@@ -151,7 +151,7 @@ def _token_losses(scores: Tensor, p: Tensor, token: Tensor, mixture: Mixture) ->
 
 
 def _add_product(grad_head: Tensor, grad: Tensor, x: Tensor) -> None:
-    """grad_head += gradᵀ · x, without a second [Vd, H] if the dtypes differ."""
+    """Add gradᵀ · x to `grad_head`, without a second [Vd, H] if the dtypes differ."""
     if grad.dtype == grad_head.dtype:
         grad_head.addmm_(grad.t(), x)
         return
@@ -161,13 +161,10 @@ def _add_product(grad_head: Tensor, grad: Tensor, x: Tensor) -> None:
 
 
 def head_steps(rows: Tensor, head: Tensor, targets: Targets, slots: Tensor, make_step: MakeStep) -> Step:
-    """Each row as a step of a chain (see `losses.survival`), with gradients; the backward pass recomputes logits.
+    """Return each row as a step of a chain (see `losses.survival`); the backward pass recomputes the logits.
 
-    Args:
-        rows: [N, H].
-        head: [Vd, H] in the dtype of the products.
-        targets, slots: as in `FusedHead.add_token_losses`.
-        make_step: how drafts are proposed and accepted.
+    `rows` [N, H], `targets` and `slots` are those of `FusedHead.add_token_losses`; `head` [Vd, H] has the dtype of the
+    products.
     """
 
     def step(rows: Tensor, head: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,16 +2,15 @@
 
 Notation: p is the target's distribution, q the draft's, both at one temperature; α = Σ_v min(p_v, q_v) is the
 probability that a draft sampled from q is accepted (Leviathan et al., 2023, arXiv:2211.17192, corollary 3.6); P_k is
-the probability that the first k drafts are accepted. A loss of single tokens takes
+the probability that the first k drafts are accepted. A loss of single tokens returns [N] from
 
     logq  [N, Vd]  log q, over the draft's vocabulary, with gradients
-    p     [N, Vd]  p on the same tokens, not normalised again: its sum is the mass in the draft's vocabulary
+    p     [N, Vd]  p on the same tokens, not normalised: its sum is the mass in the draft's vocabulary
     token [N]      int64, the next token as a draft id; -1: not in the draft's vocabulary
 
-and returns [N]. **Mass outside the draft's vocabulary**, where q is 0: total variation, LK and accept length count it
-as rejected. KL(p‖q) would be infinite, so its sum is over the draft's vocabulary only, as if p were normalised there
-and the token weighted by the mass inside; the cross-entropy of the next token is its one-sample form and ignores such
-tokens. KL(q‖p) with p normalised again or not differs by a constant.
+q is 0 outside the draft's vocabulary. Total variation, LK and accept length count the mass of p there as rejected.
+KL(p‖q) would be infinite, so its sum is over the draft's vocabulary only; `next_token`, its one-sample form, ignores
+other tokens. KL(q‖p) changes only by a constant if p is normalised.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specrl.core.checks import require, require_known
 from specrl.core.interfaces import PlanCost
 
 _FLOOR = 1e-8  # of p inside a logarithm: an impossible token costs 18 nats, not infinity
@@ -30,7 +30,7 @@ _TINY = 1e-30  # lower bound of α inside a logarithm, and of divisors
 
 
 def acceptance(q: Tensor, p: Tensor) -> Tensor:
-    """α = Σ_v min(p_v, q_v): q, p [N, Vd] -> [N]."""
+    """Return α = Σ_v min(p_v, q_v) [N] of q, p [N, Vd]."""
     return torch.minimum(p, q).sum(-1)
 
 
@@ -71,7 +71,7 @@ class Mixture(NamedTuple):
     chain: dict[str, float]
 
     def __call__(self, logq: Tensor, p: Tensor, token: Tensor) -> Tensor:
-        """The weighted sum of the losses of single tokens: [N]."""
+        """Return the weighted sum of the losses of single tokens: [N]."""
         return torch.stack([w * SLOT_LOSSES[name](logq, p, token) for name, w in self.slot.items()]).sum(0)
 
 
@@ -84,32 +84,35 @@ def parse_loss(text: str) -> Mixture:
     mixture = Mixture({}, {})
     for part in text.split("+"):
         name, colon, number = (piece.strip() for piece in part.partition(":"))
-        if name not in SLOT_LOSSES and name not in CHAIN_LOSSES:
-            known = ", ".join([*SLOT_LOSSES, *CHAIN_LOSSES])
-            raise ValueError(f"learner.loss must be one of {known}, or a mixture such as 'lk:0.3+…', but got {text!r}")
+        require_known("learner.loss", name, [*SLOT_LOSSES, *CHAIN_LOSSES], ", or a mixture such as 'lk:0.3+…'")
         try:
             weight = float(number) if colon else 1.0
         except ValueError:
             weight = math.nan
         weights = mixture.slot if name in SLOT_LOSSES else mixture.chain
-        if not 0.0 < weight < math.inf or name in weights:
-            raise ValueError(f"each loss must appear once and have a finite weight above 0, but got {text!r}")
+        valid = 0.0 < weight < math.inf and name not in weights
+        require(valid, "learner.loss", "losses that appear once, with finite weights above 0", text)
         weights[name] = weight
     return mixture
 
 
 def top_k_of(p: Tensor, k: int) -> Tensor:
-    """The k most likely tokens of p [N, Vd], normalised, the rest 0: the target after a rejected draft."""
+    """Normalise the k most likely tokens of p [N, Vd], and set the others to 0."""
     best = p.topk(min(k, p.shape[-1]), -1)
-    kept = torch.zeros_like(p).scatter_(-1, best.indices, best.values)
-    return kept / kept.sum(-1, keepdim=True).clamp_min(_TINY)
+    truncated = torch.zeros_like(p).scatter_(-1, best.indices, best.values)
+    return truncated / truncated.sum(-1, keepdim=True).clamp_min(_TINY)
 
 
 class Step(NamedTuple):
-    """One draft of a chain along the target's own tokens; both fields have one shape and values in [0, 1]."""
+    """One draft of a chain along the target's own tokens; both fields have one shape and values in [0, 1].
 
-    matched: Tensor  # probability that the target's next token was drafted and accepted
-    accepted: Tensor  # probability that the draft is accepted, whatever it is
+    Attributes:
+        matched: probability that the target's next token was drafted and accepted.
+        accepted: probability that the draft is accepted, whatever it is.
+    """
+
+    matched: Tensor
+    accepted: Tensor
 
 
 MakeStep = Callable[[Tensor, Tensor, Tensor], Step]
@@ -117,19 +120,19 @@ MakeStep = Callable[[Tensor, Tensor, Tensor], Step]
 
 
 def sampled_step(q: Tensor, p: Tensor, token: Tensor) -> Step:
-    """A draft sampled from q, with rejection sampling: min(1, q(x) / p(x)) and α, exactly."""
-    at = token.clamp_min(0)[:, None]
-    ours, theirs = q.gather(-1, at)[:, 0], p.gather(-1, at)[:, 0]
-    can = (token >= 0) & (theirs > _TINY)  # the token may come from another temperature, where p is 0
-    matched = (ours / torch.where(can, theirs, 1.0)).clamp_max(1.0) * can
+    """Return the step of a draft sampled from q, with rejection sampling: min(1, q(x) / p(x)) and α, exactly."""
+    index = token.clamp_min(0)[:, None]
+    q_token, p_token = q.gather(-1, index)[:, 0], p.gather(-1, index)[:, 0]
+    possible = (token >= 0) & (p_token > _TINY)  # the token may come from another temperature, where p is 0
+    matched = (q_token / torch.where(possible, p_token, 1.0)).clamp_max(1.0) * possible
     return Step(matched, acceptance(q, p))
 
 
 def greedy_step(q: Tensor, p: Tensor, token: Tensor, sharpness: float = math.inf) -> Step:
-    """The draft's most likely token d, accepted if the target chooses it: 1[x = d] and p(d) at infinite sharpness.
+    """Return the step of the draft's most likely token d, accepted if the target chooses it: 1[x = d] and p(d).
 
-    A finite sharpness β gives a differentiable surrogate: a draft sampled from s = q^β / Σ q^β and accepted if the
-    target chooses it, s(x) and Σ s p. It converges to the values of d as β grows.
+    A finite sharpness β gives a differentiable surrogate that converges to these values: a draft sampled from
+    s = q^β / Σ q^β and accepted if the target chooses it, s(x) and Σ s p.
     """
     if sharpness == math.inf:
         s = torch.zeros_like(q).scatter_(-1, q.argmax(-1, keepdim=True), 1.0)
@@ -139,7 +142,7 @@ def greedy_step(q: Tensor, p: Tensor, token: Tensor, sharpness: float = math.inf
 
 
 def survival(steps: Sequence[Step], starts: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums over starting slots of estimates of P_k, and the number of estimates: [B, K] and [B, K].
+    """Return the sums over starting slots of estimates of P_k, and the number of estimates: [B, K] and [B, K].
 
     P_k = Σ_x Π_{i≤k} min(p_i, q_i)(x_i) = E_{x~p}[Π_{i<k} min(1, q_i(x_i) / p_i(x_i)) · α_k]. Draft i of the chain
     that starts at slot s is step i - 1 of the training-time test at slot s + i - 1. The mean is unbiased if the tokens
@@ -147,9 +150,9 @@ def survival(steps: Sequence[Step], starts: Tensor, inside: Tensor) -> tuple[Ten
     q = (.9, .1), α_2 = (1, 0) it is .3, but P_2 is .5.
 
     Args:
-        steps: of step 0 .. K - 1 of the training-time test, each [B, T].
+        steps: steps 0 .. K - 1 of the training-time test, each [B, T].
         starts: [B, T] bool, slots where a chain may start: their next token was sampled from p.
-        inside: [B, T] bool, slots that are not padding; padding is on the right.
+        inside: [B, T] bool, not padding; padding is on the right.
     """
     reach, valid = starts.to(steps[0].accepted.dtype), starts & inside
     sums, counts = [], []
@@ -163,12 +166,12 @@ def survival(steps: Sequence[Step], starts: Tensor, inside: Tensor) -> tuple[Ten
 
 
 def accept_length(survived: Tensor, num_steps: int) -> Tensor:
-    """E[τ] = 1 + Σ_{k ≤ num_steps} P_k of `survived [K]`; P_k is 0 beyond K."""
+    """Return E[τ] = 1 + Σ_{k ≤ num_steps} P_k of `survived [K]`; P_k is 0 beyond K."""
     return 1.0 + survived[:num_steps].sum()
 
 
 def seconds_saved(survived: Tensor, costs: Sequence[PlanCost], *, speedup: float = 1.0) -> Tensor:
-    """Σ_B share · (t0(B) · E[τ] - λ · T(B, plan)) ÷ Σ_B share · t0(B): plain decoding steps saved per round.
+    """Return Σ_B share · (t0(B) · E[τ] - λ · T(B, plan)) ÷ Σ_B share · t0(B): plain decoding steps saved per round.
 
     Each batch size runs the plan with the largest term. T does not depend on the draft's weights, so by the envelope
     theorem the gradient is that of this plan's E[τ]; it is zero if the plan is 0, as for an untrained draft. Start with
@@ -177,18 +180,17 @@ def seconds_saved(survived: Tensor, costs: Sequence[PlanCost], *, speedup: float
 
     Args:
         survived: [K], P_k.
-        costs: of the plans at each batch size, which has the sum of the shares of its plans.
+        costs: of the plans at each batch size; its share is the sum of the shares of its plans.
         speedup: λ.
 
     Raises:
         ValueError: no costs, or none with a share.
     """
-    whole = sum(cost.share * cost.plain_s for cost in costs)
-    if not whole > 0:
-        raise ValueError(f"costs must hold a plan with a share above 0, but got {list(costs)}")
+    plain_s = sum(cost.share * cost.plain_s for cost in costs)
+    require(plain_s > 0, "costs", "those of a plan with a share above 0", list(costs))
     total = torch.zeros((), dtype=survived.dtype)
     for batch in dict.fromkeys(cost.batch_size for cost in costs):
-        here = [cost for cost in costs if cost.batch_size == batch]
-        saved = [cost.plain_s * accept_length(survived, cost.num_steps) - speedup * cost.round_s for cost in here]
-        total = total + sum(cost.share for cost in here) * torch.stack(saved).max()
-    return total / whole
+        of_batch = [cost for cost in costs if cost.batch_size == batch]
+        saved = [cost.plain_s * accept_length(survived, cost.num_steps) - speedup * cost.round_s for cost in of_batch]
+        total = total + sum(cost.share for cost in of_batch) * torch.stack(saved).max()
+    return total / plain_s
