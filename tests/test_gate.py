@@ -156,18 +156,18 @@ def test_words_in_the_wrong_order_never_pass() -> None:
 
 
 def test_a_better_candidate_passes_even_where_a_gain_must_be_proven() -> None:
-    verdict = gate(least_gain=0.0).compare(tiny_draft(5).tensors, tiny_draft().tensors, sequences())
+    verdict = gate(min_gain=0.0).compare(tiny_draft(5).tensors, tiny_draft().tensors, sequences())
     assert verdict.passed and not verdict.harmful
     assert verdict.interval is not None and verdict.interval.low > 0
     assert str(verdict).startswith("passed: accept length 1.") and str(verdict).endswith("above 0")
-    back = gate(least_gain=0.0).compare(tiny_draft().tensors, tiny_draft(5).tensors, sequences())
+    back = gate(min_gain=0.0).compare(tiny_draft().tensors, tiny_draft(5).tensors, sequences())
     assert not back.passed and back.harmful
 
 
 def test_the_serving_draft_itself_passes_unless_a_gain_must_be_proven() -> None:
     same = dict(tiny_draft().tensors)
     assert gate().compare(tiny_draft().tensors, same, sequences()).passed
-    proven = gate(least_gain=0.0).compare(tiny_draft().tensors, same, sequences())
+    proven = gate(min_gain=0.0).compare(tiny_draft().tensors, same, sequences())
     assert not proven.passed and not proven.harmful
 
 

@@ -63,7 +63,7 @@ class Lane:
         self.engine = engine or LocalEngine(target, draft, max_context=32, clock=Ticking())
         self.learner = learner(draft, target.embedding, LearnerConfig(**{**QUICK, **changes}), gated=True)
         self.decisions: list[dict[str, Any]] = []
-        gate = Gate(draft.config, target.embedding, least_gain=0.0)
+        gate = Gate(draft.config, target.embedding, min_gain=0.0)
         chooser = FixedPlan(PLAN)
         self.deploy = DeployIfBetter(self.engine, self.learner, gate, chooser.plans, on_decision=self.decisions.append)
         self.loop = OnlineLoop(self.engine, Drawn(), chooser, self.learner, [Phase(16)], deploy=self.deploy)
@@ -167,7 +167,7 @@ def test_in_a_trial_both_drafts_run_the_same_plans_and_the_chooser_sees_one() ->
     chooser = AdaptiveChooser([Plan(0), Plan(2), Plan(3)], seed=0)
     chooser.learn = lambda done: seen.append(done.draft_version)  # type: ignore[method-assign]
     chooser.choose = lambda observation: Plan(0)  # type: ignore[method-assign]
-    gate = Gate(new().config, tiny_target().embedding, least_gain=0.0)
+    gate = Gate(new().config, tiny_target().embedding, min_gain=0.0)
     deploy = DeployIfBetter(lane.engine, lane.learner, gate, chooser.plans)
     loop = OnlineLoop(lane.engine, Drawn(), chooser, lane.learner, [Phase(16)], deploy=deploy)
     tried: list[Round] = []  # all other rounds have plan 0

@@ -20,8 +20,7 @@ class DraftActor:
     """A draft that turns observations into drafts.
 
     Args:
-        draft: its weights.
-        target: the target, whose embedding it shares.
+        draft, target: its weights, and the model whose embedding it shares.
         rows, num_steps: B and K of the environment.
         max_context: largest number of tokens of a request.
         temperature: of sampling drafts; 0: the most likely tokens.
@@ -46,7 +45,7 @@ class DraftActor:
         self._generator = torch.Generator(target.device).manual_seed(seed)
 
     def load(self, weights: Mapping[str, Tensor], *, version: int) -> None:
-        """Use these weights from now on (SGLang's names); the cache is kept."""
+        """Use these weights from now on, by SGLang's names; the cache does not change."""
         self.serving.load(weights, version=version)
 
     @torch.inference_mode()
@@ -78,31 +77,31 @@ class DraftActor:
         """
         device, steps = self.serving.device, self._num_steps if num_steps is None else num_steps
         live = int(observation["live"].sum())
-        counts = observation["mask"][:live].sum(1).astype(np.int64)  # [b]
+        counts = observation["mask"][:live].sum(1).astype(np.int64)  # [b], new tokens
         width, first = int(counts.max()), observation["positions"][:live, 0] - 1
         slots = torch.from_numpy(first[:, None] + np.arange(width)).to(device)  # padding is overwritten later
         tokens = torch.from_numpy(observation["tokens"][:live, :width]).clamp(min=0).to(device)
         hidden = self._fuse(observation["features"][:live, :width])
         hidden = self.serving.decode(tokens, hidden, self._cache, slots, length=int(first.max()) + width)
-        at = torch.from_numpy(counts).to(device)
-        state, free = hidden[torch.arange(live, device=device), at - 1], slots[:, 0] + at  # [b, H], [b]
-        drafted = torch.full((self._rows, self._num_steps), -1)
+        new = torch.from_numpy(counts).to(device)
+        state, next_slots = hidden[torch.arange(live, device=device), new - 1], slots[:, 0] + new  # [b, H], [b]
+        drafts = torch.full((self._rows, self._num_steps), -1)
         probabilities = torch.zeros(self._rows, self._num_steps, self._vocab_size)
         length = int((first + counts).max())
         for step in range(steps):
             q = self._distribution(state)
-            chosen = self._sample(q) if draw is None else torch.from_numpy(draw(q.cpu())).to(device)
-            drafted[:live, step], probabilities[:live, step] = chosen.cpu(), q.cpu()
+            tokens = self._sample(q) if draw is None else torch.from_numpy(draw(q.cpu())).to(device)
+            drafts[:live, step], probabilities[:live, step] = tokens.cpu(), q.cpu()
             if step + 1 < steps:
-                slots, length = free[:, None] + step, length + 1
-                state = self.serving.decode(chosen[:, None], state[:, None], self._cache, slots, length=length)[:, 0]
-        return drafted, probabilities
+                slots, length = next_slots[:, None] + step, length + 1
+                state = self.serving.decode(tokens[:, None], state[:, None], self._cache, slots, length=length)[:, 0]
+        return drafts, probabilities
 
     def _fuse(self, features: NDArray[np.float32]) -> Tensor:
         return self.serving.fuse(torch.from_numpy(features).to(self.serving.device, self.serving.dtype))
 
     def _distribution(self, state: Tensor) -> Tensor:
-        """q [b, V]: zero outside the draft's vocabulary, one-hot at temperature 0."""
+        """Return q [b, V]: zero outside the draft's vocabulary, one-hot at temperature 0."""
         logits, ids = self.serving.logits(state), self.serving.target_ids
         if self._temperature:
             q = torch.softmax(logits / self._temperature, -1)

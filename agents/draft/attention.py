@@ -14,10 +14,10 @@ _SCORES = 1 << 22  # numbers in the scores of a block of slots: 8 MiB in bfloat1
 
 
 def attend(queries: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Attention of pass k = len(past) - 1: the true slots up to t - k, and slot t - k + j of each pass j >= 1.
+    """Compute the attention of pass k = len(past) - 1 to slots 0 .. t - k of pass 0 and slot t - k + j of pass j >= 1.
 
-    Long sequences are computed in blocks of slots, whose scores the backward pass computes again. So the memory grows
-    with T and not with its square.
+    Long sequences are computed in blocks of slots, whose scores the backward pass recomputes: memory grows with T, not
+    with its square.
 
     Args:
         queries: [B, heads, T, D] of pass k.
@@ -29,10 +29,10 @@ def attend(queries: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
     batch, heads, slots, _ = queries.shape
     k, length = len(past) - 1, slots - len(past) + 1
     queries = queries[:, :, k:]
-    keys, values = (x[:, :, :length] for x in past[0])  # slot t of pass k is in step with slot t - k of pass 0
-    own = [past[j][i][:, :, j : j + length] for i in range(2) for j in range(1, k + 1)]
+    keys, values = (x[:, :, :length] for x in past[0])  # slot t of pass k is aligned with slot t - k of pass 0
+    later = [past[j][i][:, :, j : j + length] for i in range(2) for j in range(1, k + 1)]
     if length <= _WHOLE_UP_TO:
-        out = _attend_rows(queries, keys, values, *own)
+        out = _attend_rows(queries, keys, values, *later)
     else:
         size = max(1, _SCORES // (batch * heads * length))
         wide = torch.promote_types(keys.dtype, torch.float32)
@@ -41,27 +41,27 @@ def attend(queries: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
         parts = []
         for start in range(0, length, size):
             stop = min(start + size, length)
-            here, *own_here = (x[:, :, start:stop] for x in (queries, *own))
-            parts.append(recomputed(here, keys[:, :, :stop], values[:, :, :stop], *own_here))
+            block, *later_block = (x[:, :, start:stop] for x in (queries, *later))
+            parts.append(recomputed(block, keys[:, :, :stop], values[:, :, :stop], *later_block))
         out = torch.cat(parts, 2)
     return F.pad(out, (0, 0, k, 0)) if k else out
 
 
-def _attend_rows(queries: Tensor, keys: Tensor, values: Tensor, *own: Tensor) -> Tensor:
-    """Attention of n consecutive slots to the m slots of pass 0 up to the last of them, and to their own later slots.
+def _attend_rows(queries: Tensor, keys: Tensor, values: Tensor, *later: Tensor) -> Tensor:
+    """Compute the attention of n consecutive slots to m slots of pass 0, and to the aligned slots of later passes.
 
-    queries [B, heads, n, D]; keys and values [B, Hk, m, D]; own: [B, Hk, n, D] keys of each later pass, then values.
+    queries [B, heads, n, D]; keys and values [B, Hk, m, D]; later: [B, Hk, n, D] keys of each later pass, then values.
     """
-    dtype, rows, columns, count = queries.dtype, queries.shape[2], keys.shape[2], len(own) // 2
+    dtype, rows, columns, count = queries.dtype, queries.shape[2], keys.shape[2], len(later) // 2
     queries = (queries * queries.shape[-1] ** -0.5).unflatten(1, (keys.shape[1], -1))  # [B, Hk, group, n, D]
     group = queries.shape[2]
     scores = queries.flatten(2, 3) @ keys.to(dtype).mT  # [B, Hk, group * n, m]
     ahead = torch.ones(rows, columns, dtype=torch.bool, device=queries.device).triu(columns - rows + 1)
     scores.masked_fill_(ahead.repeat(group, 1), float("-inf"))
-    dots = [(queries * key[:, :, None]).sum(-1, keepdim=True).flatten(2, 3).to(scores.dtype) for key in own[:count]]
+    dots = [(queries * key[:, :, None]).sum(-1, keepdim=True).flatten(2, 3).to(scores.dtype) for key in later[:count]]
     weights = torch.softmax(torch.cat([scores, *dots], -1) if dots else scores, -1).to(dtype)
     out = weights[..., :columns].contiguous() @ values.to(dtype)  # the product is slow if its input is not contiguous
-    for j, value in enumerate(own[count:]):
+    for j, value in enumerate(later[count:]):
         share = weights[..., columns + j, None].unflatten(2, (group, rows))
         out = out + (share * value[:, :, None]).flatten(2, 3)
     return out.view(queries.shape[0], -1, rows, queries.shape[-1])

@@ -23,21 +23,13 @@ PIECE = 1 << 20  # numbers of one piece in float32: 4 MiB, about a processor's c
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The target's distributions at M slots, on the draft's vocabulary: p = mass · softmax(logits / temperature).
+    """The target's distributions at M slots, on the draft's vocabulary: p = mass · softmax(logits / temperature)."""
 
-    Attributes:
-        logits: [M, Vd], as in the traces.
-        mass: [M, 1] float32, the target's probability of the draft's vocabulary.
-        temperature: [M, 1] float32, above 0.
-        tokens: [M] int64, the next token as a draft id; -1: not in the draft's vocabulary, or not known.
-        top_k: number of most likely tokens to which p is restricted; None: all.
-    """
-
-    logits: Tensor
-    mass: Tensor
-    temperature: Tensor
-    tokens: Tensor
-    top_k: int | None = None
+    logits: Tensor  # [M, Vd], as in the traces
+    mass: Tensor  # [M, 1] float32, the target's probability of the draft's vocabulary
+    temperature: Tensor  # [M, 1] float32, above 0
+    tokens: Tensor  # [M] int64, the next token as a draft id; -1: not in the draft's vocabulary, or not known
+    top_k: int | None = None  # number of most likely tokens to which p is restricted; None: all
 
     def p(self, slots: Tensor) -> Tensor:
         """Compute p [n, Vd] float32 at `slots [n]`."""

@@ -104,15 +104,10 @@ def top_k_of(p: Tensor, k: int) -> Tensor:
 
 
 class Step(NamedTuple):
-    """One draft of a chain along the target's own tokens; both fields have one shape and values in [0, 1].
+    """One draft of a chain along the target's own tokens; both fields have one shape and values in [0, 1]."""
 
-    Attributes:
-        matched: probability that the target's next token was drafted and accepted.
-        accepted: probability that the draft is accepted, whatever it is.
-    """
-
-    matched: Tensor
-    accepted: Tensor
+    matched: Tensor  # probability that the target's next token was drafted and accepted
+    accepted: Tensor  # probability that the draft is accepted, whatever it is
 
 
 MakeStep = Callable[[Tensor, Tensor, Tensor], Step]

@@ -1,4 +1,4 @@
-"""The gradient of a draft's loss on a batch of sequences: the training-time test, without whole logits in memory."""
+"""The gradient of a draft's loss on a batch of sequences, by the training-time test."""
 
 from __future__ import annotations
 
@@ -26,12 +26,9 @@ _AFTER_REJECTION = losses.Mixture({"forward_kl": 1.0}, {})
 
 
 class Objective:
-    """The loss that a learner minimises.
+    """The loss of a learner for drafts of the shape and vocabulary of `draft`.
 
-    Args:
-        draft: its shape and vocabulary are used.
-        embedding: [V, H] the target's, on the device of the computation.
-        config: the loss, its weights, temperature and dtype (of the products).
+    `embedding` [V, H] is the target's, on the device of the computation.
     """
 
     def __init__(self, draft: Draft, embedding: Tensor, config: LearnerConfig) -> None:
@@ -56,7 +53,7 @@ class Objective:
         Returns:
             The loss, and alpha_k, the mean α of step k of the training-time test.
         """
-        with nullcontext() if self._device.type == "cpu" else self._device:  # of new tensors
+        with nullcontext() if self._device.type == "cpu" else self._device:  # device of new tensors
             fixed = self._config.temperature
             temperatures = [(s.temperature or 1.0) if fixed is None else fixed for s in sequences]
             batch = collate(sequences, temperatures, self._target_ids)
@@ -69,14 +66,14 @@ class Objective:
     def _add_losses(
         self, head: FusedHead, parameters: Mapping[str, Tensor], batch: Batch, rejected: _Rejected | None
     ) -> dict[str, float]:
-        """Add all losses to those of the head; returns the metrics."""
+        """Add all losses to those of the head; return the metrics."""
         c = self._config
-        index = torch.zeros(batch.inside.shape, dtype=torch.int64)  # of each slot in the targets
+        index = torch.zeros(batch.inside.shape, dtype=torch.int64)  # index of each slot in the targets
         index[batch.inside] = torch.arange(len(batch.targets.tokens))
         ttt_steps = min(c.ttt_steps, index.shape[1])
         embeddings, features = self._embedding[batch.tokens], batch.features.to(self.dtype)
-        other = None if rejected is None else self._embedding[rejected.tokens]
-        states = unroll(parameters, self._shape, embeddings, features, ttt_steps, other)
+        rejected_embeddings = None if rejected is None else self._embedding[rejected.tokens]
+        states = unroll(parameters, self._shape, embeddings, features, ttt_steps, rejected_embeddings)
         make_step = losses.sampled_step if c.draft_sampling == "sampled" else _SURROGATE_STEP
         metrics: dict[str, float] = {}
         steps: list[losses.Step] = []
@@ -100,9 +97,9 @@ class Objective:
         return metrics
 
     def _chain_loss(self, steps: list[losses.Step], batch: Batch) -> Tensor:
-        """Minus the accept length, or minus the plain decoding steps saved: []."""
-        chosen_by_target = torch.arange(batch.inside.shape[1]) + 2 >= batch.prompt_tokens  # the slot's next token
-        sums, counts = losses.survival(steps, batch.inside & chosen_by_target, batch.inside)
+        """Return minus the accept length, or minus the plain decoding steps saved: []."""
+        sampled = torch.arange(batch.inside.shape[1]) + 2 >= batch.prompt_tokens  # whether the target chose token t + 2
+        sums, counts = losses.survival(steps, batch.inside & sampled, batch.inside)
         survived, total = sums.sum(0) / counts.sum(0).clamp_min(1), torch.zeros(())
         for name, weight in self.mixture.chain.items():
             if name == "seconds_saved" and self._costs:
@@ -112,16 +109,17 @@ class Objective:
         return total
 
     def _rejected(self, sequences: list[TrainingSequence], temperatures: list[float]) -> _Rejected | None:
-        """The rejected drafts at slots 1 and later; None if there are none."""
+        """Return the rejected drafts at slots 1 and later; None if there are none."""
         tokens = torch.zeros(len(sequences), max(len(s.tokens) for s in sequences) - 1, dtype=torch.int64)
         inside = torch.zeros(tokens.shape, dtype=torch.bool)
         logits = []
         for b, sequence in enumerate(sequences):
             assert sequence.rejected is not None
             positions = sequence.rejected.positions
-            kept = (positions >= 1) & (positions < len(sequence.tokens) - 1)
-            tokens[b, positions[kept]], inside[b, positions[kept]] = sequence.rejected.tokens[kept], True
-            logits.append(sequence.rejected.logits[kept])
+            usable = (positions >= 1) & (positions < len(sequence.tokens) - 1)
+            slots = positions[usable]
+            tokens[b, slots], inside[b, slots] = sequence.rejected.tokens[usable], True
+            logits.append(sequence.rejected.logits[usable])
         if not inside.any():
             return None
         next_tokens = [torch.full((len(x),), -1) for x in logits]  # not known
@@ -149,7 +147,7 @@ class Batch:
 
 
 def collate(sequences: Sequence[TrainingSequence], temperatures: Sequence[float], target_ids: Tensor | None) -> Batch:
-    """Sequences of at least two tokens as a batch; other arguments as of `make_targets`. Logits are not padded."""
+    """Pad sequences of at least two tokens to a batch (`target_ids`: see `make_targets`). Logits are not padded."""
     next_tokens = [torch.nn.functional.pad(s.tokens[2:], (0, 1), value=-1) for s in sequences]  # the last is not known
     slots = torch.tensor([[len(s.tokens) - 1] for s in sequences])
     return Batch(

@@ -29,10 +29,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specrl.agents.draft.unroll import unroll
+from specrl.core.checks import require
 from specrl.models.draft import Draft
 
 
-class _Seen(NamedTuple):
+class _Request(NamedTuple):
     """A request so far: L tokens, and the features of slots 0 .. L - 2."""
 
     tokens: list[int]
@@ -40,16 +41,16 @@ class _Seen(NamedTuple):
 
 
 class _Tested(NamedTuple):
-    """A draft that was accepted, or the first of its chain that was not."""
+    """A draft that was accepted, or the first rejected one of its chain; `slot` predicts it."""
 
     request: int
-    slot: int  # that predicts it
+    slot: int
     draft_id: int
     advantage: float
 
 
 class Reinforce:
-    """Learns a draft by policy gradient from the rewards of an environment (see the module's text).
+    """Learns a draft by policy gradient from the rewards of an environment (see the module's docstring).
 
     Args:
         draft: the draft to start from.
@@ -58,7 +59,10 @@ class Reinforce:
         temperature: of sampling drafts, above 0.
         learning_rate: of Adam, above 0.
         max_grad_norm: gradients are clipped to this norm, above 0.
-        forget: share of the baseline's evidence that is left after another round, in [0, 1).
+        forget: factor of the baseline's weight per round, in [0, 1).
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     def __init__(
@@ -72,36 +76,37 @@ class Reinforce:
         max_grad_norm: float = 1.0,
         forget: float = 0.98,
     ) -> None:
-        given = {"K": num_steps, "temperature": temperature, "learning_rate": learning_rate, "norm": max_grad_norm}
-        if not (all(number > 0 for number in given.values()) and 0 <= forget < 1):
-            raise ValueError(f"all numbers must be above 0 and forget in [0, 1), but got {given} and {forget}")
+        numbers = {"num_steps": num_steps, "temperature": temperature, "learning_rate": learning_rate}
+        for name, number in {**numbers, "max_grad_norm": max_grad_norm}.items():
+            require(number > 0, name, "above 0", number)
+        require(0 <= forget < 1, "forget", "in [0, 1)", forget)
         self.config = draft.config
-        self._fixed = {name: t for name, t in draft.tensors.items() if name in ("d2t", "t2d")}
-        self.parameters = {n: t.clone().requires_grad_() for n, t in draft.tensors.items() if n not in self._fixed}
+        self._vocabulary_maps = {n: t for n, t in draft.tensors.items() if not t.is_floating_point()}
+        self.parameters = {n: t.clone().requires_grad_() for n, t in draft.tensors.items() if t.is_floating_point()}
         self.optimizer = torch.optim.Adam(list(self.parameters.values()), lr=learning_rate)
         self.version = 0
         self._embedding = embedding.detach().float().cpu()
         self._num_steps, self._temperature, self._max_grad_norm = num_steps, temperature, max_grad_norm
-        self._forget, self._means = forget, dict[int, tuple[float, float]]()  # reward and weight, by batch size
+        self._forget, self._baselines = forget, dict[int, tuple[float, float]]()  # mean and weight, by batch size
         ids = torch.arange(self.config.vocab_size) if draft.target_ids is None else draft.target_ids
         self._draft_id = {token: i for i, token in enumerate(ids.tolist())}
         self.begin()
 
     def begin(self) -> None:
-        """Forget the episode so far; request ids start again."""
-        self._seen: dict[int, _Seen] = {}
+        """Discard the episode so far; request ids start again."""
+        self._requests: dict[int, _Request] = {}
         self._tested: list[list[_Tested]] = [[] for _ in range(self._num_steps)]  # by step
         self._rounds = 0
 
     def see(self, observation: Mapping[str, Any], info: Mapping[str, Any]) -> None:
         """Read an observation, before acting on it."""
         for prefill in info["prefills"]:
-            self._seen[prefill.request_id] = _Seen(prefill.tokens.tolist(), list(prefill.features))
-        for row, request in enumerate(info["request_ids"].tolist()):
-            seen, count = self._seen[request], int(observation["mask"][row].sum())
-            at = int(observation["positions"][row, 0])
-            seen.tokens[at:] = observation["tokens"][row, :count].tolist()
-            seen.features[at - 1 :] = list(observation["features"][row, :count])
+            self._requests[prefill.request_id] = _Request(prefill.tokens.tolist(), list(prefill.features))
+        for row, request_id in enumerate(info["request_ids"].tolist()):
+            request, count = self._requests[request_id], int(observation["mask"][row].sum())
+            position = int(observation["positions"][row, 0])
+            request.tokens[position:] = observation["tokens"][row, :count].tolist()
+            request.features[position - 1 :] = list(observation["features"][row, :count])
 
     def record(
         self, request_ids: Iterable[int], drafted: Tensor, correct: Sequence[int], reward: float | NDArray[Any]
@@ -112,27 +117,26 @@ class Reinforce:
             request_ids: of the b requests with drafts.
             drafted: [>= b, K] int64, their drafts; -1: none.
             correct: [b], number of accepted drafts.
-            reward: of the round; or [b], one for each request, whose mean is the reward of the round. Use the latter if
-                each depends on the drafts of its own request only: the variance is smaller.
+            reward: of the round; or [b], one for each request, whose mean is the reward of the round. The variance is
+                smaller with the latter, if each depends on the drafts of its request only.
         """
         batch = len(correct)
-        mean, weight = self._means.get(batch, (0.0, 0.0))
+        mean, weight = self._baselines.get(batch, (0.0, 0.0))
         if weight:  # the first round at a batch size only sets the baseline
             self._rounds += 1
             advantages = np.broadcast_to(np.asarray(reward) - mean, batch) / (batch if np.ndim(reward) else 1)
             rows = zip(request_ids, drafted[:batch].tolist(), correct, advantages.tolist(), strict=True)
             for request, row, accepted, advantage in rows:
                 chain = [token for token in row if token >= 0][: int(accepted) + 1]
-                known = self._seen[request].tokens
+                tokens = self._requests[request].tokens
                 for k, token in enumerate(chain):
-                    slot = len(known) - 2 + k
-                    self._tested[k].append(_Tested(request, slot, self._draft_id[token], advantage))
-                known.extend(chain[: int(accepted)])  # observed again unless the request has ended
+                    self._tested[k].append(_Tested(request, len(tokens) - 2 + k, self._draft_id[token], advantage))
+                tokens.extend(chain[: int(accepted)])  # observed again unless the request has ended
         weight = self._forget * weight + 1.0
-        self._means[batch] = (mean + (float(np.mean(reward)) - mean) / weight, weight)
+        self._baselines[batch] = (mean + (float(np.mean(reward)) - mean) / weight, weight)
 
     def update(self) -> dict[str, float]:
-        """One optimiser step on the rounds since `begin`, which are then forgotten; metrics (updates 0: no step)."""
+        """Make one optimiser step on the rounds since `begin`, discard them, and return metrics (updates 0: none)."""
         metrics = dict.fromkeys(("drafts", "log_prob", "gradient_norm", "updates"), 0.0)
         if self._tested[0]:
             logp, advantages = self.log_probabilities()
@@ -148,15 +152,15 @@ class Reinforce:
         return metrics
 
     def log_probabilities(self) -> tuple[Tensor, Tensor]:
-        """log q_θ with gradients, and the advantage, of every tested draft since `begin`: [N] and [N] float32."""
+        """Return log q_θ with gradients, and the advantages, of the drafts tested since `begin`, [N] float32 each."""
         row = {request: i for i, request in enumerate(dict.fromkeys(t.request for t in self._tested[0]))}
-        length = max(len(self._seen[request].tokens) for request in row) - 1  # slots
+        length = max(len(self._requests[request].tokens) for request in row) - 1  # slots
         tokens = torch.zeros(len(row), length, dtype=torch.int64)
         features = torch.zeros(len(row), length, 3 * self.config.target_hidden_size)
-        for request, i in row.items():
-            seen = self._seen[request]
-            tokens[i, : len(seen.tokens) - 1] = torch.tensor(seen.tokens[1:])
-            features[i, : len(seen.features)] = torch.from_numpy(np.stack(seen.features))
+        for request_id, i in row.items():
+            request = self._requests[request_id]
+            tokens[i, : len(request.tokens) - 1] = torch.tensor(request.tokens[1:])
+            features[i, : len(request.features)] = torch.from_numpy(np.stack(request.features))
         passes = sum(len(tested) > 0 for tested in self._tested)
         states = unroll(self.parameters, self.config, self._embedding[tokens], features, passes)
         parts, advantages = [], []
@@ -168,5 +172,5 @@ class Reinforce:
         return torch.cat(parts), torch.tensor(advantages)
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:
-        """The version and a copy of the weights, by SGLang's names."""
-        return self.version, {name: t.detach().clone() for name, t in {**self.parameters, **self._fixed}.items()}
+        """Return the version and a copy of the weights, by SGLang's names."""
+        return self.version, {n: t.detach().clone() for n, t in {**self.parameters, **self._vocabulary_maps}.items()}

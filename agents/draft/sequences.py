@@ -35,7 +35,7 @@ class TrainingSequence:
     rejected: RejectedDrafts | None = None  # None: they were not kept
 
     def to(self, device: torch.device) -> TrainingSequence:
-        """The sequence on a device; copies to a GPU are asynchronous."""
+        """Copy the sequence to a device, asynchronously to a GPU."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=device.type == "cuda")
@@ -46,18 +46,18 @@ class TrainingSequence:
 
 
 @dataclass(slots=True)
-class _Open:
+class _PartialSequence:
     """A request that is being assembled."""
 
     tokens: list[Tensor] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     rejected: list[RejectedDrafts] = field(default_factory=list)
-    known: int = 0
+    length: int = 0
     prompt_tokens: int = 0
 
     def finish(self, temperature: float, version: int) -> TrainingSequence:
-        """The complete sequence."""
+        """Return the complete sequence."""
         tokens, features, logits = torch.cat(self.tokens).clone(), torch.cat(self.features), torch.cat(self.logits)
         rejected = RejectedDrafts(*map(torch.cat, zip(*self.rejected, strict=True))) if self.rejected else None
         return TrainingSequence(tokens, features, logits, temperature, version, self.prompt_tokens, rejected)
@@ -67,13 +67,15 @@ class Assembler:
     """Joins traces into sequences.
 
     A request is skipped if its traces do not start with its prefill, have a gap, or hold features or logits that are
-    not finite in `dtype` (logits of -inf, for impossible tokens, are allowed). `counts` holds the number of requests
-    that were 'skipped', 'passed_over' by sampling, and 'opted_out'.
+    not finite in `dtype` (logits of -inf, for impossible tokens, are allowed).
 
     Args:
-        dtype: dtype of the logits that are kept.
-        sample_rate, seed: share of requests to take, by a hash of their ids and the seed.
-        keep_rejected: also keep the first rejected draft at each position (the best one of a tree).
+        dtype: of the logits in the sequences.
+        sample_rate, seed: share of requests to use, by a hash of their ids and the seed.
+        keep_rejected: include the first rejected draft at each position (the best one of a tree).
+
+    Attributes:
+        counts: numbers of requests that were 'skipped', 'passed_over' by sampling, and 'opted_out'.
     """
 
     def __init__(
@@ -84,76 +86,76 @@ class Assembler:
         seed: int = 0,
         keep_rejected: bool = False,
     ) -> None:
-        self._open: dict[int, _Open | None] = {}  # None: left out, and counted
+        self._open: dict[int, _PartialSequence | None] = {}  # None: left out, and counted
         self._dtype, self._sample_rate, self._seed, self._keep_rejected = dtype, sample_rate, seed, keep_rejected
         self._opted_out: set[int] = set()
         self.counts = {"skipped": 0, "passed_over": 0, "opted_out": 0}
 
     @property
     def open(self) -> int:
-        """Requests that are being assembled."""
-        return sum(held is not None for held in self._open.values())
+        """Number of requests that are being assembled."""
+        return sum(partial is not None for partial in self._open.values())
 
     def opt_out(self, requests: Iterable[int]) -> None:
-        """Keep nothing of these requests, by id, whether or not they have started."""
+        """Use nothing of these requests, by id, whether or not they have started."""
         for request in requests:
             self._opted_out.add(request)
             if self._open.get(request) is not None:
                 self._leave_out(request, "opted_out")
 
     def forget(self) -> None:
-        """Forget unfinished requests: the session is over, and ids start again."""
+        """Discard unfinished requests: the session is over, and ids start again."""
         self._open.clear()
         self._opted_out.clear()
 
     def add(self, traces: Iterable[Trace]) -> list[TrainingSequence]:
-        """Add traces in the order of their rounds; returns the sequences of the requests that finished."""
+        """Add traces in the order of their rounds; return the sequences of the requests that finished."""
         finished = []
         for trace in traces:
             paths = trace.path.tolist()
             for b, request in enumerate(trace.request_ids.tolist()):
                 if request not in self._open or trace.plan is None:
                     self._begin(request)
-                held = self._open[request]
-                if held is not None and not self._extend(held, trace, b, [row for row in paths[b] if row >= 0]):
+                partial = self._open[request]
+                if partial is not None and not self._extend(partial, trace, b, [row for row in paths[b] if row >= 0]):
                     self._leave_out(request, "skipped")
                 if request in trace.finished:
-                    held = self._open.pop(request)
+                    partial = self._open.pop(request)
                     self._opted_out.discard(request)
-                    if held is not None:
-                        finished.append(held.finish(trace.temperatures[b], trace.draft_version))
+                    if partial is not None:
+                        finished.append(partial.finish(trace.temperatures[b], trace.draft_version))
         return finished
 
-    def _leave_out(self, request: int, why: str) -> None:
+    def _leave_out(self, request: int, reason: str) -> None:
         self._open[request] = None
-        self.counts[why] += 1
+        self.counts[reason] += 1
 
     def _begin(self, request: int) -> None:
-        self._open[request] = _Open()
+        self._open[request] = _PartialSequence()
         if request in self._opted_out:
             self._leave_out(request, "opted_out")
         elif self._sample_rate < 1.0 and uniform_hash(request, self._seed) >= self._sample_rate:
             self._leave_out(request, "passed_over")
 
-    def _extend(self, held: _Open, trace: Trace, b: int, rows: list[int]) -> bool:
-        """Add the accepted rows of request `b`; False: there is a gap before them, or they are not finite."""
+    def _extend(self, partial: _PartialSequence, trace: Trace, b: int, rows: list[int]) -> bool:
+        """Add the accepted rows of request `b`; return False if there is a gap before them or they are not finite."""
         index = torch.tensor(rows)
         features, logits = trace.features[b][index], trace.logits[b][index].to(self._dtype)
         finite = bool(torch.isfinite(features).all()) and bool(torch.isfinite(logits.amax(-1)).all())
-        if held.known != int(trace.positions[b]) or not finite:
+        if partial.length != int(trace.positions[b]) or not finite:
             return False
         if self._keep_rejected:
-            held.rejected.append(self._rejected(trace, b, rows, held.known))
-        held.tokens.append(trace.tokens[b][index])
-        held.features.append(features)
-        held.logits.append(logits)
-        held.known += len(rows)
+            partial.rejected.append(self._rejected(trace, b, rows, partial.length))
+        partial.tokens.append(trace.tokens[b][index])
+        partial.features.append(features)
+        partial.logits.append(logits)
+        partial.length += len(rows)
         if trace.plan is None:
-            held.prompt_tokens = held.known
+            partial.prompt_tokens = partial.length
         return True
 
     def _rejected(self, trace: Trace, b: int, path: list[int], start: int) -> RejectedDrafts:
-        """The first rejected child of each row on the path; none for a prefill."""
+        """Return the first rejected child of each row on the path; none for a prefill."""
         first: dict[int, int] = {}  # by depth
         if trace.plan is not None:
             for child, parent in enumerate(trace.parents[b].tolist()):
@@ -167,7 +169,7 @@ class Assembler:
 
 
 def uniform_hash(request: int, seed: int) -> float:
-    """A pseudo-random number in [0, 1) from both arguments (SplitMix64; Steele et al., 2014)."""
+    """Return a pseudo-random number in [0, 1) from both arguments (SplitMix64; Steele et al., 2014)."""
     x = (request + 1) * 0x9E3779B97F4A7C15 + seed * 0xD1342543DE82EF95
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         x = ((x ^ ((x % 2**64) >> shift)) * factor) % 2**64
@@ -178,8 +180,8 @@ class Replay(deque[TrainingSequence]):
     """A replay buffer of the most recent sequences; newer ones are drawn more often.
 
     Args:
-        capacity: sequences kept, at least 1; `extend` drops the oldest first, and counts them in `dropped`.
-        half_life: number of newer sequences that halves the probability of being drawn, above 0.
+        capacity: number of sequences, at least 1; `extend` drops the oldest first, and counts them in `dropped`.
+        half_life: number of newer sequences that halves the probability of drawing a sequence, above 0.
         seed: of the draws.
         stale_half_life: number of newer draft versions that halves it as well; None: versions do not count.
     """
@@ -197,17 +199,17 @@ class Replay(deque[TrainingSequence]):
             self.append(sequence)
 
     def draw(self, count: int, version: int = 0) -> list[TrainingSequence]:
-        """`count` sequences (fewer if fewer are held), without repeats, for a draft of this version."""
+        """Draw `count` sequences (fewer if there are fewer), without repeats, for a draft of this version."""
         size = len(self)
         weights = self._decay ** np.arange(size - 1, -1, -1.0)
         if self._stale_half_life is not None:
-            behind = version - np.array([s.draft_version for s in self], dtype=np.float64)
-            weights *= 0.5 ** ((behind - behind.min()) / self._stale_half_life)
-        picks = self._rng.choice(size, min(count, size), replace=False, p=weights / weights.sum())
-        return [self[i] for i in picks]
+            staleness = version - np.array([s.draft_version for s in self], dtype=np.float64)
+            weights *= 0.5 ** ((staleness - staleness.min()) / self._stale_half_life)
+        indices = self._rng.choice(size, min(count, size), replace=False, p=weights / weights.sum())
+        return [self[i] for i in indices]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state without sequences, JSON-able."""
+        """Return the state without sequences, JSON-able."""
         return {"rng": self._rng.bit_generator.state, "dropped": self.dropped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

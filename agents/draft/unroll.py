@@ -26,7 +26,7 @@ _RECOMPUTE_FROM = 1 << 22  # entries of the MLP's gate and up from which the bac
 
 
 class _RecomputedMLP(GatedMLP):
-    """A gated MLP that keeps less for the backward pass if it is large."""
+    """A gated MLP that stores less for the backward pass if it is large."""
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         wide = self.gate_up(x)
@@ -39,7 +39,7 @@ class _RecomputedMLP(GatedMLP):
 
 
 def _cast(weight: Tensor) -> Tensor:
-    """In the dtype of the products, once for all passes."""
+    """Cast to the dtype of the products, once for all passes."""
     kind = weight.device.type
     return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
 
@@ -52,16 +52,16 @@ def unroll(
     passes: int,
     other: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """The inputs of the draft's head at every slot, pass after pass.
+    """Compute the inputs of the draft's head at every slot, pass after pass.
 
     Args:
-        parameters: the draft's tensors by SGLang's names; those to be learnt require gradients.
+        parameters: the draft's tensors by SGLang's names; trained ones require gradients.
         config: the draft's shape.
-        embeddings: [B, T, H], the target's embedding of the token after each slot's own.
+        embeddings: [B, T, H], the target's embedding of the token that each slot reads.
         features: [B, T, 3H], the target's hidden states.
         passes: in [1, T].
-        other: [B, T, H], embeddings of other tokens, such as rejected ones. Adds one more pass at the end: pass 0 as if
-            slot t alone had read `other[t]`; its slot 0 is not meaningful.
+        other: [B, T, H], embeddings of other tokens, such as rejected ones. Adds a last pass: pass 0 as if only slot t
+            had read `other[t]`; its slot 0 is not meaningful.
 
     Yields:
         [B, T, H] of pass k; slots t < k are not meaningful.
@@ -83,26 +83,25 @@ def unroll(
         attended = attend(rotated[:, :, :heads].transpose(1, 2), past)  # [B, heads, T, D]
         return attended.transpose(1, 2).reshape(-1, heads * size)
 
-    at = "midlayer.self_attn."
-    query, key, value = (_cast(parameters[f"{at}{name}_proj.weight"]) for name in "qkv")
+    query, key, value = (_cast(parameters[f"midlayer.self_attn.{name}_proj.weight"]) for name in "qkv")
     weight = torch.cat([interleave(query, size), interleave(key, size), value])
-    of_token, of_state = weight.split(c.hidden_size, 1)
+    token_weight, state_weight = weight.split(c.hidden_size, 1)
     gate_up = torch.cat([_cast(parameters[f"midlayer.mlp.{name}_proj.weight"]) for name in ("gate", "up")])
     down = _cast(parameters["midlayer.mlp.down_proj.weight"])
     mlp = _RecomputedMLP(TrainableLinear(gate_up), TrainableLinear(down), c.intermediate_size)
     input_norm, hidden_norm = norm("midlayer.input_layernorm"), norm("midlayer.hidden_norm")
-    output = TrainableLinear(parameters[f"{at}o_proj.weight"])
+    output = TrainableLinear(parameters["midlayer.self_attn.o_proj.weight"])
 
-    def read(tokens: Tensor) -> Tensor:  # the tokens' part of queries, keys and values, the same in every pass
-        return F.linear(input_norm(tokens), of_token).flatten(0, 1)
+    def project(tokens: Tensor) -> Tensor:  # the tokens' part of queries, keys and values, the same in every pass
+        return F.linear(input_norm(tokens), token_weight).flatten(0, 1)
 
-    token_part, mlp_norm = read(embeddings), norm("midlayer.post_attention_layernorm")
-    layer = DecoderLayer(lambda normed: token_part + F.linear(normed, of_state), output, mlp, mlp_norm)
+    token_part, mlp_norm = project(embeddings), norm("midlayer.post_attention_layernorm")
+    layer = DecoderLayer(lambda normed: token_part + F.linear(normed, state_weight), output, mlp, mlp_norm)
     state = fused = F.linear(features, parameters["fc.weight"])
     for k in range(passes + (other is not None)):
         if k == passes:
             assert other is not None
-            state, token_part = fused, read(other)
+            state, token_part = fused, project(other)
             del past[1:]
         elif k:
             state = F.pad(state[:, :-1], (0, 0, 1, 0))

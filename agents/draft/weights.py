@@ -88,11 +88,7 @@ class LearnedWeights:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`; a state without good weights has the averages as good weights.
-
-        Raises:
-            ValueError: the state of another draft.
-        """
+        """Restore a `state_dict` of the same draft, with its averages as good weights if it has no others."""
         tensors: Mapping[str, Tensor] = state["tensors"]
         for name, parameter in self.parameters.items():
             saved = tensors.get(f"parameters.{name}")

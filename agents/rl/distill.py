@@ -15,17 +15,12 @@ from specrl.core.plan import Plan
 
 
 class Distilled(NamedTuple):
-    """A table, and how well it agrees with the policy.
-
-    Attributes:
-        agreement, by_batch_size: share of the states in which the policy chose the table's plan.
-        states: number of states.
-    """
+    """A table, and how well it agrees with the policy."""
 
     table: PlanTable
-    agreement: float
-    by_batch_size: dict[int, float]
-    states: int
+    agreement: float  # share of the states in which the policy chose the table's plan
+    by_batch_size: dict[int, float]  # the same for each batch size
+    states: int  # number of states
 
 
 def distill(batch_sizes: NDArray[np.int64], actions: NDArray[np.int64], plans: Sequence[Plan]) -> Distilled:
@@ -46,11 +41,7 @@ def distill(batch_sizes: NDArray[np.int64], actions: NDArray[np.int64], plans: S
 
 
 def tabulate(chooser: NetworkChooser, max_batch_size: int) -> PlanTable:
-    """Return the exact table of a policy that sees the batch size only, up to a batch size.
-
-    Raises:
-        ValueError: the policy sees more, or has an LSTM.
-    """
+    """Return the exact table, up to a batch size, of a policy that sees the batch size only (else a ValueError)."""
     network = chooser.network
     if not network.is_table:
         raise ValueError("a table's policy must see the batch size only; train it with 'observe: batch_size'")

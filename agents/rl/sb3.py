@@ -60,11 +60,7 @@ class AgentConfig:
         require(self.seconds is None or self.seconds > 0, "agent.seconds", "above 0", self.seconds)
 
     def read_hyperparameters(self, task: str) -> dict[str, Any]:
-        """Read the hyperparameters for the environment with the id `task`.
-
-        Raises:
-            ValueError: no such file, or nothing for this environment in it.
-        """
+        """Read the hyperparameters for the environment with the id `task`; a ValueError if the file has none."""
         path = self.hyperparameters or Path(__file__).parent / "hyperparameters" / f"{self.algo}.yaml"
         if not path.is_file():
             raise ValueError(f"hyperparameters must be a YAML file, but there is no {str(path)!r}")
@@ -76,22 +72,15 @@ class AgentConfig:
 
 @dataclass(frozen=True)
 class Agent:
-    """An agent of Stable-Baselines3 with the description of its policy; `model.learn(total_timesteps)` trains it.
-
-    Attributes:
-        algorithm: its name in `ALGORITHMS`.
-        plans, allowed: in the order of the actions, the plans, and whether each may be chosen.
-        activation: between the layers of its networks, 'tanh' or 'relu'.
-        visible: [D] float32, 1 for entries of an observation that it sees, else 0; None: it sees all.
-    """
+    """An agent of Stable-Baselines3 with the description of its policy; `model.learn(total_timesteps)` trains it."""
 
     model: BaseAlgorithm
-    algorithm: str
-    plans: tuple[Plan, ...]
-    allowed: tuple[bool, ...]
+    algorithm: str  # its name in `ALGORITHMS`
+    plans: tuple[Plan, ...]  # in the order of the actions
+    allowed: tuple[bool, ...]  # for each plan, whether it may be chosen
     hyperparameters: Mapping[str, Any]
-    activation: str
-    visible: NDArray[np.float32] | None
+    activation: str  # between the layers of its networks, 'tanh' or 'relu'
+    visible: NDArray[np.float32] | None  # [D], 1 for entries of an observation that it sees, else 0; None: it sees all
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of its policy by Stable-Baselines3's names, and the scale of observations."""
@@ -128,11 +117,7 @@ class Agent:
         (folder / saved.DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     def load(self, directory: str | Path) -> None:
-        """Continue from a saved policy of the same algorithm, plans and network.
-
-        Raises:
-            ValueError: there is no policy, or it has another algorithm, other plans or another network.
-        """
+        """Continue from a saved policy; raise a ValueError unless it has the same algorithm, plans and network."""
         from safetensors.torch import load_file
 
         description, tensors = saved.read_description(directory), load_file(Path(directory) / saved.WEIGHTS)

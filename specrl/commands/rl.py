@@ -28,9 +28,8 @@ def rl(
     curve.csv (speedup while learning) and results.json.
 
     With 'observe: batch_size' in the hyperparameters, as for maskable_ppo, the policy sees the batch size only, and
-    plans.json is the policy at every batch size up to the largest; this is checked in 1,000 states. With 'observe:
-    all' plans.json holds the plan that the policy chooses most often, and the share of its choices that agree is
-    printed.
+    plans.json is the policy at every batch size up to the largest. With 'observe: all' plans.json holds the plan that
+    the policy chooses most often, and the share of its choices that agree is printed.
 
     Args:
         agent: algorithm and length of the training.

@@ -33,10 +33,7 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(directory: Path, kind: str, checkpoint: Checkpoint) -> None:
-    """Replace the checkpoint in `directory`; the old one remains until the new one is complete.
-
-    `kind` is the kind of training, such as 'online' or 'offline'; only the same kind can load it.
-    """
+    """Replace the checkpoint in `directory` atomically; only training of the same `kind` can load it."""
     learner = dict(checkpoint.state.get("learner") or {})
     tensors = learner.pop("tensors", {})
     if checkpoint.vocabulary is not None:
@@ -53,11 +50,7 @@ def save_checkpoint(directory: Path, kind: str, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(directory: Path, kind: str) -> Checkpoint:
-    """Read the checkpoint in `directory`.
-
-    Raises:
-        ValueError: there is none, it is damaged, or it has another format or kind.
-    """
+    """Read the checkpoint in `directory`; a ValueError if it is missing, damaged, or of another format or kind."""
     recover(directory)
     path = directory / _STATE
     if not path.exists():

@@ -1,17 +1,15 @@
 """Serving learned draft weights only if they are better.
 
-Better weights pass two checks. Their accept length on recent held-out sequences must be significantly greater
-(`Gate.compare`). Then they take turns with the serving draft in a live trial, and must not be significantly slower
-(`judge_trial`). A turn has `TURN` rounds, and a trial is judged after 8, 16 and 32 pairs of turns, so a bad draft
-serves in half of 512 rounds at most, and in half of 128 if it is clearly worse.
+Their accept length on recent held-out sequences must be significantly greater (`Gate.compare`). Then they take turns
+with the serving draft in a live trial of 128 to 512 rounds, and must not be significantly slower (`judge_trial`).
 
-Worse weights are rolled back. If a trial refuses a candidate that the held-out sequences approved, these sequences do
+Worse weights are rolled back. If a trial finds harmful weights that the held-out sequences approved, these sequences do
 not represent the traffic: they are deleted. The next trial is delayed, twice as long after every further refusal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -45,7 +43,9 @@ class DeployIfBetter:
         gate: compares drafts on held-out sequences.
         plans: of the chooser. If it chooses plan 0 in a trial, the shortest plan with drafts runs instead.
         seed: of the bootstrap in a trial.
-        on_decision: called with every decision: version, check ('held-out' or 'trial'), passed, harmful and reason.
+
+    Attributes:
+        decisions: version, check ('held-out' or 'trial'), passed, harmful and reason of each.
     """
 
     def __init__(
@@ -56,10 +56,9 @@ class DeployIfBetter:
         plans: tuple[Plan, ...],
         *,
         seed: int = 0,
-        on_decision: Callable[[dict[str, object]], None] = lambda decision: None,
     ) -> None:
-        self._engine, self._learner, self._gate = engine, learner, gate
-        self._seed, self._on_decision = seed, on_decision
+        self._engine, self._learner, self._gate, self._seed = engine, learner, gate, seed
+        self.decisions: list[dict[str, object]] = []
         self._drafting = min((plan for plan in plans if plan.num_steps), key=lambda p: p.num_steps, default=None)
         self._serving: VersionedWeights = learner.weights()
         self._judged_version, self._refusals, self._delay = self.version, 0, 0  # refusals in a row, calls to skip
@@ -153,16 +152,16 @@ class DeployIfBetter:
 
     def _report(self, version: int, check: str, verdict: Verdict) -> None:
         decision = {"version": version, "check": check, "passed": verdict.passed, "harmful": verdict.harmful}
-        self._on_decision({**decision, "reason": str(verdict)})
+        self.decisions.append({**decision, "reason": str(verdict)})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state without weights, which are the learner's snapshot."""
         counts = {"judged_version": self._judged_version, "refusals": self._refusals, "delay": self._delay}
-        return {"version": self.version, **counts}
+        return {"version": self.version, **counts, "decisions": self.decisions}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`, and serve the learner's snapshot."""
-        self._serving = state["version"], self._learner.snapshot_weights()
+        self._serving, self.decisions = (state["version"], self._learner.snapshot_weights()), list(state["decisions"])
         self._judged_version, self._refusals, self._delay = (state[k] for k in ("judged_version", "refusals", "delay"))
         self._load(self._serving)
 

@@ -21,11 +21,7 @@ _LEARNER_COLUMNS += ("bad_updates", "rollbacks")
 
 
 class MetricsWriter:
-    """Writes numbers to directory/tensorboard and to Weights & Biases; creates nothing before the first numbers.
-
-    Raises:
-        ValueError: the package of Weights & Biases is not installed.
-    """
+    """Writes numbers to directory/tensorboard and to Weights & Biases; creates nothing before the first numbers."""
 
     def __init__(self, log: LogConfig, directory: Path) -> None:
         self._log, self._directory = log, directory
@@ -80,9 +76,10 @@ class TrainingLogger:
         self._every_s, self._print, self._metrics = every_s, print_line, metrics
         self._clock = run.loop.engine.clock
         self._began = self._logged_at = self._clock.now()
-        self._logged_rounds, self._logged_decisions = -1, len(run.decisions)
+        self._decisions = [] if run.loop.deploy is None else run.loop.deploy.decisions
+        self._logged_rounds, self._logged_decisions = -1, len(self._decisions)
         self._windows = StatsByWindow()
-        self._window_rows = read_windows(directory.path, run.served)  # of the run that this one continues
+        self._window_rows = read_windows(directory.path, run.loop.requests)  # of the run that this one continues
         run.loop.on_step.append(lambda step: self._windows.add(step.round, step.plain.seconds, step.thinking_s))
 
     @property
@@ -105,22 +102,22 @@ class TrainingLogger:
 
     def log(self) -> None:
         """Write a row now, unless no round ran since the last one."""
-        run = self.run
+        run, loop = self.run, self.run.loop
         self._log_decisions()
-        if run.loop.rounds == self._logged_rounds:
+        if loop.rounds == self._logged_rounds:
             return
-        self._logged_at, self._logged_rounds = self._clock.now(), run.loop.rounds
+        self._logged_at, self._logged_rounds = self._clock.now(), loop.rounds
         row = self._row()
         run.log.append(row)
         self.directory.write_csv("log.csv", run.log)
-        self._window_rows += [{"served": run.served, **window} for window in self._windows.take_rows()]
+        self._window_rows += [{"served": loop.requests, **window} for window in self._windows.take_rows()]
         self.directory.write_csv("windows.csv", self._window_rows)
         numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         if self._metrics is not None:
-            self._metrics.write(numbers, run.served)
+            self._metrics.write(numbers, loop.requests)
         part, alpha = f"  {row['part']}" if "part" in row else "", numbers.get("alpha", 0.0)
-        texts = [f"{row['seconds']:5.0f} s  {run.served:5d} requests{part}  alpha {alpha:.2f}"]
-        for batch in sorted(run.loop.recent):
+        texts = [f"{row['seconds']:5.0f} s  {loop.requests:5d} requests{part}  alpha {alpha:.2f}"]
+        for batch in sorted(loop.recent):
             plan, speedup, length = (row[f"{name}_{batch}"] for name in ("plan", "speedup", "accept_length"))
             texts.append(f"batch {batch}: {plan} {speedup:.2f}x, {length:.2f} tokens")
         self._print("  |  ".join(texts))
@@ -130,7 +127,7 @@ class TrainingLogger:
         run, loop = self.run, self.run.loop
         row: dict[str, object] = {
             "seconds": round(run.seconds_before + self._logged_at - self._began, 1),
-            "requests": run.served,
+            "requests": loop.requests,
             "draft_version": loop.engine.draft_version,
             "serve_s": round(loop.serve_s, 2),
             "learn_s": round(loop.learn_s, 2),
@@ -151,15 +148,14 @@ class TrainingLogger:
 
     def _log_decisions(self) -> None:
         """Write gate.csv, and print decisions of trials and on harmful drafts."""
-        decisions = self.run.decisions
-        if len(decisions) == self._logged_decisions:
+        if len(self._decisions) == self._logged_decisions:
             return
-        for decision in decisions[self._logged_decisions :]:
-            decision.setdefault("requests", self.run.served)
+        for decision in self._decisions[self._logged_decisions :]:
+            decision.setdefault("requests", self.run.loop.requests)
             if decision["check"] == "trial" or decision["harmful"]:
                 self._print(f"draft {decision['version']}, {decision['check']}: {decision['reason']}")
-        self._logged_decisions = len(decisions)
-        self.directory.write_csv("gate.csv", decisions)
+        self._logged_decisions = len(self._decisions)
+        self.directory.write_csv("gate.csv", self._decisions)
 
 
 def read_windows(directory: Path, served: int) -> list[dict[str, object]]:

@@ -77,7 +77,7 @@ def run_quickstart(
         results[batch] = measure(arms, held_out, batch_size=batch, block_tokens=tokens, until=until, seed=seed)
     summary = {
         "batch_sizes": {str(batch): _summary(*arm_results) for batch, arm_results in results.items()},
-        "requests_served": run.served,
+        "requests_served": run.loop.requests,
         "train_s": run.log[-1]["seconds"],
         "wall_s": round(clock.now() - began, 1),
         "output_dir": str(directory.path),

@@ -12,7 +12,6 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
 from specrl.agents.choosers.policy_network import NetworkChooser, load_chooser
-from specrl.agents.choosers.table import PlanTable
 from specrl.agents.rl.distill import Distilled, distill, tabulate
 from specrl.agents.rl.sb3 import Agent, AgentConfig, make_agent
 from specrl.config import EngineConfig
@@ -21,7 +20,7 @@ from specrl.envs import SIMULATED, SPEC_DECODE
 from specrl.envs.simulated_vector import SimulatedVectorEnv
 from specrl.envs.spec_decode import SpecDecodeEnv
 from specrl.evaluation.policy_report import Report, report
-from specrl.export.bundle import PLANS, read_plans
+from specrl.export.bundle import PLANS
 from specrl.io.output import OutputDir, show, table
 from specrl.measure.machine import environment
 from specrl.simulation.profile import load_profile
@@ -29,27 +28,17 @@ from specrl.simulation.profile import load_profile
 EPISODE_ROUNDS = {SIMULATED: 256, SPEC_DECODE: 128}  # each episode has one batch size
 LIVE_PLANS = "0,1/1/2,2/1/3,3/1/4,4/1/5"
 _DISTILLED_ROUNDS = 1024  # of live decoding, from which a table is made
-_VERIFIED_STATES = 1000
 
 
 class Task(NamedTuple):
-    """The environment of an agent.
+    """The environment of an agent."""
 
-    Attributes:
-        name: id of the environment.
-        env: one environment or many, reset in the step that ends an episode.
-        plans: in the order of the actions.
-        allowed: [n] bool, plans that can run at every batch size.
-        paused_timer: on live decoding, a context whose time is not charged to the agent.
-        hyperparameters: of the agent, for this environment.
-    """
-
-    name: str
-    env: VectorEnv[Any, Any, Any]
-    plans: tuple[Plan, ...]
-    allowed: NDArray[np.bool_]
-    paused_timer: Callable[[], AbstractContextManager[None]] | None
-    hyperparameters: dict[str, Any]
+    name: str  # id of the environment
+    env: VectorEnv[Any, Any, Any]  # one environment or many, reset in the step that ends an episode
+    plans: tuple[Plan, ...]  # in the order of the actions
+    allowed: NDArray[np.bool_]  # [n], plans that can run at every batch size
+    paused_timer: Callable[[], AbstractContextManager[None]] | None  # on live decoding: its time is not charged
+    hyperparameters: dict[str, Any]  # of the agent, for this environment
 
 
 def simulated_task(
@@ -137,7 +126,6 @@ def train_policy(
         plans = tabulate(chooser, max(batch_sizes)) if chooser.network.is_table else distilled.table
         agent.save(directory.path)
         directory.write_json(PLANS, {"plans": plans.state_dict()})
-        _verify(directory.path, agent, plans, max(batch_sizes))
         directory.write_csv("curve.csv", curve.rows)
         results: dict[str, Any] = {"algorithm": config.algo, "task": task.name, "seconds": curve.seconds}
         results |= {"timesteps": agent.model.num_timesteps, "environment": environment()}
@@ -179,23 +167,3 @@ def _run_policy(env: VectorEnv[Any, Any, Any], chooser: NetworkChooser) -> tuple
         choices.append(actions)
         vectors, *_ = env.step(actions)
     return np.concatenate(sizes), np.concatenate(choices)
-
-
-def _verify(directory: Path, agent: Agent, plans: PlanTable, max_batch_size: int) -> None:
-    """Read the written files, and compare the choices of policy and table in random states.
-
-    Raises:
-        ValueError: they differ from what was written, or a policy that sees only the batch size from its table.
-    """
-    rng, space = np.random.default_rng(0), agent.model.observation_space
-    low, high = (getattr(space, name) for name in ("low", "high"))
-    vectors = rng.uniform(low, high, size=(_VERIFIED_STATES, len(low))).astype(np.float32)
-    sizes = rng.integers(1, max_batch_size, size=_VERIFIED_STATES, endpoint=True)
-    vectors[:, 0] = np.log2(sizes) / 10.0
-    trained, saved, table = agent.chooser(), load_chooser(directory), PlanTable(dict(read_plans(directory / PLANS)))
-    expected, actions = (c.act(vectors, c.network.start(_VERIFIED_STATES))[0] for c in (trained, saved))
-    same = table.state_dict() == plans.state_dict() and (actions == expected).all()
-    if trained.network.is_table:
-        same = same and [trained.plans[a] for a in actions] == [table.best(size) for size in sizes.tolist()]
-    if not same:
-        raise ValueError(f"policy and plans must choose as before they were written, but {directory} differs; check it")

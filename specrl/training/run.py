@@ -34,21 +34,14 @@ KIND = "online"  # of checkpoints
 
 @dataclass(slots=True)
 class Run:
-    """A training run: its loop and the rest of its state.
-
-    Attributes:
-        draft: the draft that it started from.
-        seconds_before: seconds of the runs that this one continues.
-        log, decisions: the rows of log.csv and of gate.csv.
-    """
+    """A training run: its loop and the rest of its state."""
 
     loop: OnlineLoop
-    target: str
-    draft: Draft
+    target: str  # its name
+    draft: Draft  # the initial draft
     learner: OnlineLearner | None
-    seconds_before: float = 0.0
-    log: list[dict[str, object]] = field(default_factory=list)
-    decisions: list[dict[str, object]] = field(default_factory=list)
+    seconds_before: float = 0.0  # of the runs that this one continues
+    log: list[dict[str, object]] = field(default_factory=list)  # the rows of log.csv
 
     @classmethod
     def start(
@@ -88,13 +81,11 @@ class Run:
                 _restore_learner(online_learner, checkpoint, serving)
             chooser.load_state_dict(state["chooser"])
             baseline.load_state_dict(state["baseline"])
-        decisions = state.get("decisions", [])
         deploy = None
         if online_learner is not None and gated:
             steps = max(1, *(plan.num_steps for plan in chooser.plans))
-            gate = Gate(draft.config, model.embedding, num_steps=steps, least_gain=0.0, seed=seed)
-            on_decision = decisions.append
-            deploy = DeployIfBetter(engine, online_learner, gate, chooser.plans, seed=seed, on_decision=on_decision)
+            gate = Gate(draft.config, model.embedding, num_steps=steps, min_gain=0.0, seed=seed)
+            deploy = DeployIfBetter(engine, online_learner, gate, chooser.plans, seed=seed)
             if state:
                 deploy.load_state_dict(state["deploy"])
         loop = OnlineLoop(
@@ -109,12 +100,7 @@ class Run:
             deploy=deploy,
             state=state.get("loop"),
         )
-        return cls(loop, target, draft, online_learner, state.get("seconds", 0.0), state.get("log", []), decisions)
-
-    @property
-    def served(self) -> int:
-        """Requests finished, including those of the runs that this one continues."""
-        return self.loop.requests
+        return cls(loop, target, draft, online_learner, state.get("seconds", 0.0), state.get("log", []))
 
     @property
     def learned(self) -> Draft:
@@ -142,7 +128,6 @@ class Run:
             "replay": notes,
             "held_out": len(learner.held_out) if learner is not None and replay else 0,
             "log": self.log,
-            "decisions": self.decisions,
         }
         save_checkpoint(directory / "checkpoint", KIND, Checkpoint(state, self.draft.target_ids, tensors))
 
@@ -154,7 +139,7 @@ class Run:
     def write_results(self, directory: OutputDir) -> None:
         """Write the draft, the plan for each batch size, the learner's settings, and the environment."""
         config = None if self.learner is None else self.learner.config
-        write_results(directory, self.learned, self.table(), self.served, config)
+        write_results(directory, self.learned, self.table(), self.loop.requests, config)
 
 
 def write_results(
@@ -173,19 +158,19 @@ def serve(logger: TrainingLogger, serving: ServingConfig, checkpoint: Checkpoint
 
     The requests include those before a resumption, the seconds do not. They are checked after each round.
     """
-    run, clock = logger.run, logger.run.loop.engine.clock
+    run, loop, clock = logger.run, logger.run.loop, logger.run.loop.engine.clock
     deadline = clock.now() + (math.inf if serving.max_seconds is None else serving.max_seconds)
-    saved, done = run.served, run.served >= serving.requests
+    saved, done = loop.requests, loop.requests >= serving.requests
     while not done:
-        run.loop.step()
-        done = run.served >= serving.requests or clock.now() >= deadline
-        if done or run.served - saved >= checkpoint.interval:
-            saved = run.served
-            run.loop.end_session()
+        loop.step()
+        done = loop.requests >= serving.requests or clock.now() >= deadline
+        if done or loop.requests - saved >= checkpoint.interval:
+            saved = loop.requests
+            loop.end_session()
             logger.log()
             run.save(logger.directory.path, seconds=logger.seconds, replay=checkpoint.keep_replay_buffer)
             if not done:
-                run.loop.start_session()
+                loop.start_session()
         else:
             logger.log_if_due()
     logger.finish()

@@ -21,7 +21,7 @@ _REJECTED = ("positions", "tokens", "logits")
 
 
 def pack(sequences: Sequence[TrainingSequence]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Tensors by '<number>.<name>', and the other values of each sequence, JSON-able."""
+    """Return the tensors by '<number>.<name>', and the other values of each sequence, JSON-able."""
     tensors: dict[str, Tensor] = {}
     notes: list[dict[str, Any]] = []
     for i, sequence in enumerate(sequences):
@@ -34,58 +34,48 @@ def pack(sequences: Sequence[TrainingSequence]) -> tuple[dict[str, Tensor], list
 
 
 def unpack(i: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> TrainingSequence:
-    """Sequence `i` of a `pack`."""
+    """Return sequence `i` of a `pack`."""
     rejected = RejectedDrafts(*(tensors[f"{i}.rejected.{name}"] for name in _REJECTED)) if note["rejected"] else None
     fields: dict[str, Any] = {name: tensors[f"{i}.{name}"] for name in _TENSORS}
     return TrainingSequence(**fields, **{name: note[name] for name in _NUMBERS}, rejected=rejected)
 
 
 class ShardWriter:
-    """Writes sequences to a directory; its index only ever names complete shards.
+    """Writes sequences to a directory in shards of `size`; its index names complete shards only.
 
-    Args:
-        directory: a directory without an index.
-        about: a description of the sequences, JSON-able: at least 'target', 'taps' and 'vocab_size'.
-        size: sequences in a shard.
-
-    Raises:
-        ValueError: the directory holds sequences already.
+    `about` describes the sequences, JSON-able: at least 'target', 'taps' and 'vocab_size'. A directory that holds
+    sequences already raises a ValueError.
     """
 
     def __init__(self, directory: OutputDir, about: Mapping[str, Any], size: int) -> None:
         if (directory.path / INDEX).exists():
             raise ValueError(f"traces must be recorded to a new directory, but {str(directory.path)!r} holds some")
         self._directory, self._about, self._size = directory, dict(about), size
-        self._waiting: list[TrainingSequence] = []
+        self._buffer: list[TrainingSequence] = []
         self._shards: list[dict[str, Any]] = []
 
     def add(self, sequences: Sequence[TrainingSequence]) -> None:
         """Add sequences, and write complete shards."""
-        self._waiting += sequences
-        while len(self._waiting) >= self._size:
-            self._write(self._waiting[: self._size])
-            del self._waiting[: self._size]
+        self._buffer += sequences
+        while len(self._buffer) >= self._size:
+            self._write_shard()
 
     def close(self) -> None:
         """Write the last shard."""
-        if self._waiting:
-            self._write(self._waiting)
-            self._waiting = []
+        if self._buffer:
+            self._write_shard()
 
-    def _write(self, sequences: list[TrainingSequence]) -> None:
-        tensors, notes = pack(sequences)
+    def _write_shard(self) -> None:
+        tensors, notes = pack(self._buffer[: self._size])
         name = f"shard-{len(self._shards):05d}.safetensors"
         save_tensors(self._directory.path / name, tensors, {"format": "pt"})
         self._shards.append({"file": name, "sequences": notes})
         self._directory.write_json(INDEX, {"format": _FORMAT, **self._about, "shards": self._shards})
+        del self._buffer[: self._size]
 
 
 class Traces:
-    """Recorded sequences, which are read on demand.
-
-    Raises:
-        ValueError: there is no index, or it has another format.
-    """
+    """Recorded sequences, which are read on demand; a ValueError if there is no index or it has another format."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory
@@ -95,29 +85,24 @@ class Traces:
             )
         try:
             self.about: dict[str, Any] = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-            found, shards = self.about["format"], self.about.pop("shards")
+            version, shards = self.about["format"], self.about.pop("shards")
             self._notes = [(str(s["file"]), i, dict(note)) for s in shards for i, note in enumerate(s["sequences"])]
-            strange = [file for file, _, _ in self._notes if Path(file).name != file]
+            outside = [file for file, _, _ in self._notes if Path(file).name != file][:1]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{INDEX} of traces must be JSON with 'shards', but got {error}; record again") from error
-        if found != _FORMAT or strange:
-            raise ValueError(
-                f"traces must have format {_FORMAT} and shards in the folder of {INDEX}, but got {found} {strange[:1]}"
-            )
+        if version != _FORMAT or outside:
+            rule = f"format {_FORMAT} and shards in the folder of {INDEX}"
+            raise ValueError(f"traces must have {rule}, but got {version} {outside}")
 
     def __len__(self) -> int:
         return len(self._notes)
 
     def length(self, number: int) -> int:
-        """The number of tokens of a sequence."""
+        """Return the number of tokens of a sequence."""
         return int(self._notes[number][2]["length"])
 
     def read(self, numbers: Sequence[int]) -> Iterator[TrainingSequence]:
-        """The sequences with these numbers, from 0.
-
-        Raises:
-            ValueError: a shard is missing or damaged.
-        """
+        """Read the sequences with these numbers, from 0; raise a ValueError if a shard is missing or damaged."""
         for number in numbers:
             name, i, note = self._notes[number]
             try:

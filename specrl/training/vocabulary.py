@@ -24,8 +24,7 @@ _BATCH = 16
 def top_tokens(counts: Tensor, size: int) -> Tensor:
     """Return the ids [size] int64, ascending, of the most frequent tokens of `counts [V]`; ties go to the lower ids.
 
-    Raises:
-        ValueError: a size out of [1, V], or no tokens counted.
+    A size out of [1, V] or counts of 0 raise a ValueError.
     """
     require(1 <= size <= len(counts), "draft.vocab_size", f"in [1, {len(counts)}]", size)
     if not counts.any():
@@ -49,10 +48,7 @@ def make_draft(
 ) -> Draft:
     """Load the draft, or make a new one with the most frequent `draft.vocab_size` tokens of the workload.
 
-    A run that resumes `checkpoint` has the vocabulary of that checkpoint.
-
-    Raises:
-        ValueError: a vocabulary that is larger than the target's, or of another size than the checkpoint's.
+    A run that resumes `checkpoint` has its vocabulary; a ValueError if that has another size.
     """
     size, ids = draft.vocab_size, None
     if size is not None and checkpoint is not None:
