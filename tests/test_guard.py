@@ -1,3 +1,5 @@
+"""Updates that are not finite, and the weights that are restored after them."""
+
 import math
 
 import torch
@@ -17,13 +19,12 @@ def make(max_bad_updates: int = 3) -> LearnedWeights:
 
 
 def step(weights: LearnedWeights) -> None:
-    """A good update, served in part."""
     weights.optimizer.zero_grad()
     sum((t.sum() for t in weights.parameters.values()), torch.zeros(())).backward()
     weights.step()
 
 
-def test_finite_updates_are_admitted_and_others_are_not() -> None:
+def test_only_finite_updates_are_admitted() -> None:
     weights = make(max_bad_updates=9)
     assert weights.admits(1.0, 2.0) and weights.admits(-5.0, 0.0)
     for loss, norm in [(NAN, 1.0), (1.0, NAN), (math.inf, 1.0), (1.0, math.inf), (-math.inf, 1.0)]:
@@ -31,96 +32,75 @@ def test_finite_updates_are_admitted_and_others_are_not() -> None:
     assert (weights.bad_updates, weights.rollbacks) == (5, 0)
 
 
-def test_after_its_patience_the_weights_remembered_return_and_the_optimiser_begins_anew() -> None:
+def test_bad_updates_in_a_row_restore_the_snapshot_and_clear_the_optimiser() -> None:
     weights = make()
     step(weights)
     weights.snapshot()
     good = {name: t.clone() for name, t in weights.averages.items()}
     step(weights)
     assert weights.optimizer.state
-    for tried in range(3):
-        assert weights.rollbacks == 0, tried
-        assert not weights.admits(NAN, 1.0)
-    assert (weights.bad_updates, weights.rollbacks) == (3, 1)
+    for loss in (NAN, NAN, 1.0, NAN, NAN):  # a good update between starts the count again
+        weights.admits(loss, 1.0)
+    assert weights.rollbacks == 0
+    assert not weights.admits(NAN, 1.0)
+    assert (weights.bad_updates, weights.rollbacks) == (5, 1)
     for name in good:
         assert torch.equal(weights.parameters[name], good[name]) and torch.equal(weights.averages[name], good[name])
         assert not torch.equal(good[name], torch.ones(2) if name == "a" else torch.zeros(3))  # not the first ones
     assert not weights.optimizer.state
-    assert not weights.admits(NAN, 1.0) and weights.rollbacks == 1  # patience begins anew
+    assert not weights.admits(NAN, 1.0) and weights.rollbacks == 1  # the count starts again
     step(weights)  # and the parameters are still the optimiser's
     assert not torch.equal(weights.parameters["a"], good["a"])
 
 
-def test_a_good_update_between_renews_patience() -> None:
-    weights = make(max_bad_updates=2)
-    for loss in (NAN, 1.0, NAN, 1.0, NAN):
-        weights.admits(loss, 1.0)
-    assert (weights.bad_updates, weights.rollbacks) == (3, 0)
-    weights.admits(NAN, 1.0)
-    assert weights.rollbacks == 1
-
-
-def test_weights_that_are_not_finite_are_never_remembered() -> None:
-    weights = make(max_bad_updates=1)
-    with torch.no_grad():
-        weights.averages["b"][1] = NAN
-        weights.parameters["b"][1] = NAN
-    weights.snapshot()
-    weights.admits(NAN, NAN)
-    assert torch.equal(weights.parameters["b"], torch.zeros(3)) and torch.equal(weights.averages["b"], torch.zeros(3))
-
-
-def test_what_is_remembered_does_not_move_with_the_weights() -> None:
+def test_a_snapshot_is_finite_and_a_copy() -> None:
     weights = make(max_bad_updates=1)
     step(weights)
-    weights.roll_back()
-    assert torch.equal(weights.parameters["a"], torch.ones(2)) and torch.equal(weights.averages["a"], torch.ones(2))
+    with torch.no_grad():
+        weights.averages["b"][1] = NAN
+    weights.snapshot()
+    weights.admits(NAN, NAN)
+    for tensors in (weights.parameters, weights.averages):
+        assert torch.equal(tensors["a"], torch.ones(2)) and torch.equal(tensors["b"], torch.zeros(3))
 
 
-# --- in the learner ---
-
-
-def sequence(seed: int = 0, bad: bool = False) -> TrainingSequence:
+def sequence(seed: int = 0) -> TrainingSequence:
     c = tiny_target().config
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, c.vocab_size, (12,), generator=generator)
-    features = torch.randn(12, 3 * c.hidden_size, generator=generator)
-    if bad:
-        features[4, 2] = NAN
-    return TrainingSequence(tokens, features, torch.randn(12, c.vocab_size, generator=generator), 1.0, 0)
+    features, logits = (torch.randn(12, size, generator=generator) for size in (3 * c.hidden_size, c.vocab_size))
+    return TrainingSequence(tokens, features, logits, 1.0, 0)
 
 
-def learner(rate: float = 5e-3) -> OnlineLearner:
-    config = LearnerConfig(dtype="float32", learning_rate=rate, ema_decay=0.5)
-    return OnlineLearner(
-        new_draft(tiny_target(), intermediate_size=16, aux_layers=AUX_LAYERS), tiny_target().embedding, config
-    )
+def learner() -> OnlineLearner:
+    draft = new_draft(tiny_target(), intermediate_size=16, aux_layers=AUX_LAYERS)
+    return OnlineLearner(draft, tiny_target().embedding, LearnerConfig(dtype="float32", ema_decay=0.5))
 
 
-def test_an_update_that_is_not_finite_changes_nothing_of_a_learner() -> None:
-    ours = learner()
-    assert ours.update([sequence()])
-    before, (version, _) = {n: t.detach().clone() for n, t in ours.parameters.items()}, ours.weights()
-    moments = {n: ours.optimizer.state[t]["exp_avg"].clone() for n, t in ours.parameters.items()}
-    assert ours.update([sequence(1), sequence(2, bad=True)]) == {}
-    for name, tensor in ours.parameters.items():
-        assert torch.equal(tensor, before[name]) and torch.equal(ours.optimizer.state[tensor]["exp_avg"], moments[name])
+def test_an_update_that_is_not_finite_does_not_change_a_learner() -> None:
+    online = learner()
+    assert online.update([sequence()])
+    before, version = {n: t.detach().clone() for n, t in online.parameters.items()}, online.version
+    moments = {n: online.optimizer.state[t]["exp_avg"].clone() for n, t in online.parameters.items()}
+    bad = sequence(2)
+    bad.features[4, 2] = NAN
+    assert online.update([sequence(1), bad]) == {}
+    for name, tensor in online.parameters.items():
+        moment = online.optimizer.state[tensor]["exp_avg"]
+        assert torch.equal(tensor, before[name]) and torch.equal(moment, moments[name])
         assert tensor.grad is None
-    assert ours.weights()[0] == version and ours.counts()["bad_updates"] == 1.0
+    assert online.version == version and online.counts()["bad_updates"] == 1.0
 
 
-def test_a_learner_that_diverged_comes_back_and_learns_on() -> None:
-    ours = learner()
-    ours.update([sequence()])
-    ours.snapshot()
-    good = ours.weights()[1]
+def test_a_learner_that_diverged_is_restored_and_learns_again() -> None:
+    online = learner()
+    online.update([sequence()])
+    online.snapshot()
+    good, version = online.weights()[1], online.version
     with torch.no_grad():
-        ours.parameters["fc.weight"][0, 0] = NAN  # as after a step that overflowed
-    version = ours.version
-    for _ in range(3):
-        assert ours.update([sequence()]) == {}
-    assert ours.counts()["rollbacks"] == 1.0 and ours.version == version + 1
-    for name, tensor in ours.weights()[1].items():
-        assert torch.equal(tensor, good[name])
-    losses = [ours.update([sequence()])["loss"] for _ in range(20)]
+        online.parameters["fc.weight"][0, 0] = NAN  # as after a step that overflowed
+    assert [online.update([sequence()]) for _ in range(3)] == [{}] * 3
+    assert online.counts()["rollbacks"] == 1.0 and online.version == version + 1
+    assert all(torch.equal(tensor, good[name]) for name, tensor in online.weights()[1].items())
+    losses = [online.update([sequence()])["loss"] for _ in range(20)]
     assert losses[-1] < losses[0] - 0.01

@@ -1,9 +1,12 @@
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import cycle
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny import Listed
 from torch import Tensor
 
 import specrl
@@ -17,18 +20,18 @@ from specrl.decoding.session import LocalSession
 from specrl.models.draft import Draft
 from specrl.models.target import Target
 
+Served = tuple[list[Trace], dict[int, Completion]]
 PLANS = parse_plans("3/1/4,0,3/2/6,1/1/2,2/3/7,5/1/6,4/2/9")
 
 
 class Prompts:
-    """Requests of random tokens, greedy and sampled in turns."""
+    """Requests of random tokens, alternately greedy and sampled."""
 
     def requests(self, seed: int) -> Iterator[Request]:
         rng = np.random.default_rng(seed)
-        while True:
-            for temperature in (0.0, 0.8):
-                prompt = tuple(rng.integers(1, 512, int(rng.integers(1, 9))).tolist())
-                yield Request(prompt, int(rng.integers(4, 25)), temperature, ignore_eos=True)
+        for temperature in cycle((0.0, 0.8)):
+            prompt = tuple(rng.integers(1, 512, int(rng.integers(1, 9))).tolist())
+            yield Request(prompt, int(rng.integers(4, 25)), temperature, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def target() -> Target:
 
 @pytest.fixture(scope="module")
 def draft(target: Target) -> Draft:
-    """One that learnt a little, so that drafts are accepted, in trees off the first branch too."""
+    """A draft with a little training, so that drafts are accepted, in trees off the first branch too."""
     draft = specrl.new_draft(target, intermediate_size=64, seed=1)
     session = start(target, draft, batch_size=16, seed=5)
     for _ in range(40):
@@ -55,7 +58,7 @@ def start(target: Target, draft: Draft, batch_size: int = 2, seed: int = 0) -> L
 
 
 @pytest.fixture(scope="module")
-def served(target: Target, draft: Draft) -> tuple[list[Trace], dict[int, Completion]]:
+def served(target: Target, draft: Draft) -> Served:
     """Traces and completions of rounds of many plans, while the batch grows and shrinks."""
     session, completions = start(target, draft), {}
     for index in range(60):
@@ -72,8 +75,8 @@ def off_the_first_branch(traces: list[Trace]) -> int:
     return sum(int((path > torch.arange(len(path))).any()) for tree in trees for path in tree.path)
 
 
-def test_sequences_are_what_the_target_computes_for_the_whole_token_sequence(
-    target: Target, draft: Draft, served: tuple[list[Trace], dict[int, Completion]]
+def test_sequences_are_those_that_the_target_computes_for_whole_token_sequences(
+    target: Target, draft: Draft, served: Served
 ) -> None:
     traces, completions = served
     assert off_the_first_branch(traces) >= 3
@@ -82,11 +85,10 @@ def test_sequences_are_what_the_target_computes_for_the_whole_token_sequence(
     sequences = assembler.add(traces)
     assert len(sequences) == len(ended) > 10 and assembler.counts["skipped"] == 0
     for request, sequence in zip(ended, sequences, strict=True):
-        done = completions[request]
-        seen = [*done.prompt, *done.tokens]
+        known = [*completions[request].prompt, *completions[request].tokens]
         # The last token may not be verified yet; drafts beyond the end may be.
-        assert len(sequence.tokens) >= len(seen) - 1
-        assert sequence.tokens.tolist()[: len(seen)] == seen[: len(sequence.tokens)]
+        assert len(sequence.tokens) >= len(known) - 1
+        assert sequence.tokens.tolist()[: len(known)] == known[: len(sequence.tokens)]
         assert sequence.temperature == (0.0, 0.8)[request % 2]
         tokens = sequence.tokens[None]
         with torch.inference_mode():
@@ -96,49 +98,32 @@ def test_sequences_are_what_the_target_computes_for_the_whole_token_sequence(
         torch.testing.assert_close(sequence.features, whole.aux_hidden_states[0], atol=1e-3, rtol=0.0)
 
 
-def test_traces_may_come_in_any_portions(served: tuple[list[Trace], dict[int, Completion]]) -> None:
-    traces, _ = served
-    whole, assembler = Assembler().add(traces), Assembler()
-    parts = [sequence for trace in traces for sequence in assembler.add([trace])]
-    assert len(parts) == len(whole)
-    for part, sequence in zip(parts, whole, strict=True):
+def test_traces_may_arrive_one_by_one(served: Served) -> None:
+    assembler = Assembler()
+    parts = [sequence for trace in served[0] for sequence in assembler.add([trace])]
+    for part, sequence in zip(parts, Assembler().add(served[0]), strict=True):
         assert torch.equal(part.tokens, sequence.tokens) and torch.equal(part.logits, sequence.logits)
-        assert part.logits.dtype == torch.float16  # unless told otherwise
+        assert part.logits.dtype == torch.float16  # the default
 
 
 def test_a_request_that_ends_with_its_prefill_is_a_sequence_too(target: Target, draft: Draft) -> None:
-    class Short:
-        def requests(self, seed: int) -> Iterator[Request]:
-            for index in range(100):
-                yield Request((5, 6, 7), 1 if index % 2 else 4)
-
-    session = specrl.LocalEngine(target, draft, max_context=64).start(Short(), batch_size=1, seed=0, trace=True)
+    requests = Listed([Request((5, 6, 7), new_tokens) for new_tokens in (4, 1)])
+    session = specrl.LocalEngine(target, draft, max_context=64).start(requests, batch_size=1, seed=0, trace=True)
     for _ in range(6):
         session.round(Plan(0))
-    sequences = Assembler().add(session.drain())
-    assert [len(s.tokens) for s in sequences] == [6, 3, 6, 3]
+    assert [len(s.tokens) for s in Assembler().add(session.drain())] == [6, 3, 6, 3]
 
 
-def test_a_request_not_seen_from_its_prefill_on_is_skipped_and_counted_once(target: Target, draft: Draft) -> None:
-    session, assembler = start(target, draft), Assembler()
-    session.drain()  # two prefills are lost
-    later = []
-    for _ in range(30):
-        session.round(Plan(0))
-        later += session.drain()
-    sequences = assembler.add(later)
-    assert assembler.counts["skipped"] == 2
-    assert len(sequences) == sum(len(trace.finished) for trace in later) - 2 > 0
-
-
-def test_a_request_with_a_missing_round_is_skipped(served: tuple[list[Trace], dict[int, Completion]]) -> None:
+def test_requests_without_their_prefill_or_a_round_are_skipped(served: Served) -> None:
     traces, _ = served
-    gap = next(i for i, trace in enumerate(traces) if trace.plan is not None and not trace.finished)
-    hurt = set(traces[gap].request_ids.tolist())
-    assembler = Assembler()
-    sequences = assembler.add(traces[:gap] + traces[gap + 1 :])
-    assert assembler.counts["skipped"] == len(hurt)
-    assert len(sequences) == sum(request not in hurt for trace in traces for request in trace.finished)
+    lost_prefill = next(i for i, trace in enumerate(traces) if trace.plan is None)
+    lost_round = next(i for i, trace in enumerate(traces) if trace.plan is not None and not trace.finished)
+    for lost in (lost_prefill, lost_round):
+        incomplete = set(traces[lost].request_ids.tolist())
+        assembler = Assembler()
+        sequences = assembler.add(traces[:lost] + traces[lost + 1 :])
+        assert assembler.counts["skipped"] == len(incomplete)
+        assert len(sequences) == sum(request not in incomplete for trace in traces for request in trace.finished) > 0
 
 
 def prefill(features: Tensor, logits: Tensor, request: int = 0) -> Trace:
@@ -149,9 +134,10 @@ def prefill(features: Tensor, logits: Tensor, request: int = 0) -> Trace:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_what_is_not_finite_is_skipped(value: float) -> None:
+def test_values_that_are_not_finite_are_skipped_except_logits_of_impossible_tokens(value: float) -> None:
     features, logits = torch.zeros(1, 3, 6), torch.zeros(1, 3, 4)
     bad_features, bad_logits = features.clone(), logits.clone()
+    logits[..., 2] = float("-inf")
     bad_features[0, 1, 2] = value if value != 1e6 else float("-inf")
     bad_logits[0, 2, 3] = value  # 1e6 is infinite in float16
     assembler = Assembler()
@@ -160,43 +146,33 @@ def test_what_is_not_finite_is_skipped(value: float) -> None:
     assert assembler.counts["skipped"] == 2
 
 
-def test_a_token_that_never_comes_is_no_fault() -> None:
-    logits = torch.zeros(1, 3, 4)
-    logits[..., 2] = float("-inf")
-    assert len(Assembler().add([prefill(torch.zeros(1, 3, 6), logits)])) == 1
-
-
 def numbered(length: int) -> TrainingSequence:
-    """A sequence that is known by its length."""
+    """A sequence that is identified by its length."""
     return TrainingSequence(torch.arange(length) + 1, torch.ones(length, 6), torch.ones(length, 4), 1.0, 0)
 
 
-def drawn(replay: Replay, count: int, times: int) -> Counter[int]:
-    return Counter(len(s.tokens) for _ in range(times) for s in replay.draw(count))
+def filled(lengths: Iterable[int], **settings: Any) -> Replay:
+    replay = Replay(**{"capacity": 20, "half_life": 5.0, "seed": 0, **settings})
+    replay.extend(map(numbered, lengths))
+    return replay
 
 
-def test_the_replay_drops_the_oldest() -> None:
-    replay = Replay(capacity=3, half_life=64.0, seed=0)
-    replay.extend(numbered(n) for n in range(1, 6))
+def test_the_replay_drops_the_oldest_and_draws_without_repeats() -> None:
+    replay = filled(range(1, 6), capacity=3)
     assert len(replay) == 3 and replay.dropped == 2
-    assert sorted(drawn(replay, 3, 1)) == [3, 4, 5]
-    assert sorted(drawn(replay, 10, 1)) == [3, 4, 5]  # no repeats, so no more than it holds
+    assert sorted(len(s.tokens) for s in replay.draw(10)) == [3, 4, 5]
 
 
 def test_newer_sequences_are_drawn_more_often() -> None:
-    """Weights 1, 2, 4 of 7; the seed is fixed, and by another, 3,500 draws miss by 4 sigma once in 5,000 times."""
-    replay = Replay(capacity=8, half_life=1.0, seed=0)
-    replay.extend(map(numbered, (1, 2, 3)))
-    counts = drawn(replay, 1, 3500)
+    """Weights 1, 2, 4 of 7; the seed is fixed, and with another, 3,500 draws miss by 4 sigma once in 5,000 times."""
+    replay = filled((1, 2, 3), half_life=1.0)
+    counts = Counter(len(s.tokens) for _ in range(3500) for s in replay.draw(1))
     assert [counts[n] for n in (1, 2, 3)] == pytest.approx([500, 1000, 2000], abs=120)
 
 
 def test_the_same_seed_draws_the_same() -> None:
-    draws = []
-    for _ in range(2):
-        replay = Replay(capacity=20, half_life=5.0, seed=4)
-        replay.extend(map(numbered, range(1, 21)))
-        draws.append([[len(s.tokens) for s in replay.draw(4)] for _ in range(10)])
+    one, other = filled(range(1, 21)), filled(range(1, 21))
+    draws = [[[len(s.tokens) for s in replay.draw(4)] for _ in range(10)] for replay in (one, other)]
     assert draws[0] == draws[1]
 
 

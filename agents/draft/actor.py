@@ -64,11 +64,9 @@ class DraftActor:
     def act(
         self, observation: Mapping[str, Any], num_steps: int | None = None, *, draw: Draw | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draft for the live requests.
+        """Draft for the live requests of an observation, `num_steps` tokens, by default K.
 
         Args:
-            observation: of the environment, not flat.
-            num_steps: of this round, at most K; None: K.
             draw: samples tokens [b] from q [b, V] instead of the actor: the environment's `draw`.
 
         Returns:

@@ -45,7 +45,7 @@ class Gate:
     """Compares two drafts of one shape on the same sequences, paired by sequence.
 
     Args:
-        shape: the shape of the drafts.
+        shape: of the drafts.
         embedding: [V, H], the target's.
         num_steps: number of drafts at which accept lengths are compared.
         sampled: drafts are sampled and accepted by rejection sampling; otherwise they are the most likely tokens.
@@ -134,15 +134,10 @@ def expected_rounds(matched: Sequence[Tensor], inside: Tensor) -> Tensor:
 def judge_trial(
     serving: ArrayLike, candidate: ArrayLike, *, min_ratio: float = 0.95, rng: np.random.Generator
 ) -> Verdict:
-    """Judge speeds that were measured in turns by the geometric mean of candidate / serving and its 95 % interval.
+    """Judge speeds [n], tokens per second of paired blocks of rounds, by their mean ratio and its 95 % interval.
 
-    Args:
-        serving, candidate: [n] tokens per second of paired blocks of rounds.
-        min_ratio: the candidate passes if the interval is above this ratio, and is harmful if it is below.
-        rng: of the bootstrap.
-
-    Raises:
-        ValueError: the speeds are not paired, or those of the serving draft are not finite and above 0.
+    The candidate passes if the interval is above `min_ratio`, and is harmful if it is below. Speeds that are not paired
+    or, of the serving draft, not finite and above 0 raise a ValueError.
     """
     old, new = np.asarray(serving, dtype=np.float64), np.asarray(candidate, dtype=np.float64)
     if len(old) < _MIN_SAMPLES:

@@ -40,8 +40,7 @@ class OnlineLearner(DraftLearner):
 
     Attributes:
         parameters, optimizer: the trained weights, by SGLang's names, float32, and their optimiser.
-        replay: sequences to learn from, on `device`.
-        held_out: sequences to compare drafts on.
+        replay, held_out: sequences to learn from and to compare drafts on.
         requests: number of finished requests taken.
 
     Raises:
@@ -66,9 +65,8 @@ class OnlineLearner(DraftLearner):
         trained = {n: t.to(self.device) for n, t in draft.tensors.items() if t.is_floating_point()}
         self._weights = LearnedWeights(trained, config)
         self.parameters, self.optimizer = self._weights.parameters, self._weights.optimizer
-        self._assembler = Assembler(
-            sample_rate=config.request_sample_rate, seed=seed, keep_rejected=config.rejected_weight > 0
-        )
+        keep_rejected = config.rejected_weight > 0
+        self._assembler = Assembler(sample_rate=config.request_sample_rate, seed=seed, keep_rejected=keep_rejected)
         self.replay = Replay(config.replay_capacity, config.replay_half_life, seed, config.stale_half_life)
         self.held_out: deque[TrainingSequence] = deque(maxlen=_HOLDOUT_CAPACITY)
         self.requests = 0
@@ -101,10 +99,7 @@ class OnlineLearner(DraftLearner):
         return {**means, "updates": float(updates), **self.counts()}
 
     def update(self, sequences: list[TrainingSequence]) -> dict[str, float]:
-        """Make one optimiser step on sequences of at least two tokens, on the learner's device.
-
-        If the loss or the gradient is not finite, the weights do not change and there are no metrics.
-        """
+        """Make one optimiser step on sequences of at least two tokens, on `device`; metrics {} if it is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
         metrics = self._objective.backward(self.parameters, sequences)
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm))

@@ -59,10 +59,7 @@ class Reinforce:
         temperature: of sampling drafts, above 0.
         learning_rate: of Adam, above 0.
         max_grad_norm: gradients are clipped to this norm, above 0.
-        forget: factor of the baseline's weight per round, in [0, 1).
-
-    Raises:
-        ValueError: a number out of range.
+        forget: factor of the baseline's weight per round, in [0, 1). A number out of range raises a ValueError.
     """
 
     def __init__(

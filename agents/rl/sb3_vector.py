@@ -22,7 +22,7 @@ _SUMMED = ("tokens", "t0_s", "batch_size", "seconds")
 
 
 class SB3VectorEnv(VecEnv):
-    """A Gymnasium vector environment, simulated or live, as a `VecEnv`. Only the ends of episodes have infos.
+    """A Gymnasium vector environment as a `VecEnv`. Only the ends of episodes have infos.
 
     Args:
         env: with `AutoresetMode.SAME_STEP`; another mode raises a ValueError.
@@ -101,15 +101,10 @@ class SB3VectorEnv(VecEnv):
 
 
 class RLTrainingLog(BaseCallback):
-    """A callback for `model.learn` that logs the speedup, and stops after some seconds.
+    """A callback for `model.learn` that logs the speedup, and stops after `max_seconds` unless it is None.
 
-    Args:
-        max_seconds: seconds after which learning stops; None: never.
-        paused_timer: of a live environment, so that updates do not count as the agent's time.
-
-    Attributes:
-        rows: timesteps, seconds and speedup, a row every quarter of a second.
-        seconds: of learning so far.
+    `paused_timer` is that of a live environment, so that updates do not count as the agent's time. `rows` has
+    timesteps, seconds and speedup every quarter of a second, `seconds` those of learning so far.
     """
 
     def __init__(

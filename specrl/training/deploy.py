@@ -38,9 +38,7 @@ class DeployIfBetter:
     """Serves a candidate that is better on held-out sequences and no slower in a live trial.
 
     Args:
-        engine: serves the draft.
         learner: made with `gated=True` and with a `holdout_fraction` above 0.
-        gate: compares drafts on held-out sequences.
         plans: of the chooser. If it chooses plan 0 in a trial, the shortest plan with drafts runs instead.
         seed: of the bootstrap in a trial.
 
@@ -75,8 +73,7 @@ class DeployIfBetter:
     def after_learning(self, rollout: Rollout, chooser: PlanChooser) -> Trial | None:
         """Compare the learner's weights with those that serve; called after every call of the learner.
 
-        Returns:
-            If they pass, a trial, decoded by `rollout`. Closing it early ends it without a decision.
+        If they pass, return a trial, decoded by `rollout`. Closing it early ends it without a decision.
         """
         if self._delay:
             self._delay -= 1
@@ -156,13 +153,13 @@ class DeployIfBetter:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state without weights, which are the learner's snapshot."""
-        counts = {"judged_version": self._judged_version, "refusals": self._refusals, "delay": self._delay}
-        return {"version": self.version, **counts, "decisions": self.decisions}
+        counts = self._judged_version, self._refusals, self._delay
+        return {"version": self.version, "counts": counts, "decisions": self.decisions}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`, and serve the learner's snapshot."""
         self._serving, self.decisions = (state["version"], self._learner.snapshot_weights()), list(state["decisions"])
-        self._judged_version, self._refusals, self._delay = (state[k] for k in ("judged_version", "refusals", "delay"))
+        self._judged_version, self._refusals, self._delay = state["counts"]
         self._load(self._serving)
 
 

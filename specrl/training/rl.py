@@ -91,11 +91,7 @@ def train_policy(
 ) -> Agent:
     """Train an agent, print the plans that it chooses, and write the policy to `directory` if there is one.
 
-    Args:
-        task: the environment; it is closed.
-        batch_sizes: of the episodes.
-        profile: simulated to compare the policy with the best plans; None: it is not compared.
-        seed: of weights, exploration and the comparison.
+    The task is closed. The policy is compared with the best plans in a simulation of `profile`, if there is one.
 
     Raises:
         ValueError: plans that the algorithm cannot handle, or a policy that does not fit.

@@ -94,8 +94,7 @@ class ServerLearner:
     def step(self) -> None:
         """Read the traces that have arrived; learn and swap every `sync_every` requests.
 
-        Raises:
-            OSError: the server has gone or does not answer, or another client reads its traces.
+        An OSError: the server has gone or does not answer, or another client reads its traces.
         """
         traces = self._read()
         self._accept_lengths += [int((t.path >= 0).sum()) for t in traces if t.plan is not None and t.plan.num_steps]
