@@ -7,17 +7,11 @@ from torch import Tensor
 
 from specrl.agents.draft import fused_head
 from specrl.agents.draft.fused_head import FusedHead, Targets, head_steps, make_targets
-from specrl.agents.draft.losses import (
-    SLOT_LOSSES,
-    parse_loss,
-    sampled_step,
-    top_k_of,
-)
+from specrl.agents.draft.losses import parse_loss, sampled_step, top_k_of
 
 HIDDEN, VOCAB, DRAFT_VOCABULARY, LENGTHS = 8, 24, [1, 2, 3, 5, 8, 13, 21], (5, 9)
 TEMPERATURES = (0.7, 1.5)
 TEMPERATURE = torch.cat([torch.full((n, 1), t) for n, t in zip(LENGTHS, TEMPERATURES, strict=True)])
-LOSSES = [*SLOT_LOSSES, "forward_kl:0.7+lk:0.3+next_token:2"]
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -38,7 +32,7 @@ def some_targets(top_k: int | None = None, reduced: bool = True) -> tuple[Target
     return make_targets(logits, TEMPERATURES, tokens, torch.tensor(DRAFT_VOCABULARY), top_k), p, torch.tensor(ids)
 
 
-@pytest.fixture(params=[False, True], ids=["whole", "in pieces"], autouse=True)
+@pytest.fixture(params=[False, True], ids=["whole", "in pieces"])
 def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of three slots and pieces of one, so that there are remainders."""
     if request.param:
@@ -46,6 +40,7 @@ def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(fused_head, "PIECE", len(DRAFT_VOCABULARY) + 2)
 
 
+@pytest.mark.usefixtures("_pieces")
 @pytest.mark.parametrize(("top_k", "reduced"), [(None, True), (3, True), (None, False)])
 def test_targets_are_the_targets_distributions_on_the_drafts_vocabulary(top_k: int | None, reduced: bool) -> None:
     targets, p, tokens = some_targets(top_k, reduced)
@@ -67,7 +62,7 @@ def test_a_slot_without_mass_in_the_drafts_vocabulary_has_p_0() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("loss", [*LOSSES, "accept_length"])
+@pytest.mark.parametrize("loss", ["forward_kl", "forward_kl:0.7+lk:0.3", "accept_length"])
 def test_the_logits_of_all_slots_never_exist(loss: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither forwards nor backwards."""
     slots, vocab, block = 512, 256, 1 << 12

@@ -141,6 +141,6 @@ def test_without_drafts_the_weights_do_not_change() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", 0.0), ("learning_rate", -1.0), ("forget", 1.0)])
-def test_numbers_out_of_range_are_refused(name: str, value: float) -> None:
+def test_numbers_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
         make_learner(**{name: value})

@@ -29,6 +29,7 @@ from specrl.simulation.profile import load_profile
 from specrl.testing.agent import CHECKS
 from specrl.training.rl import as_vector
 
+AUTORESET_MODES = AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP
 PPO = {"policy": "MlpPolicy", "n_steps": 8, "batch_size": 32, "n_epochs": 1}
 LSTM = {"net_arch": [8], "lstm_hidden_size": 8}
 SMALL: dict[str, dict[str, Any]] = {
@@ -300,11 +301,12 @@ def test_a_policy_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     env = simulated()
     agent = make_agent("ppo", env, PPO, plans=env.plans)
     agent.save(tmp_path)
-    for algorithm, changes, match in [
-        ("dqn", {}, "algorithm"),
-        ("ppo", {"normalize": True}, "normalize"),
-        ("ppo", {"policy_kwargs": {"net_arch": [3]}}, "network"),
-    ]:
+    others: dict[str, tuple[str, dict[str, Any]]] = {
+        "algorithm": ("dqn", {}),
+        "normalize": ("ppo", {"normalize": True}),
+        "network": ("ppo", {"policy_kwargs": {"net_arch": [3]}}),
+    }
+    for match, (algorithm, changes) in others.items():
         with pytest.raises(ValueError, match=match) as error:
             make_agent(algorithm, simulated(), {**SMALL[algorithm], **changes}, plans=env.plans).load(tmp_path)
         assert "\n" not in str(error.value)
@@ -315,10 +317,7 @@ def test_a_policy_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_same_step_resets_report_the_last_observation_and_the_first_of_the_next_episode() -> None:
-    same_step, next_step = (
-        simulated(3, max_rounds=5),
-        simulated(3, max_rounds=5, autoreset_mode=AutoresetMode.NEXT_STEP),
-    )
+    same_step, next_step = (simulated(3, max_rounds=5, autoreset_mode=mode) for mode in AUTORESET_MODES)
     for env in (same_step, next_step):
         env.reset(seed=0)  # the same random numbers
     for number in range(1, 6):

@@ -181,8 +181,12 @@ def test_weights_and_biases_gets_the_rows_and_must_be_installed(
     assert not Path("run").exists()
     calls: list[Any] = []
     run = SimpleNamespace(log=lambda row, step: calls.append((step, row)), finish=lambda: calls.append("finished"))
-    wandb = SimpleNamespace(init=lambda **settings: calls.append(settings) or run)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    def init(**settings: str) -> SimpleNamespace:
+        calls.append(settings)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     train(f"{SHORT} --serving.requests 4 --log.wandb mine --log.tensorboard false --output_dir run")
     settings, (step, row), end = calls
     assert settings["project"] == "mine" and end == "finished"

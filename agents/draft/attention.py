@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-_WHOLE_UP_TO = 512  # slots up to which all scores are kept for the backward pass
+_WHOLE_UP_TO = 512  # slots up to which all scores are stored for the backward pass
 _SCORES = 1 << 22  # numbers in the scores of a block of slots: 8 MiB in bfloat16
 
 

@@ -45,7 +45,7 @@ def make_targets(
     target_ids: Tensor | None,
     top_k: int | None = None,
 ) -> Targets:
-    """Concatenate the targets of several sequences, given logits [n, V] and a temperature for each.
+    """Concatenate the targets of several sequences, with logits [n, V] and a temperature for each.
 
     Args:
         next_tokens: [n] int64 target ids for each sequence, -1 where they are not known.

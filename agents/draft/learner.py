@@ -25,9 +25,9 @@ _HOLDOUT_CAPACITY = 64  # the newest held-out sequences
 
 
 class OnlineLearner(DraftLearner):
-    """Learns a draft from the target's own traffic.
+    """Learns a draft from the traffic of its target.
 
-    It computes and keeps its replay buffer on `config.device`: 2 bytes x (vocabulary + 3 hidden sizes) per token.
+    It computes on `config.device`, where its replay buffer is: 2 bytes x (vocabulary + 3 hidden sizes) per token.
     Served weights and held-out sequences are on the target's device.
 
     Args:
@@ -41,7 +41,7 @@ class OnlineLearner(DraftLearner):
     Attributes:
         parameters, optimizer: the trained weights, by SGLang's names, float32, and their optimiser.
         replay, held_out: sequences to learn from and to compare drafts on.
-        requests: number of finished requests taken.
+        requests: number of finished requests added.
 
     Raises:
         ValueError: a device that does not exist.

@@ -32,7 +32,7 @@ class TrainingSequence:
     temperature: float
     draft_version: int  # of its last round
     prompt_tokens: int = 0  # leading tokens that the target did not choose
-    rejected: RejectedDrafts | None = None  # None: they were not kept
+    rejected: RejectedDrafts | None = None  # None: they were not recorded
 
     def to(self, device: torch.device) -> TrainingSequence:
         """Copy the sequence to a device, asynchronously to a GPU."""

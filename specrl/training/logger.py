@@ -16,8 +16,7 @@ from specrl.training.config import LogConfig
 from specrl.training.run import Run
 from specrl.workloads.stream import Shifting
 
-_LEARNER_COLUMNS = ("staleness", "tokens_per_s", "open", "held", "dropped", "skipped", "passed_over", "opted_out")
-_LEARNER_COLUMNS += ("bad_updates", "rollbacks")
+_COUNTS = ("open", "held", "dropped", "skipped", "passed_over", "opted_out", "bad_updates", "rollbacks")
 
 
 class MetricsWriter:
@@ -137,7 +136,7 @@ class TrainingLogger:
             row["part"] = workload.names[workload.part_of(max(0, loop.stream.position - 1))]
         metrics = {**loop.metrics, **(run.learner.counts() if run.learner else {})}
         row |= {"alpha": metrics.get("alpha_1", math.nan), "loss": metrics.get("loss", math.nan)}
-        row |= {name: metrics.get(name, math.nan) for name in _LEARNER_COLUMNS if run.learner}
+        row |= {name: metrics.get(name, math.nan) for name in ("staleness", "tokens_per_s", *_COUNTS) if run.learner}
         for batch, stats in sorted(loop.recent.items()):
             total = stats.total
             row[f"plan_{batch}"] = str(loop.chooser.best(batch))
