@@ -136,10 +136,10 @@ class ServerLearner:
     def _read(self) -> list[Trace]:
         try:
             traces = self._subscriber.received(_POLL_S)
-            if not traces and self.clock.now() - self._heard_at > _SILENCE_S:
-                self._client.get("/server_info")  # raises an error unless the server is only idle
-            elif not traces:
+            if not traces and self.clock.now() - self._heard_at <= _SILENCE_S:
                 return []
+            if not traces:
+                self._client.get("/server_info")  # raises an error unless the server is only idle
         except ServerGone as error:
             raise OSError(
                 f"the server {self._url} must run, but is gone ({error}); start it again and go on with --resume"
