@@ -7,6 +7,7 @@ from tiny import AUX_LAYERS, lively_draft, tiny_target
 from torch import Tensor
 
 from specrl.agents.draft.unroll import unroll
+from specrl.models.attention import TokenSlots
 from specrl.models.draft import Draft, ServingDraft
 
 BATCH, LENGTH, PASSES = 2, 14, 5  # tokens x_0 .. x_14; slots 0 .. 13 predict
@@ -39,10 +40,10 @@ def served(draft: Draft, features: Tensor, tokens: Tensor, steps: int) -> Tensor
         cache = serving.new_cache(BATCH, LENGTH)
         slots = torch.arange(last + 1).expand(BATCH, -1)
         fused = serving.fuse(features[:, : last + 1])
-        hidden = serving.decode(tokens[:, 1 : last + 2], fused, cache, slots, length=last + 1)[:, -1:]
+        hidden = serving.decode(tokens[:, 1 : last + 2], fused, cache, TokenSlots(slots, last + 1))[:, -1:]
         for slot in range(last + 1, last + steps + 1):
             slots = torch.full((BATCH, 1), slot)
-            hidden = serving.decode(tokens[:, slot + 1, None], hidden, cache, slots, length=slot + 1)
+            hidden = serving.decode(tokens[:, slot + 1, None], hidden, cache, TokenSlots(slots, slot + 1))
         out[:, last + steps] = serving.logits(hidden[:, 0])
     return out
 

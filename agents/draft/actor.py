@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specrl.models.attention import TokenSlots
 from specrl.models.draft import Draft, ServingDraft
 from specrl.models.target import Target
 
@@ -58,7 +59,7 @@ class DraftActor:
                 tokens = torch.from_numpy(prefill.tokens[1:])[None].to(device)
                 hidden = self._fuse(prefill.features[None, :-1])
                 slots = torch.arange(count, device=device)[None]
-                self.serving.decode(tokens, hidden, self._cache, slots, length=count, first_row=prefill.row)
+                self.serving.decode(tokens, hidden, self._cache, TokenSlots(slots, count, first_row=prefill.row))
 
     @torch.inference_mode()
     def act(
@@ -80,7 +81,7 @@ class DraftActor:
         slots = torch.from_numpy(first[:, None] + np.arange(width)).to(device)  # padding is overwritten later
         tokens = torch.from_numpy(observation["tokens"][:live, :width]).clamp(min=0).to(device)
         hidden = self._fuse(observation["features"][:live, :width])
-        hidden = self.serving.decode(tokens, hidden, self._cache, slots, length=int(first.max()) + width)
+        hidden = self.serving.decode(tokens, hidden, self._cache, TokenSlots(slots, int(first.max()) + width))
         new = torch.from_numpy(counts).to(device)
         state, next_slots = hidden[torch.arange(live, device=device), new - 1], slots[:, 0] + new  # [b, H], [b]
         drafts = torch.full((self._rows, self._num_steps), -1)
@@ -91,8 +92,9 @@ class DraftActor:
             tokens = self._sample(q) if draw is None else torch.from_numpy(draw(q.cpu())).to(device)
             drafts[:live, step], probabilities[:live, step] = tokens.cpu(), q.cpu()
             if step + 1 < steps:
-                slots, length = next_slots[:, None] + step, length + 1
-                state = self.serving.decode(tokens[:, None], state[:, None], self._cache, slots, length=length)[:, 0]
+                length += 1
+                where = TokenSlots(next_slots[:, None] + step, length)
+                state = self.serving.decode(tokens[:, None], state[:, None], self._cache, where)[:, 0]
         return drafts, probabilities
 
     def _fuse(self, features: NDArray[np.float32]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The requests of a session as the host knows them: their tokens, which of them are live, and which are parked."""
+"""The requests of a session as the host knows them: their tokens, and which of them are live or parked."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class LiveRequest:
     generated: list[int] = field(default_factory=list)
 
     def cut(self, tokens: list[int]) -> tuple[list[int], bool]:
-        """The part of `tokens` up to the end of the request, and whether it ends there; changes nothing."""
+        """Return the part of `tokens` up to the end of the request, and whether it ends there; changes nothing."""
         left = self.request.max_new_tokens - len(self.generated)
-        kept = tokens[:left]
-        if not self.request.ignore_eos and not self.eos.isdisjoint(kept):
-            end = next(i for i, token in enumerate(kept) if token in self.eos)
-            return kept[: end + 1], True
-        return kept, len(kept) == left
+        tokens = tokens[:left]
+        if not self.request.ignore_eos and not self.eos.isdisjoint(tokens):
+            end = next(i for i, token in enumerate(tokens) if token in self.eos)
+            return tokens[: end + 1], True
+        return tokens, len(tokens) == left
 
     def completion(self) -> Completion:
-        """The finished request."""
+        """Return the finished request."""
         return Completion(self.id, self.request.prompt, tuple(self.generated))
 
 
@@ -52,9 +52,9 @@ class Batch:
     The arrays below are views of the live rows. Rounds write into them; `resize` makes new views.
 
     Args:
-        max_batch_size: rows.
+        max_batch_size: number of rows.
         capacity: a row has room for one token more.
-        device: of the tensors made from the arrays.
+        device: device of the tensors made from the arrays.
     """
 
     size: int
@@ -70,24 +70,19 @@ class Batch:
         self._all_shared = torch.zeros(max_batch_size, capacity + 1, dtype=torch.int64)
         self._all_tokens = self._all_shared.numpy()
         self._all_length = np.zeros(max_batch_size, dtype=np.int64)
-        self._admitted: list[LiveRequest] = []
+        self.admitted: list[LiveRequest] = []  # live and parked requests, by row
         self.padded_temperatures = torch.ones(max_batch_size, device=device)  # of the live rows, then 1
 
-    @property
-    def admitted(self) -> int:
-        """Requests that have a row, live or parked."""
-        return len(self._admitted)
-
     def place(self, row: int, new: LiveRequest) -> None:
-        """Give the first free row, or the row of a finished request, to `new`; `resize` makes it live."""
+        """Put `new` into the first free row or the row of a finished request; `resize` makes it live."""
         tokens = (*new.request.prompt, *new.generated)
         self._all_tokens[row, : len(tokens)] = tokens
         self._all_length[row] = len(tokens)
-        self._admitted[row : row + 1] = [new]
+        self.admitted[row : row + 1] = [new]
 
     def resize(self, size: int) -> None:
         """Make the first `size` admitted requests live, and park the others."""
-        self.size, self.live = size, self._admitted[:size]
+        self.size, self.live = size, self.admitted[:size]
         self.length = self._all_length[:size]
         self.tokens, self.shared_tokens = self._all_tokens[:size], self._all_shared[:size]
         self._rows = np.arange(size)
@@ -99,26 +94,26 @@ class Batch:
     def commit(self, tokens: list[list[int]]) -> Committed:
         """Append to each request its tokens, up to its end."""
         context, counts, ended = self.length.copy(), np.empty(self.size, dtype=np.int64), []
-        for row, (live, new) in enumerate(zip(self.live, tokens, strict=True)):
-            kept, ends = live.cut(new)
+        for row, (live, verified) in enumerate(zip(self.live, tokens, strict=True)):
+            new, ends = live.cut(verified)
             length = self.length[row]
-            self.tokens[row, length : length + len(kept)] = kept
-            live.generated.extend(kept)
-            self.length[row] = length + len(kept)
-            counts[row] = len(kept)
+            self.tokens[row, length : length + len(new)] = new
+            live.generated.extend(new)
+            self.length[row] += len(new)
+            counts[row] = len(new)
             if ends:
                 ended.append(row)
         return Committed(self.ids, context, counts, ended)
 
     def last_tokens(self) -> Ints:
-        """The last committed token of each request: [B] int64."""
+        """Return the last committed token of each request: [B] int64."""
         last: Ints = self.tokens[self._rows, self.length - 1]
         return last
 
     def equal_lengths(self) -> bool:
-        """Whether all live requests have the same length."""
+        """Return whether all live requests have the same length."""
         return self.size == 1 or bool((self.length == self.length[0]).all())
 
     def on_device(self, values: Ints) -> Tensor:
-        """`values` as a tensor on the device."""
+        """Return `values` as a tensor on the device."""
         return torch.from_numpy(values).to(self._device)

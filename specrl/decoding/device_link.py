@@ -11,17 +11,18 @@ from torch import Tensor
 from specrl.core.round import Ints
 from specrl.decoding.propose import MAX_DRAFT_TOKENS
 
-_NUMBERS = 5  # per request, the fields of `Rows`
-
 
 class Rows(NamedTuple):
     """Numbers of each request, padding included: [B] int64 each, on the device or on the host."""
 
     slot: Any  # slot of the last committed token
-    read: Any  # slots that the draft has read
+    read: Any  # number of slots that the draft has read
     newest: Any  # index of the last pending hidden state
     last_token: Any  # the last committed token
     free: Any  # first free row of the buffer of pending hidden states
+
+
+_NUMBERS = len(Rows._fields)
 
 
 class DeviceLink:
@@ -37,29 +38,27 @@ class DeviceLink:
         self._back = torch.zeros(max_batch_size * (MAX_DRAFT_TOKENS + 2), dtype=torch.int64, pin_memory=pinned)
         self._arrived: Any = torch.cuda.Event() if pinned else None
 
-    def send(self, live: Rows, padding: Rows, batch_size: int, catch_up: Ints | None) -> None:
+    def send(self, live: Rows, padding: Rows, batch_size: int, catch_up: Ints) -> None:
         """Copy numbers to the device: arrays of the live requests, and one number of each kind for all padding rows.
 
-        `catch_up [live, width] int64` are the tokens that the draft catches up on; None: width 0.
+        `catch_up [live, width] int64` are the tokens that the draft catches up on.
         """
-        count, width = len(live.slot), 0 if catch_up is None else catch_up.shape[1]
+        count, width = catch_up.shape
         filled, host = batch_size * (_NUMBERS + width), self._out.numpy()
         numbers = host[: _NUMBERS * batch_size].reshape(_NUMBERS, batch_size)
         numbers[:, count:] = np.array(padding)[:, None]
         for row, values in zip(numbers, live, strict=True):
             row[:count] = values
-        if catch_up is not None:
-            tokens = host[_NUMBERS * batch_size : filled]
-            tokens[:] = 0
-            tokens.reshape(batch_size, width)[:count] = catch_up
+        tokens = host[_NUMBERS * batch_size : filled].reshape(batch_size, width)
+        tokens[:count], tokens[count:] = catch_up, 0
         self._static[:filled].copy_(self._out[:filled], non_blocking=True)
 
     def rows(self, batch_size: int) -> Rows:
-        """The numbers on the device."""
+        """Return the numbers on the device."""
         return Rows(*self._static[: _NUMBERS * batch_size].view(_NUMBERS, batch_size).unbind(0))
 
     def catch_up(self, batch_size: int, width: int) -> Tensor:
-        """The tokens to catch up on, on the device: [B, width] int64."""
+        """Return the tokens to catch up on, on the device: [B, width] int64."""
         return self._static[_NUMBERS * batch_size : (_NUMBERS + width) * batch_size].view(batch_size, width)
 
     def fetch(self, values: Tensor) -> Ints:
@@ -69,5 +68,5 @@ class DeviceLink:
         if self._arrived is not None:
             self._arrived.record()
             self._arrived.synchronize()
-        found: Ints = host.numpy()
-        return found
+        fetched: Ints = host.numpy()
+        return fetched

@@ -8,22 +8,19 @@ from specrl.core.plan import Plan
 from specrl.decoding.propose import ExternalDraft, Proposal, Start, propose
 from specrl.decoding.sampling import Source, choose
 from specrl.decoding.state import SessionState
-from specrl.decoding.verify import Verified, accept, decode_proposal, outcome
+from specrl.decoding.verify import Verified, accept, outcome
+from specrl.models.attention import TokenSlots
 from specrl.models.target import Decoded
 
 
 class EagerRunner:
-    """Runs rounds in shapes that follow the plan and the live requests.
+    """Runs rounds in shapes that follow the plan and the live requests (see `specrl.decoding.session.Runner`).
 
-    Args:
-        warm: batch sizes and plans whose kernels are built already; updated.
-        external: propose this instead of the draft's own chain; None: let the draft propose.
+    `warm` are the batch sizes and plans whose kernels are built already; `prepare` adds to them.
     """
 
-    def __init__(
-        self, state: SessionState, warm: set[tuple[int, Plan, bool]], external: ExternalDraft | None = None
-    ) -> None:
-        self._state, self._warm, self._external = state, warm, external
+    def __init__(self, state: SessionState, warm: set[tuple[int, Plan, bool]]) -> None:
+        self._state, self._warm = state, warm
 
     def prepare(self, plan: Plan) -> None:
         """Run the first round of its kind twice and undo it, so that kernels are built before the timed round."""
@@ -37,7 +34,7 @@ class EagerRunner:
         for _ in range(2):
             proposal = self.propose(plan, source)
             choose(self._decode(plan, proposal).logits, batch.temperatures, source)
-            if pending is not None and read is not None:
+            if pending is not None:
                 pending.read[:] = read
 
     def propose(self, plan: Plan, source: Source) -> Proposal:
@@ -46,8 +43,6 @@ class EagerRunner:
         last = batch.on_device(batch.last_tokens())
         if plan.num_steps == 0:
             return Proposal(last[:, None], last.new_full((batch.size, 1), -1))
-        if self._external is not None:
-            return self._external.proposal(last)
         assert pending is not None
         hidden = pending.catch_up()
         start = Start(hidden, batch.on_device(batch.length - 1), int(batch.length.max()) - 1, last)
@@ -55,42 +50,47 @@ class EagerRunner:
         return propose(pending.draft, pending.cache, start, plan, temperatures, source)
 
     def verify(self, plan: Plan, proposal: Proposal, source: Source) -> Verified:
-        """Run the target over the proposal and accept; move the accepted entries of a tree in the cache."""
-        batch = self._state.batch
-        decoded = self._decode(plan, proposal)
-        accepted = accept(plan, proposal, decoded.logits, batch.temperatures, source)
+        """Run the target, accept, move the accepted entries of a tree in the cache, and store the hidden states."""
+        batch, pending = self._state.batch, self._state.pending
+        logits, hidden_states = self._decode(plan, proposal)
+        accepted = accept(plan, proposal, logits, batch.temperatures, source)
         if not plan.is_chain:
             moved = accepted.path > torch.arange(plan.num_steps + 1, device=accepted.path.device)
             rows, depths = moved.nonzero(as_tuple=True)
             if len(rows):
                 slots = batch.on_device(batch.length - 1)[rows]
                 self._state.cache.move(rows, slots + accepted.path[rows, depths], slots + depths)
-        found = outcome(proposal, accepted).cpu().numpy()
-        return Verified.read(found, accepted.path, decoded.logits, decoded.aux_hidden_states)
-
-    def keep(self, plan: Plan, verified: Verified) -> None:
-        """Store the hidden states of the verified tokens for the draft."""
-        if self._state.pending is not None:
-            assert verified.hidden_states is not None
-            self._state.pending.append(verified.hidden_states, None if plan.is_chain else verified.path)
+        host = outcome(proposal, accepted).cpu().numpy()
+        if pending is not None:
+            assert hidden_states is not None
+            pending.append(hidden_states, None if plan.is_chain else accepted.path)
+        return Verified.read(host, accepted.path, logits, hidden_states)
 
     def plain_step(self, source: Source) -> list[int]:
-        """One step of plain decoding: a token for each live request."""
-        batch, cache = self._state.batch, self._state.cache
+        """Run one step of plain decoding: a token for each live request."""
+        batch = self._state.batch
         tokens, slots = batch.on_device(batch.last_tokens())[:, None], batch.on_device(batch.length - 1)[:, None]
-        length, equal = int(batch.length.max()), batch.equal_lengths()
-        logits = self._state.target.decode(tokens, cache, slots, length=length, equal_lengths=equal).logits
+        where = TokenSlots(slots, int(batch.length.max()), equal_lengths=batch.equal_lengths())
+        logits = self._state.target.decode(tokens, self._state.cache, where).logits
         chosen: list[int] = choose(logits[:, 0], batch.temperatures, source).tolist()
         return chosen
 
     def _decode(self, plan: Plan, proposal: Proposal) -> Decoded:
-        state, batch = self._state, self._state.batch
-        return decode_proposal(
-            state.target,
-            state.cache,
-            proposal,
-            batch.on_device(batch.length - 1),
-            int(batch.length.max()) - 1 + plan.num_draft_tokens,
-            aux_layers=state.config.aux_layers,
-            equal_lengths=plan.num_steps == 0 and batch.equal_lengths(),
-        )
+        batch = self._state.batch
+        length = int(batch.length.max()) - 1 + plan.num_draft_tokens
+        equal_lengths = plan.num_steps == 0 and batch.equal_lengths()
+        return self._state.decode(proposal, batch.on_device(batch.length - 1), length, equal_lengths=equal_lengths)
+
+
+class ExternalRunner(EagerRunner):
+    """Runs rounds whose drafts were made outside the session."""
+
+    def __init__(self, state: SessionState, warm: set[tuple[int, Plan, bool]], external: ExternalDraft) -> None:
+        super().__init__(state, warm)
+        self._external = external
+
+    def propose(self, plan: Plan, source: Source) -> Proposal:
+        """Copy the drafts to the device, unless there are none."""
+        if plan.num_steps == 0:
+            return super().propose(plan, source)
+        return self._external.proposal(self._state.batch.on_device(self._state.batch.last_tokens()))

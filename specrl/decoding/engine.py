@@ -9,6 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from specrl.core.checks import require
 from specrl.core.clock import Clock, WallClock
 from specrl.core.interfaces import Engine, Workload
 from specrl.core.plan import Plan
@@ -17,7 +18,7 @@ from specrl.decoding.propose import MAX_DRAFT_TOKENS, unsupported
 from specrl.decoding.session import LocalSession
 from specrl.decoding.state import SessionConfig
 from specrl.models.draft import Draft, ServingDraft
-from specrl.models.memory import check_room
+from specrl.models.memory import cache_bytes, check_room
 from specrl.models.target import Target
 
 _DEFAULT_CONTEXT = 2048
@@ -54,28 +55,25 @@ class LocalEngine(Engine):
         aux_layers: tuple[int, ...] = (),
         static: bool | None = None,
     ) -> None:
-        if aux_layers and draft is not None:
-            raise ValueError(f"aux_layers must be left out with a draft, which has its own, but got {aux_layers}")
-        layers = target.config.num_layers
-        if any(not 0 <= layer < layers for layer in aux_layers):
-            raise ValueError(f"aux_layers must be layers of the target, in [0, {layers}), but got {aux_layers}")
-        most = target.config.max_position_embeddings
-        self.max_context = min(_DEFAULT_CONTEXT, most) if max_context is None else max_context
-        if not 2 <= self.max_context <= most:
-            raise ValueError(f"max_context must be in [2, {most}], the target's positions, but got {max_context}")
+        layers, positions = target.config.num_layers, target.config.max_position_embeddings
+        require(draft is None or not aux_layers, "aux_layers", "left out with a draft, which has its own", aux_layers)
+        in_target = all(0 <= layer < layers for layer in aux_layers)
+        require(in_target, "aux_layers", f"layers of the target, in [0, {layers})", aux_layers)
+        self.max_context = min(_DEFAULT_CONTEXT, positions) if max_context is None else max_context
+        rule = f"in [2, {positions}], the target's positions"
+        require(2 <= self.max_context <= positions, "max_context", rule, max_context)
         self.target = target
         self._serving = None if draft is None else ServingDraft(draft, target)
         self._use_rejection_sampling = use_rejection_sampling
         self._clock = clock or WallClock(target.device)
         self.aux_layers = aux_layers if draft is None else draft.config.aux_layers
-        self._sessions: WeakSet[LocalSession] = WeakSet()  # a session that nobody else holds is freed
+        self._sessions: WeakSet[LocalSession] = WeakSet()  # weak, so that a session without other references is freed
         self._warm: set[tuple[int, Plan, bool]] = set()
         self._graph_pool: object = None  # shared by all sessions, because only one round runs at a time
         self._static = target.device.startswith("cuda") if static is None else static
 
     def __deepcopy__(self, memo: dict[int, object]) -> LocalEngine:
-        """Itself, because Gymnasium copies the arguments of environments."""
-        return self
+        return self  # Gymnasium copies the arguments of environments
 
     @property
     def clock(self) -> Clock:
@@ -88,7 +86,7 @@ class LocalEngine(Engine):
         return 0 if self._serving is None else self._serving.version
 
     def facts(self) -> dict[str, Any]:
-        """Device, dtype and how drafts are accepted."""
+        """Return device, dtype and the kind of acceptance."""
         return {
             "engine": "local",
             "dtype": str(self.target.dtype).removeprefix("torch."),
@@ -97,7 +95,7 @@ class LocalEngine(Engine):
         }
 
     def supports(self, plan: Plan) -> bool:
-        """Whether a session can run `plan`: without a draft only 0, else up to 64 tokens, `topk` in its vocabulary."""
+        """Return whether a session can run `plan`: without a draft only 0, else one of up to 64 tokens."""
         return unsupported(plan, self._serving) is None
 
     def start(
@@ -112,24 +110,18 @@ class LocalEngine(Engine):
     ) -> LocalSession:
         """Prefill `batch_size` requests, if the caches of all `max_batch_size` fit the memory."""
         target, serving = self.target, None if plain else self._serving
-        most, rejection = batch_size if max_batch_size is None else max_batch_size, self._use_rejection_sampling
+        largest, rejection = batch_size if max_batch_size is None else max_batch_size, self._use_rejection_sampling
+        require(1 <= batch_size <= largest, "batch_size", f"in [1, max_batch_size={largest}]", batch_size)
         aux_layers = () if plain else self.aux_layers
-        config = SessionConfig(batch_size, most, self.max_context, seed, rejection, trace, aux_layers)
-        check_room(
-            target.config,
-            None if serving is None else serving.config,
-            target.dtype,
-            target.device,
-            batch_size=config.max_batch_size,
-            max_context=self.max_context,
-            draft_headroom=MAX_DRAFT_TOKENS + 1,
-        )
+        config = SessionConfig(batch_size, largest, self.max_context, seed, rejection, trace, aux_layers)
+        per_token = cache_bytes(target.config, target.dtype, None if serving is None else serving.config)
+        headroom = MAX_DRAFT_TOKENS + 1
+        check_room(per_token, target.device, config.max_batch_size, self.max_context, draft_headroom=headroom)
         if self._graph_pool is None and target.device.startswith("cuda"):
             self._graph_pool = torch.cuda.graph_pool_handle()
         graphs = Graphs(target.device, pool=self._graph_pool) if self._static else None
-        session = LocalSession(
-            target, serving, workload.requests(seed), config, clock=self._clock, warm=self._warm, graphs=graphs
-        )
+        requests = workload.requests(seed)
+        session = LocalSession(target, serving, requests, config, clock=self._clock, warm=self._warm, graphs=graphs)
         self._sessions.add(session)
         return session
 
@@ -137,10 +129,10 @@ class LocalEngine(Engine):
         """Serve these draft weights (SGLang's names) from the next round on.
 
         Raises:
-            ValueError: the engine has no draft, or the weights do not fit the one that serves.
+            ValueError: the engine has no draft, or the weights do not fit the serving draft.
         """
         if self._serving is None:
-            raise ValueError("the engine decodes without a draft, so none can be loaded; start it with one (new_draft)")
+            raise ValueError("the engine must have a draft to load weights; pass draft=specrl.new_draft(target)")
         self._serving.load(weights, version=version)
 
     def close(self) -> None:

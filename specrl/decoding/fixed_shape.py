@@ -1,4 +1,4 @@
-"""Rounds as functions of fixed shapes, each of which can be a CUDA graph (docs/decisions/0009-gpu.md).
+"""Rounds as functions of fixed shapes, which can be captured as CUDA graphs (docs/decisions/0009-gpu.md).
 
 The draft catches up, it drafts, the target verifies: these functions read and write static memory and never wait for
 the device. Their shapes depend on the plan and on three buckets: live requests, slots to attend to, and tokens to catch
@@ -23,7 +23,8 @@ from specrl.decoding.pending_features import along_path
 from specrl.decoding.propose import MAX_DRAFT_TOKENS, Proposal, Start, propose
 from specrl.decoding.sampling import Drawn, Source, Temperatures, choose, fill_uniform
 from specrl.decoding.state import SessionState
-from specrl.decoding.verify import Verified, accept, decode_proposal, outcome
+from specrl.decoding.verify import Verified, accept, outcome
+from specrl.models.attention import TokenSlots
 
 _MIN_CONTEXT = 256  # smallest bucket of slots; the next ones double
 _MIN_WIDTH = 4  # smallest bucket of tokens to catch up on; the next ones double
@@ -42,23 +43,23 @@ class Shape(NamedTuple):
 
 
 class FixedShapeRunner:
-    """Runs rounds in functions of fixed shapes instead of `specrl.decoding.eager.EagerRunner`."""
+    """Runs rounds in functions of fixed shapes (see `specrl.decoding.session.Runner`)."""
 
     def __init__(self, state: SessionState, graphs: Graphs) -> None:
         self._state, self._graphs = state, graphs
-        most, target, pending = state.batch.max_batch_size, state.target, state.pending
+        rows, target, pending = state.batch.max_batch_size, state.target, state.pending
         device = target.device
         self._room = 0 if pending is None else pending.room
         self._padding_slot = state.config.max_context + MAX_DRAFT_TOKENS
         self._last_slot = state.cache.capacity - 1
-        self._link = DeviceLink(most, self._room, device, pinned=graphs.captures)
-        self._arange = torch.arange(max(self._last_slot + 1, most), device=device)
-        self._uniform = torch.zeros(most, 2 * MAX_DRAFT_TOKENS + 1, device=device)
-        self._tokens = torch.zeros(most, MAX_DRAFT_TOKENS, dtype=torch.int64, device=device)
+        self._link = DeviceLink(rows, self._room, device, pinned=graphs.captures)
+        self._arange = torch.arange(max(self._last_slot + 1, rows), device=device)
+        self._uniform = torch.zeros(rows, 2 * MAX_DRAFT_TOKENS + 1, device=device)
+        self._tokens = torch.zeros(rows, MAX_DRAFT_TOKENS, dtype=torch.int64, device=device)
         self._parents = torch.zeros_like(self._tokens)
-        self._no_parents = torch.full((most, 1), -1, dtype=torch.int64, device=device)
-        self._mask = torch.zeros(most, MAX_DRAFT_TOKENS, MAX_DRAFT_TOKENS, dtype=torch.bool, device=device)
-        self._hidden = torch.zeros(most, target.config.hidden_size, dtype=target.dtype, device=device)
+        self._no_parents = torch.full((rows, 1), -1, dtype=torch.int64, device=device)
+        self._mask = torch.zeros(rows, MAX_DRAFT_TOKENS, MAX_DRAFT_TOKENS, dtype=torch.bool, device=device)
+        self._hidden = torch.zeros(rows, target.config.hidden_size, dtype=target.dtype, device=device)
         self._distributions: dict[int, Tensor] = {}  # by steps [max_batch_size, s, V] float32
         self.functions: dict[str, Callable[[Shape], Any]] = {"catch_up": self._catch_up, "draft": self._draft}
         self.functions |= {"verify": self._verify, "plain": self._plain}
@@ -70,15 +71,14 @@ class FixedShapeRunner:
         if all(self._key(name, shape) in self._graphs for name in names):
             return
         self._send(shape)
-        buffer = None if pending is None else pending.buffer[: shape.batch_size, :MAX_DRAFT_TOKENS]
-        before = None if buffer is None else buffer.clone()  # verifying stores where catching up has read
+        buffer = torch.empty(0) if pending is None else pending.buffer[: shape.batch_size, :MAX_DRAFT_TOKENS]
+        before = buffer.clone()  # verifying stores where catching up has read
         for name in names:
             if name == "catch_up" and shape.width > MAX_CAPTURED_WIDTH:
                 self._catch_up(shape)
             else:
                 self._graphs.capture(self._key(name, shape), partial(self.functions[name], shape))
-        if buffer is not None and before is not None:
-            buffer.copy_(before)
+        buffer.copy_(before)
 
     def propose(self, plan: Plan, source: Source) -> Proposal:
         """Let the draft catch up and draft, unless the plan is 0. The next call overwrites the result."""
@@ -97,16 +97,13 @@ class FixedShapeRunner:
 
     def verify(self, plan: Plan, proposal: Proposal, source: Source) -> Verified:
         """Verify the proposal made last, and store its hidden states for the draft."""
-        live, shape = self._state.batch.size, self._shape(plan)
-        found, path, logits, hidden = self._run("verify", shape)
+        live = self._state.batch.size
+        result, path, logits, hidden = self._run("verify", self._shape(plan))
         hidden = None if hidden is None else hidden[:live]
-        return Verified.read(self._link.fetch(found)[:live], path[:live], logits[:live], hidden)
-
-    def keep(self, plan: Plan, verified: Verified) -> None:
-        """Nothing is left to do: `verify` has stored the hidden states."""
+        return Verified.read(self._link.fetch(result)[:live], path[:live], logits[:live], hidden)
 
     def plain_step(self, source: Source) -> list[int]:
-        """One step of plain decoding: a token for each live request."""
+        """Run one step of plain decoding: a token for each live request."""
         shape = self._shape(Plan(0))
         self._send(shape)
         self._draw(shape, source)
@@ -133,19 +130,16 @@ class FixedShapeRunner:
         return self._graphs.run(self._key(name, shape), partial(self.functions[name], shape))
 
     def _send(self, shape: Shape) -> None:
-        """Copy to the device."""
-        batch, pending, width = self._state.batch, self._state.pending, shape.width
+        """Copy the numbers of the requests, and the tokens to catch up on, to the device."""
+        batch, pending = self._state.batch, self._state.pending
         slot = batch.length - 1
         read = slot - 1 if pending is None else pending.read
-        waiting = slot - read
-        free = np.zeros_like(slot) if shape.plan.num_steps else waiting
-        live = Rows(slot, read, waiting - 1, batch.last_tokens(), free)
-        catch_up = None
-        if width:
-            columns = np.minimum(read[:, None] + np.arange(1, width + 1), batch.tokens.shape[1] - 1)
-            catch_up = np.take_along_axis(batch.tokens, columns, 1)
+        unread = slot - read
+        free = np.zeros_like(slot) if shape.plan.num_steps else unread
+        live = Rows(slot, read, unread - 1, batch.last_tokens(), free)
         padding = Rows(self._padding_slot, self._padding_slot, 0, 0, self._room)
-        self._link.send(live, padding, shape.batch_size, catch_up)
+        columns = np.minimum(read[:, None] + np.arange(1, shape.width + 1), batch.tokens.shape[1] - 1)
+        self._link.send(live, padding, shape.batch_size, np.take_along_axis(batch.tokens, columns, 1))
 
     def _draw(self, shape: Shape, source: Source) -> None:
         """Draw the uniform numbers of this round, which the graphs read."""
@@ -160,7 +154,7 @@ class FixedShapeRunner:
         return rejection and plan.is_chain and plan.num_steps > 0 and not shape.all_greedy
 
     def _proposal(self, shape: Shape, rows: int) -> Proposal:
-        """What was proposed to the first `rows` requests; views of static memory."""
+        """Return the proposal for the first `rows` requests: views of static memory."""
         plan, count = shape.plan, shape.plan.num_draft_tokens
         if plan.num_steps == 0:
             return Proposal(self._link.rows(shape.batch_size).last_token[:rows, None], self._no_parents[:rows])
@@ -175,13 +169,14 @@ class FixedShapeRunner:
     # The functions below can be captured: they run on the device only, do not wait, and their shapes follow `Shape`.
 
     def _catch_up(self, shape: Shape) -> None:
-        """Let the draft read the pending hidden states, and keep its state after the last one."""
+        """Let the draft read the pending hidden states, and store its state after the last one."""
         pending, size, width = self._state.pending, shape.batch_size, shape.width
         assert pending is not None
         rows, draft = self._link.rows(size), pending.draft
         slots = (rows.read[:, None] + self._arange[:width]).clamp_(max=self._last_slot)
         fused = draft.fuse(pending.buffer[:size, :width])
-        hidden = draft.decode(self._link.catch_up(size, width), fused, pending.cache, slots, length=shape.context)
+        where = TokenSlots(slots, shape.context)
+        hidden = draft.decode(self._link.catch_up(size, width), fused, pending.cache, where)
         last = rows.newest[:, None, None].expand(size, 1, hidden.shape[-1])
         self._hidden[:size].copy_(hidden.gather(1, last)[:, 0])
 
@@ -199,8 +194,7 @@ class FixedShapeRunner:
             self._mask[:size, :count, :count].copy_(proposal.attention_mask)
         if (q := proposal.distributions) is not None:
             if plan.num_steps not in self._distributions:
-                most = self._state.batch.max_batch_size
-                self._distributions[plan.num_steps] = torch.zeros(most, *q.shape[1:], device=q.device)
+                self._distributions[plan.num_steps] = torch.zeros(len(self._tokens), *q.shape[1:], device=q.device)
             self._distributions[plan.num_steps][:size].copy_(q)
 
     def _verify(self, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -211,23 +205,20 @@ class FixedShapeRunner:
         """
         state, plan, size = self._state, shape.plan, shape.batch_size
         rows, proposal = self._link.rows(size), self._proposal(shape, size)
-        aux, slot, context = state.config.aux_layers, rows.slot, shape.context
-        logits, hidden = decode_proposal(
-            state.target, state.cache, proposal, slot, context, aux_layers=aux, fixed_shapes=True
-        )
+        logits, hidden = state.decode(proposal, rows.slot, shape.context, fixed_shapes=True)
         numbers = Drawn(self._uniform[:size, plan.num_steps if self._sampled(shape) else 0 :])
         accepted = accept(plan, proposal, logits, self._temperatures(shape), numbers)
         if not plan.is_chain:
             self._compact(rows.slot, accepted.path)
         if state.pending is not None and hidden is not None:
-            kept = hidden if plan.is_chain else along_path(hidden, accepted.path)
+            stored = hidden if plan.is_chain else along_path(hidden, accepted.path)
             buffer = state.pending.buffer
-            at = self._arange[:size, None] * buffer.shape[1] + rows.free[:, None] + self._arange[: kept.shape[1]]
-            buffer.view(-1, kept.shape[-1]).index_put_((at,), kept)
+            index = self._arange[:size, None] * buffer.shape[1] + rows.free[:, None] + self._arange[: stored.shape[1]]
+            buffer.view(-1, stored.shape[-1]).index_put_((index,), stored)
         return outcome(proposal, accepted), accepted.path, logits, hidden
 
     def _compact(self, slot: Tensor, path: Tensor) -> None:
-        """Move the cache entries of accepted rows to where a chain would have them."""
+        """Move the cache entries of accepted rows to the slots of a chain."""
         size, rows = path.shape
         to = self._arange[1:rows].expand(size, rows - 1)
         requests = self._arange[:size, None].expand(size, rows - 1)
@@ -235,14 +226,15 @@ class FixedShapeRunner:
         self._state.cache.move(requests.flatten(), (slot[:, None] + sources).flatten(), (slot[:, None] + to).flatten())
 
     def _plain(self, shape: Shape) -> Tensor:
-        """One step of plain decoding: [B] int64."""
-        rows, target, cache = self._link.rows(shape.batch_size), self._state.target, self._state.cache
-        decoded = target.decode(rows.last_token[:, None], cache, rows.slot[:, None], length=shape.context)
+        """Run one step of plain decoding: [B] int64."""
+        rows = self._link.rows(shape.batch_size)
+        where = TokenSlots(rows.slot[:, None], shape.context)
+        decoded = self._state.target.decode(rows.last_token[:, None], self._state.cache, where)
         return choose(decoded.logits[:, 0], self._temperatures(shape), Drawn(self._uniform[: shape.batch_size]))
 
 
-def _doubled(least: int, wanted: int) -> int:
-    """The smallest of least, 2 least, 4 least, .. that is at least `wanted`."""
-    while least < wanted:
-        least *= 2
-    return least
+def _doubled(smallest: int, needed: int) -> int:
+    """Return the first of smallest, 2 * smallest, 4 * smallest, .. that is at least `needed`."""
+    while smallest < needed:
+        smallest *= 2
+    return smallest

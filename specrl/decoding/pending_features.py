@@ -1,7 +1,4 @@
-"""What the draft has read of each request, and the hidden states that it has not read yet.
-
-See docs/decisions/0002-plan-zero.md.
-"""
+"""The hidden states that the draft has not read yet, and its progress (docs/decisions/0002-plan-zero.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from torch import Tensor
 from specrl.core.round import Ints
 from specrl.decoding.batch import Batch
 from specrl.decoding.propose import MAX_DRAFT_TOKENS
-from specrl.models.attention import KVCache
+from specrl.models.attention import KVCache, TokenSlots
 from specrl.models.draft import ServingDraft
 
 BUFFER_BYTES = 64 << 20  # memory of the buffer, unless that is too little for two rounds
@@ -49,7 +46,7 @@ class PendingFeatures:
         self._first = (torch.arange(size, device=self.draft.device) * self._live.shape[1])[:, None]  # row in the buffer
 
     def counts(self) -> Ints:
-        """Hidden states of each request that the draft has not read: [B] int64, at least 1."""
+        """Count the hidden states of each request that the draft has not read: [B] int64, at least 1."""
         return self._batch.length - 1 - self.read
 
     def read_prompt(self, row: int, tokens: Tensor, hidden_states: Tensor) -> None:
@@ -57,19 +54,19 @@ class PendingFeatures:
         self.buffer[row, 0] = hidden_states[0, -1]
         count = self._all_read[row] = tokens.shape[1] - 1
         if count:
-            hidden, slots = self.draft.fuse(hidden_states[:, :-1]), self._arange[None, :count]
-            self.draft.decode(tokens[:, 1:], hidden, self.cache, slots, length=count, first_row=row)
+            hidden, where = self.draft.fuse(hidden_states[:, :-1]), TokenSlots(self._arange[None, :count], count)
+            self.draft.decode(tokens[:, 1:], hidden, self.cache, where._replace(first_row=row))
 
     def catch_up(self, leave: int = 0) -> Tensor:
-        """Let the draft read everything except the last `leave`; returns its state after the last one read [B, H]."""
+        """Let the draft read all but the last `leave` hidden states; returns its state after them [B, H]."""
         batch = self._batch
         counts = self.counts() - leave
         width = int(counts.max())
-        last_slot = self.cache.capacity - 1  # takes what is read for shorter requests beyond their end; never visible
+        last_slot = self.cache.capacity - 1  # never visible; shorter requests write there beyond their end
         slots = (batch.on_device(self.read)[:, None] + self._arange[:width]).clamp_(max=last_slot)
         tokens = batch.shared_tokens.to(self.draft.device).gather(1, slots + 1)
-        length = min(int(self.read.max()) + width, last_slot + 1)
-        hidden = self.draft.decode(tokens, self.draft.fuse(self._live[:, :width]), self.cache, slots, length=length)
+        where = TokenSlots(slots, min(int(self.read.max()) + width, last_slot + 1))
+        hidden = self.draft.decode(tokens, self.draft.fuse(self._live[:, :width]), self.cache, where)
         self.read += counts
         last = batch.on_device(np.maximum(counts - 1, 0))
         return hidden[self._arange[: len(last)], last]
@@ -101,5 +98,5 @@ class PendingFeatures:
 
 
 def along_path(hidden_states: Tensor, path: Tensor) -> Tensor:
-    """The rows `path [B, s + 1]` of `hidden_states [B, n, 3H]`; row 0 where the path has ended."""
+    """Return the rows `path [B, s + 1]` of `hidden_states [B, n, 3H]`; row 0 where the path has ended."""
     return hidden_states.gather(1, path.clamp(min=0)[..., None].expand(-1, -1, hidden_states.shape[-1]))

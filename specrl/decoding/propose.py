@@ -1,4 +1,4 @@
-"""Proposals: a sampled or greedy chain, the best nodes of an EAGLE-2 tree, or chains made outside the session.
+"""Proposals: a sampled or greedy chain, the best nodes of an EAGLE-2 tree, or chains from outside the session.
 
 EAGLE-2 (Li et al., 2024, arXiv:2406.16858): every step expands the `topk` best nodes by `topk` children each. The score
 of a node is the product of the draft's probabilities along its path, and the best nodes overall are verified.
@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specrl.core.checks import require
 from specrl.core.plan import Plan
 from specrl.decoding.sampling import Source, Temperatures, argmax, distribution, sample
-from specrl.models.attention import KVCache
+from specrl.models.attention import KVCache, TokenSlots
 from specrl.models.draft import ServingDraft
 
 MAX_DRAFT_TOKENS = 64  # tokens that a plan may verify, and slots that it may draft into
-_SUM_TOLERANCE = 1e-3  # of the sum of a distribution
+_SUM_TOLERANCE = 1e-3  # allowed error of the sum of a distribution
 
 
 class Proposal(NamedTuple):
@@ -55,37 +56,30 @@ class ExternalDraft:
             ValueError: a shape, dtype, token or distribution is wrong, or a token follows the end of its chain.
         """
         drafted, q = self.drafted, self.distributions
-        if drafted.dtype != torch.int64 or drafted.ndim != 2 or len(drafted) != batch_size:
-            got = f"{drafted.dtype} {list(drafted.shape)}"
-            raise ValueError(f"drafted must be int64 [{batch_size}, num_steps], a row per live request, but got {got}")
+        valid = drafted.dtype == torch.int64 and drafted.ndim == 2 and len(drafted) == batch_size
+        rule = f"int64 [{batch_size}, num_steps], a row per live request"
+        require(valid, "drafted", rule, f"{drafted.dtype} {list(drafted.shape)}")
         steps = drafted.shape[1]
-        if steps >= MAX_DRAFT_TOKENS:
-            raise ValueError(f"a proposal may draft at most {MAX_DRAFT_TOKENS - 1} tokens per request, but got {steps}")
+        require(steps < MAX_DRAFT_TOKENS, "num_steps of drafted", f"below {MAX_DRAFT_TOKENS}", steps)
         if steps == 0:
             return
-        low, high = int(drafted.min()), int(drafted.max())
-        if not -1 <= low <= high < vocab_size:
-            rule = f"drafted tokens must be in [0, {vocab_size}), or -1 where a draft ends"
-            raise ValueError(f"{rule}, but got {low}..{high}")
-        if bool(((drafted[:, 1:] >= 0) & (drafted[:, :-1] < 0)).any()):
-            raise ValueError("a draft that has ended must not go on, but got a token after -1; pad with -1 at the end")
-        if q is None:
+        ids = (int(drafted.min()), int(drafted.max()))
+        require(-1 <= ids[0] <= ids[1] < vocab_size, "drafted", f"in [0, {vocab_size}), or -1 where a draft ends", ids)
+        row = drafted[((drafted[:, 1:] >= 0) & (drafted[:, :-1] < 0)).any(1)][:1].tolist()
+        require(not row, "drafted", "-1 after the end of a draft", row)
+        if q is None or ids[1] < 0:
             return
         shape = [*drafted.shape, vocab_size]
-        if q.dtype != torch.float32 or list(q.shape) != shape:
-            raise ValueError(f"a proposal's distributions must be float32 {shape}, but got {q.dtype} {list(q.shape)}")
+        valid = q.dtype == torch.float32 and list(q.shape) == shape
+        require(valid, "distributions", f"float32 {shape}", f"{q.dtype} {list(q.shape)}")
         rows, tokens = q[drafted >= 0], drafted[drafted >= 0]
-        if not bool(torch.isfinite(rows).all()) or bool((rows < 0).any()):
-            raise ValueError("a proposal's distributions must be finite and at least 0, but got NaN, infinity or less")
-        off = (rows.sum(-1) - 1.0).abs()
-        if bool((off > _SUM_TOLERANCE).any()):
-            rule = f"a proposal's distributions must sum to 1 within {_SUM_TOLERANCE}"
-            raise ValueError(f"{rule}, but one is {float(off.max()):.3g} off")
-        if bool((rows.gather(-1, tokens[:, None]) == 0).any()):
-            raise ValueError("a drafted token must be possible under its distribution, but got a probability of 0")
+        low, off = float(rows.min()), float((rows.sum(-1) - 1.0).abs().max())  # NaN if an entry is NaN
+        require(0 <= low and off <= _SUM_TOLERANCE, "distributions", "at least 0 and of sum 1", (low, 1.0 + off))
+        chances = rows.gather(-1, tokens[:, None])
+        require(bool((chances > 0).all()), "distributions", "above 0 at the drafted tokens", float(chances.min()))
 
     def proposal(self, last_tokens: Tensor) -> Proposal:
-        """The chains, at least one token long, after the last committed tokens [B], on their device."""
+        """Return the chains, at least one token long, after the last committed tokens [B], on their device."""
         drafted, q = self.drafted.to(last_tokens.device), self.distributions
         tokens = torch.cat([last_tokens[:, None], drafted.clamp(min=0)], 1)
         parents = torch.arange(-1, drafted.shape[1], device=tokens.device).expand(tokens.shape)
@@ -95,21 +89,21 @@ class ExternalDraft:
 
 
 class Start(NamedTuple):
-    """Where drafting starts: the draft has read every committed token."""
+    """The draft's state when it has read every committed token."""
 
     hidden: Tensor  # [B, H], the draft's state at its last slot
     slots: Tensor  # [B] int64, its next free slot
     length: int  # the largest of them
     last_tokens: Tensor  # [B] int64, the last committed token
-    fixed_shapes: bool = False  # every pass looks at `length` slots, whatever is live (see fixed_shape.py)
+    fixed_shapes: bool = False  # every pass attends to `length` slots, whatever is live (see fixed_shape.py)
 
-    def reach(self, slots: int) -> int:
-        """Slots that a pass looks at when it writes up to `slots` further ones."""
+    def visible(self, slots: int) -> int:
+        """Return the length that a pass attends to when it writes up to `slots` further ones."""
         return self.length if self.fixed_shapes else self.length + slots
 
 
 def unsupported(plan: Plan, draft: ServingDraft | None) -> str | None:
-    """Why a session with this draft cannot run the plan; None if it can."""
+    """Return why a session with this draft cannot run the plan; None if it can."""
     if plan.num_steps and draft is None:
         return f"plain decoding has no draft, so its only plan is 0, but got {plan}"
     if draft is not None and plan.topk > draft.config.draft_vocab_size:
@@ -128,14 +122,14 @@ def propose(
     temperatures: Temperatures | None,
     source: Source,
 ) -> Proposal:
-    """Draft the tree of `plan`, or its chain, one token after the other.
+    """Draft the tree of `plan`, or its chain, token by token.
 
     Args:
-        draft, cache, start: the draft, its cache, and where it starts.
-        plan: of at least one step.
+        draft, cache, start: the draft, its cache, and its state.
+        plan: a plan of at least one step.
         temperatures: sample each token of a chain from the draft at these (for rejection sampling); None: take the best
             token. Trees are always deterministic.
-        source: of the samples.
+        source: source of the samples.
     """
     if not plan.is_chain:
         return _propose_tree(draft, cache, start, plan)
@@ -143,8 +137,8 @@ def propose(
     ids = draft.target_ids
     for step in range(plan.num_steps):
         if step:
-            slots = (start.slots + (step - 1))[:, None]
-            hidden = draft.decode(tokens[-1][:, None], hidden[:, None], cache, slots, length=start.reach(step))[:, 0]
+            where = TokenSlots((start.slots + (step - 1))[:, None], start.visible(step))
+            hidden = draft.decode(tokens[-1][:, None], hidden[:, None], cache, where)[:, 0]
         logits = draft.logits(hidden)  # [B, Vd]
         if temperatures is None or temperatures.all_greedy:
             best = argmax(logits)
@@ -165,7 +159,7 @@ def _propose_tree(draft: ServingDraft, cache: KVCache, start: Start, plan: Plan)
     topk, batch, device = plan.topk, len(start.slots), start.hidden.device
 
     def expand(hidden: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-        """The topk best continuations of each node: scores and target ids [B, nodes, topk]."""
+        """Return the topk best continuations of each node: scores and target ids [B, nodes, topk]."""
         logp = torch.log_softmax(draft.logits(hidden.flatten(0, 1)), -1).view(batch, hidden.shape[1], -1)
         best = logp.topk(topk, -1)
         ids = best.indices if draft.target_ids is None else draft.target_ids[best.indices]
@@ -178,18 +172,16 @@ def _propose_tree(draft: ServingDraft, cache: KVCache, start: Start, plan: Plan)
     beam_row = torch.arange(1, topk + 1, device=device).expand(batch, topk)
     beam_hidden = start.hidden[:, None].expand(-1, topk, -1)
     above = torch.zeros(batch, topk, 0, dtype=torch.bool, device=device)  # drafted slots that a beam node attends to
-    own = torch.eye(topk, dtype=torch.bool, device=device).expand(batch, topk, topk)
+    itself = torch.eye(topk, dtype=torch.bool, device=device).expand(batch, topk, topk)
     first_row = 1 + topk
     for step in range(1, plan.num_steps):
-        above = torch.cat([above, own], -1)  # [B, k, step * k]
+        above = torch.cat([above, itself], -1)  # [B, k, step * k]
         offset = (step - 1) * topk
         slots = start.slots[:, None] + torch.arange(offset, offset + topk, device=device)
-        length = start.reach(offset + topk)
+        length = start.visible(offset + topk)
         positions = (start.slots + (step - 1))[:, None].expand(slots.shape)
         mask = tree_mask(above, start.slots, length, start.fixed_shapes)
-        hidden = draft.decode(
-            beam_token, beam_hidden, cache, slots, length=length, positions=positions, attention_mask=mask
-        )
+        hidden = draft.decode(beam_token, beam_hidden, cache, TokenSlots(slots, length, positions, mask))
         score, token = expand(hidden, beam_score)  # [B, k, k]
         scores.append(score.flatten(1))
         tokens.append(token.flatten(1))
@@ -201,12 +193,12 @@ def _propose_tree(draft: ServingDraft, cache: KVCache, start: Start, plan: Plan)
         beam_hidden = hidden.gather(1, parent[..., None].expand(-1, -1, hidden.shape[-1]))
         above = above.gather(1, parent[..., None].expand(-1, -1, above.shape[-1]))
         first_row += topk * topk
-    everything = torch.cat(scores, 1), torch.cat(tokens, 1), torch.cat(parents, 1)
-    return _best(plan.num_draft_tokens, start.last_tokens, *everything)
+    nodes = torch.cat(scores, 1), torch.cat(tokens, 1), torch.cat(parents, 1)
+    return _best(plan.num_draft_tokens, start.last_tokens, *nodes)
 
 
 def tree_mask(inside: Tensor, starts: Tensor, length: int, fixed_shapes: bool = False) -> Tensor:
-    """Attention mask [B, q, length] bool: `inside [B, q, m] bool` from slot `starts [B]` on, and all slots before.
+    """Return the mask [B, q, length] bool: `inside [B, q, m] bool` from slot `starts [B]` on, and all slots before.
 
     With `fixed_shapes`, the padding rows of a batch may start beyond `length`; they attend to everything.
     """
@@ -219,19 +211,19 @@ def tree_mask(inside: Tensor, starts: Tensor, length: int, fixed_shapes: bool = 
     return mask.scatter_(2, columns[:, None].expand(batch, queries, width), inside)
 
 
-def _best(nodes: int, last_tokens: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor) -> Proposal:
-    """Keep the best `nodes - 1` of all drafted nodes [B, N]; the score of a parent is never below that of its child."""
+def _best(count: int, last_tokens: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor) -> Proposal:
+    """Take the best `count - 1` of all drafted nodes [B, N]; the score of a parent is never below that of its child."""
     batch, device = len(last_tokens), last_tokens.device
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[:, : nodes - 1]
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[:, : count - 1]
     rows = order.sort(-1).values + 1  # rows of the full tree, level by level: parents before children
     zero = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-    kept = torch.cat([zero, rows], 1)  # [B, n]
-    renamed = torch.zeros(batch, scores.shape[1] + 1, dtype=torch.int64, device=device)
-    renamed.scatter_(1, kept, torch.arange(nodes, device=device).expand(batch, nodes))
-    parent = renamed.gather(1, parents.gather(1, rows - 1))  # [B, n - 1]
+    best = torch.cat([zero, rows], 1)  # [B, n]
+    new_row = torch.zeros(batch, scores.shape[1] + 1, dtype=torch.int64, device=device)
+    new_row.scatter_(1, best, torch.arange(count, device=device).expand(batch, count))
+    parent = new_row.gather(1, parents.gather(1, rows - 1))  # [B, n - 1]
     parent = torch.cat([zero - 1, parent], 1)
-    mask = torch.eye(nodes, dtype=torch.bool, device=device).repeat(batch, 1, 1)
-    every = torch.arange(batch, device=device)
-    for node in range(1, nodes):
-        mask[:, node] |= mask[every, parent[:, node]]
+    mask = torch.eye(count, dtype=torch.bool, device=device).repeat(batch, 1, 1)
+    requests = torch.arange(batch, device=device)
+    for node in range(1, count):
+        mask[:, node] |= mask[requests, parent[:, node]]
     return Proposal(torch.cat([last_tokens[:, None], tokens.gather(1, rows - 1)], 1), parent, mask)

@@ -18,7 +18,7 @@ class Temperatures:
 
     Args:
         values: [B] float32 on the device of the logits.
-        all_greedy, any_greedy: known on the host, so that no reader waits for the device.
+        all_greedy, any_greedy: facts on the host, so that no reader waits for the device.
     """
 
     values: Tensor
@@ -27,24 +27,20 @@ class Temperatures:
 
     @classmethod
     def of(cls, temperatures: list[float], device: str) -> Temperatures:
-        """Temperatures of each live request; below 1e-6 means 0."""
+        """Make them from the temperature of each request; below 1e-6 means 0."""
         values = [0.0 if t < _GREEDY_BELOW else t for t in temperatures]
         greedy = [t == 0.0 for t in values]
         return cls(torch.tensor(values, dtype=torch.float32, device=device), all(greedy), any(greedy))
 
 
 class Drawn:
-    """Uniform numbers drawn in advance and handed out from left to right; captured CUDA graphs sample with them.
-
-    Args:
-        numbers: [B, k] float32 in [0, 1).
-    """
+    """Uniform `numbers [B, k]` float32 in [0, 1), drawn in advance for CUDA graphs and used from left to right."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._numbers, self._used = numbers, 0
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
-        """The next numbers of each request, in this shape [B, ...]."""
+        """Take the next numbers of each request, in this shape [B, ...]."""
         start, self._used = self._used, self._used + math.prod(shape[1:])
         return self._numbers[: shape[0], start : self._used].reshape(shape)
 
@@ -53,7 +49,7 @@ Source = torch.Generator | Drawn  # of uniform numbers
 
 
 def uniform(shape: tuple[int, ...], source: Source, device: torch.device) -> Tensor:
-    """Uniform numbers [B, ...] float32 in [0, 1)."""
+    """Draw uniform numbers [B, ...] float32 in [0, 1)."""
     if isinstance(source, Drawn):
         return source.take(shape)
     return torch.rand(shape, generator=source, device=device)
@@ -68,12 +64,12 @@ def fill_uniform(out: Tensor, source: Source) -> None:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """[..., V] -> [...] int64; `max` is twice as fast as `argmax` on a CPU."""
+    """Return the best token of `logits [..., V]`: [...] int64. `max` is twice as fast as `argmax` on a CPU."""
     return logits.max(-1).indices
 
 
 def distribution(logits: Tensor, temperatures: Temperatures) -> Tensor:
-    """Probabilities of `logits [B, ..., V]` at each request's temperature, in float32; greedy rows are one-hot."""
+    """Return probabilities of `logits [B, ..., V]` at each request's temperature, float32; greedy rows are one-hot."""
     values = temperatures.values.view(-1, *[1] * (logits.ndim - 1))
     if not temperatures.any_greedy:
         return torch.softmax(logits / values, -1)
@@ -97,7 +93,7 @@ def sample(weights: Tensor, source: Source) -> Tensor:
 
 
 def choose(logits: Tensor, temperatures: Temperatures, source: Source) -> Tensor:
-    """One token from each `logits [B, ..., V]` at the requests' temperatures: [B, ...] int64."""
+    """Choose a token from each row of `logits [B, ..., V]` at the requests' temperatures: [B, ...] int64."""
     if temperatures.all_greedy:
         return argmax(logits)
     return sample(distribution(logits, temperatures), source)

@@ -1,4 +1,4 @@
-"""A session: in each round propose, verify and accept, commit, and replace the requests that finished.
+"""A session: in each round propose, verify, commit, and replace the requests that finished.
 
 Invariants between rounds, for each request of L known tokens x_0 .. x_{L-1}: the target's cache holds slots 0 .. L-2,
 and the draft has read, or will catch up on, the same slots (see `specrl.decoding.pending_features`).
@@ -7,6 +7,7 @@ and the draft has read, or will catch up on, the same slots (see `specrl.decodin
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,31 +17,43 @@ from specrl.core.interfaces import ProposalSession, Request
 from specrl.core.plan import Plan
 from specrl.core.round import PlainSample, Round, Trace
 from specrl.decoding.cuda_graphs import Graphs
-from specrl.decoding.eager import EagerRunner
+from specrl.decoding.eager import EagerRunner, ExternalRunner
 from specrl.decoding.fixed_shape import FixedShapeRunner
 from specrl.decoding.prefill import Prefiller
-from specrl.decoding.propose import ExternalDraft, unsupported
+from specrl.decoding.propose import ExternalDraft, Proposal, unsupported
 from specrl.decoding.sampling import Source
-from specrl.decoding.state import RoundTimer, SessionConfig, SessionState, Traces
+from specrl.decoding.state import SessionConfig, SessionState, Traces
+from specrl.decoding.verify import Verified
 from specrl.models.draft import ServingDraft
 from specrl.models.target import Target
 
 _PLAIN_STEPS = 3  # per sample of plain decoding
 
 
+class Runner(Protocol):
+    """The two steps of a round, for a plan whose kernels or graphs are built already."""
+
+    def propose(self, plan: Plan, source: Source) -> Proposal:
+        """Let the draft catch up and draft, unless the plan is 0."""
+
+    def verify(self, plan: Plan, proposal: Proposal, source: Source) -> Verified:
+        """Run the target over the proposal, accept, and store the hidden states for the draft."""
+
+
 class LocalSession(ProposalSession):
     """Closed-loop decoding of one target at fixed concurrency (see `specrl.core.interfaces.Session`).
 
     Args:
-        draft: None: plain decoding, whose only plan is 0.
-        requests: endless.
+        target: the target.
+        draft: its draft; None: plain decoding, whose only plan is 0.
+        requests: an endless stream of requests.
+        config: the settings.
         clock: times the rounds.
         warm: batch sizes and plans whose kernels are built already; shared by the sessions of an engine.
         graphs: run rounds in fixed shapes, as CUDA graphs on a GPU; None: run them in the shapes of the live requests.
 
     Attributes:
-        state: models, caches and requests.
-        source: of the random numbers of rounds and prefills.
+        source: source of the random numbers of rounds and prefills.
         prefill_s: seconds of the prefills of `resize`.
     """
 
@@ -63,9 +76,7 @@ class LocalSession(ProposalSession):
         self._batch, self._warm = state.batch, warm
         self._traces = Traces(state, copy=graphs is not None) if config.trace else None
         self._prefiller = Prefiller(requests, state, self._traces)
-        self._runner: EagerRunner | FixedShapeRunner = EagerRunner(state, warm)
-        if graphs is not None:
-            self._runner = FixedShapeRunner(state, graphs)
+        self._runner = EagerRunner(state, warm) if graphs is None else FixedShapeRunner(state, graphs)
         self.resize(config.batch_size)
 
     @property
@@ -80,7 +91,7 @@ class LocalSession(ProposalSession):
 
     @property
     def request_ids(self) -> list[int]:
-        """Of the live requests, row by row."""
+        """Ids of the live requests, row by row."""
         return self._batch.ids.tolist()
 
     @property
@@ -98,11 +109,9 @@ class LocalSession(ProposalSession):
             ValueError: `batch_size` is not in [1, max_batch_size], or the session is closed.
         """
         self._check_open()
-        most = self._batch.max_batch_size
-        if not 1 <= batch_size <= most:
-            raise ValueError(f"batch_size must be in [1, {most}], the session's max_batch_size, but got {batch_size}")
+        self.state.config.check_batch_size(batch_size)
         timer = RoundTimer(self.clock)
-        for row in range(self._batch.admitted, batch_size):
+        for row in range(len(self._batch.admitted), batch_size):
             self._prefiller.admit(row, self.source)
         self.prefill_s += timer.lap()
         self._batch.resize(batch_size)
@@ -111,7 +120,7 @@ class LocalSession(ProposalSession):
 
     @torch.inference_mode()
     def prepare(self, plan: Plan) -> None:
-        """Build what a round of `plan` needs at this batch size; `round` does so itself, untimed.
+        """Build the kernels or graphs of a round of `plan` at this batch size; `round` does so itself, untimed.
 
         Raises:
             ValueError: the session cannot run the plan.
@@ -126,7 +135,7 @@ class LocalSession(ProposalSession):
     def round(self, plan: Plan) -> Round:
         """Propose `plan`, verify and commit for every live request; raises as `prepare` does."""
         self.prepare(plan)
-        return self._run(self._runner, plan)
+        return self._round(self._runner, plan)
 
     @torch.inference_mode()
     def round_with(self, drafted: Tensor, distributions: Tensor | None = None) -> Round:
@@ -134,33 +143,31 @@ class LocalSession(ProposalSession):
         self._check_open()
         external = ExternalDraft(drafted, distributions)
         external.validate(self.batch_size, self.target.config.vocab_size)
-        runner, plan = EagerRunner(self.state, self._warm, external), Plan(drafted.shape[1])
+        runner, plan = ExternalRunner(self.state, self._warm, external), Plan(drafted.shape[1])
         runner.prepare(plan)
-        return self._run(runner, plan)
+        return self._round(runner, plan)
 
-    def _run(self, runner: EagerRunner | FixedShapeRunner, plan: Plan) -> Round:
+    def _round(self, runner: Runner, plan: Plan) -> Round:
         timer = RoundTimer(self.clock)
         proposal = runner.propose(plan, self.source)
         draft_s = timer.lap()
         verified = runner.verify(plan, proposal, self.source)
         verify_s = timer.lap()
-        runner.keep(plan, verified)
         committed = self._batch.commit(verified.tokens)
         if self._traces is not None:
             self._traces.add_round(plan, proposal, verified, committed)
         other_s = timer.lap()
         finished = self._prefiller.refill(committed.ended, self.source)
-        prefill_s = timer.lap() if committed.ended else 0.0
         return Round(
-            plan=plan,
-            request_ids=committed.request_ids,
-            tokens=committed.counts,
-            correct_drafts=verified.correct_drafts,
-            context_lengths=committed.context_lengths,
+            plan,
+            committed.request_ids,
+            committed.counts,
+            verified.correct_drafts,
+            committed.context_lengths,
             draft_s=draft_s,
             verify_s=verify_s,
             other_s=other_s,
-            prefill_s=prefill_s,
+            prefill_s=timer.lap() if committed.ended else 0.0,
             draft_version=self.state.draft_version,
             finished=finished,
         )
@@ -182,7 +189,7 @@ class LocalSession(ProposalSession):
         return sample
 
     def drain(self) -> list[Trace]:
-        """Take the traces kept so far."""
+        """Take the traces since the last call."""
         return [] if self.closed or self._traces is None else self._traces.drain()
 
     def close(self) -> None:
@@ -194,3 +201,15 @@ class LocalSession(ProposalSession):
     def _check_open(self) -> None:
         if self.closed:
             raise ValueError("the session is closed; start another one")
+
+
+class RoundTimer:
+    """Times the parts of a round; starts when it is made."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self._last = clock, clock.now()
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap, after all work given to the device is done."""
+        last, self._last = self._last, self._clock.now()
+        return self._last - last

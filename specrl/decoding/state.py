@@ -1,4 +1,4 @@
-"""What the parts of a session share: settings, models, caches and requests, the traces kept, and a timer."""
+"""The data that the parts of a session share: settings, models, caches and requests, and the traces."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specrl.core.clock import Clock
+from specrl.core.checks import require
 from specrl.core.plan import Plan
 from specrl.core.round import Trace
 from specrl.decoding.batch import Batch, Committed, LiveRequest
 from specrl.decoding.pending_features import PendingFeatures
-from specrl.decoding.propose import MAX_DRAFT_TOKENS, Proposal
+from specrl.decoding.propose import MAX_DRAFT_TOKENS, Proposal, tree_mask
 from specrl.decoding.verify import Verified
+from specrl.models.attention import TokenSlots
 from specrl.models.draft import ServingDraft
-from specrl.models.target import Target
+from specrl.models.target import Decoded, Target
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class SessionConfig:
         batch_size: live requests.
         max_batch_size: the largest batch size that `resize` accepts.
         max_context: tokens that a request may reach.
-        seed: of all sampling.
+        seed: seed of all sampling.
         use_rejection_sampling: see `specrl.decoding.engine.LocalEngine`.
         trace: keep traces for `drain`.
         aux_layers: layers of the target whose inputs the draft reads and a trace holds; () without a draft: none.
@@ -45,9 +46,12 @@ class SessionConfig:
     aux_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        most = self.max_batch_size
-        if not 1 <= self.batch_size <= most:
-            raise ValueError(f"batch_size must be in [1, max_batch_size={most}], but got {self.batch_size}")
+        self.check_batch_size(self.batch_size)
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raise a ValueError unless `batch_size` is in [1, max_batch_size]."""
+        rule = f"in [1, max_batch_size={self.max_batch_size}]"
+        require(1 <= batch_size <= self.max_batch_size, "batch_size", rule, batch_size)
 
 
 class SessionState:
@@ -55,7 +59,7 @@ class SessionState:
 
     Attributes:
         batch: the requests.
-        cache: of the target.
+        cache: the target's keys and values.
         pending: the draft, its cache and the hidden states that it has not read; None: without a draft.
     """
 
@@ -77,18 +81,39 @@ class SessionState:
         """Version of the draft weights that serve; 0 without a draft."""
         return 0 if self.pending is None else self.pending.draft.version
 
+    def decode(
+        self, proposal: Proposal, slots: Tensor, length: int, *, equal_lengths: bool = False, fixed_shapes: bool = False
+    ) -> Decoded:
+        """Run the target over a proposal, and write the cache from the slots of the committed tokens on.
+
+        Args:
+            proposal: n tokens per request.
+            slots: [B] int64, slots of the committed tokens.
+            length, equal_lengths: as in `TokenSlots`.
+            fixed_shapes: as in `tree_mask`.
+        """
+        count, inside = proposal.tokens.shape[1], proposal.attention_mask
+        mask = positions = None
+        if inside is not None:
+            mask, positions = tree_mask(inside, slots, length, fixed_shapes), slots[:, None] + proposal.depths
+        columns = slots[:, None] if count == 1 else slots[:, None] + torch.arange(count, device=slots.device)
+        where = TokenSlots(columns, length, positions, mask, equal_lengths=equal_lengths)
+        return self.target.decode(proposal.tokens, self.cache, where, aux_layers=self.config.aux_layers)
+
 
 class Traces:
     """Traces of a session, in order. A session without aux layers has none.
 
-    `copy`: copy tensors, because the next round overwrites them.
+    Args:
+        state: the session's state.
+        copy: whether tensors are copied, because the next round overwrites them.
     """
 
     def __init__(self, state: SessionState, *, copy: bool) -> None:
         self._state, self._copy, self._kept = state, copy, list[Trace]()
 
     def drain(self) -> list[Trace]:
-        """Take the traces kept so far."""
+        """Take the traces since the last call."""
         kept, self._kept = self._kept, []
         return kept
 
@@ -101,33 +126,17 @@ class Traces:
         ids, positions = committed.request_ids, committed.context_lengths - 1
         live, version = self._state.batch.live, self._state.draft_version
         temperatures = tuple(one.request.temperature for one in live)
-        finished = tuple(live[row].id for row in committed.ended)
-        trace = Trace(ids, positions, tokens, features, logits, parents, path, version, plan, temperatures, finished)
+        ended = tuple(live[row].id for row in committed.ended)
+        trace = Trace(ids, positions, tokens, features, logits, parents, path, version, plan, temperatures, ended)
         self._kept.append(trace)
 
-    def add_prefill(
-        self, one: LiveRequest, tokens: Tensor, hidden_states: Tensor | None, logits: Tensor, ended: bool
-    ) -> None:
-        """Add the prefill of a prompt `tokens [1, T]`; `ended`: the request ended with its first token."""
-        if hidden_states is None:
+    def add_prefill(self, new: LiveRequest, tokens: Tensor, decoded: Decoded, ends: bool) -> None:
+        """Add the prefill of a prompt `tokens [1, T]`; `ends`: the request ends with its first token."""
+        logits, features = decoded
+        if features is None:
             return
-        ids, positions = np.array([one.id]), np.zeros(1, dtype=np.int64)
+        ids, positions, version = np.array([new.id]), np.zeros(1, dtype=np.int64), self._state.draft_version
         rows = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        temperatures, finished = (one.request.temperature,), (one.id,) if ended else ()
-        version = self._state.draft_version
-        trace = Trace(
-            ids, positions, tokens, hidden_states, logits, rows - 1, rows, version, None, temperatures, finished
-        )
+        temperatures, ended = (new.request.temperature,), (new.id,) if ends else ()
+        trace = Trace(ids, positions, tokens, features, logits, rows - 1, rows, version, None, temperatures, ended)
         self._kept.append(trace)
-
-
-class RoundTimer:
-    """Times the parts of a round; starts when it is made."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock, self._last = clock, clock.now()
-
-    def lap(self) -> float:
-        """Seconds since the last lap, after all work given to the device is done."""
-        last, self._last = self._last, self._clock.now()
-        return self._last - last

@@ -1,7 +1,7 @@
-"""Verification: the target's pass over a proposal, and lossless acceptance.
+"""Lossless acceptance of a proposal, of the two kinds that SGLang has.
 
-Both kinds of acceptance that SGLang has. Whatever was drafted, committed tokens are distributed as the target's own.
-Everything but `Verified` runs on the device without waiting for it, so that CUDA graphs can capture it.
+For any draft, committed tokens are distributed as the target's own. Everything except `Verified` runs on the device
+without waiting for it, so that CUDA graphs can capture it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from torch import Tensor
 
 from specrl.core.plan import Plan
 from specrl.core.round import Ints
-from specrl.decoding.propose import Proposal, tree_mask
+from specrl.decoding.propose import Proposal
 from specrl.decoding.sampling import Source, Temperatures, argmax, choose, distribution, sample, uniform
-from specrl.models.attention import KVCache
-from specrl.models.target import Decoded, Target
 
 _TINY = 1e-30  # selects the target's own distribution where the residual is numerically empty
 
@@ -40,49 +38,13 @@ class Verified(NamedTuple):
 
     @classmethod
     def read(cls, outcome: Ints, path: Tensor, logits: Tensor, hidden_states: Tensor | None) -> Verified:
-        """From an `outcome [B, s + 2]` that was copied to the host."""
+        """Make it from an `outcome [B, s + 2]` that was copied to the host."""
         tokens = [[*row[2 : 2 + row[0]], row[1]] for row in outcome.tolist()]
         return cls(outcome[:, 0].copy(), tokens, path, logits, hidden_states)
 
 
-def decode_proposal(
-    target: Target,
-    cache: KVCache,
-    proposal: Proposal,
-    slots: Tensor,
-    length: int,
-    *,
-    aux_layers: tuple[int, ...],
-    equal_lengths: bool = False,
-    fixed_shapes: bool = False,
-) -> Decoded:
-    """The target's forward pass over a proposal.
-
-    Args:
-        target, cache, aux_layers, equal_lengths: as in `Target.decode`.
-        proposal: n tokens per request.
-        slots: [B] int64, slot of the committed token; the cache is written from there on.
-        length: slots that the pass looks at.
-        fixed_shapes: as in `tree_mask`.
-    """
-    count, inside = proposal.tokens.shape[1], proposal.attention_mask
-    mask = positions = None
-    if inside is not None:
-        mask, positions = tree_mask(inside, slots, length, fixed_shapes), slots[:, None] + proposal.depths
-    return target.decode(
-        proposal.tokens,
-        cache,
-        slots[:, None] if count == 1 else slots[:, None] + torch.arange(count, device=slots.device),
-        length=length,
-        positions=positions,
-        attention_mask=mask,
-        equal_lengths=equal_lengths,
-        aux_layers=aux_layers,
-    )
-
-
 def accept(plan: Plan, proposal: Proposal, logits: Tensor, temperatures: Temperatures, source: Source) -> Accepted:
-    """Accept a proposal of `plan`: by rejection sampling if it was sampled, else target-only."""
+    """Accept a proposal of `plan`: by rejection sampling if it was sampled from distributions, else target-only."""
     if plan.num_steps == 0:
         bonus = choose(logits[:, 0], temperatures, source)
         none = torch.zeros_like(bonus)
@@ -97,7 +59,7 @@ def accept(plan: Plan, proposal: Proposal, logits: Tensor, temperatures: Tempera
 
 
 def outcome(proposal: Proposal, accepted: Accepted) -> Tensor:
-    """All that the host needs, in one tensor [B, s + 2] int64: correct drafts, bonus, tokens of the accepted rows."""
+    """Return the result for the host [B, s + 2] int64: correct drafts, bonus, tokens of the accepted rows."""
     correct, bonus, path = accepted
     if path.shape[1] == 1:
         return torch.cat([path, bonus[:, None]], 1)  # plan 0, where the path is 0
@@ -112,7 +74,7 @@ def accept_chain(chosen: Tensor, drafted: Tensor) -> Accepted:
 
     Args:
         chosen: [B, s + 1] int64, the target's token after each verified token (sampled or greedy).
-        drafted: [B, s] int64; -1, where nothing was drafted, is never chosen.
+        drafted: [B, s] int64, -1 where nothing was drafted.
     """
     correct = _leading(chosen[:, :-1] == drafted)
     return _accepted_chain(correct, chosen.gather(1, correct[:, None])[:, 0], drafted.shape[1])
@@ -145,10 +107,10 @@ def reject_chain(
 
     Args:
         logits: [B, s + 1, V] float32, the target's.
-        drafted: [B, s] int64; -1, where nothing was drafted, is rejected and replaced by a sample of p.
+        drafted: [B, s] int64, -1 where nothing was drafted, which is replaced by a sample of p.
         distributions: [B, s, V] float32, q (one-hot for greedy requests, 0 where nothing was drafted).
-        temperatures: of the requests.
-        source: of the uniform numbers for acceptance and samples.
+        temperatures: temperatures of the requests.
+        source: source of the uniform numbers for acceptance and samples.
     """
     batch, steps = drafted.shape
     if temperatures.all_greedy:
@@ -168,7 +130,7 @@ def reject_chain(
 
 
 def _leading(passes: Tensor) -> Tensor:
-    """How many of `passes [B, s] bool` are true before the first false one: [B] int64."""
+    """Count the true entries of `passes [B, s] bool` before the first false one: [B] int64."""
     return passes.long().cumprod(-1).sum(-1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,11 +14,10 @@ from specrl.models.layer import DecoderLayer
 class KVCache:
     """Keys and values of `layers` layers for `batch` requests of up to `capacity` tokens, in static memory.
 
-    Nothing is erased. The length of each request is kept elsewhere, and a stale slot is overwritten before an attention
-    mask makes it visible.
+    Nothing is erased: the caller knows the lengths, and overwrites a stale slot before a mask makes it visible.
 
     Args:
-        kv_heads, head_dim: of one layer.
+        kv_heads, head_dim: heads of a layer, and entries of a head.
         fused: attend with one fused kernel, always with a mask; None: on a GPU only. The fused kernel keeps scores in
             float32 whatever the dtype, and its shapes do not depend on the lengths of requests.
     """
@@ -43,11 +44,11 @@ class KVCache:
         self._rows = requests[:, None, None] + within  # [B, 1, 2 * Hk] int64
 
     def rows(self, slots: Tensor, first_row: int) -> Tensor:
-        """Rows of `flat` for the keys and values of `slots [b, q]`, from cache row `first_row` on: [b * q, 2 * Hk]."""
+        """Return rows of `flat` [b * q, 2 * Hk]: keys and values at `slots [b, q]`, from cache row `first_row` on."""
         return (self._rows[first_row : first_row + slots.shape[0]] + slots[:, :, None]).flatten(0, 1)
 
     def window(self, length: int, first_row: int, count: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Per layer, keys [b * Hk, D, L] and values [b * Hk, L, D] of the first `length` slots of `count` requests."""
+        """Return, per layer, keys [b * Hk, D, L] and values [b * Hk, L, D] of `length` slots of `count` requests."""
         window = self.data[:, :, first_row * self.kv_heads : (first_row + count) * self.kv_heads, :length]
         return window[:, 0].transpose(-1, -2).unbind(0), window[:, 1].unbind(0)
 
@@ -63,43 +64,37 @@ class KVCache:
         slots[:, :, plane + destinations[:, None]] = slots[:, :, plane + sources[:, None]]
 
 
+class TokenSlots(NamedTuple):
+    """The cache slots of q tokens of each of b consecutive requests, and what these tokens attend to."""
+
+    slots: Tensor  # [b, q] int64
+    length: int  # visible slots: one more than the largest of `slots`
+    positions: Tensor | None = None  # [b, q] int64 rotary positions; None: the slots. In a tree, siblings share one.
+    attention_mask: Tensor | None = None  # [b, q, length] bool, visible slots of each token; None: all up to its own
+    first_row: int = 0  # cache row of the first request
+    equal_lengths: bool = False  # whether every slot is known to be `length - 1`; then nothing needs to be masked
+
+
 class CachedAttention:
-    """Attention of q tokens of each of b consecutive requests; made once per forward pass and called by each layer.
+    """Attention of the tokens of one forward pass; called by each layer.
 
     Queries come scaled by head_dim ** -0.5; the weights of rotary pairs are interleaved.
 
     Args:
         cache: keys and values; those of the tokens are written to it.
+        where: the tokens' slots.
         rotary_table: [P, D/2] complex64.
-        slots: [b, q] int64 cache slots of the tokens.
-        length: visible slots: one more than the largest of `slots`.
         num_heads: query heads.
-        positions: [b, q] int64 rotary positions; None: the slots. In a tree, siblings share a position.
-        first_row: cache row of the first request.
-        attention_mask: [b, q, length] bool, the slots that each token attends to; None: all up to its own.
-        equal_lengths: whether every slot is known to be `length - 1`. Then nothing needs to be masked.
     """
 
     __slots__ = (
         "_batch", "_bias", "_cache", "_group", "_heads", "_keys", "_queries", "_rotation", "_rows", "_size", "_values",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        cache: KVCache,
-        rotary_table: Tensor,
-        slots: Tensor,
-        length: int,
-        num_heads: int,
-        *,
-        positions: Tensor | None = None,
-        first_row: int = 0,
-        attention_mask: Tensor | None = None,
-        equal_lengths: bool = False,
-    ) -> None:
+    def __init__(self, cache: KVCache, where: TokenSlots, rotary_table: Tensor, num_heads: int) -> None:
+        slots, length, positions, mask, first_row, equal_lengths = where
         batch, queries = slots.shape
         group = num_heads // cache.kv_heads
-        mask = attention_mask
         if mask is None and (cache.fused or not (queries == 1 and (batch == 1 or equal_lengths))):
             mask = torch.arange(length, device=slots.device) <= slots[:, :, None]
         self._bias: Tensor | None = None  # [b * Hk, q * G, L], fused [b, 1, q * G, L]; 0 or -inf; None: no mask
@@ -118,10 +113,7 @@ class CachedAttention:
         self._heads, self._group, self._size = num_heads, group, cache.head_dim
 
     def __call__(self, layer: DecoderLayer, qkv: Tensor) -> Tensor:
-        """[M, (heads + 2 kv_heads) * D], which is overwritten, -> [M, heads * D]; writes the layer's part of the cache.
-
-        M = b * q.
-        """
+        """Attend: [b * q, (heads + 2 kv_heads) * D], overwritten -> [b * q, heads * D]; writes the layer's cache."""
         heads, kv_heads, size, group = self._heads, self._cache.kv_heads, self._size, self._group
         batch, count = self._batch, self._queries
         qkv = qkv.view(-1, heads + 2 * kv_heads, size)  # [M, Hq + 2 Hk, D]

@@ -38,8 +38,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = _read(self._files[name], name)
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            raise ValueError(f"{self._what}: every weight must be finite, but these hold NaN or infinity: {name}")
+        _check_finite(self._what, name, tensor)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -50,7 +49,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint directory, unchecked (see `check_tensors`).
+    """Read every tensor of a checkpoint directory, unchecked (see `check_tensors`).
 
     Raises:
         ValueError: as of `Checkpoint`, except for tensors that are not finite.
@@ -59,101 +58,76 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def _locate(directory: Path) -> dict[str, Path]:
-    """The file of every tensor."""
+    """Return the file of every tensor."""
+    index = directory / _INDEX
     if not directory.is_dir():
         raise ValueError(f"a checkpoint must be a directory, but {str(directory)!r} is not one")
-    owners = _read_index(directory)
-    found: dict[str, Path] = {}
-    for shard in sorted(set(owners.values())) or [_SINGLE]:
-        for name in _names(directory / shard):
-            if owners and owners.get(name) != shard:
-                raise ValueError(f"{_INDEX} must name the shard of every tensor, but {name} of {shard} is not so named")
-            found[name] = directory / shard
-    missing = sorted(set(owners) - set(found))
-    if missing:
-        raise ValueError(f"{_INDEX} names tensors that its shards do not hold: {_some(missing)}; download it again")
-    return found
-
-
-def _read_index(directory: Path) -> dict[str, str]:
-    """The shard of every tensor; empty if there is one file and no index."""
-    index = directory / _INDEX
     if not index.exists():
-        if (directory / _SINGLE).exists():
-            return {}
-        pickles = [path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
-        hint = f" (found {pickles[0]}: pickles are never loaded; convert it to safetensors)" if pickles else ""
-        raise ValueError(f"a checkpoint must hold {_SINGLE} or {_INDEX}, but {str(directory)!r} has neither{hint}")
+        if not (directory / _SINGLE).exists():
+            rule = f"a checkpoint must hold {_SINGLE} or {_INDEX}, but {str(directory)!r} has neither"
+            raise ValueError(f"{rule}; convert other files to safetensors, because pickles are never loaded")
+        return dict.fromkeys(_names(directory / _SINGLE), directory / _SINGLE)
     try:
-        owners = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{str(index)!r} must be JSON with a 'weight_map', but it is not; download it again"
-        ) from error
-    strange = [shard for shard in owners.values() if not isinstance(shard, str) or Path(shard).name != shard]
-    if strange or not owners:
-        raise ValueError(f"{_INDEX} must name shards beside it, but got {strange[:1] or 'none'}; download it again")
-    return owners
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        valid = bool(shards) and all(Path(shard).name == shard for shard in shards.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        rule = f"{str(index)!r} must be JSON with a 'weight_map' from tensors to files beside it"
+        raise ValueError(f"{rule}, but it is not; download it again")
+    held = {name: shard for shard in sorted(set(shards.values())) for name in _names(directory / shard)}
+    wrong = sorted({name for name, _ in held.items() ^ shards.items()})
+    if wrong:
+        rule = f"{_INDEX} must name the shard of every tensor and no other tensors"
+        raise ValueError(f"{rule}, but is wrong for {_some(wrong)}; download it again")
+    return {name: directory / shard for name, shard in held.items()}
 
 
 def _names(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"the checkpoint's file {path.name!r} is missing from {str(path.parent)!r}; download it again")
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         rule = f"{str(path)!r} must be a whole safetensors file, but it is not"
-        raise ValueError(f"{rule} ({error}); fetch it again") from error
+        raise ValueError(f"{rule} ({error}); download it again") from error
 
 
 def _read(path: Path, name: str) -> Tensor:
-    """A tensor in a mapping of its own, so that its memory is freed with it."""
+    """Read a tensor through a mapping of its own, so that its memory is freed with it."""
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
 
 
-def check_tensors(
-    found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, what: str, optional: Container[str] = ()
-) -> None:
-    """Refuse a checkpoint that is not exactly as expected.
+def check_tensors(tensors: Mapping[str, Tensor], expected: Shapes, *, what: str, optional: Container[str] = ()) -> None:
+    """Refuse tensors of other names, shapes or dtypes than expected (see `check_layout`), or that are not finite.
 
     Raises:
-        ValueError: as of `check_layout`, or a tensor is not finite; the message names it.
+        ValueError: the message starts with `what` and names the tensor.
     """
-    check_layout(found, expected, what=what, optional=optional)
-    bad = [n for n, t in found.items() if t.is_floating_point() and not _is_finite(t)]
-    if bad:
-        raise ValueError(f"{what}: every weight must be finite, but these hold NaN or infinity: {_some(bad)}")
+    check_layout(tensors, expected, what=what, optional=optional)
+    for name, tensor in tensors.items():
+        _check_finite(what, name, tensor)
 
 
-def check_layout(
-    found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, what: str, optional: Container[str] = ()
-) -> None:
+def check_layout(tensors: Mapping[str, Tensor], expected: Shapes, *, what: str, optional: Container[str] = ()) -> None:
     """Refuse tensors of other names, shapes or dtypes than expected; their entries are not read.
 
+    Weights must have a floating dtype of 16 bits or more, and vocabulary maps an integer dtype.
+
     Raises:
-        ValueError: a tensor is missing, extra, misshapen or not of a floating dtype of 16 bits or more (the
-            vocabulary maps: not of an integer dtype); the message names it.
+        ValueError: the message starts with `what` and names the tensors.
     """
-    missing = [name for name in expected if name not in found and name not in optional]
-    extra = [name for name in found if name not in expected]
-    known = [(name, tensor) for name, tensor in found.items() if name in expected]
-    shapes = [(name, tuple(tensor.shape), expected[name]) for name, tensor in known]
-    wrong = [f"{name} is {shape} instead of {other}" for name, shape, other in shapes if shape != other]
-    strange = [f"{name} is {tensor.dtype}" for name, tensor in known if not _dtype_fits(name, tensor.dtype)]
-    for names, rule in (
-        (missing, "every tensor of its configuration must be there, but these are missing: {}"),
-        (extra, "only tensors of its configuration may be there, but these are extra: {}"),
-        (wrong, "shapes must fit its config.json, but {}"),
-        (
-            strange,
-            "weights must be floating and d2t, t2d whole numbers, but {}; quantised checkpoints are not supported",
-        ),
-    ):
-        if names:
-            raise ValueError(f"{what}: {rule.format(_some(names))}")
+    wrong = [f"{name} is missing" for name in expected if name not in tensors and name not in optional]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            wrong.append(f"{name} is extra")
+        elif tuple(tensor.shape) != expected[name]:
+            wrong.append(f"{name} is {tuple(tensor.shape)} instead of {expected[name]}")
+        elif not _dtype_fits(name, tensor.dtype):
+            wrong.append(f"{name} is {tensor.dtype}, which is not supported")
+    if wrong:
+        raise ValueError(f"{what}: tensors must fit config.json, but {_some(wrong)}; use the files of one checkpoint")
 
 
 def _dtype_fits(name: str, dtype: torch.dtype) -> bool:
@@ -162,9 +136,10 @@ def _dtype_fits(name: str, dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize >= 2
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is finite; the extremes are NaN if one entry is, and need no memory."""
-    return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
+def _check_finite(what: str, name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity; the extremes are NaN if one entry is, and need no memory."""
+    if tensor.is_floating_point() and not torch.stack(tensor.detach().aminmax()).isfinite().all():
+        raise ValueError(f"{what}: every weight must be finite, but got NaN or infinity: {name}")
 
 
 def _some(names: list[str]) -> str:
@@ -173,25 +148,25 @@ def _some(names: list[str]) -> str:
 
 
 def expected_target_tensors(config: TargetArchitecture) -> Shapes:
-    """Names and shapes of a target's tensors in the Hugging Face layout."""
+    """Return the names and shapes of a target's tensors in the Hugging Face layout."""
     c, h = config, config.hidden_size
     shapes: Shapes = {"model.embed_tokens.weight": (c.vocab_size, h), "model.norm.weight": (h,)}
     shapes["lm_head.weight"] = (c.vocab_size, h)
     bias = dict.fromkeys(("q_proj", "k_proj", "v_proj"), c.attention_bias) | {"o_proj": c.attention_output_bias}
     for i in range(c.num_layers):
-        at = f"model.layers.{i}."
+        layer = f"model.layers.{i}."
         for name, shape in _projections(c, h).items():
-            shapes[f"{at}{name}.weight"] = shape
+            shapes[f"{layer}{name}.weight"] = shape
             if bias.get(name.removeprefix("self_attn."), c.mlp_bias):
-                shapes[f"{at}{name}.bias"] = shape[:1]
+                shapes[f"{layer}{name}.bias"] = shape[:1]
         if c.qk_norm:
-            shapes |= {f"{at}self_attn.{n}_norm.weight": (c.head_dim,) for n in "qk"}
-        shapes |= {f"{at}{n}_layernorm.weight": (h,) for n in ("input", "post_attention")}
+            shapes |= {f"{layer}self_attn.{n}_norm.weight": (c.head_dim,) for n in "qk"}
+        shapes |= {f"{layer}{n}_layernorm.weight": (h,) for n in ("input", "post_attention")}
     return shapes
 
 
 def expected_draft_tensors(config: DraftArchitecture) -> Shapes:
-    """Names and shapes of an EAGLE3 draft's tensors as SGLang's LlamaForCausalLMEagle3 reads them."""
+    """Return the names and shapes of an EAGLE3 draft's tensors as SGLang's LlamaForCausalLMEagle3 reads them."""
     c, h = config, config.hidden_size
     shapes: Shapes = {"fc.weight": (h, 3 * c.target_hidden_size)}
     shapes |= {f"midlayer.{name}.weight": shape for name, shape in _projections(c, 2 * h).items()}
@@ -204,25 +179,24 @@ def expected_draft_tensors(config: DraftArchitecture) -> Shapes:
 
 
 def _projections(c: TargetArchitecture | DraftArchitecture, width: int) -> Shapes:
-    """Shapes of the linear maps of a layer whose attention reads `width` entries a token."""
+    """Return the shapes of the linear maps of a layer whose attention reads `width` entries per token."""
     h, q, kv, inner = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
     attention: Shapes = {"q_proj": (q, width), "k_proj": (kv, width), "v_proj": (kv, width), "o_proj": (h, q)}
     mlp: Shapes = {"gate_proj": (inner, h), "up_proj": (inner, h), "down_proj": (h, inner)}
     return {f"self_attn.{n}": s for n, s in attention.items()} | {f"mlp.{n}": s for n, s in mlp.items()}
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file atomically.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file of torch's format atomically.
 
     Raises:
         OSError: it cannot be written; an older file is kept.
     """
-    path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(f"tensors must be written to a file, but {str(path)!r} is not one")
     beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, beside, dict(metadata or {}))
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, beside, {"format": "pt"})
         _sync(beside)
         os.replace(beside, path)
     except SafetensorError as error:
@@ -255,26 +229,20 @@ def write_atomic(directory: Path, write: Callable[[Path], None]) -> None:
                 _sync(path)
         if directory.exists():
             os.rename(directory, old)
-        try:
-            os.rename(fresh, directory)
-        except OSError:
-            recover(directory)
-            raise
+        os.rename(fresh, directory)
         _sync(directory.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        recover(directory)
 
 
 def recover(directory: Path) -> None:
-    """Put back the old directory if `write_atomic` died after renaming it."""
+    """Put back the old directory if `write_atomic` died before the new one was in its place; else remove it."""
     directory = Path(directory).resolve()
     old = _beside(directory, "old")
-    if old.exists():
-        if directory.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(old, directory)
+    if old.exists() and not directory.exists():
+        os.rename(old, directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _beside(directory: Path, word: str) -> Path:

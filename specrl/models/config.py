@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from specrl.core.checks import require
 from specrl.models.rope import RopeConfig
 
 Family = Literal["llama", "qwen2", "qwen3"]
@@ -48,8 +49,8 @@ class DraftArchitecture:
 
     Args:
         vocab_size: of the target.
-        aux_layers: three layers of the target whose input the draft reads, counted from 0. config.json names the layers
-            whose output that is, one less each.
+        aux_layers: three layers of the target whose input the draft reads, counted from 0. config.json holds the layers
+            before them, whose output that is.
     """
 
     vocab_size: int
@@ -68,33 +69,26 @@ class DraftArchitecture:
     def __post_init__(self) -> None:
         _check_sizes(self)
         vocab_size, size, layers = self.vocab_size, self.draft_vocab_size, self.aux_layers
-        if not 1 <= size <= vocab_size:
-            raise ValueError(f"draft_vocab_size must be in [1, vocab_size={vocab_size}], but got {size}")
-        if len(layers) != 3 or not 1 <= layers[0] < layers[1] < layers[2]:
-            raise ValueError(
-                f"aux_layers must be three different layers of the target, ascending from 1 on, but got {layers}"
-            )
+        require(size <= vocab_size, "draft_vocab_size", f"at most vocab_size={vocab_size}", size)
+        ascending = len(layers) == 3 and 1 <= layers[0] < layers[1] < layers[2]
+        require(ascending, "aux_layers", "three layers of the target, ascending from 1 on", layers)
 
 
 def _check_sizes(config: TargetArchitecture | DraftArchitecture) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{field.name} must be a positive whole number, but got {value!r}")
-        if field.type == "bool" and not isinstance(value, bool):
-            raise ValueError(f"{field.name} must be true or false, but got {value!r}")
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    if heads % kv_heads:
-        rule = "num_attention_heads must be a multiple of num_key_value_heads"
-        raise ValueError(f"{rule}, but got {heads} and {kv_heads}")
-    if config.head_dim % 2:
-        raise ValueError(f"head_dim must be even, but got {config.head_dim}")
-    if not 0 < config.rms_norm_eps < 1:
-        raise ValueError(f"rms_norm_eps must be in (0, 1), but got {config.rms_norm_eps}")
+        if field.type == "int":
+            require(type(value) is int and value >= 1, field.name, "a positive whole number", value)
+        elif field.type == "bool":
+            require(type(value) is bool, field.name, "true or false", value)
+    heads = (config.num_heads, config.num_kv_heads)
+    require(heads[0] % heads[1] == 0, "num_attention_heads", "a multiple of num_key_value_heads", heads)
+    require(config.head_dim % 2 == 0, "head_dim", "even", config.head_dim)
+    require(0 < config.rms_norm_eps < 1, "rms_norm_eps", "in (0, 1)", config.rms_norm_eps)
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, ...]:
-    """SGLang's default aux layers [2, n // 2, n - 3]: the layers whose inputs an EAGLE3 draft reads.
+    """Return SGLang's default aux layers [2, n // 2, n - 3]: the layers whose inputs an EAGLE3 draft reads.
 
     Raises:
         ValueError: they are not three different layers.
@@ -103,6 +97,6 @@ def default_aux_layers(num_layers: int) -> tuple[int, ...]:
     if len(set(layers)) != 3 or layers[2] < 1:
         raise ValueError(
             "the default aux_layers [2, n // 2, n - 3] must be three different layers, but a target of "
-            f"{num_layers} layers gives {list(layers)}; name aux_layers yourself"
+            f"{num_layers} layers gives {list(layers)}; pass aux_layers"
         )
     return layers

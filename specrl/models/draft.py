@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specrl.models.attention import CachedAttention, KVCache
+from specrl.core.checks import require
+from specrl.models.attention import CachedAttention, KVCache, TokenSlots
 from specrl.models.checkpoint import check_tensors, expected_draft_tensors, read_tensors, save_tensors, write_atomic
 from specrl.models.config import DraftArchitecture, default_aux_layers
 from specrl.models.hf_config import read_draft_config, write_draft_config
@@ -35,7 +36,7 @@ class Draft:
         tensors: every tensor of `expected_draft_tensors(config)`.
 
     Raises:
-        ValueError: a tensor is missing, unknown, misshapen or not finite, or `d2t` is no map into the vocabulary.
+        ValueError: a tensor is missing, unknown, misshapen or not finite, or `d2t` does not map into the vocabulary.
     """
 
     def __init__(self, config: DraftArchitecture, tensors: Mapping[str, Tensor]) -> None:
@@ -52,28 +53,26 @@ class Draft:
         return dict(self.tensors)
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and model.safetensors atomically; they hold nothing of the target.
+        """Write config.json and model.safetensors atomically, without the target's embedding.
 
         Raises:
             ValueError: the directory holds other files, which would be lost.
         """
         others = sorted({path.name for path in Path(directory).glob("*")} - {"config.json", "model.safetensors"})
         if others:
-            raise ValueError(
-                f"a draft must be saved to a directory of its own, but {str(directory)!r} holds {others[0]!r}, "
-                "which would be lost; name another directory"
-            )
+            rule = f"a draft must be saved to its own directory, but {str(directory)!r} holds {others[0]!r}"
+            raise ValueError(f"{rule}, which would be lost; use another directory")
         tensors = {n: t if n in _VOCABULARY else t.to(dtype) for n, t in self.tensors.items()}
 
         def write(into: Path) -> None:
             write_draft_config(self.config, into, str(dtype).removeprefix("torch."))
-            save_tensors(into / "model.safetensors", tensors, {"format": "pt"})
+            save_tensors(into / "model.safetensors", tensors)
 
         write_atomic(Path(directory), write)
 
 
 def vocabulary_ids(tensors: Mapping[str, Tensor], config: DraftArchitecture) -> Tensor | None:
-    """Target ids of the draft's vocabulary [Vd] int64 (`i + d2t[i]`); None if it is the target's whole vocabulary."""
+    """Return the target ids of the draft's vocabulary [Vd] int64 (`i + d2t[i]`); None: the target's vocabulary."""
     if "d2t" not in tensors:
         return None
     offsets = tensors["d2t"].to(torch.int64)
@@ -81,14 +80,15 @@ def vocabulary_ids(tensors: Mapping[str, Tensor], config: DraftArchitecture) -> 
 
 
 def _membership(d2t: Tensor, config: DraftArchitecture) -> Tensor:
-    """t2d [V] bool from the offsets d2t."""
+    """Return t2d [V] bool, the members of the vocabulary of offsets d2t."""
     ids, vocab_size = torch.arange(len(d2t)) + d2t.cpu(), config.vocab_size
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size or len(ids.unique()) != len(ids):
-        raise ValueError(
-            f"d2t must hold offsets that map {len(ids)} draft ids to different ids in [0, {vocab_size}), but got ids "
-            f"{low}..{high}; target id = i + d2t[i]"
-        )
+    valid = int(ids.min()) >= 0 and int(ids.max()) < vocab_size and len(ids.unique()) == len(ids)
+    require(
+        valid,
+        "d2t",
+        f"offsets, so that the target ids i + d2t[i] are different and in [0, {vocab_size})",
+        d2t[:5].tolist(),
+    )
     return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
 
 
@@ -101,7 +101,7 @@ def new_draft(
     aux_layers: tuple[int, ...] | None = None,
     seed: int = 0,
 ) -> Draft:
-    """A draft for `target` with random weights; only the head starts as a copy of the target's rows.
+    """Make a draft for `target` with random weights; only the head starts as a copy of the target's rows.
 
     Args:
         target: the model whose embedding the draft will share and whose hidden states it will read.
@@ -115,18 +115,15 @@ def new_draft(
         ValueError: a size, the vocabulary or a layer does not fit the target.
     """
     t = target.config
-    size = draft_vocab_size
-    if size is None:
-        size = t.vocab_size if vocabulary is None else len(vocabulary)
-    ids = torch.arange(max(0, min(size, t.vocab_size))) if vocabulary is None else vocabulary.cpu()
-    if not 1 <= size <= t.vocab_size or size != len(ids):
-        raise ValueError(
-            f"draft_vocab_size must be in [1, {t.vocab_size}] and equal to the length of vocabulary, but got {size}"
-        )
-    if ids.dtype != torch.int64 or ids.ndim != 1 or bool((ids.diff(prepend=ids.new_tensor([-1])) < 1).any()):
-        raise ValueError(f"vocabulary must be ascending token ids [Vd] int64, but got {ids.dtype} {list(ids.shape)}")
-    if int(ids[-1]) >= t.vocab_size:
-        raise ValueError(f"vocabulary must be token ids in [0, {t.vocab_size}), but got {int(ids[-1])}")
+    if vocabulary is None:
+        size = t.vocab_size if draft_vocab_size is None else draft_vocab_size
+        require(1 <= size <= t.vocab_size, "draft_vocab_size", f"in [1, {t.vocab_size}]", size)
+        vocabulary = torch.arange(size)
+    ids, size = vocabulary.cpu(), len(vocabulary)
+    require(draft_vocab_size in (None, size), "draft_vocab_size", f"the length of vocabulary, {size}", draft_vocab_size)
+    valid = ids.dtype == torch.int64 and ids.ndim == 1 and size > 0 and 0 <= int(ids[0]) <= int(ids[-1]) < t.vocab_size
+    rule = f"ascending token ids in [0, {t.vocab_size}), int64 [Vd]"
+    require(valid and bool((ids.diff() > 0).all()), "vocabulary", rule, ids.flatten()[:5].tolist())
     config = DraftArchitecture(
         vocab_size=t.vocab_size,
         draft_vocab_size=size,
@@ -159,16 +156,14 @@ def load_draft(path: str | Path) -> Draft:
     """Load an EAGLE3 draft directory in SGLang's layout (config.json, model.safetensors).
 
     Raises:
-        ValueError: the configuration or a tensor, which the message names, is not what SGLang reads.
+        ValueError: the configuration or a tensor, which the message names, is not supported.
     """
     return Draft(read_draft_config(Path(path)), read_tensors(Path(path)))
 
 
 def _check_aux_layers(config: DraftArchitecture, target: Target) -> None:
-    layers, count = config.aux_layers, target.config.num_layers
-    if max(layers) >= count:
-        rule = f"the draft's aux_layers {layers} must be layers of the target, which has {count}"
-        raise ValueError(f"{rule}; name other aux_layers")
+    count = target.config.num_layers
+    require(max(config.aux_layers) < count, "aux_layers", f"layers of the target, below {count}", config.aux_layers)
 
 
 class ServingDraft:
@@ -186,10 +181,7 @@ class ServingDraft:
         c, t = draft.config, target.config
         sizes = {"vocab_size": t.vocab_size, "hidden_size": t.hidden_size, "target_hidden_size": t.hidden_size}
         for name, size in sizes.items():
-            if (got := getattr(c, name)) != size:
-                raise ValueError(
-                    f"the draft's {name} must be the target's {size}, but got {got}; is it for another model?"
-                )
+            require(getattr(c, name) == size, f"the draft's {name}", f"the target's, {size}", getattr(c, name))
         _check_aux_layers(c, target)
         self.config, self.device, self.dtype = c, target.device, target.dtype
         self._norm = Norm(c.hidden_size, c.rms_norm_eps, self.dtype, self.device)
@@ -212,9 +204,7 @@ class ServingDraft:
         check_tensors(tensors, expected_draft_tensors(self.config), what=f"draft version {version}", optional=("t2d",))
         ids = vocabulary_ids(tensors, self.config)
         if ids is not None and not torch.equal(ids.to(self.device), self.target_ids):  # type: ignore[arg-type]
-            raise ValueError(
-                "the draft vocabulary (d2t) is fixed while a draft serves, but got another; start anew with it"
-            )
+            raise ValueError("d2t must stay the same while a draft serves, but it differs; start another engine")
         c, gain = self.config, self._norm.gain
 
         def read(name: str) -> Tensor:
@@ -245,32 +235,19 @@ class ServingDraft:
         return KVCache(1, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device, fused)
 
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:
-        """The target's hidden states [b, q, 3H] -> the draft's first hidden states [b, q, H] (EAGLE-3's g)."""
+        """Map the target's hidden states [b, q, 3H] to the draft's first hidden states [b, q, H] (EAGLE-3's g)."""
         return self._fc(aux_hidden_states.flatten(0, 1)).view(*aux_hidden_states.shape[:2], -1)
 
-    def decode(
-        self,
-        tokens: Tensor,
-        hidden: Tensor,
-        cache: KVCache,
-        slots: Tensor,
-        *,
-        length: int,
-        positions: Tensor | None = None,
-        first_row: int = 0,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """One pass of the layer over q slots of each of b requests: new hidden states [b, q, H].
+    def decode(self, tokens: Tensor, hidden: Tensor, cache: KVCache, where: TokenSlots) -> Tensor:
+        """Run the layer over q slots of each of b requests: new hidden states [b, q, H].
 
         Args:
             tokens: [b, q] int64, the token after each slot's own.
             hidden: [b, q, H], fused hidden states of the target or the layer's own earlier output.
-            cache, slots, length, positions, first_row, attention_mask: see `CachedAttention`.
+            cache: written at the slots.
+            where: the slots.
         """
-        table, heads, mask = self._rotary_table, self.config.num_heads, attention_mask
-        attention = CachedAttention(
-            cache, table, slots, length, heads, positions=positions, first_row=first_row, attention_mask=mask
-        )
+        attention = CachedAttention(cache, where, self._rotary_table, self.config.num_heads)
         residual = hidden.flatten(0, 1)
         x = torch.cat([self._embedding.index_select(0, tokens.flatten()), self._norm(residual)], -1)  # [M, 2H]
         return self._layer.forward(x, residual, attention).view(*tokens.shape, -1)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from specrl.core.checks import require
 from specrl.models.config import DraftArchitecture, TargetArchitecture
 from specrl.models.rope import RopeConfig
 
 _TARGETS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _DRAFTS = {"llama": "LlamaForCausalLMEagle3"}
 _AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
-_REMEDY = "use another checkpoint, or correct the key if it is wrong"
 
 # Keys of config.json that targets and drafts share, and the fields that hold them, except head_dim and rope.
 _KEYS = {
@@ -48,10 +49,7 @@ _ROPE_PARAMETERS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": (
-        *("factor", "original_max_position_embeddings", "attention_factor"),
-        *("beta_fast", "beta_slow", "truncate"),
-    ),
+    "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate"),
 }
 _SUPPORTED_ROPE: dict[str, tuple[Any, ...]] = {"rope_type": tuple(_ROPE_PARAMETERS), "partial_rotary_factor": (1.0,)}
 
@@ -65,8 +63,8 @@ def read_target_config(directory: str | Path) -> TargetArchitecture:
     file = Path(directory, "config.json")
     config = _load(file, _TARGETS)
     family, bias = config.model_type, getattr(config, "attention_bias", False)
-    eos = _eos_token_ids(file, config)
-    try:
+    eos_token_ids = _eos_token_ids(file, config)
+    with _reading(file):
         return TargetArchitecture(
             family=family,
             **_shape(config),
@@ -77,10 +75,8 @@ def read_target_config(directory: str | Path) -> TargetArchitecture:
             mlp_bias=family == "llama" and config.mlp_bias,
             qk_norm=family == "qwen3",
             bos_token_id=config.bos_token_id,
-            eos_token_ids=eos,
+            eos_token_ids=eos_token_ids,
         )
-    except (TypeError, ValueError) as error:
-        raise _invalid(file, error) from error
 
 
 def read_draft_config(directory: str | Path) -> DraftArchitecture:
@@ -91,28 +87,24 @@ def read_draft_config(directory: str | Path) -> DraftArchitecture:
     """
     file = Path(directory, "config.json")
     config = _load(file, _DRAFTS)
-    _check(file, config.to_dict(), _SUPPORTED_DRAFTS)
-    eagle = getattr(config, "eagle_config", None) or {}
-    if not isinstance(eagle, dict):
-        raise _unsupported(file, "eagle_config", "an object", eagle)
+    values = config.to_dict()
+    eagle = values.get("eagle_config") or {}
+    _require(file, isinstance(eagle, dict), "eagle_config", "an object", eagle)
     unknown = {key: () for key in eagle if key != _AUX_LAYERS}
+    _check(file, values, _SUPPORTED_DRAFTS)
     _check(file, eagle, unknown | _SUPPORTED_DRAFTS, "eagle_config.")
-    if getattr(config, "draft_vocab_size", None) is None:
-        raise _unsupported(file, "draft_vocab_size", "set, because SGLang reads it", None, "write vocab_size's value")
     layers = eagle.get(_AUX_LAYERS)
-    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        remedy = "write the layers whose output the draft reads; SGLang's default is [1, n//2 - 1, n - 4] of n layers"
-        raise _unsupported(file, f"eagle_config.{_AUX_LAYERS}", "a list of three layers", layers, remedy)
-    hidden_size = getattr(config, "target_hidden_size", None)
-    try:
+    listed = isinstance(layers, list) and all(type(layer) is int for layer in layers)
+    rule = "a list of three layers, such as SGLang's default [1, n//2 - 1, n - 4] for n layers"
+    _require(file, listed, f"eagle_config.{_AUX_LAYERS}", rule, layers)
+    hidden_size = values.get("target_hidden_size")
+    with _reading(file):
         return DraftArchitecture(
             **_shape(config),
-            draft_vocab_size=config.draft_vocab_size,
+            draft_vocab_size=values.get("draft_vocab_size"),  # SGLang reads it, so it must be there
             target_hidden_size=config.hidden_size if hidden_size is None else hidden_size,
             aux_layers=tuple(layer + 1 for layer in layers),
         )
-    except (TypeError, ValueError) as error:
-        raise _invalid(file, error) from error
 
 
 def write_draft_config(config: DraftArchitecture, directory: Path, dtype: str = "float32") -> None:
@@ -134,27 +126,23 @@ def write_draft_config(config: DraftArchitecture, directory: Path, dtype: str = 
     }
     if rope.kind != "default":
         values = {name: getattr(rope, name) for name in _ROPE_PARAMETERS[rope.kind]}
-        given = {name: value for name, value in values.items() if value is not None}
-        out["rope_scaling"] = {"rope_type": rope.kind, **given}
+        out["rope_scaling"] = {"rope_type": rope.kind} | {n: v for n, v in values.items() if v is not None}
     Path(directory, "config.json").write_text(json.dumps(out, indent=2) + "\n", encoding="utf-8")
 
 
 def _load(file: Path, architectures: Mapping[str, str]) -> Any:
-    """The file as a `PreTrainedConfig` of one of the architectures, which are given by model_type."""
+    """Read the file as a `PreTrainedConfig` of one of the architectures, which are named by model_type."""
     from transformers import AutoConfig, PreTrainedConfig
 
     if not file.is_file():
         raise ValueError(f"a checkpoint must hold config.json, but {str(file.parent)!r} does not; give its directory")
-    supported = [([name], kind) for kind, name in architectures.items()]
-    try:
+    with _reading(file):
         content, _ = PreTrainedConfig.get_config_dict(str(file.parent), local_files_only=True)
         model = (content.get("architectures"), content.get("model_type"))
-        if model in supported:
-            config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the type depends on the file: OSError, ValueError, TypeError and others
-        raise _invalid(file, error) from error
-    if model not in supported:
-        raise _unsupported(file, "architectures and model_type", " or ".join(map(str, supported)), model)
+    supported = [([name], kind) for kind, name in architectures.items()]
+    _require(file, model in supported, "architectures and model_type", " or ".join(map(str, supported)), model)
+    with _reading(file):
+        config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
     _check(file, config.to_dict(), _SUPPORTED)
     rope = config.rope_parameters
     known = ("rope_theta", "type", *_SUPPORTED_ROPE, *_ROPE_PARAMETERS.get(str(rope["rope_type"]), ()))
@@ -163,7 +151,7 @@ def _load(file: Path, architectures: Mapping[str, str]) -> Any:
 
 
 def _shape(config: Any) -> dict[str, Any]:
-    """The fields that targets and drafts share."""
+    """Return the fields that targets and drafts share."""
     shape = {name: getattr(config, key) for key, name in _KEYS.items()}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {**shape, "head_dim": head_dim, "rope": _rope(config.rope_parameters)}
@@ -182,28 +170,31 @@ def _eos_token_ids(file: Path, config: Any) -> tuple[int, ...]:
     ids = config.eos_token_id
     generation = file.with_name("generation_config.json")
     if generation.is_file():
-        try:
-            said = GenerationConfig.from_pretrained(str(file.parent), local_files_only=True).eos_token_id
-        except Exception as error:
-            raise _invalid(generation, error) from error
-        ids = ids if said is None else said
+        with _reading(generation):
+            generated = GenerationConfig.from_pretrained(str(file.parent), local_files_only=True).eos_token_id
+        ids = ids if generated is None else generated
     return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 def _check(file: Path, values: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:
+    """Require that each key is absent or has supported values only."""
     for key, allowed in supported.items():
         value = values.get(key)
         entries = value if isinstance(value, list) else [value] if value not in (None, {}) else []
-        if not all(entry in allowed for entry in entries):
-            raise _unsupported(file, prefix + key, " or ".join(map(json.dumps, allowed)) or "absent", value)
+        rule = " or ".join(map(json.dumps, allowed)) or "absent"
+        _require(file, all(entry in allowed for entry in entries), prefix + key, rule, value)
 
 
-def _unsupported(file: Path, key: str, supported: str, value: object, remedy: str = _REMEDY) -> ValueError:
-    """The error for a configuration that can be read but not computed."""
-    return ValueError(f"{file}: {key} must be {supported}, but got {value!r}, which is not supported; {remedy}")
+def _require(file: Path, condition: bool, key: str, rule: str, value: object) -> None:
+    """Raise the error for a configuration that can be read but not computed, unless a condition holds."""
+    require(condition, f"{file}: {key}", f"{rule} (other values are not supported)", value)
 
 
-def _invalid(file: Path, error: Exception) -> ValueError:
-    """The error for a configuration that cannot be read, on one line."""
-    rule, reason = f"{file} must be a valid configuration, but it is not", " ".join(str(error).split())
-    return ValueError(f"{rule} ({reason}); correct it or download it again")
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Raise a ValueError that names the file, on one line, whatever goes wrong inside."""
+    try:
+        yield
+    except Exception as error:  # the type depends on the file: OSError, ValueError, TypeError and others
+        rule, reason = f"{file} must be a valid configuration, but it is not", " ".join(str(error).split())
+        raise ValueError(f"{rule} ({reason}); correct it or download it again") from error

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-_FILES = (  # that this package or SGLang reads; no pickles
+_FILES = (  # files that this package or SGLang reads; no pickles
     "config.json generation_config.json model*.safetensors model.safetensors.index.json tokenizer*.json "
     "tokenizer.model special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja "
     "additional_chat_templates/*.jinja"
@@ -23,13 +23,13 @@ class HubId(NamedTuple):
 
 
 def hub_id(target: str | Path) -> HubId | None:
-    """`target` as a Hugging Face id; None if it is an existing directory or not of the form 'owner/name'."""
-    found = _ID.fullmatch(str(target))
-    return None if found is None or Path(target).exists() else HubId(found[1], found[2])
+    """Return `target` as a Hugging Face id; None if it is an existing directory or not of the form 'owner/name'."""
+    match = _ID.fullmatch(str(target))
+    return None if match is None or Path(target).exists() else HubId(match[1], match[2])
 
 
 def hub_directory(target: str | Path) -> Path:
-    """The directory of a checkpoint: `target` itself, or the snapshot of a Hugging Face id in the local cache.
+    """Return the directory of a checkpoint: `target` itself, or the snapshot of a Hugging Face id in the local cache.
 
     Missing files are downloaded, unless HF_HUB_OFFLINE is set or there is no network. Within one process an id always
     means the same commit.
@@ -42,7 +42,7 @@ def hub_directory(target: str | Path) -> Path:
 
 
 def served_as(target: str | Path) -> dict[str, object]:
-    """SGLang's flags for a target (without dashes): an id and its revision, or a directory."""
+    """Return SGLang's flags for a target (without dashes): an id and its revision, or a directory."""
     model = hub_id(target)
     if model is None:
         return {"model-path": str(target)}
@@ -58,10 +58,10 @@ def _snapshot(model: HubId) -> Path:
     rule = f"a target must be a checkpoint directory or an available Hugging Face model, but {shown!r} is no directory"
     remedy = f"give a directory, or run: hf download {name}{option}"
     try:
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, local_files_only=offline))
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, local_files_only=offline))
     except Exception as error:  # errors of the hub, of its HTTP client and of the disk
         reason = next(iter(str(error).splitlines()), "").strip() or type(error).__name__
         raise ValueError(f"{rule} and is neither cached nor downloadable ({reason}); {remedy}") from error
-    if not any(found.glob("model*.safetensors")):
-        raise ValueError(f"{rule} and its snapshot {str(found)!r} lacks model*.safetensors; {remedy}")
-    return found
+    if not any(directory.glob("model*.safetensors")):
+        raise ValueError(f"{rule} and its snapshot {str(directory)!r} lacks model*.safetensors; {remedy}")
+    return directory

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from specrl.core.checks import require
+
 Kind = Literal["default", "linear", "llama3", "yarn"]
 
 
@@ -18,16 +20,16 @@ class RopeConfig:
 
     Args:
         theta: the base.
-        kind: of scaling.
-        factor: by which positions are stretched (linear, llama3, yarn).
-        low_freq_factor, high_freq_factor: llama3's band limits.
-        original_max_position_embeddings: the positions the model was first trained for (llama3, yarn).
-        attention_factor: yarn's temperature; None: 0.1 ln(factor) + 1.
-        beta_fast, beta_slow: yarn's ramp.
-        truncate: whether yarn rounds the ramp's ends to whole dimensions.
+        kind: the kind of scaling.
+        factor: stretch of positions (linear, llama3, yarn).
+        low_freq_factor, high_freq_factor: band limits (llama3).
+        original_max_position_embeddings: number of positions before scaling (llama3, yarn).
+        attention_factor: magnitude of the rotations (yarn); None: 0.1 ln(factor) + 1.
+        beta_fast, beta_slow: rotations at the ends of the ramp (yarn).
+        truncate: whether the ramp's ends are rounded to whole dimensions (yarn).
 
     Raises:
-        ValueError: a value that is not a number in its range.
+        ValueError: a value is not a number in its range.
     """
 
     theta: float = 10000.0
@@ -44,21 +46,17 @@ class RopeConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("kind", "truncate") or (value is None and field.name == "attention_factor"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"rope: {field.name} must be a positive number, but got {value!r}")
-        if not isinstance(self.truncate, bool):
-            raise ValueError(f"rope: truncate must be true or false, but got {self.truncate!r}")
+            if field.type in ("int", "float") or (field.name == "attention_factor" and value is not None):
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                require(number and 0 < value < math.inf, f"rope: {field.name}", "a positive number", value)
+        require(type(self.truncate) is bool, "rope: truncate", "true or false", self.truncate)
         low, high = self.low_freq_factor, self.high_freq_factor
-        if self.kind == "llama3" and not low < high:
-            raise ValueError(f"rope: low_freq_factor < high_freq_factor must hold, but got {low} and {high}")
-        if self.kind == "yarn" and not self.theta > 1:
-            raise ValueError(f"rope: yarn's theta must be above 1, but got {self.theta}")
+        require(self.kind != "llama3" or low < high, "rope: low_freq_factor", f"below high_freq_factor={high}", low)
+        require(self.kind != "yarn" or self.theta > 1, "rope: theta of yarn", "above 1", self.theta)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-    """Angular frequency of each pair [head_dim / 2] float32, and the factor on the embeddings' magnitude.
+    """Return the angular frequency of each pair [head_dim / 2] float32, and the factor on the rotations' magnitude.
 
     Sources: RoPE (Su et al., 2021); position interpolation (Chen et al., 2023); Llama 3.1's banded scaling;
     YaRN (Peng et al., 2023), section 3.
@@ -74,7 +72,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
 
 
 def _llama3(rope: RopeConfig, inverse: Tensor) -> Tensor:
-    """Slow pairs stretched, fast ones kept, a smooth ramp between."""
+    """Stretch slow pairs, leave fast ones, and interpolate between them."""
     original = rope.original_max_position_embeddings
     wavelength = 2 * math.pi / inverse
     smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -85,7 +83,7 @@ def _llama3(rope: RopeConfig, inverse: Tensor) -> Tensor:
 
 def _yarn(rope: RopeConfig, inverse: Tensor, head_dim: int) -> tuple[Tensor, float]:
     def dimension(rotations: float) -> float:
-        """Where a pair makes this many rotations over the original positions."""
+        """Return the dimension whose pair makes this many rotations over the original positions."""
         turns = math.log(rope.original_max_position_embeddings / (rotations * 2 * math.pi))
         return head_dim * turns / (2 * math.log(rope.theta))
 
@@ -94,15 +92,15 @@ def _yarn(rope: RopeConfig, inverse: Tensor, head_dim: int) -> tuple[Tensor, flo
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = (torch.arange(head_dim // 2).float() - low) / max(high - low, 1e-3)
-    kept = 1 - ramp.clamp(0, 1)
+    unscaled = 1 - ramp.clamp(0, 1)
     factor = rope.attention_factor
     if factor is None:
         factor = 0.1 * math.log(max(rope.factor, 1.0)) + 1.0
-    return inverse / rope.factor * (1 - kept) + inverse * kept, factor
+    return inverse / rope.factor * (1 - unscaled) + inverse * unscaled, factor
 
 
 def rope_table(rope: RopeConfig, head_dim: int, positions: int) -> Tensor:
-    """Rotations by position [positions, head_dim / 2] complex64."""
+    """Return rotations by position [positions, head_dim / 2] complex64."""
     inverse, factor = rope_frequencies(rope, head_dim)
     angles = torch.outer(torch.arange(positions).float(), inverse)
     return torch.polar(torch.full_like(angles, factor), angles)

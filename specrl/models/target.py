@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specrl.models.attention import CachedAttention, KVCache
+from specrl.core.checks import require
+from specrl.models.attention import CachedAttention, KVCache, TokenSlots
 from specrl.models.checkpoint import Checkpoint, check_layout, expected_target_tensors
 from specrl.models.config import TargetArchitecture
 from specrl.models.embedded import target_directory
@@ -50,54 +51,52 @@ class Target:
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         self._norm = Norm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self.embedding = self._own(tensors["model.embed_tokens.weight"])  # [V, H]
-        self.head_weight = self.embedding if config.tie_word_embeddings else self._own(tensors["lm_head.weight"])
-        self.norm_weight = self._own(tensors["model.norm.weight"])  # [H]; head_weight: [V, H]
+        self.embedding = self._copy(tensors["model.embed_tokens.weight"])  # [V, H]
+        self.head_weight = self.embedding if config.tie_word_embeddings else self._copy(tensors["lm_head.weight"])
+        self.norm_weight = self._copy(tensors["model.norm.weight"])  # [H]; head_weight: [V, H]
         self._lm_head = Linear(self._fold(config.vocab_size, [self.head_weight], self.norm_weight))
         self._layers = [self._layer(tensors, i) for i in range(config.num_layers)]
         positions = config.max_position_embeddings + DRAFT_POSITIONS
         self._rotary_table = rope_table(config.rope, config.head_dim, positions).to(device)
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        """A copy on the device, cast there, so that the host makes no copy for a GPU."""
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """Copy to the device and cast there, so that the host makes no copy for a GPU."""
         return tensor.to(self.device).to(self.dtype, copy=True)
 
     def _fold(self, rows: int, weights: Iterable[Tensor], norm: Tensor) -> Tensor:
         """Stack weights [.., H] to [rows, H] and multiply them by the weight of the norm before them, in blocks."""
-        fused = torch.empty(rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
-        factor, at = norm.float() * self._norm.gain, 0
+        folded = torch.empty(rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        factor, row = norm.float() * self._norm.gain, 0
         for weight in weights:
             for block in weight.split(max(1, _FOLD_ENTRIES // weight.shape[1])):
-                fused[at : at + len(block)] = block.float() * factor
-                at += len(block)
-        return fused
+                folded[row : row + len(block)] = block.float() * factor
+                row += len(block)
+        return folded
 
     def _layer(self, tensors: Mapping[str, Tensor], index: int) -> DecoderLayer:
-        c, at = self.config, f"model.layers.{index}."
+        c, prefix = self.config, f"model.layers.{index}."
         scale = c.head_dim**-0.5  # of the attention scores, folded into the queries or into their norm
 
         def read(name: str) -> Tensor:
-            return self._own(tensors[at + name])
+            tensor = self._copy(tensors[prefix + name])
+            if "q_proj" in name:
+                return interleave(tensor, c.head_dim) * (1.0 if c.qk_norm else scale)
+            return interleave(tensor, c.head_dim) if "k_proj" in name else tensor
 
         def bias(*names: str) -> Tensor | None:
-            if at + names[0] + ".bias" not in tensors:
+            if f"{prefix}{names[0]}.bias" not in tensors:
                 return None
-            return torch.cat([paired(name, read(name + ".bias")) for name in names])
-
-        def paired(name: str, weight: Tensor) -> Tensor:
-            if name == "self_attn.q_proj":
-                return interleave(weight, c.head_dim) * (1.0 if c.qk_norm else scale)
-            return interleave(weight, c.head_dim) if name == "self_attn.k_proj" else weight
+            return torch.cat([read(name + ".bias") for name in names])
 
         def fused(rows: int, names: tuple[str, ...], norm: str) -> Linear:
-            weights = (paired(name, read(name + ".weight")) for name in names)
+            weights = (read(name + ".weight") for name in names)
             return Linear(self._fold(rows, weights, read(norm + ".weight")), bias(*names))
 
         head_norm = None
         if c.qk_norm:
             norm = Norm(c.head_dim, c.rms_norm_eps, self.dtype, self.device)
-            of_query, of_key = (read(f"self_attn.{n}_norm.weight")[None] for n in "qk")
-            per_head = torch.cat([of_query.expand(c.num_heads, -1), of_key.expand(c.num_kv_heads, -1)])
+            query, key = (read(f"self_attn.{n}_norm.weight")[None] for n in "qk")
+            per_head = torch.cat([query.expand(c.num_heads, -1), key.expand(c.num_kv_heads, -1)])
             weights = interleave(per_head.flatten(), c.head_dim).view(per_head.shape) * norm.gain
             weights[: c.num_heads] *= scale
             head_norm = (norm, weights)
@@ -117,13 +116,8 @@ class Target:
         self,
         tokens: Tensor,
         cache: KVCache,
-        slots: Tensor,
+        where: TokenSlots,
         *,
-        length: int,
-        positions: Tensor | None = None,
-        first_row: int = 0,
-        attention_mask: Tensor | None = None,
-        equal_lengths: bool = False,
         aux_layers: tuple[int, ...] = (),
         last: int | None = None,
     ) -> Decoded:
@@ -131,25 +125,13 @@ class Target:
 
         Args:
             tokens: [b, q] int64.
-            cache: written at `slots`.
-            slots: [b, q] int64 cache slots.
-            length: one more than the largest slot.
-            positions, first_row, attention_mask, equal_lengths: see `CachedAttention`.
+            cache: written at the tokens' slots.
+            where: these slots.
             aux_layers: indices of layers whose input is returned.
             last: return logits of the last tokens of each request only, this many; None: of all.
         """
         batch, queries = tokens.shape
-        attention = CachedAttention(
-            cache,
-            self._rotary_table,
-            slots,
-            length,
-            self.config.num_heads,
-            positions=positions,
-            first_row=first_row,
-            attention_mask=attention_mask,
-            equal_lengths=equal_lengths,
-        )
+        attention = CachedAttention(cache, where, self._rotary_table, self.config.num_heads)
         x = self.embedding.index_select(0, tokens.flatten())  # [M, H]
         aux = []
         for i, layer in enumerate(self._layers):
@@ -170,34 +152,32 @@ class Target:
         aux_layers: tuple[int, ...] = (),
         last: int | None = None,
     ) -> Decoded:
-        """Run prompts `tokens [b, T] int64` from slot 0 on, in chunks; options as in `decode`."""
+        """Run prompts `tokens [b, T] int64` from slot 0 on, in chunks; options as in `decode` and `TokenSlots`."""
         parts, length = [], tokens.shape[1]
         for start in range(0, length, PREFILL_CHUNK):
             chunk = tokens[:, start : start + PREFILL_CHUNK]
             stop = start + chunk.shape[1]
             slots = torch.arange(start, stop, device=tokens.device).expand(chunk.shape)
             wanted = None if last is None else max(1, stop - max(start, length - last))  # kernels need at least one
-            parts.append(
-                self.decode(chunk, cache, slots, length=stop, first_row=first_row, aux_layers=aux_layers, last=wanted)
-            )
+            where = TokenSlots(slots, stop, first_row=first_row)
+            parts.append(self.decode(chunk, cache, where, aux_layers=aux_layers, last=wanted))
         aux = [part.aux_hidden_states for part in parts if part.aux_hidden_states is not None]
         logits = torch.cat([part.logits for part in parts], 1)
         return Decoded(logits if last is None else logits[:, -last:], torch.cat(aux, 1) if aux else None)
 
     @torch.inference_mode()
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """[B, T] int64 -> logits [B, T, V] float32, with a cache of its own.
+        """Map token ids [B, T] int64 to logits [B, T, V] float32, with a new cache.
 
         Raises:
             ValueError: `input_ids` are not [B, T] int64 token ids of this vocabulary, or too many for its positions.
         """
-        most, vocab_size = self.config.max_position_embeddings, self.config.vocab_size
-        if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not 1 <= input_ids.shape[1] <= most:
-            got = f"{input_ids.dtype} {list(input_ids.shape)}"
-            raise ValueError(f"input_ids must be int64 [B, T], T in [1, {most}], but got {got}")
-        low, high = int(input_ids.min()), int(input_ids.max())
-        if not 0 <= low <= high < vocab_size:
-            raise ValueError(f"token ids must be in [0, {vocab_size}), but got {low}..{high}")
+        positions, vocab_size = self.config.max_position_embeddings, self.config.vocab_size
+        valid = input_ids.ndim == 2 and input_ids.dtype == torch.int64 and 1 <= input_ids.shape[1] <= positions
+        got = f"{input_ids.dtype} {list(input_ids.shape)}"
+        require(valid, "input_ids", f"int64 [B, T] with T in [1, {positions}]", got)
+        ids = (int(input_ids.min()), int(input_ids.max()))
+        require(0 <= ids[0] <= ids[1] < vocab_size, "input_ids", f"in [0, {vocab_size})", ids)
         return self.prefill(input_ids.to(self.device), self.new_cache(*input_ids.shape)).logits
 
 
@@ -228,28 +208,25 @@ def load_target(
     layout = {n: t for n, t in tensors.layout.items() if not n.endswith(".rotary_emb.inv_freq")}  # derived
     check_layout(layout, expected_target_tensors(config), what=what, optional=(head,) if tied else ())
     if tied and head in layout and not torch.equal(tensors[head], tensors["model.embed_tokens.weight"]):
-        raise ValueError(
-            f"{what}: with tie_word_embeddings, lm_head.weight must be absent or equal to "
-            "model.embed_tokens.weight, but it differs; set tie_word_embeddings to false"
-        )
+        rule = f"{what}: with tie_word_embeddings, {head} must be absent or equal to model.embed_tokens.weight"
+        raise ValueError(f"{rule}, but it differs; set tie_word_embeddings to false")
     return Target(config, tensors, device=device, dtype=dtype)
 
 
 def default_device(device: str | None = None) -> str:
-    """`device`; if it is None, 'cuda' on a machine with a GPU and 'cpu' elsewhere."""
+    """Return `device`; if it is None, 'cuda' on a machine with a GPU and 'cpu' elsewhere."""
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_device(device: str) -> None:
     """Raise a ValueError unless `device` is 'cpu' or a CUDA device of this machine."""
     count = torch.cuda.device_count()
-    there = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
-    if device not in there:
-        raise ValueError(f"device must be one of this machine's {', '.join(there)}, but got {device!r}")
+    devices = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    require(device in devices, "device", f"one of this machine's {', '.join(devices)}", device)
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """'float32', 'bfloat16' or a floating torch dtype.
+    """Return the torch dtype of 'float32' or 'bfloat16' (short: 'fp32', 'bf16'), or of a floating torch dtype.
 
     Raises:
         ValueError: the name or dtype is another one.
@@ -257,6 +234,5 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     known = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
-    if not isinstance(dtype, str) or dtype not in known:
-        raise ValueError(f"dtype must be one of {', '.join(sorted(known))}, but got {dtype!r}")
-    return known[dtype]
+    require(dtype in known, "dtype", f"one of {', '.join(sorted(known))}", dtype)
+    return known[str(dtype)]

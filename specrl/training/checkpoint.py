@@ -44,7 +44,7 @@ def save_checkpoint(directory: Path, kind: str, checkpoint: Checkpoint) -> None:
         (into / _STATE).write_text(to_json(state, indent=1) + "\n")
         for name, content in ((_TENSORS, tensors), (_REPLAY, checkpoint.replay)):
             if content:
-                save_tensors(into / name, content, {"format": "pt"})
+                save_tensors(into / name, content)
 
     write_atomic(directory, write)
 

@@ -68,7 +68,7 @@ class ShardWriter:
     def _write_shard(self) -> None:
         tensors, notes = pack(self._buffer[: self._size])
         name = f"shard-{len(self._shards):05d}.safetensors"
-        save_tensors(self._directory.path / name, tensors, {"format": "pt"})
+        save_tensors(self._directory.path / name, tensors)
         self._shards.append({"file": name, "sequences": notes})
         self._directory.write_json(INDEX, {"format": _FORMAT, **self._about, "shards": self._shards})
         del self._buffer[: self._size]

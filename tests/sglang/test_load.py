@@ -15,6 +15,7 @@ from torch import Tensor
 from specrl.core.plan import Plan
 from specrl.export.bundle import Bundle, Provenance
 from specrl.export.serving_flags import plan_serving
+from specrl.models.attention import TokenSlots
 from specrl.models.draft import Draft, ServingDraft, load_draft, new_draft
 from specrl.models.target import Target
 from specrl.sglang.plugin.policy import LearnedPolicy
@@ -66,7 +67,7 @@ def of_ours(draft: Draft, target: Target, tokens: Tensor, features: Tensor) -> T
     with torch.inference_mode():
         cache = serving.new_cache(1, LENGTH)
         fused = serving.fuse(features[None])
-        hidden = serving.decode(tokens[None], fused, cache, torch.arange(LENGTH)[None], length=LENGTH)
+        hidden = serving.decode(tokens[None], fused, cache, TokenSlots(torch.arange(LENGTH)[None], LENGTH))
         return serving.logits(hidden[0])
 
 
