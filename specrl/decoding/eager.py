@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from specrl.core.plan import Plan
@@ -30,7 +32,7 @@ class EagerRunner:
             return
         self._warm.add(kind)
         source = torch.Generator(self._state.target.device).manual_seed(0)
-        read = None if pending is None else pending.read.copy()
+        read: Any = None if pending is None else pending.read.copy()
         for _ in range(2):
             proposal = self.propose(plan, source)
             choose(self._decode(plan, proposal).logits, batch.temperatures, source)

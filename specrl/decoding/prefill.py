@@ -8,10 +8,10 @@ import torch
 
 from specrl.core.checks import require
 from specrl.core.interfaces import Request
-from specrl.core.round import Completion
+from specrl.core.round import Completion, Trace
 from specrl.decoding.batch import LiveRequest
 from specrl.decoding.sampling import Source, Temperatures, choose
-from specrl.decoding.state import SessionState, Traces
+from specrl.decoding.state import SessionState, prefill_trace
 
 _MAX_ENDED_AT_PREFILL = 1000  # requests in a row that end with their first token
 
@@ -19,7 +19,7 @@ _MAX_ENDED_AT_PREFILL = 1000  # requests in a row that end with their first toke
 class Prefiller:
     """Fills rows with requests from an endless stream; adds prefills to `traces` unless they are None."""
 
-    def __init__(self, requests: Iterator[Request], state: SessionState, traces: Traces | None) -> None:
+    def __init__(self, requests: Iterator[Request], state: SessionState, traces: list[Trace] | None) -> None:
         self._requests, self._state, self._traces = requests, state, traces
         self._eos = frozenset(state.target.config.eos_token_ids)
         self._served = 0
@@ -73,5 +73,5 @@ class Prefiller:
             assert decoded.aux_hidden_states is not None
             state.pending.read_prompt(row, tokens, decoded.aux_hidden_states)
         if self._traces is not None:
-            self._traces.add_prefill(new, tokens, decoded, ends)
+            self._traces.append(prefill_trace(state, new, tokens, decoded, ends))
         return ends

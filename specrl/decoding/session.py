@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specrl.core.checks import require
 from specrl.core.clock import Clock
 from specrl.core.interfaces import ProposalSession, Request
 from specrl.core.plan import Plan
@@ -22,7 +23,7 @@ from specrl.decoding.fixed_shape import FixedShapeRunner
 from specrl.decoding.prefill import Prefiller
 from specrl.decoding.propose import ExternalDraft, Proposal, unsupported
 from specrl.decoding.sampling import Source
-from specrl.decoding.state import SessionConfig, SessionState, Traces
+from specrl.decoding.state import SessionConfig, SessionState, round_trace
 from specrl.decoding.verify import Verified
 from specrl.models.draft import ServingDraft
 from specrl.models.target import Target
@@ -74,7 +75,7 @@ class LocalSession(ProposalSession):
         self._plain_generator = torch.Generator(target.device).manual_seed(config.seed)
         self.state = state = SessionState(target, draft, config, fixed_shapes=graphs is not None)
         self._batch, self._warm = state.batch, warm
-        self._traces = Traces(state, copy=graphs is not None) if config.trace else None
+        self._traces: list[Trace] | None = [] if config.trace and config.aux_layers else None
         self._prefiller = Prefiller(requests, state, self._traces)
         self._runner = EagerRunner(state, warm) if graphs is None else FixedShapeRunner(state, graphs)
         self.resize(config.batch_size)
@@ -109,7 +110,8 @@ class LocalSession(ProposalSession):
             ValueError: `batch_size` is not in [1, max_batch_size], or the session is closed.
         """
         self._check_open()
-        self.state.config.check_batch_size(batch_size)
+        largest = self._batch.max_batch_size
+        require(1 <= batch_size <= largest, "batch_size", f"in [1, max_batch_size={largest}]", batch_size)
         timer = RoundTimer(self.clock)
         for row in range(len(self._batch.admitted), batch_size):
             self._prefiller.admit(row, self.source)
@@ -155,7 +157,7 @@ class LocalSession(ProposalSession):
         verify_s = timer.lap()
         committed = self._batch.commit(verified.tokens)
         if self._traces is not None:
-            self._traces.add_round(plan, proposal, verified, committed)
+            self._traces.append(round_trace(self.state, plan, proposal, verified, committed))
         other_s = timer.lap()
         finished = self._prefiller.refill(committed.ended, self.source)
         return Round(
@@ -190,13 +192,16 @@ class LocalSession(ProposalSession):
 
     def drain(self) -> list[Trace]:
         """Take the traces since the last call."""
-        return [] if self.closed or self._traces is None else self._traces.drain()
+        traces = list(self._traces or ())
+        if self._traces:
+            self._traces.clear()
+        return traces
 
     def close(self) -> None:
         """End the session and free its caches; idempotent."""
         if not self.closed:
-            self.closed = True
-            del self.state, self._prefiller, self._runner, self._traces
+            self.closed, self._traces = True, None
+            del self.state, self._prefiller, self._runner
 
     def _check_open(self) -> None:
         if self.closed:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specrl.core.checks import require
 from specrl.core.plan import Plan
 from specrl.core.round import Trace
 from specrl.decoding.batch import Batch, Committed, LiveRequest
@@ -30,11 +30,8 @@ class SessionConfig:
         max_context: tokens that a request may reach.
         seed: seed of all sampling.
         use_rejection_sampling: see `specrl.decoding.engine.LocalEngine`.
-        trace: keep traces for `drain`.
+        trace: keep traces for `drain`, if there are aux layers.
         aux_layers: layers of the target whose inputs the draft reads and a trace holds; () without a draft: none.
-
-    Raises:
-        ValueError: a batch size is out of range.
     """
 
     batch_size: int
@@ -44,14 +41,6 @@ class SessionConfig:
     use_rejection_sampling: bool = True
     trace: bool = False
     aux_layers: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        self.check_batch_size(self.batch_size)
-
-    def check_batch_size(self, batch_size: int) -> None:
-        """Raise a ValueError unless `batch_size` is in [1, max_batch_size]."""
-        rule = f"in [1, max_batch_size={self.max_batch_size}]"
-        require(1 <= batch_size <= self.max_batch_size, "batch_size", rule, batch_size)
 
 
 class SessionState:
@@ -66,7 +55,7 @@ class SessionState:
     def __init__(
         self, target: Target, draft: ServingDraft | None, config: SessionConfig, *, fixed_shapes: bool
     ) -> None:
-        self.target, self.config = target, config
+        self.target, self.config, self.fixed_shapes = target, config, fixed_shapes
         rows, padding = config.max_batch_size, MAX_DRAFT_TOKENS if fixed_shapes else 0
         capacity, fused = config.max_context + MAX_DRAFT_TOKENS + max(padding, 1), fixed_shapes or None
         self.batch = Batch(rows, capacity, target.device)
@@ -101,42 +90,21 @@ class SessionState:
         return self.target.decode(proposal.tokens, self.cache, where, aux_layers=self.config.aux_layers)
 
 
-class Traces:
-    """Traces of a session, in order. A session without aux layers has none.
+def round_trace(state: SessionState, plan: Plan, proposal: Proposal, verified: Verified, committed: Committed) -> Trace:
+    """Return the trace of a committed round whose finished requests are not replaced yet."""
+    tensors: list[Any] = [proposal.tokens, verified.hidden_states, verified.logits, proposal.parents, verified.path]
+    if state.fixed_shapes:  # the next round overwrites them
+        tensors = [tensor.clone() for tensor in tensors]
+    ids, positions, live = committed.request_ids, committed.context_lengths - 1, state.batch.live
+    temperatures = tuple(one.request.temperature for one in live)
+    ended = tuple(live[row].id for row in committed.ended)
+    return Trace(ids, positions, *tensors, state.draft_version, plan, temperatures, ended)
 
-    Args:
-        state: the session's state.
-        copy: whether tensors are copied, because the next round overwrites them.
-    """
 
-    def __init__(self, state: SessionState, *, copy: bool) -> None:
-        self._state, self._copy, self._kept = state, copy, list[Trace]()
-
-    def drain(self) -> list[Trace]:
-        """Take the traces since the last call."""
-        kept, self._kept = self._kept, []
-        return kept
-
-    def add_round(self, plan: Plan, proposal: Proposal, verified: Verified, committed: Committed) -> None:
-        """Add a round that is committed; its finished requests are not replaced yet."""
-        if verified.hidden_states is None:
-            return
-        tensors = (proposal.tokens, verified.hidden_states, verified.logits, proposal.parents, verified.path)
-        tokens, features, logits, parents, path = (tensor.clone() if self._copy else tensor for tensor in tensors)
-        ids, positions = committed.request_ids, committed.context_lengths - 1
-        live, version = self._state.batch.live, self._state.draft_version
-        temperatures = tuple(one.request.temperature for one in live)
-        ended = tuple(live[row].id for row in committed.ended)
-        trace = Trace(ids, positions, tokens, features, logits, parents, path, version, plan, temperatures, ended)
-        self._kept.append(trace)
-
-    def add_prefill(self, new: LiveRequest, tokens: Tensor, decoded: Decoded, ends: bool) -> None:
-        """Add the prefill of a prompt `tokens [1, T]`; `ends`: the request ends with its first token."""
-        logits, features = decoded
-        if features is None:
-            return
-        ids, positions, version = np.array([new.id]), np.zeros(1, dtype=np.int64), self._state.draft_version
-        rows = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        temperatures, ended = (new.request.temperature,), (new.id,) if ends else ()
-        trace = Trace(ids, positions, tokens, features, logits, rows - 1, rows, version, None, temperatures, ended)
-        self._kept.append(trace)
+def prefill_trace(state: SessionState, new: LiveRequest, tokens: Tensor, decoded: Decoded, ends: bool) -> Trace:
+    """Return the trace of the prefill of a prompt `tokens [1, T]`; `ends`: the request ends with its first token."""
+    ids, positions = np.array([new.id]), np.zeros(1, dtype=np.int64)
+    rows = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    tensors: list[Any] = [tokens, decoded.aux_hidden_states, decoded.logits, rows - 1, rows]
+    ended = (new.id,) if ends else ()
+    return Trace(ids, positions, *tensors, state.draft_version, None, (new.request.temperature,), ended)

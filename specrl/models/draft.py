@@ -83,12 +83,8 @@ def _membership(d2t: Tensor, config: DraftArchitecture) -> Tensor:
     """Return t2d [V] bool, the members of the vocabulary of offsets d2t."""
     ids, vocab_size = torch.arange(len(d2t)) + d2t.cpu(), config.vocab_size
     valid = int(ids.min()) >= 0 and int(ids.max()) < vocab_size and len(ids.unique()) == len(ids)
-    require(
-        valid,
-        "d2t",
-        f"offsets, so that the target ids i + d2t[i] are different and in [0, {vocab_size})",
-        d2t[:5].tolist(),
-    )
+    rule = f"offsets, so that the target ids i + d2t[i] are different and in [0, {vocab_size})"
+    require(valid, "d2t", rule, d2t[:5].tolist())
     return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
 
 

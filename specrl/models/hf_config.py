@@ -93,7 +93,7 @@ def read_draft_config(directory: str | Path) -> DraftArchitecture:
     unknown = {key: () for key in eagle if key != _AUX_LAYERS}
     _check(file, values, _SUPPORTED_DRAFTS)
     _check(file, eagle, unknown | _SUPPORTED_DRAFTS, "eagle_config.")
-    layers = eagle.get(_AUX_LAYERS)
+    layers: Any = eagle.get(_AUX_LAYERS)
     listed = isinstance(layers, list) and all(type(layer) is int for layer in layers)
     rule = "a list of three layers, such as SGLang's default [1, n//2 - 1, n - 4] for n layers"
     _require(file, listed, f"eagle_config.{_AUX_LAYERS}", rule, layers)
