@@ -113,7 +113,8 @@ def logits(weights: Weights, ids: Tensor, cos: Tensor, sin: Tensor, c: TargetArc
     def attend(_: DecoderLayer, qkv: Tensor) -> Tensor:
         split = qkv.view(batch, length, heads + 2 * kv_heads, size).transpose(1, 2)  # [B, heads, T, D]
         q, k, v = split.split((heads, kv_heads, kv_heads), 1)
-        k, v = rope(k).repeat_interleave(c.group, 1), v.repeat_interleave(c.group, 1)
+        group = c.num_heads // c.num_kv_heads
+        k, v = rope(k).repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         attended = F.scaled_dot_product_attention(rope(q), k, v, is_causal=True)
         return attended.transpose(1, 2).reshape(batch * length, -1)
 

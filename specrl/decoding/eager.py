@@ -18,11 +18,16 @@ from specrl.models.target import Decoded
 class EagerRunner:
     """Runs rounds in shapes that follow the plan and the live requests (see `specrl.decoding.session.Runner`).
 
-    `warm` are the batch sizes and plans whose kernels are built already; `prepare` adds to them.
+    Args:
+        state: the session's state.
+        warm: batch sizes and plans whose kernels are built already; `prepare` adds to them.
+        external: propose this instead of the draft's own chain; None: let the draft propose.
     """
 
-    def __init__(self, state: SessionState, warm: set[tuple[int, Plan, bool]]) -> None:
-        self._state, self._warm = state, warm
+    def __init__(
+        self, state: SessionState, warm: set[tuple[int, Plan, bool]], external: ExternalDraft | None = None
+    ) -> None:
+        self._state, self._warm, self._external = state, warm, external
 
     def prepare(self, plan: Plan) -> None:
         """Run the first round of its kind twice and undo it, so that kernels are built before the timed round."""
@@ -45,6 +50,8 @@ class EagerRunner:
         last = batch.on_device(batch.last_tokens())
         if plan.num_steps == 0:
             return Proposal(last[:, None], last.new_full((batch.size, 1), -1))
+        if self._external is not None:
+            return self._external.proposal(last)
         assert pending is not None
         hidden = pending.catch_up()
         start = Start(hidden, batch.on_device(batch.length - 1), int(batch.length.max()) - 1, last)
@@ -82,17 +89,3 @@ class EagerRunner:
         length = int(batch.length.max()) - 1 + plan.num_draft_tokens
         equal_lengths = plan.num_steps == 0 and batch.equal_lengths()
         return self._state.decode(proposal, batch.on_device(batch.length - 1), length, equal_lengths=equal_lengths)
-
-
-class ExternalRunner(EagerRunner):
-    """Runs rounds whose drafts were made outside the session."""
-
-    def __init__(self, state: SessionState, warm: set[tuple[int, Plan, bool]], external: ExternalDraft) -> None:
-        super().__init__(state, warm)
-        self._external = external
-
-    def propose(self, plan: Plan, source: Source) -> Proposal:
-        """Copy the drafts to the device, unless there are none."""
-        if plan.num_steps == 0:
-            return super().propose(plan, source)
-        return self._external.proposal(self._state.batch.on_device(self._state.batch.last_tokens()))

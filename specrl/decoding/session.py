@@ -18,7 +18,7 @@ from specrl.core.interfaces import ProposalSession, Request
 from specrl.core.plan import Plan
 from specrl.core.round import PlainSample, Round, Trace
 from specrl.decoding.cuda_graphs import Graphs
-from specrl.decoding.eager import EagerRunner, ExternalRunner
+from specrl.decoding.eager import EagerRunner
 from specrl.decoding.fixed_shape import FixedShapeRunner
 from specrl.decoding.prefill import Prefiller
 from specrl.decoding.propose import ExternalDraft, Proposal, unsupported
@@ -145,7 +145,7 @@ class LocalSession(ProposalSession):
         self._check_open()
         external = ExternalDraft(drafted, distributions)
         external.validate(self.batch_size, self.target.config.vocab_size)
-        runner, plan = ExternalRunner(self.state, self._warm, external), Plan(drafted.shape[1])
+        runner, plan = EagerRunner(self.state, self._warm, external), Plan(drafted.shape[1])
         runner.prepare(plan)
         return self._round(runner, plan)
 

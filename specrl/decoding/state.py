@@ -98,13 +98,15 @@ def round_trace(state: SessionState, plan: Plan, proposal: Proposal, verified: V
     ids, positions, live = committed.request_ids, committed.context_lengths - 1, state.batch.live
     temperatures = tuple(one.request.temperature for one in live)
     ended = tuple(live[row].id for row in committed.ended)
-    return Trace(ids, positions, *tensors, state.draft_version, plan, temperatures, ended)
+    tokens, features, logits, parents, path = tensors
+    version = state.draft_version
+    return Trace(ids, positions, tokens, features, logits, parents, path, version, plan, temperatures, ended)
 
 
 def prefill_trace(state: SessionState, new: LiveRequest, tokens: Tensor, decoded: Decoded, ends: bool) -> Trace:
     """Return the trace of the prefill of a prompt `tokens [1, T]`; `ends`: the request ends with its first token."""
     ids, positions = np.array([new.id]), np.zeros(1, dtype=np.int64)
     rows = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    tensors: list[Any] = [tokens, decoded.aux_hidden_states, decoded.logits, rows - 1, rows]
-    ended = (new.id,) if ends else ()
-    return Trace(ids, positions, *tensors, state.draft_version, None, (new.request.temperature,), ended)
+    features: Any = decoded.aux_hidden_states
+    temperatures, version, ended = (new.request.temperature,), state.draft_version, (new.id,) if ends else ()
+    return Trace(ids, positions, tokens, features, decoded.logits, rows - 1, rows, version, None, temperatures, ended)

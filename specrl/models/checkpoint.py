@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specrl.core.checks import require
 from specrl.models.config import DraftArchitecture, TargetArchitecture
 
 Shapes = dict[str, tuple[int, ...]]
@@ -60,8 +61,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 def _locate(directory: Path) -> dict[str, Path]:
     """Return the file of every tensor."""
     index = directory / _INDEX
-    if not directory.is_dir():
-        raise ValueError(f"a checkpoint must be a directory, but {str(directory)!r} is not one")
+    require(directory.is_dir(), "a checkpoint", "a directory", str(directory))
     if not index.exists():
         if not (directory / _SINGLE).exists():
             rule = f"a checkpoint must hold {_SINGLE} or {_INDEX}, but {str(directory)!r} has neither"
@@ -72,14 +72,10 @@ def _locate(directory: Path) -> dict[str, Path]:
         valid = bool(shards) and all(Path(shard).name == shard for shard in shards.values())
     except (ValueError, KeyError, TypeError, AttributeError):
         valid = False
-    if not valid:
-        rule = f"{str(index)!r} must be JSON with a 'weight_map' from tensors to files beside it"
-        raise ValueError(f"{rule}, but it is not; download it again")
+    require(valid, str(index), "JSON with a 'weight_map' from tensors to files beside it", "another content")
     held = {name: shard for shard in sorted(set(shards.values())) for name in _names(directory / shard)}
     wrong = sorted({name for name, _ in held.items() ^ shards.items()})
-    if wrong:
-        rule = f"{_INDEX} must name the shard of every tensor and no other tensors"
-        raise ValueError(f"{rule}, but is wrong for {_some(wrong)}; download it again")
+    require(not wrong, str(index), "a list of all tensors in its shards", f"a wrong shard for {_some(wrong)}")
     return {name: directory / shard for name, shard in held.items()}
 
 

@@ -37,11 +37,6 @@ class TargetArchitecture:
     def __post_init__(self) -> None:
         _check_sizes(self)
 
-    @property
-    def group(self) -> int:
-        """Query heads per key-value head."""
-        return self.num_heads // self.num_kv_heads
-
 
 @dataclass(frozen=True, slots=True)
 class DraftArchitecture:
@@ -94,9 +89,6 @@ def default_aux_layers(num_layers: int) -> tuple[int, ...]:
         ValueError: they are not three different layers.
     """
     layers = (2, num_layers // 2, num_layers - 3)
-    if len(set(layers)) != 3 or layers[2] < 1:
-        raise ValueError(
-            "the default aux_layers [2, n // 2, n - 3] must be three different layers, but a target of "
-            f"{num_layers} layers gives {list(layers)}; pass aux_layers"
-        )
+    rule = f"three different layers, so that a target of {num_layers} layers needs other aux_layers"
+    require(len(set(layers)) == 3 and layers[2] >= 1, "the default aux_layers [2, n // 2, n - 3]", rule, layers)
     return layers

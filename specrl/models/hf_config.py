@@ -17,15 +17,9 @@ _DRAFTS = {"llama": "LlamaForCausalLMEagle3"}
 _AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 # Keys of config.json that targets and drafts share, and the fields that hold them, except head_dim and rope.
-_KEYS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "rms_norm_eps": "rms_norm_eps",
-    "max_position_embeddings": "max_position_embeddings",
-}
+_KEYS = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads"}
+_KEYS |= {key: key for key in ("vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps")}
+_KEYS["max_position_embeddings"] = "max_position_embeddings"
 
 # Supported values. A missing key or null is supported too, and every entry of a list is checked. transformers has
 # filled in its default values and renamed old keys before. Other keys change nothing in its models.

@@ -81,12 +81,7 @@ class Room:
 
 
 def check_room(per_token: int, device: str, batch_size: int, max_context: int, *, draft_headroom: int = 0) -> None:
-    """Refuse key-value caches that do not fit the device. If its free memory is unknown, nothing is refused.
-
-    Args:
-        per_token: bytes per token, see `cache_bytes`.
-        device: the device of the caches.
-        batch_size, max_context, draft_headroom: requests, tokens that each may reach, and further slots (see `Room`).
+    """Refuse key-value caches (see `Room`) that do not fit the device, unless its free memory is unknown.
 
     Raises:
         ValueError: the caches do not fit; the message names sizes that do.

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specrl.core.checks import require
+
 Message = dict[str, Any]  # 'role', 'content' (text) and other keys that a chat template may read
-# transformers tells templates today's date. Without it they use a date of their own, and prompts are reproducible.
+# transformers passes today's date to templates. Without it they use a fixed date, so prompts are reproducible.
 _NO_DATE = "{% set strftime_now = undefined %}\n"
 
 
@@ -28,11 +30,11 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the checkpoint has a chat template."""
+        """Whether the checkpoint has one."""
         return bool(self.hf.chat_template)
 
     def encode(self, text: str, *, document_start: bool = True) -> list[int]:
-        """Token ids of `text`, after one bos token if the checkpoint uses it (see the class)."""
+        """Return the token ids of `text`, after one bos token if the checkpoint uses it (see the class)."""
         ids, bos = self._ids(text, special=True), self.bos_token_id
         if bos is None:
             return ids
@@ -41,11 +43,11 @@ class Tokenizer:
         return [bos, *ids] if (document_start or self.bos_always) and ids[:1] != [bos] else ids
 
     def encode_chat(self, text: str) -> list[int]:
-        """Token ids of a text from `render_chat`, which holds all its special tokens already."""
+        """Return the token ids of a text from `render_chat`, which contains its special tokens."""
         return self._ids(text, special=False)
 
     def render_chat(self, messages: Sequence[Message], tools: Any = None) -> str:
-        """The chat template's text of a conversation, with the beginning of the assistant's answer.
+        """Format a conversation by the chat template, with the beginning of the assistant's answer.
 
         Raises:
             ValueError: the template is invalid or raises an error for these messages.
@@ -58,7 +60,7 @@ class Tokenizer:
             raise ValueError(f"the target's chat template refuses it ({' '.join(str(error).split())})") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
+        """Return the text of token ids, without special tokens."""
         return str(self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _ids(self, text: str, special: bool) -> list[int]:
@@ -76,25 +78,19 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     from transformers import AutoTokenizer, PreTrainedConfig
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    where = str(directory)
-    if not Path(directory).is_dir():
-        raise ValueError(f"a checkpoint must be a directory, but {where!r} is not one")
+    path = str(directory)
+    require(Path(directory).is_dir(), "a checkpoint", "a directory", path)
     try:
-        hf = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
-        config, _ = PreTrainedConfig.get_config_dict(where, local_files_only=True)
-    except Exception as error:  # what it raises depends on the files
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"a checkpoint must hold a tokenizer that transformers can read, but {where!r} does not ({reason}); "
-            "download it again or add tokenizer.json; tokenizer.model needs the package sentencepiece"
-        ) from error
-    adds = get_tokenizer_config(where, local_files_only=True).get("add_bos_token")  # transformers ignores it
+        hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config, _ = PreTrainedConfig.get_config_dict(path, local_files_only=True)
+    except Exception as error:  # the type depends on the files
+        rule = f"a checkpoint must hold a tokenizer that transformers can read, but {path!r} does not"
+        remedy = "download it again or add tokenizer.json; tokenizer.model needs the package sentencepiece"
+        raise ValueError(f"{rule} ({' '.join(str(error).split())}); {remedy}") from error
+    adds = get_tokenizer_config(path, local_files_only=True).get("add_bos_token")  # transformers ignores it
     bos = None if adds is False else hf.bos_token_id
-    tokens, known = max(hf.vocab_size, -1 if bos is None else bos + 1), config.get("vocab_size")
-    if isinstance(known, int) and tokens > known:
-        raise ValueError(
-            f"the tokenizer and the model must fit, but {where!r} has a tokenizer of {tokens} tokens and vocab_size "
-            f"{known} in config.json; use the tokenizer that was saved with the model"
-        )
+    tokens, limit = max(hf.vocab_size, -1 if bos is None else bos + 1), config.get("vocab_size")
+    fits = not isinstance(limit, int) or tokens <= limit
+    require(fits, f"the tokenizer in {path!r}", f"the model's, of at most vocab_size={limit} tokens", tokens)
     adds_itself = hf.encode("", add_special_tokens=True)[:1] == [bos]
     return Tokenizer(hf, bos, bos_always=adds_itself or bool(adds))
