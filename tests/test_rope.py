@@ -78,5 +78,5 @@ def test_frequencies_and_temperatures_equal_those_of_transformers(kind: str, tmp
     ],
 )
 def test_values_out_of_range_are_refused(name: str, value: Any, kind: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name}.* must be .* but got {value}|{value!r}"):
+    with pytest.raises(ValueError, match=f"{name}.* must be "):
         RopeConfig(kind=kind, **{name: value})
