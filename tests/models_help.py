@@ -13,13 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 67,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    **{"vocab_size": 67, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128},
     "tie_word_embeddings": False,
 }
 HEAD_DIM = 12  # of qwen3, whose heads need not share the hidden size
@@ -44,12 +39,10 @@ def hf_model(family: str, seed: int = 0, **changes: Any) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith("bias"):
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
-            elif weight.ndim == 1:
+            if weight.ndim == 1 and not name.endswith("bias"):
                 weight.copy_(torch.rand(weight.shape, generator=generator) + 0.5)
             else:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.25)
+                weight.copy_(torch.randn(weight.shape, generator=generator) * (0.25 if weight.ndim == 2 else 0.5))
     return model
 
 
@@ -63,9 +56,8 @@ def token_ids(*shape: int, seed: int = 1) -> Tensor:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    found = json.loads((directory / "config.json").read_text())
-    assert isinstance(found, dict)
-    return found
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> Path:

@@ -8,21 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from models_help import (
-    LLAMA3,
-    YARN,
-    change_config,
-    change_tensors,
-    hf_logits,
-    hf_model,
-    rope,
-    token_ids,
-)
+from models_help import LLAMA3, YARN, change_config, change_tensors, hf_logits, hf_model, rope, token_ids
 from torch import Tensor
 
 import specrl
+from specrl.models.attention import TokenSlots
 from specrl.models.checkpoint import read_tensors
-from specrl.models.hf_config import read_target_config
 from specrl.models.rope import RopeConfig
 from specrl.models.target import PREFILL_CHUNK, Target
 
@@ -78,18 +69,24 @@ def test_logits_and_features_equal_those_of_transformers(pairs: Pairs, case: str
     assert theirs.logits.std() > 0.5 and theirs.logits.diff(dim=1).std() > 0.5  # else the comparison shows little
 
 
+def pieces(target: Target, ids: Tensor, sizes: list[int]) -> Tensor:
+    """Logits of `ids`, decoded in pieces of these sizes."""
+    batch, length = ids.shape
+    cache, start, parts = target.new_cache(batch, length + 2), 0, []
+    with torch.inference_mode():
+        for size in sizes:
+            slots = torch.arange(start, start + size).expand(batch, size)
+            tokens, start = ids[:, start : start + size], start + size
+            parts.append(target.decode(tokens, cache, TokenSlots(slots, start, equal_lengths=size == 1)).logits)
+    return torch.cat(parts, 1)
+
+
 @every_case
 @pytest.mark.parametrize("batch", [1, 3])
 def test_chunks_and_single_tokens_give_the_same_logits(pairs: Pairs, case: str, batch: int) -> None:
     model, _, target = pairs[case]
     ids = token_ids(batch, 30)
-    cache, start, parts = target.new_cache(batch, 32), 0, []
-    with torch.inference_mode():
-        for size in (9, 1, 5, 1, 1, 2, 8, 1, 1, 1):
-            slots = torch.arange(start, start + size).expand(batch, size)
-            tokens, start = ids[:, start : start + size], start + size
-            parts.append(target.decode(tokens, cache, slots, length=start, equal_lengths=size == 1).logits)
-    assert_close(torch.cat(parts, 1), hf_logits(model, ids))
+    assert_close(pieces(target, ids, [9, 1, 5, 1, 1, 2, 8, 1, 1, 1]), hf_logits(model, ids))
 
 
 @one_of_each_family
@@ -103,7 +100,8 @@ def test_requests_of_different_lengths_do_not_disturb_each_other(pairs: Pairs, c
             target.prefill(ids[row : row + 1, :length], cache, first_row=row)
         for size in (1, 4, 1, 3):
             slots = lengths[:, None] + torch.arange(size)
-            ours = target.decode(ids.gather(1, slots), cache, slots, length=int(slots.max()) + 1, aux_layers=(2,))
+            where = TokenSlots(slots, int(slots.max()) + 1)
+            ours = target.decode(ids.gather(1, slots), cache, where, aux_layers=(2,))
             lengths += size
             for row, length in enumerate(lengths.tolist()):
                 theirs = model(ids[row : row + 1, :length], output_hidden_states=True)
@@ -118,18 +116,18 @@ def test_each_path_of_a_tree_is_a_sequence_and_the_accepted_one_can_be_moved(pai
     model, _, target = pairs[case]
     ids, cache = token_ids(1, 14), target.new_cache(1, 16)
     prompt, (root, a, b, c, after) = ids[:, :8], ids[0, 8:13].tolist()
-    seen = torch.zeros(1, 4, 12, dtype=torch.bool)
-    seen[:, :, :9] = True
+    visible = torch.zeros(1, 4, 12, dtype=torch.bool)
+    visible[:, :, :9] = True
     for query, others in ((1, [9]), (2, [10]), (3, [10, 11])):
-        seen[0, query, others] = True
+        visible[0, query, others] = True
     with torch.inference_mode():
         target.prefill(prompt, cache)
         tree, slots, positions = (torch.tensor([x]) for x in ([root, a, b, c], [8, 9, 10, 11], [8, 9, 9, 10]))
-        ours = target.decode(tree, cache, slots, length=12, positions=positions, attention_mask=seen).logits[0]
+        ours = target.decode(tree, cache, TokenSlots(slots, 12, positions, visible)).logits[0]
         for query, path in enumerate(([root], [root, a], [root, b], [root, b, c])):
             assert_close(ours[query], hf_logits(model, torch.cat([prompt, torch.tensor([path])], 1))[0, -1])
         cache.move(torch.tensor([0, 0]), torch.tensor([10, 11]), torch.tensor([9, 10]))
-        last = target.decode(torch.tensor([[after]]), cache, torch.tensor([[11]]), length=12).logits[0, 0]
+        last = target.decode(torch.tensor([[after]]), cache, TokenSlots(torch.tensor([[11]]), 12)).logits[0, 0]
     assert_close(last, hf_logits(model, torch.cat([prompt, torch.tensor([[root, b, c, after]])], 1))[0, -1])
 
 
@@ -148,37 +146,22 @@ def test_prompts_longer_than_a_prefill_chunk(tmp_path: Path) -> None:
 
 
 def test_weights_large_enough_for_two_threads(tmp_path: Path) -> None:
-    """From 2^17 entries on a matrix is held in another layout, for one row."""
+    """From 2^17 entries on, a matrix has another layout for one row."""
     model = hf_model("qwen2", hidden_size=256, intermediate_size=512, num_hidden_layers=1)
     for weight in model.parameters():
         weight.data *= 0.25 if weight.ndim == 2 else 1.0
     model.save_pretrained(tmp_path)
     target, ids = specrl.load_target(tmp_path), token_ids(1, 4)
-    cache = target.new_cache(1, 4)
-    with torch.inference_mode():
-        parts = [target.decode(ids[:, i : i + 1], cache, torch.tensor([[i]]), length=i + 1).logits for i in range(4)]
-    assert_close(torch.cat(parts, 1), hf_logits(model, ids))
+    assert_close(pieces(target, ids, [1] * 4), hf_logits(model, ids))
 
 
-def test_the_norm_over_heads_keeps_its_epsilon_where_queries_are_small(tmp_path: Path) -> None:
+def test_the_norm_over_heads_keeps_its_epsilon_for_small_queries(tmp_path: Path) -> None:
     model = hf_model("qwen3", rms_norm_eps=1e-5)
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data *= 2e-3
         layer.self_attn.k_proj.weight.data *= 2e-3
     model.save_pretrained(tmp_path)
     assert_close(specrl.load_target(tmp_path)(token_ids(2, 40)), hf_logits(model, token_ids(2, 40)))
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_one_file_and_shards_load_alike(family: str, tmp_path: Path) -> None:
-    model = hf_model(family)
-    model.save_pretrained(tmp_path / "one")
-    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
-    assert (tmp_path / "many" / "model.safetensors.index.json").exists()
-    ids = token_ids(2, 20)
-    one, many = (specrl.load_target(tmp_path / name)(ids) for name in ("one", "many"))
-    assert torch.equal(one, many)
-    assert_close(many, hf_logits(model, ids))
 
 
 @one_of_each_family
@@ -207,24 +190,12 @@ def without(target: Target, tensors: dict[str, Tensor], part: str) -> Target:
 @pytest.mark.parametrize(
     ("case", "part"),
     [
-        ("llama-attention-bias", "q_proj.bias"),
-        ("llama-attention-bias", "k_proj.bias"),
-        ("llama-attention-bias", "v_proj.bias"),
-        ("llama-attention-bias", "o_proj.bias"),
-        ("llama-mlp-bias", "gate_proj.bias"),
-        ("llama-mlp-bias", "up_proj.bias"),
-        ("llama-mlp-bias", "down_proj.bias"),
-        ("llama-gqa", "input_layernorm"),
-        ("llama-gqa", "post_attention_layernorm"),
-        ("llama-gqa", "model.norm"),
-        ("llama-llama3", "rope scaling"),
-        ("llama-linear", "rope scaling"),
-        ("qwen2", "q_proj.bias"),
-        ("qwen2", "v_proj.bias"),
-        ("qwen2-tied-yarn", "rope scaling"),
-        ("qwen3", "q_norm"),
-        ("qwen3", "k_norm"),
-        ("qwen3-yarn", "rope scaling"),
+        *(("llama-attention-bias", f"{name}_proj.bias") for name in "qkvo"),
+        *(("llama-mlp-bias", f"{name}_proj.bias") for name in ("gate", "up", "down")),
+        *(("llama-gqa", name) for name in ("input_layernorm", "post_attention_layernorm", "model.norm")),
+        *((case, "rope scaling") for case in ("llama-llama3", "llama-linear", "qwen2-tied-yarn", "qwen3-yarn")),
+        *(("qwen2", f"{name}_proj.bias") for name in "qv"),
+        *(("qwen3", f"{name}_norm") for name in "qk"),
     ],
 )
 def test_every_part_matters_so_that_the_comparisons_above_would_notice(pairs: Pairs, case: str, part: str) -> None:
@@ -233,52 +204,35 @@ def test_every_part_matters_so_that_the_comparisons_above_would_notice(pairs: Pa
     assert (without(target, read_tensors(directory), part)(ids) - target(ids)).abs().max() > 0.05
 
 
-def test_eos_tokens_and_biases_are_read_from_the_checkpoint(pairs: Pairs) -> None:
-    config = read_target_config(pairs["qwen2"][1])
-    assert config.attention_bias and not config.attention_output_bias and not config.qk_norm
-    config = read_target_config(pairs["qwen3"][1])
-    assert config.qk_norm and config.head_dim == 12 and not config.attention_bias
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
+def test_a_tied_head_may_be_saved_if_it_is_the_embedding_and_an_untied_one_must_be(tmp_path: Path) -> None:
     hf_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_an_untied_head_must_be_there(checkpoint: Path) -> None:
-    change_config(checkpoint, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match=r"missing: lm_head\.weight"):
-        specrl.load_target(checkpoint)
-
-
-def test_a_tied_head_may_be_there_if_it_is_the_embedding(checkpoint: Path) -> None:
-    ids, tied = token_ids(1, 9), specrl.load_target(checkpoint)
-    embedding = read_tensors(checkpoint)["model.embed_tokens.weight"]
-    change_tensors(checkpoint, lm_head__weight=embedding.clone())
-    assert torch.equal(specrl.load_target(checkpoint)(ids), tied(ids))
-    change_tensors(checkpoint, lm_head__weight=embedding + 0.1)
-    with pytest.raises(ValueError, match=r"lm_head\.weight must be absent or equal .*tie_word_embeddings to false"):
-        specrl.load_target(checkpoint)
+    ids, tied = token_ids(1, 9), specrl.load_target(tmp_path)
+    embedding = read_tensors(tmp_path)["model.embed_tokens.weight"]
+    change_tensors(tmp_path, lm_head__weight=embedding.clone())
+    assert torch.equal(specrl.load_target(tmp_path)(ids), tied(ids))
+    change_tensors(tmp_path, lm_head__weight=embedding + 0.1)
+    with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
+        specrl.load_target(tmp_path)
+    change_tensors(tmp_path, ("lm_head.weight",))
+    change_config(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is missing"):
+        specrl.load_target(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"),
+    ("ids", "rule"),
     [
-        (torch.zeros(4, dtype=torch.int64), r"int64 \[B, T\].*got torch.int64 \[4\]"),
-        (torch.zeros(1, 4), r"got torch.float32 \[1, 4\]"),
-        (torch.zeros(1, 0, dtype=torch.int64), r"T in \[1, 128\]"),
-        (torch.zeros(1, 129, dtype=torch.int64), r"T in \[1, 128\].*\[1, 129\]"),
-        (torch.tensor([[0, 67]]), r"must be in \[0, 67\), but got 0\.\.67"),
-        (torch.tensor([[-1, 3]]), r"must be in \[0, 67\), but got -1\.\.3"),
+        *((torch.zeros(shape, dtype=torch.int64), r"T in \[1, 128\]") for shape in ((4,), (1, 0), (1, 129))),
+        (torch.zeros(1, 4), "int64"),
+        *((torch.tensor([pair]), r"in \[0, 67\)") for pair in ([0, 67], [-1, 3])),
     ],
 )
-def test_calls_with_other_than_token_ids_are_refused(pairs: Pairs, ids: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_calls_with_other_token_ids_are_refused(pairs: Pairs, ids: Tensor, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"input_ids must be {rule}|input_ids must be int64 .*{rule}"):
         pairs["llama-gqa"][2](ids)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16x", torch.int8, None])
-def test_an_unknown_dtype_is_refused(checkpoint: Path, dtype: Any) -> None:
-    with pytest.raises(ValueError, match="dtype must be one of bf16, bfloat16, float32, fp32, but got"):
-        specrl.load_target(checkpoint, dtype=dtype)
+def test_an_unknown_dtype_is_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of bf16, bfloat16, float32, fp32"):
+        specrl.load_target("embedded", dtype=dtype)
