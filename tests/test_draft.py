@@ -191,7 +191,7 @@ def test_other_maps_are_refused(d2t: list[int], draft: Draft) -> None:
 def test_damaged_drafts_do_not_load(draft: Draft, tmp_path: Path) -> None:
     draft.save(tmp_path)
     for size, rule in (
-        (9, r"lm_head\.weight is \(8, 32\) instead of \(9, 32\)"),
+        (9, r"lm_head\.weight is \(8, 32\) instead of"),
         (67, "d2t is extra, .* t2d is extra"),
     ):
         change_config(tmp_path, draft_vocab_size=size)
