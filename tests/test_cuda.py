@@ -1,8 +1,6 @@
-"""On a GPU: graphs decode what live shapes decode, and a round waits for the device once. Skipped without one."""
+"""On a GPU, graphs decode the same tokens as live shapes, and a round waits for the device once."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +23,7 @@ def engine(static: bool | None = None, device: str = "cuda", dtype: torch.dtype 
 
 
 def decoded(engine: LocalEngine, rounds: int = 60, temperature: float = 0.0) -> dict[int, tuple[int, ...]]:
-    """Requests done while plan and batch size change every round."""
+    """Decode requests while plan and batch size change every round."""
     listed = [Request(text, 24, temperature, ignore_eos=True) for n in (1, 5) for text in prompts(8, n, seed=n)]
     session = engine.start(Listed(listed), batch_size=3, max_batch_size=7, seed=0)
     draws = np.random.default_rng(0)
@@ -33,17 +31,17 @@ def decoded(engine: LocalEngine, rounds: int = 60, temperature: float = 0.0) -> 
     for _ in range(rounds):
         session.resize(int(draws.integers(1, 8)))
         session.measure_plain()
-        found = session.round(PLANS[draws.integers(len(PLANS))])
-        done |= {c.request_id: c.tokens for c in found.finished}
+        finished = session.round(PLANS[draws.integers(len(PLANS))]).finished
+        done |= {c.request_id: c.tokens for c in finished}
     return done
 
 
-def test_graphs_decode_what_live_shapes_decode() -> None:
+def test_graphs_decode_the_same_tokens_as_live_shapes() -> None:
     ours = decoded(engine())
     assert ours == decoded(engine(static=False)) == decoded(engine(device="cpu")) and len(ours) > 8
 
 
-def test_so_they_do_when_few_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_do_if_few_graphs_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "Graphs", lambda device, pool: Graphs(device, max_graphs=3, pool=pool))
     assert decoded(engine()) == decoded(engine(static=False))
 
@@ -69,19 +67,18 @@ def test_graphs_serve_new_weights_without_another_capture(monkeypatch: pytest.Mo
     graphs = Graphs("cuda")
     monkeypatch.setattr(local, "Graphs", lambda device, pool: graphs)
     other = {name: t * (1.0 if name in ("d2t", "t2d") else 0.5) for name, t in tiny_draft().tensors.items()}
-    corrects = []
-    for before in (True, False):  # loaded between rounds that replay, or before the first
+    listed = Listed([Request(text, 300, ignore_eos=True) for text in prompts(4, 6)])
+    results = []
+    for captured in (True, False):  # loaded between rounds that replay, or before the first
         graphs.clear()
         ours = engine()
-        listed = [replace(Request(text, 300, ignore_eos=True)) for text in prompts(4, 6)]
-        if not before:
+        if not captured:
             ours.load_draft(other, version=1)
-        session = ours.start(Listed(listed), batch_size=4, seed=0)
-        if before:
-            session.prepare(Plan(4))
-            held = len(graphs)
+        session = ours.start(listed, batch_size=4, seed=0)
+        session.prepare(Plan(4))
+        before = len(graphs)
+        if captured:
             ours.load_draft(other, version=1)
-        corrects.append([session.round(Plan(4)).correct_drafts.tolist() for _ in range(10)])
-        if before:
-            assert held and len(graphs) - held <= 1  # a wider catch-up
-    assert corrects[0] == corrects[1]
+        results.append([session.round(Plan(4)).correct_drafts.tolist() for _ in range(10)])
+        assert before and len(graphs) - before <= 1  # a wider catch-up
+    assert results[0] == results[1]

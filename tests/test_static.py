@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from specrl.models.draft import Draft, ServingDraft
 from specrl.models.linear import Linear
 
 PLANS = parse_plans("0,1/1/2,3/1/4,5/1/6,2/2/4,3/2/6,3/4/10,4/3/12")
-SIZES = {"batch_size": 5, "max_batch_size": 7}
+SIZES: Any = {"batch_size": 5, "max_batch_size": 7}
 Story = tuple[dict[int, tuple[int, ...]], list[tuple[list[int], list[int], list[int]]]]
 
 

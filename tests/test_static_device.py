@@ -1,8 +1,10 @@
-"""The functions of a round run on CUDA tensors without waiting for the device; shown on fake ones, without a GPU."""
+"""The functions of a round run on (fake) CUDA tensors without waiting for the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -32,54 +34,51 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have no entries to check; the batch shares memory with NumPy, so its tensors are real."""
     monkeypatch.setattr(draft_module, "check_tensors", lambda *args, **options: None)
     batch = Batch(4, 1000, "cpu")
-    batch.padded_temperatures = batch.padded_temperatures.to("meta")
     monkeypatch.setattr(state_module, "Batch", lambda *args: batch)
 
 
 def target(dtype: torch.dtype = torch.float32) -> Target:
-    made = {name: torch.zeros(shape) for name, shape in expected_target_tensors(CONFIG).items()}
-    return Target(CONFIG, made, device="cuda:0", dtype=dtype)
+    zeros = {name: torch.zeros(shape) for name, shape in expected_target_tensors(CONFIG).items()}
+    return Target(CONFIG, zeros, device="cuda:0", dtype=dtype)
 
 
-def serving(target: Target, vocab_size: int) -> ServingDraft:
-    c = CONFIG
-    config = DraftArchitecture(
-        c.vocab_size, vocab_size, c.hidden_size, c.hidden_size, 32, c.num_heads, c.num_kv_heads, c.head_dim, 1e-6,
-        c.rope, c.max_position_embeddings, AUX_LAYERS,
-    )  # fmt: skip
-    draft = object.__new__(Draft)  # its checks read entries
-    draft.config = config
-    draft.tensors = {n: torch.zeros(s) for n, s in expected_draft_tensors(config).items() if n not in ("d2t", "t2d")}
-    draft.target_ids = None if vocab_size == c.vocab_size else torch.zeros(vocab_size, dtype=torch.int64)
+def serving(target: Target, reduced: bool) -> ServingDraft:
+    shared = {field.name: getattr(CONFIG, field.name, None) for field in fields(DraftArchitecture)}
+    size = CONFIG.vocab_size - 2 * reduced
+    own = {"draft_vocab_size": size, "target_hidden_size": CONFIG.hidden_size, "aux_layers": AUX_LAYERS}
+    config = DraftArchitecture(**{**shared, **own})  # type: ignore[arg-type]
+    zeros = {n: torch.zeros(s) for n, s in expected_draft_tensors(config).items() if n not in ("d2t", "t2d")}
+    draft = Draft(config, zeros)
+    draft.target_ids = torch.zeros(size, dtype=torch.int64) if reduced else None
     return ServingDraft(draft, target)
 
 
-def runner(target: Target, draft: ServingDraft | None, rejection: bool = True) -> FixedShapeRunner:
-    """On fake CUDA tensors; call it within `fake_cuda`."""
+def functions(target: Target, draft: ServingDraft | None, rejection: bool = True) -> dict[str, Callable[[Shape], Any]]:
+    """The functions of a round on fake CUDA tensors; call it within `fake_cuda`."""
     config = SessionConfig(4, 4, 400, 0, rejection, aux_layers=() if draft is None else AUX_LAYERS)
     state = SessionState(target, draft, config, fixed_shapes=True)
     state.batch.padded_temperatures = torch.ones(4, device="cuda:0")
-    return FixedShapeRunner(state, Graphs("cpu"))  # calls the functions
+    return FixedShapeRunner(state, Graphs("cpu")).functions  # called, not captured
 
 
 @pytest.mark.parametrize(
-    ("dtype", "vocab_size", "rejection"),
-    [(torch.float32, CONFIG.vocab_size - 2, True), (torch.bfloat16, CONFIG.vocab_size, False)],
+    ("dtype", "reduced", "rejection"),
+    [(torch.float32, True, True), (torch.bfloat16, False, False)],
     ids=["fp32-rejection", "bf16-target-only"],
 )
-def test_functions_of_a_round_wait_for_nothing(dtype: torch.dtype, vocab_size: int, rejection: bool) -> None:
-    """Reading an entry, a shape that depends on entries, or a tensor of the host among others would raise here."""
+def test_functions_of_a_round_do_not_wait(dtype: torch.dtype, reduced: bool, rejection: bool) -> None:
+    """They read no entry, have no shape that depends on entries, and use no tensor of the host."""
     with fake_cuda():
         model = target(dtype)
-        functions = runner(model, serving(model, vocab_size), rejection).functions
-        for plan, heat in CASES:
-            shape = Shape(plan, 2, CONTEXT, 8 if plan.num_steps else 0, *heat)
+        run = functions(model, serving(model, reduced), rejection)
+        for plan, greedy in CASES:
+            shape = Shape(plan, 2, CONTEXT, 8 if plan.num_steps else 0, *greedy)
             with OnDevice():
                 if plan.num_steps:
-                    functions["catch_up"](shape)
-                    functions["draft"](shape)
-                outcome, path, logits, hidden_states = functions["verify"](shape)
-                assert functions["plain"](shape).shape == (2,)
+                    run["catch_up"](shape)
+                    run["draft"](shape)
+                outcome, path, logits, hidden_states = run["verify"](shape)
+                assert run["plain"](shape).shape == (2,)
             steps, count = plan.num_steps, plan.num_draft_tokens
             assert outcome.shape == (2, steps + 2) and path.shape == (2, steps + 1)
             assert logits.shape == (2, count, CONFIG.vocab_size) and logits.dtype == torch.float32
@@ -98,7 +97,7 @@ HAZARDS: dict[str, Callable[[torch.Tensor], object]] = {
 
 
 @pytest.mark.parametrize("hazard", HAZARDS.values(), ids=list(HAZARDS))
-def test_what_would_wait_does_raise(hazard: Callable[[torch.Tensor], object]) -> None:
+def test_operations_that_wait_raise(hazard: Callable[[torch.Tensor], object]) -> None:
     with fake_cuda():
         x = torch.zeros(3, device="cuda:0")
         with OnDevice(), pytest.raises((DataDependentOutputException, DynamicOutputShapeException, AssertionError)):
@@ -107,6 +106,5 @@ def test_what_would_wait_does_raise(hazard: Callable[[torch.Tensor], object]) ->
 
 def test_without_a_draft_the_same_functions_serve_plan_0() -> None:
     with fake_cuda():
-        functions = runner(target(), None).functions
-        outcome, _, _, hidden_states = functions["verify"](Shape(Plan(0), 2, 164, 0, False, False))
-    assert outcome.shape == (2, 2) and hidden_states is None
+        outcome, _, _, hidden = functions(target(), None)["verify"](Shape(Plan(0), 2, 164, 0, False, False))
+    assert outcome.shape == (2, 2) and hidden is None
