@@ -1,10 +1,9 @@
 from itertools import product
 
-import pytest
 import torch
 from torch import Tensor
 
-from specrl.decoding.sampling import Temperatures, distribution
+from specrl.decoding.sampling import Drawn, Temperatures, distribution
 from specrl.decoding.verify import Accepted, accept_chain, accept_tree, reject_chain
 
 V = 4
@@ -34,7 +33,7 @@ def walk(chosen: list[int], tokens: list[int], parents: list[int]) -> list[int]:
         path += children
 
 
-def test_a_chain_is_accepted_up_to_the_first_token_that_the_target_did_not_choose() -> None:
+def test_a_chain_is_accepted_up_to_the_first_draft_that_the_target_did_not_choose() -> None:
     drafted = torch.tensor([[5, 6, 7], [5, 6, 7], [5, 6, 7], [5, 6, -1]])
     chosen = torch.tensor([[5, 6, 7, 8], [5, 6, 1, 8], [1, 6, 7, 8], [5, 6, 7, 8]])
     correct, bonus, path = accept_chain(chosen, drafted)
@@ -83,34 +82,26 @@ def test_a_tree_without_branches_is_a_chain() -> None:
         assert torch.equal(got, want)
 
 
-def grid(*counts: int) -> Tensor:
-    """Every combination of the middles of `count` equal intervals of [0, 1): [prod(counts), len(counts)]."""
-    axes = [(torch.arange(count) + 0.5) / count for count in counts]
-    return torch.cartesian_prod(*axes)
-
-
-def test_rejection_sampling_yields_the_targets_distribution_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejection_sampling_yields_the_targets_distribution_exactly() -> None:
     """By enumeration of every draft, coin and draw of the replacement, on grids fine enough for these probabilities
     (multiples of 1/8, residuals of 1/4 and 1/2)."""
     p1, q1 = torch.tensor([4, 2, 1, 1]) / 8, torch.tensor([1, 1, 2, 4]) / 8
     p2 = torch.tensor([[1, 1, 1, 5], [2, 2, 2, 2], [0, 4, 4, 0], [6, 0, 2, 0]]) / 8  # after each first token
     q2 = torch.tensor([[2, 2, 2, 2], [2, 2, 2, 2], [2, 2, 2, 2], [4, 2, 2, 0]]) / 8
     p3 = torch.tensor([1, 3, 0, 4]) / 8  # after two accepted drafts
-    chance = grid(8, 8, 24)
-    size = len(chance)
+    numbers = torch.cartesian_prod(*((torch.arange(count) + 0.5) / count for count in (8, 8, 24)))
+    size = len(numbers)
     first, second = torch.zeros(V), torch.zeros(V, V)
     for x1, x2 in product(range(V), range(V)):
         weight = float(q1[x1] * q2[x1, x2]) / size
         if weight == 0.0:
             continue
-        rolls = iter([chance[:, :2], chance[:, 2:]])
-        monkeypatch.setattr(torch, "rand", lambda *_, rolls=rolls, **__: next(rolls))
         correct, bonus, _ = reject_chain(
             torch.stack([p1, p2[x1], p3]).log().expand(size, 3, V),
             torch.tensor([x1, x2]).expand(size, 2),
             torch.stack([q1, q2[x1]]).expand(size, 2, V),
             Temperatures.of([1.0] * size, "cpu"),
-            torch.Generator(),
+            Drawn(numbers),
         )
         none, once, twice = (bonus[correct == c] for c in range(3))
         first += weight * torch.bincount(none, minlength=V)
@@ -142,19 +133,14 @@ def test_greedy_rows_accept_the_targets_best_token_only_among_sampled_ones() -> 
     assert all(torch.equal(got, want) for got, want in zip(greedy, wanted, strict=True))
 
 
-def test_drafts_sampled_from_the_target_itself_are_accepted() -> None:
+def test_drafts_are_accepted_if_sampled_from_p_and_rejected_if_impossible_under_p() -> None:
     generator = torch.Generator().manual_seed(0)
-    logits, heat = torch.randn(500, 3, 5, generator=generator), Temperatures.of([0.7] * 500, "cpu")
-    p = distribution(logits, heat)
+    logits, temperatures = torch.randn(500, 3, 5, generator=generator), Temperatures.of([0.7] * 500, "cpu")
+    p = distribution(logits, temperatures)
     drafted = torch.multinomial(p[:, :2].flatten(0, 1), 1, generator=generator).view(500, 2)
-    assert reject_chain(logits, drafted, p[:, :2], heat, generator).correct_drafts.eq(2).all()
-
-
-def test_drafts_that_the_target_never_chooses_are_rejected() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.tensor([0.0, 0.0, -1e9, -1e9]).expand(300, 3, 4)
-    q = torch.tensor([0.0, 0.0, 0.5, 0.5]).expand(300, 2, 4)
-    drafted = torch.randint(2, 4, (300, 2), generator=generator)
-    correct, bonus, path = reject_chain(logits, drafted, q, Temperatures.of([1.0] * 300, "cpu"), generator)
-    assert correct.eq(0).all() and set(bonus.tolist()) == {0, 1}
-    assert path.tolist() == [[0, -1, -1]] * 300
+    assert reject_chain(logits, drafted, p[:, :2], temperatures, generator).correct_drafts.eq(2).all()
+    logits = torch.tensor([0.0, 0.0, -1e9, -1e9]).expand(500, 3, 4)
+    q = torch.tensor([0.0, 0.0, 0.5, 0.5]).expand(500, 2, 4)
+    drafted = torch.randint(2, 4, (500, 2), generator=generator)
+    correct, bonus, path = reject_chain(logits, drafted, q, temperatures, generator)
+    assert correct.eq(0).all() and set(bonus.tolist()) == {0, 1} and path.tolist() == [[0, -1, -1]] * 500

@@ -1,18 +1,18 @@
-"""Sampled tokens are distributed as the target's own, whatever was drafted.
+"""Sampled tokens are distributed as the target's own, for any drafts.
 
 Given the tokens before it, every committed token x must be a draw from the target's p. Over the tokens of a group (all
 that follow the same token, or all that came k-th in their round) the counts O_v = Σ 1[x = v] then have mean Σ p and
 covariance Σ (diag(p) - p pᵀ), both known exactly, and Σ_groups (O - E)ᵀ C⁻ (O - E) is chi-square distributed with
-V - 1 degrees of freedom a group (martingale central limit; thousands of tokens a group).
+V - 1 degrees of freedom per group (martingale central limit; thousands of tokens per group).
 
-Odds: each of the 12 statistics is refused at ALPHA = 8e-6, so that the odds of failing falsely are below 1e-4 for all
+Odds: each of the 12 statistics is rejected at ALPHA = 8e-6, so the odds of a false failure are below 1e-4 for all
 together; the seeds are fixed. Power: in 20,000 tokens grouped by the token before (90 degrees of freedom), 3.5 % of
-the target's mass moved to one token is found with odds above 95 % (`test_what_the_statistic_can_see`).
+the target's mass moved to one token is detected with odds above 95 % (`test_the_power_of_the_statistic`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle, repeat
 
 import numpy as np
@@ -38,7 +38,7 @@ SWITCHING = (Plan(2), Plan(0), Plan(3, 2, 6), Plan(5), Plan(1, 3, 4), Plan(0), P
 
 
 def p_value(tokens: Tensor, p: Tensor, groups: Tensor) -> float:
-    """Odds of counts as far off as these where `tokens [N]` are drawn from `p [N, V]`; `groups [N]` known before."""
+    """Odds of counts at least as far off if `tokens [N]` are drawn from `p [N, V]`; `groups [N]` are known before."""
     stat, freedom = 0.0, 0
     p = p.double()
     for group in groups.unique():
@@ -59,7 +59,7 @@ class Decoded:
 
     def __init__(self, plans: tuple[Plan, ...], rejection: bool, vocabulary: tuple[int, ...] | None = None) -> None:
         target = tiny_target()
-        draft = tiny_draft(updates=10)  # follows the target, but not so well that nothing falls
+        draft = tiny_draft(updates=10)  # so few that many drafts are rejected
         if vocabulary is not None:
             draft = with_vocabulary(draft, vocabulary)
         listed = [
@@ -82,9 +82,9 @@ class Decoded:
         self.accept_rate = correct / max(1, proposed)
         ids = torch.tensor([done[i] for i in range(BATCH)])  # [B, PROMPT + NEW]
         logits = torch.cat([target(part) for part in ids.split(50)])[:, PROMPT - 1 : -1]
-        heat = Temperatures.of([request.temperature for request in listed], "cpu")
+        temperatures = Temperatures.of([request.temperature for request in listed], "cpu")
         later = slice(1, None)  # without the prefill's token
-        self.p = distribution(logits, heat)[:, later].flatten(0, 1)
+        self.p = distribution(logits, temperatures)[:, later].flatten(0, 1)
         self.tokens = ids[:, PROMPT:][:, later].flatten()
         self.before = ids[:, PROMPT - 1 : -1][:, later].flatten()
         self.order = torch.tensor([came[i][1:] for i in range(BATCH)]).flatten()
@@ -95,7 +95,7 @@ class Decoded:
 
 
 class Once(Listed):
-    """These requests, then ones that outlast the test."""
+    """These requests, then others that do not end within the test."""
 
     def requests(self, seed: int) -> Iterator[Request]:
         yield from self.listed
@@ -118,57 +118,63 @@ def test_sampled_tokens_are_the_targets_own(
     plans: tuple[Plan, ...], rejection: bool, vocabulary: tuple[int, ...] | None, accepted: float
 ) -> None:
     decoded = Decoded(plans, rejection, vocabulary)
-    assert decoded.accept_rate >= accepted  # so that the acceptance is put to the test
+    assert decoded.accept_rate >= accepted  # else the acceptance is not tested
     assert min(decoded.p_values()) > ALPHA
 
 
-def accepted(correct: Tensor, bonus: Tensor, drafted: Tensor) -> Accepted:
-    rows = torch.arange(drafted.shape[1] + 1)
-    return Accepted(correct, bonus, torch.where(rows <= correct[:, None], rows, -1))
+def accepted(passes: Tensor, bonus: Callable[[Tensor], Tensor]) -> Accepted:
+    """The drafts before the first that does not pass, and the bonus token after this many."""
+    correct = passes.long().cumprod(-1).sum(-1)
+    rows = torch.arange(passes.shape[1] + 1)
+    return Accepted(correct, bonus(correct), torch.where(rows <= correct[:, None], rows, -1))
 
 
-def replace_from_target(
-    logits: Tensor, drafted: Tensor, q: Tensor, heat: Temperatures, rng: torch.Generator
-) -> Accepted:
-    """Wrong: what falls is replaced by a sample of p, not of the residual."""
-    p, index = distribution(logits, heat), drafted[..., None]
-    coins = torch.rand(drafted.shape, generator=rng)
-    stands = coins * q.gather(-1, index)[..., 0] < p[:, :-1].gather(-1, index)[..., 0]
-    correct = stands.long().cumprod(-1).sum(-1)
-    return accepted(correct, sample(p[torch.arange(len(p)), correct], rng), drafted)
+def wrong_residual(swapped: bool) -> Callable[..., Accepted]:
+    """Rejection sampling with a wrong replacement: p instead of the residual, or the residual of q and p swapped."""
 
+    def reject_chain(
+        logits: Tensor, drafted: Tensor, q: Tensor, temperatures: Temperatures, rng: torch.Generator
+    ) -> Accepted:
+        p, index, steps = distribution(logits, temperatures), drafted[..., None], drafted.shape[1]
+        rows = torch.arange(len(p))
+        coins = torch.rand(drafted.shape, generator=rng)
 
-def swapped(logits: Tensor, drafted: Tensor, q: Tensor, heat: Temperatures, rng: torch.Generator) -> Accepted:
-    """Wrong: p and q change places in the residual."""
-    p, index = distribution(logits, heat), drafted[..., None]
-    coins = torch.rand(drafted.shape, generator=rng)
-    stands = coins * q.gather(-1, index)[..., 0] < p[:, :-1].gather(-1, index)[..., 0]
-    correct = stands.long().cumprod(-1).sum(-1)
-    rows, steps = torch.arange(len(p)), drafted.shape[1]
-    theirs = q[rows, correct.clamp(max=steps - 1)]
-    residual = torch.where((correct < steps)[:, None], (theirs - p[rows, correct]).clamp_min(0.0), p[rows, correct])
-    return accepted(correct, sample(residual + 1e-30, rng), drafted)
+        def bonus(correct: Tensor) -> Tensor:
+            replacement = p[rows, correct]
+            if swapped:
+                residual = (q[rows, correct.clamp(max=steps - 1)] - replacement).clamp_min(0.0)
+                replacement = torch.where((correct < steps)[:, None], residual, replacement)
+            return sample(replacement + 1e-30, rng)
+
+        return accepted(coins * q.gather(-1, index)[..., 0] < p[:, :-1].gather(-1, index)[..., 0], bonus)
+
+    return reject_chain
 
 
 def lenient(chosen: Tensor, drafted: Tensor) -> Accepted:
-    """Wrong: of the drafts that the target did not choose, every fifth place lets it stand."""
-    agree = (chosen[:, :-1] == drafted) | (torch.arange(drafted.numel()).view(drafted.shape) % 5 == 0)
-    correct = agree.long().cumprod(-1).sum(-1)
-    return accepted(correct, chosen.gather(1, correct[:, None])[:, 0], drafted)
+    """Target-only acceptance that also accepts every fifth draft that the target did not choose."""
+    passes = (chosen[:, :-1] == drafted) | (torch.arange(drafted.numel()).view(drafted.shape) % 5 == 0)
+    return accepted(passes, lambda correct: chosen.gather(1, correct[:, None])[:, 0])
 
 
 @pytest.mark.parametrize(
     ("name", "rule", "rejection"),
-    [("reject_chain", replace_from_target, True), ("reject_chain", swapped, True), ("accept_chain", lenient, False)],
+    [
+        ("reject_chain", wrong_residual(swapped=False), True),
+        ("reject_chain", wrong_residual(swapped=True), True),
+        ("accept_chain", lenient, False),
+    ],
     ids=["replaced by p", "residual swapped", "lenient"],
 )
-def test_wrong_acceptance_is_caught(name: str, rule: object, rejection: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_acceptance_is_detected(
+    name: str, rule: object, rejection: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verify, name, rule)
     assert min(Decoded(CHAIN, rejection).p_values()) < ALPHA
 
 
-def test_what_the_statistic_can_see() -> None:
-    """100 runs of 20,000 tokens: none is refused, but 95 of 100 are when 3.5 % of the mass is moved."""
+def test_the_power_of_the_statistic() -> None:
+    """100 runs of 20,000 tokens: none is rejected, but 95 of 100 are if 3.5 % of the mass is moved."""
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
     p = torch.softmax(1.5 * torch.randn(2000, V, generator=generator), -1).repeat(10, 1)
     right, wrong = [], []
