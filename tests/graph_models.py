@@ -1,15 +1,15 @@
-"""What a GPU would do with a round's functions, on a machine without one.
+"""Models of a GPU that runs the functions of a round, for a machine without one.
 
-`RecordedGraphs` replays recorded operations on the addresses they had, as a CUDA graph does, and spoils what other
-graphs left in the pool they share. `fake_cuda` runs functions on CUDA tensors without memory: what would wait for the
-device, or mix devices, raises.
+`RecordedGraphs` replays recorded operations at their addresses, as a CUDA graph does, and overwrites the results of
+other graphs in the pool that they share. `fake_cuda` runs functions on CUDA tensors without memory: operations that
+wait for the device, or mix devices, raise an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specrl.decoding.cuda_graphs import Graphs
-
 T = TypeVar("T")
+Operation = tuple[Any, Any, Any, Any]  # the function, its arguments, keyword arguments and result
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")  # for the device
 
 
@@ -33,11 +32,11 @@ def memory(tensor: Tensor) -> int:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operation, its arguments and what it yields."""
+    """Records every operation, its arguments and its result."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self.operations: list[Operation] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -45,23 +44,27 @@ class Recorder(TorchDispatchMode):
         return out
 
     def names(self) -> list[str]:
-        """Of the operations that do work: views are none."""
+        """Names of the operations, without views."""
         return [func.overloadpacket.__name__ for func, *_ in self.operations if not func.is_view]
 
 
-class RecordedGraphs(Graphs):
-    """Graphs on a CPU: a replay knows the addresses and host values of the capture, and nothing else."""
+class RecordedGraphs:
+    """Stands for `specrl.decoding.cuda_graphs.Graphs`: a replay knows only the addresses and values of the capture."""
 
     made: list[RecordedGraphs] = []
+    captures = False  # memory of the host is not pinned
 
-    def __init__(self, device: str, *, max_graphs: int = 256, pool: object = None) -> None:
-        super().__init__(device, max_graphs=max_graphs, pool=pool)
+    def __init__(self, device: str, *, pool: object = None) -> None:
         self.replays, self.ran_uncaptured, self.inside = 0, 0, False
+        self.graphs: dict[Hashable, tuple[list[Operation], dict[int, Tensor], Any]] = {}
         self._latest: dict[int, Tensor] = {}
         self.made.append(self)
 
+    def __len__(self) -> int:
+        return len(self.graphs)
+
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._held
+        return key in self.graphs
 
     def capture(self, key: Hashable, function: Callable[[], object]) -> None:
         if key in self:
@@ -71,20 +74,20 @@ class RecordedGraphs(Graphs):
             out = function()
         names = recorder.names()
         assert not set(WAITS) & set(names) and not [n for n in names if "rand" in n or "uniform" in n], names
-        made: dict[int, Tensor] = {}  # memory of the graph's own, by address
+        made: dict[int, Tensor] = {}  # the graph's own memory, by address
         outside: set[int] = set()
         for func, args, kwargs, result in recorder.operations:
             outside |= {memory(t) for t in tensors((args, kwargs)) if memory(t) not in made}
             made |= {memory(t): t for t in tensors(result) if memory(t) not in outside and not func.is_view}
-        self._held[key] = (recorder.operations, made), out
+        self.graphs[key] = recorder.operations, made, out
 
     def run(self, key: Hashable, function: Callable[[], T]) -> T:
-        if key not in self._held:
+        if key not in self.graphs:
             self.ran_uncaptured += 1
             return function()
-        (operations, made), out = self._held[key]
+        operations, made, out = self.graphs[key]
         self.inside = True
-        if self._latest is not made:  # every other's are spoilt already
+        if self._latest is not made:  # the memory of all other graphs is overwritten already
             for tensor in self._latest.values():
                 if tensor.layout == torch.strided:
                     tensor.untyped_storage().fill_(0x7F)  # type: ignore[attr-defined]
@@ -95,16 +98,16 @@ class RecordedGraphs(Graphs):
                 if memory(old) != memory(new):
                     old.copy_(new)
         self.inside, self.replays = False, self.replays + 1
-        return out
+        return cast(T, out)
 
 
 class OnDevice(TorchDispatchMode):
-    """Raises an AssertionError where an operation reads or makes a tensor off the GPU: a copy from or to the host."""
+    """Raises an AssertionError if an operation reads or makes a tensor of the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tensors((args, kwargs, out)):
-            assert tensor.device.type == "cuda", f"{func} has to do with a tensor of the host"
+            assert tensor.device.type == "cuda", f"{func} uses a tensor of the host"
         return out
 
 
@@ -128,30 +131,29 @@ class _Indexing(TorchFunctionMode):
 
 
 def _view(x: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
-    """The view that all but the tensors of an index make, and those tensors by dimension."""
-    index = index if isinstance(index, tuple) else (index,)
-    if Ellipsis in [item for item in index if not isinstance(item, Tensor)]:
-        at = next(i for i, item in enumerate(index) if item is Ellipsis)
-        missing = x.ndim - sum(item is not None and item is not Ellipsis for item in index)
-        index = (*index[:at], *[slice(None)] * missing, *index[at + 1 :])
-    found: list[Tensor | None] = []
-    for item in index:
-        at = len(found)
-        if isinstance(item, int):
-            x = x.select(at, item)
-        elif item is None:
-            x = x.unsqueeze(at)
-            found.append(None)
-        elif isinstance(item, slice):
-            x = torch.ops.aten.slice.Tensor(x, at, item.start, item.stop, item.step or 1)
-            found.append(None)
+    """The view of an index without its tensors, and these tensors by dimension."""
+    tensors: list[Tensor | None] = []
+    for item in index if isinstance(index, tuple) else (index,):
+        if isinstance(item, Tensor):
+            tensors.append(item)
+        elif item is Ellipsis:  # always first in the code under test
+            missing = x.ndim - sum(each is not None and each is not Ellipsis for each in index)
+            tensors += [None] * missing
+        elif isinstance(item, int):
+            x = x.select(len(tensors), item)
         else:
-            found.append(item)
-    return x, found if any(item is not None for item in found) else []
+            dim = len(tensors)
+            x = (
+                x.unsqueeze(dim)
+                if item is None
+                else torch.ops.aten.slice.Tensor(x, dim, item.start, item.stop, item.step or 1)
+            )
+            tensors.append(None)
+    return x, tensors if any(item is not None for item in tensors) else []
 
 
 @contextmanager
 def fake_cuda() -> Iterator[FakeTensorMode]:
-    """Tensors made here have shapes and devices, but no entries."""
+    """Make tensors with shapes and devices, but without entries."""
     with FakeTensorMode(allow_non_fake_inputs=False) as mode, _Indexing(), torch.inference_mode():
         yield mode

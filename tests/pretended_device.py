@@ -1,8 +1,7 @@
-"""A device that is not there: its tensors are computed on the CPU, and refuse to meet the CPU's own, as a GPU's do.
+"""A pretended device: its tensors are computed on the CPU, but must not be mixed with the CPU's, as on a GPU.
 
-`torch._subclasses.FakeTensorMode` cannot differentiate on a CUDA device in a build without CUDA, and knows no values.
-This is the backend that torch leaves to others ('privateuseone'), all of it in Python: placement is checked in every
-operation, and results are those of the CPU. `install` changes the process for good, so run it in one of its own.
+It is a backend for torch's 'privateuseone' in Python: every operation checks the devices and computes on the CPU.
+(`FakeTensorMode` cannot differentiate without CUDA, and has no values.) `install` changes the process permanently.
 """
 
 from __future__ import annotations
@@ -25,19 +24,15 @@ _kept: list[object] = []
 
 
 class Pretended(Tensor):
-    """A tensor that says it is on the device; `held` has its values."""
+    """A tensor on the device; `held` has its values."""
 
     held: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Pretended:
+        strides, offset, device = inner.stride(), inner.storage_offset(), torch.device(NAME, 0)
         out: Pretended = Tensor._make_wrapper_subclass(
-            cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device=torch.device(NAME, 0),
+            cls, inner.shape, strides=strides, storage_offset=offset, dtype=inner.dtype, device=device
         )
         out.held = inner
         return out
@@ -53,7 +48,7 @@ class Pretended(Tensor):
 
 
 class _FromData(TorchFunctionMode):
-    """`torch.tensor`, which makes its tensor beneath the dispatcher."""
+    """Handles `torch.tensor`, which bypasses the dispatcher."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -64,7 +59,7 @@ class _FromData(TorchFunctionMode):
 
 
 class _Everywhere(TorchDispatchMode):
-    """Takes what makes new tensors, too."""
+    """Handles operations that make new tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _computed(func, args, kwargs or {})
@@ -98,7 +93,7 @@ class _Module(backend_registration._DummyBackendModule):
 
 
 def install() -> None:
-    """Let torch know the device, for the rest of the process."""
+    """Register the device, for the rest of the process."""
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     others = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
     others.fallback(torch.library.fallthrough_kernel)
@@ -119,6 +114,6 @@ def _cast_first(operation: Any) -> Callable[..., Any]:
 
 @contextmanager
 def pretended() -> Iterator[torch.device]:
-    """Inside, the device can be computed on, in this thread alone."""
+    """Allow computations on the device in this thread."""
     with _FromData(), _Everywhere(), torch.autograd.set_multithreading_enabled(False):
         yield torch.device(NAME, 0)

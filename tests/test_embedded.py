@@ -27,16 +27,13 @@ def test_the_checkpoint_is_complete(name: str) -> None:
     assert wanted == files
 
 
-def test_the_default_is_one_of_the_two() -> None:
+def test_the_default_is_one_of_the_two_and_other_names_are_refused() -> None:
     assert embedded_directory() in map(embedded_directory, NAMES)
-
-
-def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="'embedded-strong', but got 'embedded-hard'"):
         embedded_directory("embedded-hard")
 
 
-def test_the_corpus_leaves_out_what_serves_as_shifted_traffic() -> None:
+def test_the_corpus_excludes_the_shifted_traffic() -> None:
     root = library_root()
     files = library_files(root)
     assert len(files) > 300 and files == sorted(files)
@@ -46,7 +43,7 @@ def test_the_corpus_leaves_out_what_serves_as_shifted_traffic() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_models_held_out_python_as_well_as_its_log_says(name: str) -> None:
+def test_bits_per_byte_of_held_out_python_are_those_of_the_log(name: str) -> None:
     """Bits per byte over 16 windows; the files depend on the interpreter, so the tolerance is wide."""
     directory = embedded_directory(name)
     stages = json.loads((directory / "log.json").read_text()).values()
@@ -59,7 +56,6 @@ def test_it_models_held_out_python_as_well_as_its_log_says(name: str) -> None:
         logits = pretraining.logits(weights, ids[:, :-1], *pretraining.rotary(256, CONFIG), CONFIG)
     nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
     size = sum(len(workload.tokenizer.decode(prompt[1:]).encode()) for prompt in prompts)
-    print(nats / math.log(2) / size)
     assert nats / math.log(2) / size == pytest.approx(logged, abs=0.3)
 
 
@@ -74,19 +70,16 @@ def test_the_script_learns_and_writes_what_is_read_back(tmp_path: Path) -> None:
     made = pretraining.new_weights(CONFIG)
     text = torch.arange(8).repeat(64)
     cos, sin = pretraining.rotary(16, CONFIG)
-    clock, told = VirtualClock(), []
+    clock, log = VirtualClock(), []
 
     def loss_of(weights: pretraining.Weights, ids: torch.Tensor) -> torch.Tensor:
         clock.advance(1.0)
         return pretraining.loss(pretraining.halved(weights), ids, cos, sin, CONFIG)
 
-    def after(step: int, seconds: float, loss: torch.Tensor) -> None:
-        told.append((step, seconds, loss.item()))
-
     recipe = pretraining.Recipe(minutes=0.25, batch=2, context=16, lr=1e-2)
-    pretraining.train(recipe, made, text, loss_of, clock, after)
-    assert [(step, seconds) for step, seconds, _ in told] == [(at, float(at)) for at in range(1, 16)]
-    assert told[-1][2] < 5.0 < math.log(512)  # from about ln 512
+    pretraining.train(recipe, made, text, loss_of, clock, lambda *entry: log.append(entry))
+    assert [(step, seconds) for step, seconds, _ in log] == [(i, float(i)) for i in range(1, 16)]
+    assert log[-1][2].item() < 5.0 < math.log(512)  # it starts near ln 512
     tokenizer = tokenizers.Tokenizer.from_file(str(embedded_directory() / "tokenizer.json"))
     pretraining.save(tmp_path, made, tokenizer, CONFIG)
     read = load_file(tmp_path / "model.safetensors")

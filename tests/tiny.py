@@ -1,4 +1,4 @@
-"""A random target of a few thousand weights and drafts that learnt it: decoding at a fraction of a millisecond."""
+"""A random target of a few thousand weights and drafts that learnt from it, for fast tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AUX_LAYERS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Listed:
-    """A workload of these requests, over and over, whatever the seed."""
+    """A workload that repeats these requests, for any seed."""
 
     listed: Sequence[Request]
 
@@ -42,7 +42,7 @@ def prompts(count: int, length: int, vocab_size: int = CONFIG.vocab_size, seed: 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A workload of random prompts, of which every `never`-th is not to be learnt from."""
+    """A workload of random prompts; every `never`-th request has `learn=False`."""
 
     never: int = 0
 
@@ -52,7 +52,7 @@ class Drawn:
 
 
 def target_tensors() -> dict[str, Tensor]:
-    """Random weights by which logits spread by about 1.5 nats."""
+    """Random weights whose logits have a standard deviation of about 1.5."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in expected_target_tensors(CONFIG).items():
@@ -73,7 +73,7 @@ def tiny_target(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Targ
 def tiny_draft(updates: int = 60) -> Draft:
     """A draft that learnt from 128 requests of the tiny target at temperature 1.
 
-    Its attention starts ten times as strong as a new draft's, so that a wrong slot or mask shows in what it drafts.
+    Its attention starts ten times as strong as a new draft's, so that a wrong slot or mask changes its tokens.
     """
     target = tiny_target()
     new = new_draft(target, intermediate_size=32, aux_layers=AUX_LAYERS)
@@ -101,9 +101,9 @@ def lively_draft(vocabulary: Sequence[int] | None = None) -> Draft:
     return draft
 
 
-def with_vocabulary(draft: Draft, kept: Sequence[int]) -> Draft:
-    """The draft with no other target ids than `kept` (ascending) in its vocabulary."""
-    ids = torch.tensor(kept)
+def with_vocabulary(draft: Draft, vocabulary: Sequence[int]) -> Draft:
+    """The draft with a vocabulary of these target ids (ascending)."""
+    ids = torch.tensor(vocabulary)
     config = replace(draft.config, draft_vocab_size=len(ids))
     tensors = {**draft.tensors, "lm_head.weight": draft.tensors["lm_head.weight"][ids].clone()}
     return Draft(config, {**tensors, "d2t": ids - torch.arange(len(ids))})
