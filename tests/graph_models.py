@@ -132,23 +132,21 @@ class _Indexing(TorchFunctionMode):
 
 def _view(x: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
     """The view of an index without its tensors, and these tensors by dimension."""
+    index = index if isinstance(index, tuple) else (index,)
+    missing = x.ndim - sum(item is not None and item is not Ellipsis for item in index)
     tensors: list[Tensor | None] = []
-    for item in index if isinstance(index, tuple) else (index,):
-        if isinstance(item, Tensor):
-            tensors.append(item)
-        elif item is Ellipsis:  # always first in the code under test
-            missing = x.ndim - sum(each is not None and each is not Ellipsis for each in index)
+    for item in index:
+        dim = len(tensors)
+        if isinstance(item, int):
+            x = x.select(dim, item)
+        elif item is None:
+            x = x.unsqueeze(dim)
+        elif isinstance(item, slice):
+            x = torch.ops.aten.slice.Tensor(x, dim, item.start, item.stop, item.step or 1)
+        if item is Ellipsis:
             tensors += [None] * missing
-        elif isinstance(item, int):
-            x = x.select(len(tensors), item)
-        else:
-            dim = len(tensors)
-            x = (
-                x.unsqueeze(dim)
-                if item is None
-                else torch.ops.aten.slice.Tensor(x, dim, item.start, item.stop, item.step or 1)
-            )
-            tensors.append(None)
+        elif not isinstance(item, int):
+            tensors.append(item if isinstance(item, Tensor) else None)
     return x, tensors if any(item is not None for item in tensors) else []
 
 

@@ -29,7 +29,7 @@ def test_the_checkpoint_is_complete(name: str) -> None:
 
 def test_the_default_is_one_of_the_two_and_other_names_are_refused() -> None:
     assert embedded_directory() in map(embedded_directory, NAMES)
-    with pytest.raises(ValueError, match="'embedded-strong', but got 'embedded-hard'"):
+    with pytest.raises(ValueError, match="embedded-strong, but got 'embedded-hard'"):
         embedded_directory("embedded-hard")
 
 

@@ -16,13 +16,13 @@ class Graphs:
     """CUDA graphs by key; the least recently used one is dropped first.
 
     A captured function must read and write static memory only, must not synchronise or copy from or to the host, and
-    must be idempotent, because capturing runs it. Its result lies in memory that all graphs share, and is valid until
-    another graph replays. What one graph leaves for another must be copied to memory allocated outside.
+    must be idempotent, because capturing runs it. Its result is in memory that all graphs share, and is valid until
+    another graph replays. Values that another graph reads must be copied to memory allocated outside.
 
     Args:
-        device: of all tensors; functions are captured on CUDA devices only.
-        max_graphs: graphs kept, at least 1.
-        pool: memory shared with graphs elsewhere (`torch.cuda.graph_pool_handle`); None: its own.
+        device: device of all tensors; functions are captured on CUDA devices only.
+        max_graphs: the largest number of graphs, at least 1.
+        pool: memory shared with other graphs (`torch.cuda.graph_pool_handle`); None: separate memory.
     """
 
     def __init__(self, device: str, *, max_graphs: int = 256, pool: Any = None) -> None:
@@ -37,28 +37,28 @@ class Graphs:
         return not self.captures or key in self._held
 
     def capture(self, key: Hashable, function: Callable[[], object]) -> None:
-        """Run `function` and keep it as a graph, unless there is one; slow. Does nothing on a CPU."""
+        """Run `function` and store it as a graph, unless there is one; slow. Does nothing on a CPU."""
         if key in self:
             return
         with torch.cuda.device(self._device):
-            side, ours = torch.cuda.Stream(), torch.cuda.current_stream()
-            side.wait_stream(ours)
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UPS):
                     function()
-            ours.wait_stream(side)
+            current.wait_stream(side)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             while len(self._held) >= self._max_graphs:
                 self._held.popitem(last=False)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # a learner may go on
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # other threads may run
                 out = function()
             self._held[key] = graph, out
-            graph.replay()  # a capture computes nothing; now the next function finds its inputs
+            graph.replay()  # a capture computes nothing, but the next function reads the results
 
     def run(self, key: Hashable, function: Callable[[], T]) -> T:
-        """Result of `function`: by replaying its graph if there is one, else by calling it."""
+        """Return the result of `function`, by replaying its graph if there is one."""
         if key not in self._held:
             return function()
         graph, out = self._held[key]

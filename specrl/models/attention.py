@@ -139,7 +139,7 @@ class CachedAttention:
         return attended.reshape(-1, heads * size)
 
     def _fused(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of `queries [b * Hk, q * G, D]` in one kernel, softmax in float32; same shape."""
+        """Attend with `queries [b * Hk, q * G, D]` in one kernel, softmax in float32; same shape."""
         heads = (self._batch, self._cache.kv_heads)
         q, k = queries.view(*heads, -1, self._size), keys.transpose(-1, -2).unflatten(0, heads)
         v, mask = values.unflatten(0, heads), self._bias

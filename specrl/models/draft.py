@@ -49,7 +49,7 @@ class Draft:
         self.target_ids = vocabulary_ids(self.tensors, config)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor by its SGLang name (no copies)."""
+        """Return every tensor by its SGLang name (no copies)."""
         return dict(self.tensors)
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -163,11 +163,7 @@ def _check_aux_layers(config: DraftArchitecture, target: Target) -> None:
 
 
 class ServingDraft:
-    """A draft's weights fused for decoding; fused again when new weights are loaded.
-
-    Args:
-        draft: the weights.
-        target: the model whose embedding, device and dtype it uses.
+    """A draft's weights, fused for decoding on the target's device with its embedding and dtype.
 
     Raises:
         ValueError: the draft was made for a target of another shape.
@@ -194,8 +190,8 @@ class ServingDraft:
         """Fuse and serve these weights.
 
         Raises:
-            ValueError: a tensor is missing, unknown, misshapen or not finite, or the vocabulary differs from the one
-                that serves. The weights that serve stay.
+            ValueError: a tensor is missing, unknown, misshapen or not finite, or the vocabulary differs. The old
+                weights still serve then.
         """
         check_tensors(tensors, expected_draft_tensors(self.config), what=f"draft version {version}", optional=("t2d",))
         ids = vocabulary_ids(tensors, self.config)
@@ -226,7 +222,7 @@ class ServingDraft:
         self.version = version
 
     def new_cache(self, batch: int, capacity: int, fused: bool | None = None) -> KVCache:
-        """An empty cache for `batch` requests of up to `capacity` tokens; `fused` as in `KVCache`."""
+        """Return an empty cache for `batch` requests of up to `capacity` tokens; `fused` as in `KVCache`."""
         c = self.config
         return KVCache(1, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device, fused)
 
@@ -249,5 +245,5 @@ class ServingDraft:
         return self._layer.forward(x, residual, attention).view(*tokens.shape, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[m, H] -> [m, Vd] float32 over the draft's vocabulary."""
+        """Map hidden states [m, H] to logits [m, Vd] float32 over the draft's vocabulary."""
         return self._lm_head(self._norm(hidden)).float()

@@ -1,7 +1,7 @@
-"""One decoder layer, for serving, for training a draft and for pretraining: the attention is passed in.
+"""One decoder layer for serving, for training a draft and for pretraining; the attention is passed in.
 
 For serving, the weights are fused: query, key and value in one map, gate and up in another, and each norm's weight is
-folded into the map that follows it. Rotary pairs are neighbours (`interleave`): a rotation is one complex product.
+folded into the next map. Rotary pairs are neighbours (`interleave`), so a rotation is one complex product.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DecoderLayer:
         self.index, self.head_norm = index, head_norm
 
     def forward(self, x: Tensor, residual: Tensor, attend: Attend) -> Tensor:
-        """Input `x [M, in]` and `residual [M, H]` -> the new residual [M, H]."""
+        """Map the input `x [M, in]` and `residual [M, H]` to the new residual [M, H]."""
         residual = self.output.added_to(residual, attend(self, self.qkv(x)))
         return self.mlp.added_to(residual, self.norm(residual))
 

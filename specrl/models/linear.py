@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PACK_FOR_ROWS = 16
-_MAX_ENTRIES_KEPT_TWICE = 1 << 22
+_MAX_ENTRIES_STORED_TWICE = 1 << 22
 _MIN_ENTRIES_SPLIT = 1 << 17  # from here on, two threads are faster than one for a single row
 
 
@@ -31,9 +31,8 @@ class TrainableLinear:
 class Linear:
     """A linear map for decoding.
 
-    On a CPU the weight is kept in two layouts: transposed (and in halves, for two threads) for one row, and in oneDNN's
-    blocked layout for more rows. A large weight is kept in the blocked layout only. Measurements:
-    docs/decisions/0001-cpu-decoding.md.
+    On a CPU the weight has two layouts: transposed (and in halves, for two threads) for one row, and oneDNN's blocked
+    layout for more rows. A large weight has the blocked layout only (docs/decisions/0001-cpu-decoding.md).
 
     Args:
         weight: [out, in], any floating dtype.
@@ -52,13 +51,13 @@ class Linear:
         self._halves: Tensor | None = None  # [2, in, out / 2]: a batch of two, one for each thread
         if self._packed is None:
             return
-        self._transposed = weight.t().contiguous() if weight.numel() <= _MAX_ENTRIES_KEPT_TWICE else None
+        self._transposed = weight.t().contiguous() if weight.numel() <= _MAX_ENTRIES_STORED_TWICE else None
         if self._transposed is not None and weight.numel() >= _MIN_ENTRIES_SPLIT and not weight.shape[0] % 2:
             self._halves = self._transposed.view(weight.shape[1], 2, -1).transpose(0, 1).contiguous()
             self._transposed = None
 
     def load(self, weight: Tensor) -> None:
-        """Replace the weight [out, in]; in place if it is not packed, because CUDA graphs hold its address."""
+        """Replace the weight [out, in]; in place if it is not packed, because CUDA graphs use its address."""
         if self._packed is None and self._transposed is not None:
             with torch.inference_mode():
                 self._transposed.t().copy_(weight)
@@ -87,7 +86,7 @@ LinearMap = Linear | TrainableLinear
 
 
 def _packed(weight: Tensor) -> Tensor | None:
-    """The weight in oneDNN's blocked layout, or None where oneDNN cannot do that."""
+    """Return the weight in oneDNN's blocked layout; None if oneDNN cannot do that."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return None
     try:

@@ -38,7 +38,7 @@ class Target:
     Args:
         tensors: the weights by their Hugging Face names, checked (see `load_target`). They are read one by one and
             copied; at most two are held at a time.
-        device, dtype: of weights and computations; logits are always float32.
+        device, dtype: device and dtype of weights and computations; logits are always float32.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Target:
         return DecoderLayer(qkv, output, GatedMLP(gate_up, down, c.intermediate_size), self._norm, index, head_norm)
 
     def new_cache(self, batch: int, capacity: int, fused: bool | None = None) -> KVCache:
-        """An empty cache for `batch` requests of up to `capacity` tokens; `fused` as in `KVCache`."""
+        """Return an empty cache for `batch` requests of up to `capacity` tokens; `fused` as in `KVCache`."""
         c = self.config
         return KVCache(c.num_layers, batch, capacity, c.num_kv_heads, c.head_dim, self.dtype, self.device, fused)
 

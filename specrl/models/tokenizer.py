@@ -30,7 +30,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the checkpoint has one."""
+        """Whether the checkpoint has a chat template."""
         return bool(self.hf.chat_template)
 
     def encode(self, text: str, *, document_start: bool = True) -> list[int]:
