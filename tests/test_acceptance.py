@@ -73,15 +73,6 @@ def test_random_trees_are_accepted_as_walked() -> None:
     assert bonus.tolist() == [chosen[i, rows[-1]].item() for i, rows in enumerate(wanted)]
 
 
-def test_a_tree_without_branches_is_a_chain() -> None:
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(0, 2, (40, 4), generator=generator)
-    drafted = torch.randint(0, 2, (40, 3), generator=generator)
-    nodes = torch.cat([torch.zeros(40, 1, dtype=torch.int64), drafted], 1)
-    for got, want in zip(in_tree(chosen, nodes, [-1, 0, 1, 2], 3), accept_chain(chosen, drafted), strict=True):
-        assert torch.equal(got, want)
-
-
 def test_rejection_sampling_yields_the_targets_distribution_exactly() -> None:
     """By enumeration of every draft, coin and draw of the replacement, on grids fine enough for these probabilities
     (multiples of 1/8, residuals of 1/4 and 1/2)."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models_help import change_config, change_tensors, hf_model, read_config, rope, token_ids
+from models_help import change_tensors, hf_model, read_config, rope, token_ids
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -188,21 +188,8 @@ def test_other_maps_are_refused(d2t: list[int], draft: Draft) -> None:
         Draft(draft.config, changed(draft, d2t=torch.tensor(d2t)))
 
 
-def test_damaged_drafts_do_not_load(draft: Draft, tmp_path: Path) -> None:
-    draft.save(tmp_path)
-    for size, rule in (
-        (9, r"lm_head\.weight is \(8, 32\) instead of"),
-        (67, "d2t is extra, .* t2d is extra"),
-    ):
-        change_config(tmp_path, draft_vocab_size=size)
-        with pytest.raises(ValueError, match=rule):
-            load_draft(tmp_path)
-    with pytest.raises(ValueError, match="must hold config.json"):
-        load_draft(tmp_path / "nowhere")
-
-
 @pytest.mark.parametrize(("name", "size"), [("vocab_size", 70), ("hidden_size", 64), ("num_hidden_layers", 3)])
-def test_a_draft_for_another_target_is_refused(name: str, size: int, draft: Draft, tmp_path: Path) -> None:
+def test_a_draft_for_another_target_is_refused(name: str, size: Any, draft: Draft, tmp_path: Path) -> None:
     named = "aux_layers" if name == "num_hidden_layers" else name
     with pytest.raises(ValueError, match=f"{named} must be .*target"):
         ServingDraft(draft, make_target(tmp_path, **{name: size}))

@@ -71,25 +71,6 @@ def test_the_checks_find_errors(check: str, name: str, broken: object, monkeypat
         next(c for c in CHECKS if c.__name__ == check)(local())
 
 
-def test_new_weights_change_what_is_proposed_from_the_next_round_on() -> None:
-    engine = LocalEngine(tiny_target(), tiny_draft(), max_context=200)
-    listed = Listed([Request(prompt, 150, ignore_eos=True) for prompt in prompts(16, 4)])
-    session = engine.start(listed, batch_size=16, seed=0)
-    learnt = [session.round(Plan(3)).accept_length for _ in range(10)]
-    worthless = {name: tensor.clone() for name, tensor in tiny_draft().state_dict().items()}
-    worthless["lm_head.weight"] = -worthless["lm_head.weight"]
-    engine.load_draft(worthless, version=1)
-    after = [session.round(Plan(3)).accept_length for _ in range(10)]
-    assert sum(learnt) / 10 > 1.7 > 1.3 > sum(after) / 10
-
-
-def test_a_draft_of_another_vocabulary_is_refused_and_the_old_one_still_serves() -> None:
-    engine = LocalEngine(tiny_target(), with_vocabulary(tiny_draft(), REDUCED), max_context=32)
-    with pytest.raises(ValueError, match="d2t must stay the same"):
-        engine.load_draft(with_vocabulary(tiny_draft(), (1, 2, 4, 5, 9)).state_dict(), version=1)
-    assert engine.draft_version == engine.start(LISTED, batch_size=2, seed=0).round(Plan(2)).draft_version == 0
-
-
 def test_an_engine_without_a_draft_decodes_plainly() -> None:
     engine = LocalEngine(tiny_target(), max_context=32)
     session = engine.start(LISTED, batch_size=2, seed=0)
