@@ -260,5 +260,5 @@ def test_the_tokenizer_must_fit_the_model(tmp_path: Path, bos: str, bos_id: int,
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": vocab_size}))
         if vocab_size >= tokens:
             assert load_tokenizer(tmp_path).encode("a b") == [bos_id, 1, 2]
-    with pytest.raises(ValueError, match=f"a tokenizer of {tokens} tokens and vocab_size {tokens - 1}"):
+    with pytest.raises(ValueError, match=f"vocab_size={tokens - 1} tokens, but got {tokens}"):
         load_tokenizer(tmp_path)

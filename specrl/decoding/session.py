@@ -45,11 +45,8 @@ class LocalSession(ProposalSession):
     """Closed-loop decoding of one target at fixed concurrency (see `specrl.core.interfaces.Session`).
 
     Args:
-        target: the target.
-        draft: its draft; None: plain decoding, whose only plan is 0.
+        draft: the target's draft; None: plain decoding, whose only plan is 0.
         requests: an endless stream of requests.
-        config: the settings.
-        clock: times the rounds.
         warm: batch sizes and plans whose kernels are built already; shared by the sessions of an engine.
         graphs: run rounds in fixed shapes, as CUDA graphs on a GPU; None: run them in the shapes of the live requests.
 

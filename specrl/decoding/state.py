@@ -73,13 +73,9 @@ class SessionState:
     def decode(
         self, proposal: Proposal, slots: Tensor, length: int, *, equal_lengths: bool = False, fixed_shapes: bool = False
     ) -> Decoded:
-        """Run the target over a proposal, and write the cache from the slots of the committed tokens on.
+        """Run the target over a proposal, and write the cache from `slots [B]` of the committed tokens on.
 
-        Args:
-            proposal: n tokens per request.
-            slots: [B] int64, slots of the committed tokens.
-            length, equal_lengths: as in `TokenSlots`.
-            fixed_shapes: as in `tree_mask`.
+        `length` and `equal_lengths` as in `TokenSlots`, `fixed_shapes` as in `tree_mask`.
         """
         count, inside = proposal.tokens.shape[1], proposal.attention_mask
         mask = positions = None
