@@ -67,10 +67,10 @@ def test_random_trees_are_accepted_as_walked() -> None:
     chosen[:, 0], chosen[::2, 4] = tokens[:, 1], tokens[::2, 7]
     chosen[:, 1] = tokens[:, 4]
     correct, bonus, path = in_tree(chosen, tokens, parents, 5)
-    wanted = [walk(*rows, parents) for rows in zip(chosen.tolist(), tokens.tolist(), strict=True)]
-    assert path.tolist() == [rows + [-1] * (6 - len(rows)) for rows in wanted]
-    assert correct.tolist() == [len(rows) - 1 for rows in wanted] and {1, 2, 3} & set(correct.tolist())
-    assert bonus.tolist() == [chosen[i, rows[-1]].item() for i, rows in enumerate(wanted)]
+    expected = [walk(*rows, parents) for rows in zip(chosen.tolist(), tokens.tolist(), strict=True)]
+    assert path.tolist() == [rows + [-1] * (6 - len(rows)) for rows in expected]
+    assert correct.tolist() == [len(rows) - 1 for rows in expected] and {1, 2, 3} & set(correct.tolist())
+    assert bonus.tolist() == [chosen[i, rows[-1]].item() for i, rows in enumerate(expected)]
 
 
 def test_rejection_sampling_yields_the_targets_distribution_exactly() -> None:
@@ -116,12 +116,12 @@ def test_greedy_rows_accept_the_targets_best_token_only_among_sampled_ones() -> 
     drafted[wrong] = (drafted[wrong] + 1) % 6
     proposals = torch.nn.functional.one_hot(drafted, 6).float()  # as sampled rows have if q is certain
     mixed = reject_chain(logits, drafted, proposals, temperatures, generator)
-    wanted = accept_chain(best, drafted)
-    for got, want in zip(mixed, wanted, strict=True):
+    expected = accept_chain(best, drafted)
+    for got, want in zip(mixed, expected, strict=True):
         assert torch.equal(got[::2], want[::2])
-    assert not torch.equal(mixed.bonus[1::2], wanted.bonus[1::2])  # the others are sampled
+    assert not torch.equal(mixed.bonus[1::2], expected.bonus[1::2])  # the others are sampled
     greedy = reject_chain(logits, drafted, proposals, Temperatures.of([0.0] * 400, "cpu"), generator)
-    assert all(torch.equal(got, want) for got, want in zip(greedy, wanted, strict=True))
+    assert all(torch.equal(got, want) for got, want in zip(greedy, expected, strict=True))
 
 
 def test_drafts_are_accepted_if_sampled_from_p_and_rejected_if_impossible_under_p() -> None:

@@ -248,7 +248,7 @@ def test_every_request_gets_max_new_tokens() -> None:
 def test_a_parked_request_goes_on_where_it_was() -> None:
     engine = tiny_engine()
     requests = [Request(prompt, 30, ignore_eos=True) for prompt in prompts(4, 6)]
-    wanted, _ = decode(engine.start(Listed(requests), batch_size=4, seed=0), 4, always(Plan(2)))
+    expected, _ = decode(engine.start(Listed(requests), batch_size=4, seed=0), 4, always(Plan(2)))
     session = engine.start(Listed(requests), batch_size=4, seed=0)
     session.round(Plan(2))
     before = session.context_lengths
@@ -258,7 +258,7 @@ def test_a_parked_request_goes_on_where_it_was() -> None:
     assert session.batch_size == 1 and len(session.context_lengths) == 1
     session.resize(4)
     assert session.context_lengths[1:] == before[1:]
-    assert decode(session, 4, always(Plan(1)))[0] == wanted
+    assert decode(session, 4, always(Plan(1)))[0] == expected
 
 
 def test_sessions_and_requests_that_cannot_be_served_are_refused() -> None:

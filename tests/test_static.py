@@ -39,8 +39,8 @@ def requests(max_new_tokens: int = 30) -> list[Request]:
 
 def lasting(count: int, length: int = 5, temperatures: tuple[float, ...] = (0.0,)) -> Listed:
     """Requests that do not end within a test."""
-    heats = cycle(temperatures)
-    return Listed([Request(text, 380, next(heats), ignore_eos=True) for text in prompts(count, length)])
+    cycled = cycle(temperatures)
+    return Listed([Request(text, 380, next(cycled), ignore_eos=True) for text in prompts(count, length)])
 
 
 def served(session: LocalSession, rounds: int, resize: bool) -> Story:

@@ -40,7 +40,7 @@ class LocalEngine(Engine):
             more than it saves. So far it has been tested on CPUs only (docs/decisions/0009-gpu.md).
 
     Raises:
-        ValueError: the draft was made for another target, `aux_layers` are given together with a draft or are not
+        ValueError: the draft was made for another target, `aux_layers` are passed together with a draft or are not
             layers of the target, or `max_context` is larger than the target's positions.
     """
 

@@ -89,7 +89,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _read(path: Path, name: str) -> Tensor:
-    """Read a tensor through a mapping of its own, so that its memory is freed with it."""
+    """Read a tensor through a separate mapping, so that its memory is freed with it."""
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
