@@ -22,16 +22,8 @@ NAMES = ("embedded-easy", "embedded-strong")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_checkpoint_is_complete(name: str) -> None:
-    files = {path.name for path in embedded_directory(name).iterdir()}
-    expected = {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "held_out.txt",
-        "log.json",
-    }
-    assert expected == files
+    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "held_out.txt", "log.json"}
+    assert {path.name for path in embedded_directory(name).iterdir()} == files
 
 
 def test_the_default_is_one_of_the_two_and_other_names_are_refused() -> None:

@@ -195,7 +195,8 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("unpacked")
 def test_graphs_serve_new_weights(recorded: list[RecordedGraphs]) -> None:
     """Weights that are loaded between rounds draft the same as if they were loaded at the start."""
-    other = {name: t * 0.5 for name, t in tiny_draft().tensors.items()}
+    before = {name: t.clone() for name, t in tiny_draft().tensors.items()}
+    other = {name: t * 0.5 for name, t in before.items()}
     results = []
     for load in ("never", "first", "captured"):
         ours = engine(True)
@@ -208,6 +209,7 @@ def test_graphs_serve_new_weights(recorded: list[RecordedGraphs]) -> None:
         results.append([session.round(Plan(4)).correct_drafts.tolist() for _ in range(10)])
     assert results[0] != results[1] == results[2]
     assert not recorded[-1].ran_uncaptured and len(recorded[-1]) <= 4  # only a wider catch-up is captured anew
+    assert all(torch.equal(t, before[name]) for name, t in tiny_draft().tensors.items())  # loading made copies
 
 
 def test_wide_catch_ups_are_never_captured(recorded: list[RecordedGraphs]) -> None:
