@@ -1,5 +1,3 @@
-"""The one round loop and the one round statistic."""
-
 from __future__ import annotations
 
 import csv
@@ -15,7 +13,7 @@ from specrl.cli import main
 from specrl.core.observation import Observation
 from specrl.core.plain_cost import PlainCost
 from specrl.core.plan import Plan, parse_plans
-from specrl.core.rollout import Rollout
+from specrl.core.rollout import Rollout, Step
 from specrl.core.round import Round
 from specrl.core.round_stats import BLOCK, RECENT_BLOCKS, WINDOW, RecentStats, RoundStats, StatsByWindow
 from specrl.simulation.engine import Requests, SimulatedEngine, SimulatedSession
@@ -23,76 +21,67 @@ from specrl.testing.agent import made_up_round
 from specrl.training.logger import read_windows
 
 PLANS = parse_plans("0,1/1/2,3/1/4")
-PROFILE = "embedded-fp32"
 
 
 class Recorder(PlanTable):
-    """A table of plans that keeps what it is asked and told."""
+    """A table of plans that records its calls."""
 
     def __init__(self) -> None:
         super().__init__({1: "3/1/4", 4: "1/1/2"})
-        self.seen: list[Observation] = []
-        self.learnt: list[Round] = []
+        self.observations: list[Observation] = []
+        self.learned: list[Round] = []
 
     def choose(self, observation: Observation) -> Plan:
-        """Keep the observation."""
-        self.seen.append(observation)
+        self.observations.append(observation)
         return super().choose(observation)
 
     def learn(self, done: Round) -> None:
-        """Keep the round."""
-        self.learnt.append(done)
+        self.learned.append(done)
 
 
-def session(batch_size: int = 2) -> tuple[SimulatedEngine, SimulatedSession]:
-    engine = SimulatedEngine(PROFILE)
+def session(batch_size: int = 2) -> SimulatedSession:
     requests = Requests((16, 16), (32, 32))
-    return engine, engine.start(requests, batch_size=batch_size, max_batch_size=8, seed=3)
+    return SimulatedEngine("embedded-fp32").start(requests, batch_size=batch_size, max_batch_size=8, seed=3)
+
+
+def play(rollout: Rollout, count: int) -> tuple[Recorder, list[Step]]:
+    chooser = Recorder()
+    return chooser, list(islice(rollout.play(chooser, SimulatedEngine("embedded-fp32").clock), count))
 
 
 def test_a_chooser_sees_the_batch_size_of_its_round_and_learns_from_every_round() -> None:
-    engine, live = session()
-    rollout = Rollout(live, PLANS, PlainCost(), batch_sizes=cycle([2, 2, 8]))
-    chooser = Recorder()
-    steps = list(islice(rollout.play(chooser, engine.clock), 6))
-    assert [seen.batch_size for seen in chooser.seen] == [2, 2, 8, 2, 2, 8]
+    chooser, steps = play(Rollout(session(), PLANS, PlainCost(), batch_sizes=cycle([2, 2, 8])), 6)
+    assert [seen.batch_size for seen in chooser.observations] == [2, 2, 8, 2, 2, 8]
     assert [step.round.batch_size for step in steps] == [2, 2, 8, 2, 2, 8]
     assert [str(step.round.plan) for step in steps] == ["3/1/4", "3/1/4", "1/1/2"] * 2
-    assert chooser.learnt == [step.round for step in steps]
+    assert chooser.learned == [step.round for step in steps]
 
 
 def test_late_results_reach_observation_and_chooser_late() -> None:
-    engine, live = session()
-    rollout = Rollout(live, PLANS, PlainCost(), result_delay=2)
-    chooser = Recorder()
-    steps = list(islice(rollout.play(chooser, engine.clock), 5))
-    assert chooser.learnt == [step.round for step in steps[:3]]
-    ages = [seen.draft_age for seen in chooser.seen]
-    assert ages == [0, 0, 0, 0, 1], "the observation counts the rounds that are known"
+    chooser, steps = play(Rollout(session(), PLANS, PlainCost(), result_delay=2), 5)
+    assert chooser.learned == [step.round for step in steps[:3]]
+    assert [seen.draft_age for seen in chooser.observations] == [0, 0, 0, 0, 1]  # counts the rounds that are known
 
 
 def test_an_engine_without_a_plain_measurement_is_refused() -> None:
-    _, live = session()
+    live = session()
     live.measure_plain = lambda: None  # type: ignore[method-assign,assignment,return-value]
     with pytest.raises(ValueError, match="must measure plain decoding"):
         Rollout(live, PLANS, PlainCost()).step(PLANS[0])
 
 
 def test_statistics_merge_to_those_of_all_rounds() -> None:
-    _, live = session(4)
-    rollout = Rollout(live, PLANS, PlainCost())
-    parts, everything = [RoundStats(), RoundStats()], RoundStats()
+    rollout = Rollout(session(4), PLANS, PlainCost())
+    parts, merged, everything = [RoundStats(), RoundStats()], RoundStats(), RoundStats()
     for turn in range(12):
         step = rollout.step(PLANS[turn % 3], thinking_s=1e-4)
-        parts[turn % 2].add(step.round, step.plain.seconds, step.thinking_s)
-        everything.add(step.round, step.plain.seconds, step.thinking_s)
-    merged = RoundStats()
+        for stats in (parts[turn % 2], everything):
+            stats.add(step.round, step.plain.seconds, step.thinking_s)
     for part in parts:
         merged.merge(part)
     assert merged.rounds == everything.rounds == 12
     assert merged.accepted == everything.accepted and merged.proposed == everything.proposed == [32, 16, 16]
-    assert merged.seconds == pytest.approx(everything.seconds)
-    assert merged.speedup == pytest.approx(everything.speedup)
+    assert merged.seconds == pytest.approx(everything.seconds) and merged.speedup == pytest.approx(everything.speedup)
     assert merged.accept_length == everything.accept_length == 1 + sum(everything.accepted) / 48
 
 
@@ -106,13 +95,12 @@ def test_a_row_counts_the_drafts_accepted_at_each_position() -> None:
     assert row["verify_s"] == pytest.approx(0.006) and row["plain_s"] == pytest.approx(17 / 4 * 0.01)
 
 
-def test_windows_are_split_by_batch_size_and_plan_and_taken_once() -> None:
+def test_windows_are_split_by_batch_size_and_plan_and_returned_once() -> None:
     windows = StatsByWindow()
     for batch, plan in ((2, Plan(3)), (1, Plan(3)), (1, Plan(0))):
         windows.add(made_up_round(plan, batch), 0.25)
     rows = windows.take_rows()
     assert [(row["batch_size"], row["plan"]) for row in rows] == [(1, "0"), (1, "3/1/4"), (2, "3/1/4")]
-    assert windows.take_rows() == []
     for _ in range(WINDOW + 1):
         windows.add(made_up_round(Plan(3), 1), 0.25)
     assert [row["rounds"] for row in windows.take_rows()] == [WINDOW, 1]
@@ -124,24 +112,24 @@ def test_recent_statistics_have_intervals_that_contain_their_values() -> None:
         assert (recent.intervals() is None) == (n < 8 * BLOCK)
         seconds = 0.002 + 0.001 * rng.random()
         recent.add(made_up_round(Plan(3), 2, rng.integers(0, 4, 2).tolist(), seconds), 0.003, 1e-4)
-    found = recent.intervals()
-    assert found is not None
-    (speedup, accept_length), total = found, recent.total
-    assert speedup.value == pytest.approx(total.speedup) and speedup.low < total.speedup < speedup.high
-    assert accept_length.value == pytest.approx(total.accept_length) and 0.0 < accept_length.half_width < 0.5
-    assert recent.total.rounds == RECENT_BLOCKS * BLOCK and recent.rounds == (RECENT_BLOCKS + 3) * BLOCK
+    intervals, total = recent.intervals(), recent.total
+    assert intervals is not None
+    for interval, value in zip(intervals, (total.speedup, total.accept_length), strict=True):
+        assert interval.value == pytest.approx(value) and 0.0 < interval.half_width < 0.5
+    assert total.rounds == RECENT_BLOCKS * BLOCK and recent.rounds == (RECENT_BLOCKS + 3) * BLOCK
     again = RecentStats()
     again.load_state_dict(json.loads(json.dumps(recent.state_dict())))
-    assert again.total == recent.total and again.intervals() == found
+    assert again.total == total and again.intervals() == intervals
 
 
 def test_a_resumed_run_continues_its_windows(tmp_path: Path) -> None:
     line = "train --workload.max_new_tokens 16 --workload.prompt_tokens 24 --serving.batch_schedule 4x8,1x4"
     line += f" --learn false --checkpoint 4 --log.tensorboard false --output_dir {tmp_path}"
-    assert main([*line.split(), "--serving.requests", "8"]) == 0
-    first = list(csv.DictReader((tmp_path / "windows.csv").read_text().splitlines()))
-    assert main([*line.split(), "--serving.requests", "12", "--resume"]) == 0
-    rows = list(csv.DictReader((tmp_path / "windows.csv").read_text().splitlines()))
+    runs = []
+    for options in (["8"], ["12", "--resume"]):
+        assert main([*line.split(), "--serving.requests", *options]) == 0
+        runs.append(list(csv.DictReader((tmp_path / "windows.csv").read_text().splitlines())))
+    first, rows = runs
     assert len(rows) > len(first) and [r["draft_s"] for r in rows[: len(first)]] == [r["draft_s"] for r in first]
     assert all(float(row["verify_s"]) > 0 and int(row["requests"]) >= int(row["rounds"]) for row in rows)
     assert len(read_windows(tmp_path, 8)) == len(first) and read_windows(tmp_path, 0) == []

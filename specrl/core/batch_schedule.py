@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 
@@ -13,11 +14,7 @@ from specrl.core.checks import require
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A stretch of `rounds` rounds at `batch_size` live requests.
-
-    Raises:
-        ValueError: either is below 1.
-    """
+    """`rounds` rounds at `batch_size` live requests; both are at least 1."""
 
     batch_size: int
     rounds: int = 1
@@ -45,34 +42,30 @@ def parse_traffic(text: str) -> tuple[Phase, ...]:
     return tuple(phases)
 
 
-def read_schedules(given: BatchSizes) -> tuple[tuple[Phase, ...], ...]:
-    """The schedules of batch sizes that an environment may have; each episode draws one of them.
+def read_schedules(batch_size: BatchSizes) -> tuple[tuple[Phase, ...], ...]:
+    """Return the schedules of batch sizes that an environment may have; each episode draws one of them.
 
     Args:
-        given: a batch size, several (one schedule each), a text for `parse_traffic`, or the phases of one schedule.
+        batch_size: one size, several (a schedule each), a text for `parse_traffic`, or the phases of one schedule.
 
     Raises:
         ValueError: no batch size, one below 1, or a text of another form.
     """
-    if isinstance(given, str):
-        return (parse_traffic(given),)
-    parts = [given] if isinstance(given, (int, np.integer)) else list(given)
-    if not parts:
-        raise ValueError("batch_size must name at least one size, but got none; for example 4 or [1, 4, 16]")
-    phases = tuple(part for part in parts if isinstance(part, Phase))
-    if len(phases) == len(parts):
+    if isinstance(batch_size, str):
+        return (parse_traffic(batch_size),)
+    sizes = [batch_size] if isinstance(batch_size, int | np.integer) else list(batch_size)
+    require(len(sizes) > 0, "batch_size", "at least one size, such as 4 or [1, 4, 16]", batch_size)
+    phases = tuple(size for size in sizes if isinstance(size, Phase))
+    if len(phases) == len(sizes):
         return (phases,)
-    return tuple((Phase(int(part)),) for part in parts)  # type: ignore[call-overload]
+    return tuple((Phase(int(size)),) for size in sizes)  # type: ignore[call-overload]
 
 
 def batch_sizes(phases: Sequence[Phase]) -> Iterator[int]:
-    """The batch size of each round, endlessly."""
-    while True:
-        for phase in phases:
-            for _ in range(phase.rounds):
-                yield phase.batch_size
+    """Yield the batch size of each round, endlessly."""
+    return cycle([phase.batch_size for phase in phases for _ in range(phase.rounds)])
 
 
 def reached_bound(bounds: Collection[int], batch_size: int) -> int:
-    """The largest of these lower bounds that a batch size reaches; the least one if it reaches none."""
+    """Return the largest of these lower bounds that a batch size reaches, or the least one if it reaches none."""
     return max((bound for bound in bounds if bound <= batch_size), default=min(bounds))

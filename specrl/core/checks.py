@@ -16,10 +16,10 @@ def require_known(name: str, value: object, known: Iterable[object], others: str
     """Raise a ValueError with the known values and the most similar one unless `value` is one of them.
 
     Args:
-        name: of the setting.
-        value: the value that was given.
-        known: the values that are allowed.
-        others: ends the list of known values, such as ' or a plan'.
+        name: the name of the setting.
+        value: its value.
+        known: the allowed values.
+        others: end of the list of known values, such as ' or a plan'.
     """
     names, text = [str(each) for each in known], str(value)
     if text not in names:

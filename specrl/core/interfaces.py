@@ -30,7 +30,7 @@ class Request:
         prompt: token ids, at least one.
         max_new_tokens: tokens to generate at most, at least 1.
         temperature: 0 is greedy.
-        ignore_eos: go on to `max_new_tokens` even after the end-of-sequence token (fixed-length measurements).
+        ignore_eos: continue to `max_new_tokens` after the end-of-sequence token, for requests of a fixed length.
         learn: whether a draft may learn from it.
 
     Raises:
@@ -54,7 +54,7 @@ class Workload(Protocol):
     """A source of requests."""
 
     def requests(self, seed: int) -> Iterator[Request]:
-        """An endless stream of requests; the same seed gives the same requests in the same order."""
+        """Yield requests endlessly; the same seed gives the same requests in the same order."""
 
 
 @runtime_checkable
@@ -93,7 +93,7 @@ class Session(Protocol):
         return samples
 
     def drain(self) -> list[Trace]:
-        """Take the traces of the rounds since the last call. Call it outside of timed windows."""
+        """Return the traces of the rounds since the last call. Call it outside of timed windows."""
 
     def close(self) -> None:
         """End the session; idempotent."""
@@ -101,7 +101,7 @@ class Session(Protocol):
 
 @runtime_checkable
 class ProposalSession(Session, Protocol):
-    """A session that also verifies drafts that are given to it."""
+    """A session that also verifies drafts from outside the engine."""
 
     @property
     def request_ids(self) -> Sequence[int]:
@@ -116,10 +116,9 @@ class ProposalSession(Session, Protocol):
 
         Args:
             drafted: [B, s] int64 chains of target ids, -1 after the end of a shorter one; s may be 0.
-            distributions: [B, s, V] float32 that each draft was sampled from, given those before it, for rejection
-                sampling. None: a draft is accepted if the target itself chooses it. The output is the target's own
-                for any drafts if it is None or decoding is greedy; otherwise only if the drafts are such samples,
-                which cannot be checked.
+            distributions: [B, s, V] float32, the distribution that each draft was sampled from, for rejection
+                sampling. The output is then the target's only if the drafts are such samples, which cannot be
+                checked. None: a draft is accepted if the target itself chooses it, so any drafts are allowed.
 
         Raises:
             ValueError: a wrong shape, dtype, token or distribution. Nothing is committed then.
@@ -145,11 +144,11 @@ class Engine(Protocol):
 
     @property
     def single_session(self) -> bool:
-        """Whether a new session ends the one before, except one plain session beside it. Default: False."""
+        """Whether a new session ends the previous one of its kind, plain or not. Default: False."""
         return False
 
     def facts(self) -> dict[str, Any]:
-        """Facts about the engine that results should record, JSON-able. Default: none."""
+        """Return facts about the engine that results should record, JSON-able. Default: none."""
         return {}
 
     def supports(self, plan: Plan) -> bool:
@@ -165,14 +164,14 @@ class Engine(Protocol):
         plain: bool = False,
         trace: bool = False,
     ) -> Session:
-        """Prefill `batch_size` requests and be ready for the first round.
+        """Start a session: prefill its first `batch_size` requests.
 
         Args:
             workload: the source of the requests.
             batch_size: live requests, at least 1.
-            seed: of the requests' order and of sampling.
+            seed: seed of the requests and of sampling.
             max_batch_size: the largest size that the session may be resized to; None: `batch_size`.
-            plain: decode without any draft, feature capture or catch-up. The only plan is then 0.
+            plain: decode without any draft and without storing hidden states. The only plan is then 0.
             trace: keep traces for `drain`.
 
         Raises:
@@ -239,22 +238,22 @@ class PlanChooser(Protocol):
     plans: tuple[Plan, ...]
 
     def choose(self, observation: Observation) -> Plan:
-        """One of `plans` for the next round."""
+        """Return one of `plans` for the next round."""
 
     def learn(self, done: Round) -> None:
         """Learn from a finished round; later rounds may have been chosen already. Default: nothing is learnt."""
         return None
 
     def best(self, batch_size: int) -> Plan | None:
-        """The plan that is best now at a batch size. Default: None, not known."""
+        """Return the plan that is best now at a batch size. Default: None, not known."""
         return None
 
     def estimates(self, batch_size: int) -> list[PlanEstimate]:
-        """Estimates of all plans at a batch size. Default: none."""
+        """Return the estimates of all plans at a batch size. Default: none."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as JSON-able values. Default: there is none."""
+        """Return the state as JSON-able values. Default: there is none."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -263,15 +262,15 @@ class PlanChooser(Protocol):
 
 
 class DraftLearner(Protocol):
-    """Learns draft weights from traces. Inherit from it: all methods but `learn` and `weights` have defaults."""
+    """Learns draft weights from traces. Inherit from this class: only `learn` and `weights` have no default."""
 
     wants_plan_costs: bool = False  # whether the loss counts seconds, so that `set_plan_costs` should be called
 
     def learn(self, traces: list[Trace]) -> Mapping[str, float]:
-        """Learn from traces; returns metrics by name."""
+        """Learn from traces and return metrics by name."""
 
     def weights(self) -> tuple[int, Mapping[str, Tensor]]:
-        """The version and the weights to serve, by SGLang's names."""
+        """Return the version and the weights to serve, by SGLang's names."""
 
     def take(self, traces: Iterable[Trace]) -> None:
         """Keep traces for the next call of `learn`. Default: they are dropped."""
@@ -282,7 +281,7 @@ class DraftLearner(Protocol):
         return None
 
     def end_session(self) -> None:
-        """The session is over: requests in flight never finish, and ids start again. Default: nothing is done."""
+        """End the session: live requests never finish, and ids start again. Default: nothing is done."""
         return None
 
     def set_plan_costs(self, costs: Sequence[PlanCost], speedup: float = 1.0) -> None:
@@ -290,7 +289,7 @@ class DraftLearner(Protocol):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state: tensors by name under 'tensors', all other values JSON-able. Default: there is none."""
+        """Return the state: tensors by name under 'tensors', all other values JSON-able. Default: there is none."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,7 +1,4 @@
-"""The observation of a plan chooser: a few numbers that any serving engine knows. Python and NumPy only.
-
-All measured entries have a neutral value at first, so the first observation of an episode depends on the seed alone.
-"""
+"""The observation of a plan chooser: a few numbers that any serving engine knows. Python and NumPy only."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ COST_OCTAVES = math.log2(MAX_COST)
 
 
 class Layout(NamedTuple):
-    """The number of entries of `Observation.vector`, and its parts after the first five entries."""
+    """The number of entries of `Observation.vector`, and the slices of its parts after the first five entries."""
 
     size: int
     survival: slice
@@ -42,7 +39,7 @@ class Layout(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What is known before a round, as numbers for function approximators and under names.
+    """The state before a round, as a vector and under names. Measured entries have a neutral value at first.
 
     Attributes:
         batch_size: live requests, 1 .. 1024.
@@ -57,7 +54,7 @@ class Observation(NamedTuple):
     steps: int
 
     def vector(self) -> NDArray[np.float32]:
-        """[5 + K + 3 * plans] float32; log-ratios of costs are in [-4, 4], all other entries in [0, 1].
+        """Return [5 + K + 3 * plans] float32; log-ratios of costs are in [-4, 4], all other entries in [0, 1].
 
         In order: log2(batch) / 10, log2(context) / 20, (accept_length - 1) / K, log2(1 + draft_age) / 20,
         constant 1, survival [K], log2(costs) [plans], tried [plans], one-hot last plan [plans].
@@ -76,7 +73,7 @@ class Observation(NamedTuple):
 
     @property
     def survival(self) -> tuple[float, ...]:
-        """K values: of recent rounds that proposed k drafts, the share that accepted them; starts at 0."""
+        """K values: the share of recent rounds that accepted k drafts, of those that proposed them; starts at 0."""
         return tuple(self.values[self._layout.survival])
 
     @property
@@ -100,7 +97,7 @@ class Observation(NamedTuple):
 
 
 def vector_bounds(plans: Sequence[Plan]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Lowest and highest values of `Observation.vector` for these plans."""
+    """Return the lowest and highest values of `Observation.vector` for these plans."""
     layout = Layout.of(max((plan.num_steps for plan in plans), default=0), len(plans))
     low = np.zeros(layout.size, dtype=np.float32)
     high = np.ones_like(low)
@@ -134,7 +131,7 @@ class Observer:
 
     def record(self, done: Round, plain_s: float) -> None:
         """Add a finished round; `plain_s`: t0, seconds of a plain decoding step at its batch size and context."""
-        # Plain Python, because NumPy is slower on a dozen numbers, and this runs between rounds of few milliseconds.
+        # Plain Python is faster than NumPy on a dozen numbers, and this runs between rounds of few milliseconds.
         keep, correct = self._keep, done.correct_drafts.tolist()
         share = 1.0 / len(correct)
         self._correct = self._correct * keep + sum(correct) * share
@@ -153,11 +150,9 @@ class Observer:
         self._last, self._version = index, done.draft_version
 
     def observe(self, batch_size: int, context: float) -> Observation:
-        """The observation before a round of `batch_size` requests with `context` tokens on average."""
+        """Return the observation before a round of `batch_size` requests with `context` tokens on average."""
         costs, tried = self._costs_at(batch_size)
         steps = self._steps
-        last = [0.0] * len(costs)
-        last[self._last] = 1.0
         values = [
             math.log2(batch_size) / BATCH_OCTAVES,
             math.log2(max(context, 1.0)) / CONTEXT_OCTAVES,
@@ -167,7 +162,7 @@ class Observer:
             *[s / p if p else 0.0 for s, p in zip(self._survived, self._proposed, strict=True)],
             *costs,
             *tried,
-            *last,
+            *[float(index == self._last) for index in range(len(costs))],
         ]
         return Observation(batch_size, context, values, steps)
 

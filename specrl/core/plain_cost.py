@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from specrl.core.checks import require
 from specrl.core.interfaces import NOT_MEASURED, Session
 from specrl.core.round import PlainSample
 
 WINDOW = 48  # samples kept for each batch size
 INTERVAL = 24  # rounds between two samples
 FIRST_SAMPLES = 3  # samples taken at once at a new batch size
-DENSE_SAMPLES = 8  # below so many samples, the next one is taken after `DENSE_INTERVAL` rounds
+DENSE_SAMPLES = 8  # with fewer samples, the next one is taken after `DENSE_INTERVAL` rounds
 DENSE_INTERVAL = 2
 
 
@@ -33,7 +34,9 @@ class PlainEstimate(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Cell:
+class _Samples:
+    """The samples of one batch size, and the line through them."""
+
     contexts: deque[float]
     seconds: deque[float]
     since: int = 0  # rounds since the last sample
@@ -52,13 +55,13 @@ class PlainCost:
     """
 
     def __init__(self, window: int = WINDOW, every: int = INTERVAL) -> None:
-        if window < 4 or every < 1:
-            raise ValueError(f"window must be at least 4 and every at least 1, but got {window} and {every}")
+        require(window >= 4, "window", "at least 4", window)
+        require(every >= 1, "every", "at least 1", every)
         self.window, self.every = window, every
-        self._cells: dict[int, _Cell] = {}
+        self._samples: dict[int, _Samples] = {}  # by batch size
 
-    def _new_cell(self, contexts: list[float], seconds: list[float]) -> _Cell:
-        return _Cell(deque(contexts, maxlen=self.window), deque(seconds, maxlen=self.window))
+    def _new(self, contexts: Sequence[float] = (), seconds: Sequence[float] = ()) -> _Samples:
+        return _Samples(deque(contexts, maxlen=self.window), deque(seconds, maxlen=self.window))
 
     def add(self, sample: PlainSample) -> None:
         """Add a measured plain step.
@@ -66,12 +69,11 @@ class PlainCost:
         Raises:
             ValueError: its seconds are not finite and above 0.
         """
-        if not (math.isfinite(sample.seconds) and sample.seconds > 0):
-            raise ValueError(f"a plain step must take a finite time above 0, but got {sample.seconds} s")
-        cell = self._cells.setdefault(sample.batch_size, self._new_cell([], []))
-        cell.contexts.append(sample.context)
-        cell.seconds.append(sample.seconds)
-        cell.since, cell.line = 0, None
+        require(0 < sample.seconds < math.inf, "seconds of a plain step", "finite and above 0", sample.seconds)
+        known = self._samples.setdefault(sample.batch_size, self._new())
+        known.contexts.append(sample.context)
+        known.seconds.append(sample.seconds)
+        known.since, known.line = 0, None
 
     def update(self, session: Session, context: float) -> None:
         """Measure plain decoding between two rounds of a session, if samples are due.
@@ -83,78 +85,69 @@ class PlainCost:
             self.add(self.measure(session))
 
     def measure(self, session: Session) -> PlainSample:
-        """One sample of plain decoding on the live requests of a session.
-
-        Raises:
-            ValueError: the engine does not measure plain decoding between rounds.
-        """
+        """Measure one step of plain decoding on the live requests; errors are those of `update`."""
         sample = session.measure_plain()
         if sample is None:
             raise ValueError(NOT_MEASURED)
         return sample
 
     def samples_due(self, batch_size: int) -> int:
-        """Number of samples to take before the next round, which is at this batch size and is counted here.
-
-        Every second round at first, then every `every` rounds.
-        """
-        cell = self._cells.get(batch_size)
-        if cell is None:
+        """Count a round at this batch size, and return the number of samples to take before it."""
+        known = self._samples.get(batch_size)
+        if known is None:
             return FIRST_SAMPLES
-        cell.since += 1
-        return int(cell.since >= (DENSE_INTERVAL if len(cell.seconds) < DENSE_SAMPLES else self.every))
+        known.since += 1
+        return int(known.since >= (DENSE_INTERVAL if len(known.seconds) < DENSE_SAMPLES else self.every))
 
     def estimate(self, batch_size: int, context: float) -> PlainEstimate:
-        """t0 at this batch size and mean context.
+        """Return t0 at this batch size and mean context.
 
         Raises:
             ValueError: plain decoding was never measured at this batch size.
         """
-        cell = self._cells.get(batch_size)
-        if cell is None:
-            known = ", ".join(map(str, sorted(self._cells))) or "none"
-            raise ValueError(f"plain decoding must be measured at batch size {batch_size} first; measured: {known}")
-        if cell.line is None:
-            cell.line = _fit(np.array(cell.contexts), np.array(cell.seconds))
-        level, slope, centre, error = cell.line
+        known = self._samples.get(batch_size)
+        if known is None:
+            measured = ", ".join(map(str, sorted(self._samples))) or "none"
+            raise ValueError(f"plain decoding must be measured at batch size {batch_size} first; measured: {measured}")
+        if known.line is None:
+            known.line = _fit(np.array(known.contexts), np.array(known.seconds))
+        level, slope, centre, error = known.line
         seconds = level + slope * (context - centre) if slope else level
-        return PlainEstimate(max(seconds, 0.5 * level), error, len(cell.seconds))
+        return PlainEstimate(max(seconds, 0.5 * level), error, len(known.seconds))
 
     def state_dict(self) -> dict[str, Any]:
-        """The samples, JSON-able."""
-        cells = {str(b): {"contexts": list(c.contexts), "seconds": list(c.seconds)} for b, c in self._cells.items()}
+        """Return the samples, JSON-able."""
+        cells = {str(b): {"contexts": list(s.contexts), "seconds": list(s.seconds)} for b, s in self._samples.items()}
         return {"window": self.window, "every": self.every, "cells": cells}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`."""
-        self._cells = {int(batch): self._new_cell(**cell) for batch, cell in state["cells"].items()}
+        self._samples = {int(batch): self._new(**cell) for batch, cell in state["cells"].items()}
 
 
 def _fit(contexts: np.ndarray, seconds: np.ndarray) -> tuple[float, float, float, float]:
-    """A line through the samples that are not spikes: level at the centre, slope, centre, standard error."""
-    off = seconds - _median_slope(contexts, seconds) * contexts
-    off = np.abs(off - np.median(off))
-    spread = 1.4826 * np.median(off) + 1e-9
-    kept = off <= 3.0 * spread + 0.02 * np.median(seconds)
-    x, y = contexts[kept], seconds[kept]
+    """Fit a line to the samples that are not spikes: level at the centre, slope, centre, standard error."""
+    residual = seconds - _median_slope(contexts, seconds) * contexts
+    residual = np.abs(residual - np.median(residual))
+    spread = 1.4826 * np.median(residual) + 1e-9
+    usual = residual <= 3.0 * spread + 0.02 * np.median(seconds)
+    x, y = contexts[usual], seconds[usual]
     centre, level = float(x.mean()), float(y.mean())
-    moved = x - centre
-    slope = 0.0
-    if _has_slope(x):
-        slope = max(float((moved * (y - level)).sum() / (moved**2).sum()), 0.0)
-    residual = y - level - slope * moved
+    x -= centre
+    slope = max(float((x * (y - level)).sum() / (x**2).sum()), 0.0) if _has_slope(contexts[usual]) else 0.0
+    residual = y - level - slope * x
     return level, slope, centre, float(np.sqrt((residual**2).sum() / max(len(y) - 1, 1) / len(y)))
 
 
 def _has_slope(contexts: np.ndarray) -> bool:
-    """Whether the contexts are many and different enough to fit a slope."""
+    """Whether there are enough different contexts to fit a slope."""
     return len(contexts) >= 8 and bool(np.ptp(contexts) > 0.2 * max(float(contexts.mean()), 1.0))
 
 
 def _median_slope(contexts: np.ndarray, seconds: np.ndarray) -> float:
-    """Median slope between samples far apart, at least 0; robust to spikes (Theil, 1950; Sen, 1968)."""
+    """Return the median slope between distant contexts, at least 0; robust to spikes (Theil, 1950; Sen, 1968)."""
     if not _has_slope(contexts):
         return 0.0
-    apart = contexts - contexts[:, None]  # [n, n]
-    far = apart > 0.2 * np.ptp(contexts)
-    return max(float(np.median((seconds - seconds[:, None])[far] / apart[far])), 0.0)
+    distance = contexts - contexts[:, None]  # [n, n]
+    far = distance > 0.2 * np.ptp(contexts)
+    return max(float(np.median((seconds - seconds[:, None])[far] / distance[far])), 0.0)

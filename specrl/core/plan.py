@@ -19,8 +19,8 @@ class Plan:
     Args:
         num_steps: draft forward steps per round (the lookahead γ); 0 proposes nothing.
         topk: branches kept per draft step; 1 is a chain, more is a tree.
-        num_draft_tokens: tokens verified per request, the committed one included. A chain has
-            `num_steps + 1`; a tree may have any number up to all its nodes and the committed token.
+        num_draft_tokens: tokens verified per request, including the last committed token. A chain has
+            `num_steps + 1`; a tree has between this and 1 + topk + (num_steps - 1)·topk².
 
     Raises:
         ValueError: the three numbers do not describe a proposal.
@@ -34,22 +34,12 @@ class Plan:
         steps, topk = self.num_steps, self.topk
         require(steps >= 0, "num_steps", "at least 0", steps)
         require(topk >= 1, "topk", "at least 1", topk)
+        require(topk == 1 or steps > 0, "topk", "1 for num_steps=0", topk)
         if self.num_draft_tokens == 0 and topk == 1:
             object.__setattr__(self, "num_draft_tokens", steps + 1)
-        tokens = self.num_draft_tokens
-        if steps == 0 and (topk, tokens) != (1, 1):
-            raise ValueError(f"num_steps=0 proposes nothing, but got topk={topk}, num_draft_tokens={tokens}; write '0'")
-        if topk == 1 and tokens != steps + 1:
-            raise ValueError(
-                f"a chain (topk=1) verifies num_steps + 1 = {steps + 1} tokens, but got num_draft_tokens={tokens}; "
-                f"write '{steps}/1/{steps + 1}'"
-            )
-        most = 1 + topk + (steps - 1) * topk * topk
-        if topk > 1 and not steps + 1 <= tokens <= most:
-            raise ValueError(
-                f"a tree of num_steps={steps}, topk={topk} verifies between {steps + 1} and {most} tokens, "
-                f"but got num_draft_tokens={tokens}"
-            )
+        most = steps + 1 if topk == 1 else 1 + topk + (steps - 1) * topk * topk
+        rule = f"in [{steps + 1}, {most}] for num_steps={steps}, topk={topk}"
+        require(steps + 1 <= self.num_draft_tokens <= most, "num_draft_tokens", rule, self.num_draft_tokens)
 
     @classmethod
     def parse(cls, text: str | int | Plan) -> Plan:
@@ -60,13 +50,10 @@ class Plan:
         """
         if isinstance(text, Plan):
             return text
-        match = re.fullmatch(r"\s*(\d+)(?:/(\d+)/(\d+))?\s*", str(text))
+        match = re.fullmatch(r"\s*(\d+)(?:/(\d+)/(\d*[1-9]\d*))?\s*", str(text))
         if match is None:
             raise ValueError(f"a plan is written {_FORMS}, but got {text!r}")
-        steps, topk, tokens = match.groups()
-        if topk is not None and int(tokens) < 1:
-            raise ValueError(f"num_draft_tokens must be at least 1, but got {tokens} in {text!r}")
-        return cls(int(steps)) if topk is None else cls(int(steps), int(topk), int(tokens))
+        return cls(*(int(number) for number in match.groups() if number is not None))
 
     def __str__(self) -> str:
         return "0" if self.num_steps == 0 else f"{self.num_steps}/{self.topk}/{self.num_draft_tokens}"
@@ -85,9 +72,17 @@ def parse_plans(text: str | Sequence[str] | Sequence[Plan]) -> tuple[Plan, ...]:
     """
     parts: Sequence[str] | Sequence[Plan] = text.split(",") if isinstance(text, str) else text
     plans = tuple(Plan.parse(part) for part in parts)
-    if not plans:
-        raise ValueError("plans must name at least one plan, but got none; for example '0,1/1/2,3/1/4'")
-    twice = sorted({plan for plan in plans if plans.count(plan) > 1})
-    if twice:
-        raise ValueError(f"plans must differ, but got {', '.join(map(str, twice))} more than once")
+    require(len(plans) > 0, "plans", "at least one plan, such as '0,1/1/2,3/1/4'", text)
+    require(len(set(plans)) == len(plans), "plans", "different", ", ".join(map(str, plans)))
     return plans
+
+
+def chains_of(plans: Sequence[Plan]) -> tuple[Plan, ...]:
+    """Return the chains among some plans, ascending by num_steps.
+
+    Raises:
+        ValueError: there are none.
+    """
+    chains = tuple(sorted(plan for plan in plans if plan.is_chain))
+    require(len(chains) > 0, "plans", "at least one chain (topk=1)", ", ".join(map(str, plans)))
+    return chains

@@ -1,8 +1,4 @@
-"""The one round loop: observe, choose a plan, decode a round, learn from it.
-
-Environments, training, evaluation and measurement all decode through `Rollout`, so the policy that is trained, the
-one that is evaluated and the one that serves run in the same loop.
-"""
+"""The one round loop, for environments, training and evaluation: observe, choose a plan, decode a round, learn."""
 
 from __future__ import annotations
 
@@ -27,7 +23,7 @@ class Baseline(Protocol):
         """Prepare for the next round of `session`; may measure plain decoding. Called outside timed windows.
 
         Args:
-            session: about to decode a round.
+            session: the session that will decode the round.
             context: mean number of known tokens per live request.
 
         Raises:
@@ -35,22 +31,16 @@ class Baseline(Protocol):
         """
 
     def estimate(self, batch_size: int, context: float) -> PlainEstimate:
-        """Seconds of one plain decoding step at this batch size and mean context."""
+        """Estimate the seconds of one plain decoding step at this batch size and mean context."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One round of a rollout.
-
-    Attributes:
-        round: the result of the round.
-        plain: seconds of a plain decoding step at the batch size and context of the round.
-        thinking_s: seconds that choosing the plan took.
-    """
+    """One round of a rollout."""
 
     round: Round
-    plain: PlainEstimate
-    thinking_s: float
+    plain: PlainEstimate  # of a plain decoding step at the batch size and context of the round
+    thinking_s: float  # seconds that choosing the plan took
 
     @property
     def seconds(self) -> float:
@@ -59,13 +49,13 @@ class Step:
 
 
 class Rollout:
-    """Decodes rounds of a session, one plan after the other.
+    """Decodes the rounds of a session.
 
     Args:
         session: decodes the rounds.
         plans: the plans that may be chosen, in the order of the observation.
         baseline: the cost of plain decoding.
-        batch_sizes: the batch size of each round, endless; None: the session keeps the batch size that it has.
+        batch_sizes: the batch size of each round, endless; None: the session's present batch size.
         result_delay: rounds by which results arrive late, on engines that overlap rounds.
     """
 
@@ -97,7 +87,7 @@ class Rollout:
         self._ready = True
 
     def observe(self) -> Observation:
-        """The observation before the next round, at the batch size of that round."""
+        """Return the observation before the next round, at the batch size of that round."""
         self.prepare()
         return self.observer.observe(self.session.batch_size, self._context)
 
@@ -112,7 +102,7 @@ class Rollout:
         return step
 
     def decode(self, decode_round: Callable[[], Round], thinking_s: float = 0.0) -> Step:
-        """Decode one round in another way, such as with given drafts; it does not count for the observation.
+        """Decode one round in another way, such as with drafts from outside; the observation does not include it.
 
         Raises:
             ValueError: the baseline cannot be measured, or `decode_round` raises it.
@@ -125,7 +115,7 @@ class Rollout:
         return Step(done, self.baseline.estimate(batch, context), thinking_s)
 
     def arrived(self) -> Iterator[Step]:
-        """The steps whose results are known by now, each once; the observation includes them from then on."""
+        """Yield the steps whose results are known by now, each once; the observation includes them from then on."""
         while len(self._late) > self._result_delay:
             step = self._late.popleft()
             self.observer.record(step.round, step.plain.seconds)

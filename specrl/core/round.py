@@ -29,19 +29,18 @@ class Completion:
 class Round:
     """One draft proposal, verified and committed for every live request. Rounds with equal fields are equal.
 
-    All seconds are device-synchronised differences of one monotonic clock. Prefill of the requests that
-    replace finished ones is timed separately and is not part of `seconds`.
+    All seconds are device-synchronised differences of one monotonic clock.
     """
 
     plan: Plan
     request_ids: Ints  # [B] int64
-    tokens: Ints  # [B] int64, tokens committed and kept (a request that ends drops what follows its end)
-    correct_drafts: Ints  # [B] int64, drafts accepted, bonus excluded, before any such drop
+    tokens: Ints  # [B] int64, tokens committed; tokens after the end of a request are dropped
+    correct_drafts: Ints  # [B] int64, drafts accepted, without the bonus token and before tokens are dropped
     context_lengths: Ints  # [B] int64, tokens known of each request before the round
-    draft_s: float  # proposing, catch-up of the draft's cache included
+    draft_s: float  # drafting, including the catch-up of the draft's cache
     verify_s: float  # the target's forward pass and the acceptance
     other_s: float  # commit and bookkeeping
-    prefill_s: float = 0.0  # after the round, for requests that came in; not in `seconds`
+    prefill_s: float = 0.0  # after the round, for new requests; not in `seconds`
     draft_version: int = 0
     finished: tuple[Completion, ...] = ()
 
@@ -67,11 +66,11 @@ class Round:
 
     @property
     def accept_length(self) -> float:
-        """Tokens per request that the verification yielded, bonus included (mean of `correct_drafts` + 1)."""
+        """Mean of `correct_drafts` + 1: tokens per request, including the bonus token."""
         return float(self.correct_drafts.sum()) / len(self.correct_drafts) + 1.0
 
     def histogram(self) -> Ints:
-        """Requests by number of correct drafts: [num_steps + 1] int64."""
+        """Count the requests by number of correct drafts: [num_steps + 1] int64."""
         return np.bincount(self.correct_drafts, minlength=self.plan.num_steps + 1)
 
 
@@ -86,7 +85,7 @@ class PlainSample:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What a learner needs from one round (or one prefill): every verified node, accepted or rejected.
+    """The data that a learner needs from one round or prefill: every verified node, accepted or rejected.
 
     Row 0 of each request is its last committed token; `logits[b, i]` is the target's distribution over the
     token that follows `tokens[b, i]`, and `features[b, i]` the hidden states of its three aux layers at that token. A
@@ -98,8 +97,8 @@ class Trace:
     tokens: Tensor  # [B, n] int64
     features: Tensor  # [B, n, 3H], the target's dtype
     logits: Tensor  # [B, n, V] float32
-    parents: Tensor  # [B, n] int64, the row each node continues; -1 for row 0
-    path: Tensor  # [B, num_steps + 1] int64, rows on the accepted path, -1 padded
+    parents: Tensor  # [B, n] int64, the row that each node continues; -1 for row 0
+    path: Tensor  # [B, num_steps + 1] int64, rows on the accepted path; padding -1
     draft_version: int
     plan: Plan | None = None  # None: a prefill
     temperatures: tuple[float, ...] = ()

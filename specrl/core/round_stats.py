@@ -1,8 +1,4 @@
-"""The one statistic of rounds: sums that can be added, merged and turned into means.
-
-Logs, live estimates, measurements and evaluations all use `RoundStats`. An interval needs several of them: rounds are
-grouped into windows or blocks, and the groups are resampled.
-"""
+"""The statistic of rounds for logs, live estimates and evaluation: sums, and groups of rounds for intervals."""
 
 from __future__ import annotations
 
@@ -26,42 +22,23 @@ _MIN_BLOCKS = 8  # blocks that an interval needs
 
 @dataclass(slots=True)
 class RoundStats:
-    """Sums over rounds.
-
-    Attributes:
-        rounds: number of rounds.
-        requests: sum of batch sizes: one for each request and round.
-        tokens: tokens committed, of all requests.
-        tokens_per_request: sum of each round's mean tokens per request.
-        plain_s: seconds that plain decoding would have taken for these tokens; 0 if it was not measured.
-        draft_s, verify_s, other_s: seconds of the parts of the rounds.
-        thinking_s: seconds that choosing plans took.
-        prefill_s: seconds of prefills after the rounds; not in `seconds`.
-        proposed: [num_steps] for each draft position k, the requests x rounds that proposed at least k + 1 drafts.
-        accepted: [num_steps] for each draft position k, the requests x rounds that accepted at least k + 1 drafts.
-    """
+    """Sums over rounds. A request counts once for each round."""
 
     rounds: int = 0
-    requests: int = 0
-    tokens: int = 0
-    tokens_per_request: float = 0.0
-    plain_s: float = 0.0
+    requests: int = 0  # sum of batch sizes
+    tokens: int = 0  # committed, of all requests
+    tokens_per_request: float = 0.0  # sum of each round's mean tokens per request
+    plain_s: float = 0.0  # seconds that plain decoding would have taken for these tokens; 0 if not measured
     draft_s: float = 0.0
     verify_s: float = 0.0
     other_s: float = 0.0
-    thinking_s: float = 0.0
-    prefill_s: float = 0.0
-    proposed: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
+    thinking_s: float = 0.0  # seconds that choosing plans took
+    prefill_s: float = 0.0  # seconds of prefills after the rounds; not in `seconds`
+    proposed: list[int] = field(default_factory=list)  # at index k: requests that proposed more than k drafts
+    accepted: list[int] = field(default_factory=list)  # at index k: requests that accepted more than k drafts
 
     def add(self, done: Round, plain_s: float = 0.0, thinking_s: float = 0.0) -> None:
-        """Add one round.
-
-        Args:
-            done: the round.
-            plain_s: seconds of a plain decoding step at its batch size and context.
-            thinking_s: seconds that choosing its plan took.
-        """
+        """Add a round; `plain_s` is the seconds of a plain decoding step at its batch size and context."""
         correct, tokens = done.correct_drafts.tolist(), sum(done.tokens.tolist())
         batch = len(correct)
         self.rounds += 1
@@ -84,13 +61,12 @@ class RoundStats:
 
     def merge(self, other: RoundStats) -> None:
         """Add the rounds of another statistic."""
-        for entry in fields(self):
-            mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
-            if isinstance(mine, list):
-                total = [a + b for a, b in zip_longest(mine, theirs, fillvalue=0)]
+        for name in (entry.name for entry in fields(self)):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if isinstance(ours, list):
+                setattr(self, name, [a + b for a, b in zip_longest(ours, theirs, fillvalue=0)])
             else:
-                total = mine + theirs
-            setattr(self, entry.name, total)
+                setattr(self, name, ours + theirs)
 
     @property
     def seconds(self) -> float:
@@ -113,21 +89,17 @@ class RoundStats:
         return 1.0 + sum(self.accepted) / self.requests if self.requests else math.nan
 
     def row(self) -> dict[str, object]:
-        """The sums as a row of a CSV file; accepted_1 is the count of the first draft position."""
+        """Return the sums as a row of a CSV file; accepted_1 is the count of the first draft position."""
         row: dict[str, object] = {"rounds": self.rounds, "requests": self.requests, "tokens": self.tokens}
         row |= {name: round(getattr(self, name), 7) for name in ("plain_s", "draft_s", "verify_s", "other_s")}
         return row | {f"accepted_{position}": count for position, count in enumerate(self.accepted, 1)}
 
 
 class RecentStats:
-    """The most recent rounds, as blocks of `BLOCK` rounds.
-
-    Attributes:
-        rounds: number of all rounds added, older ones included.
-    """
+    """The most recent rounds, as blocks of `BLOCK` rounds."""
 
     def __init__(self) -> None:
-        self.rounds = 0
+        self.rounds = 0  # all that were added, including those that are not recent
         self._blocks: deque[RoundStats] = deque(maxlen=RECENT_BLOCKS)
 
     def add(self, done: Round, plain_s: float, thinking_s: float = 0.0) -> None:
@@ -139,37 +111,35 @@ class RecentStats:
 
     @property
     def total(self) -> RoundStats:
-        """The sums over the recent rounds: the last 385 to 400."""
+        """Sums over the last 385 to 400 rounds."""
         total = RoundStats()
         for block in self._blocks:
             total.merge(block)
         return total
 
     def intervals(self) -> tuple[Interval, Interval] | None:
-        """95 % intervals of speedup and accept length, by resampling blocks; None: fewer than 8 full blocks.
+        """Return 95 % intervals of speedup and accept length, by resampling blocks; None: fewer than 8 full blocks.
 
         They show how much rounds vary. An error of the plain cost, which all rounds share, is not included.
         """
         if self.rounds < _MIN_BLOCKS * BLOCK:
             return None
-        blocks = self._blocks
+        blocks, rng = self._blocks, np.random.default_rng
+        plain_s, seconds = [b.plain_s for b in blocks], [b.seconds for b in blocks]
+        tokens, requests = [b.requests + sum(b.accepted) for b in blocks], [b.requests for b in blocks]
         return (
-            _interval([b.plain_s for b in blocks], [b.seconds for b in blocks]),
-            _interval([b.requests + sum(b.accepted) for b in blocks], [b.requests for b in blocks]),
+            ratio_of_sums(plain_s, seconds, resamples=1000, rng=rng(0)),
+            ratio_of_sums(tokens, requests, resamples=1000, rng=rng(0)),
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The blocks, JSON-able."""
+        """Return the blocks, JSON-able."""
         return {"rounds": self.rounds, "blocks": [asdict(block) for block in self._blocks]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`."""
         self.rounds = state["rounds"]
         self._blocks = deque((RoundStats(**block) for block in state["blocks"]), maxlen=RECENT_BLOCKS)
-
-
-def _interval(numerator: list[float], denominator: list[float]) -> Interval:
-    return ratio_of_sums(numerator, denominator, resamples=1000, rng=np.random.default_rng(0))
 
 
 class StatsByWindow:
@@ -186,7 +156,7 @@ class StatsByWindow:
         windows[-1].add(done, plain_s, thinking_s)
 
     def take_rows(self) -> list[dict[str, object]]:
-        """A row for each window since the last call, with its batch size and plan; they are forgotten then."""
+        """Return a row for each window since the last call, with its batch size and plan."""
         rows = [
             {"batch_size": batch, "plan": plan, **window.row()}
             for (batch, plan), windows in sorted(self._windows.items())
