@@ -1,8 +1,7 @@
-"""Bandits over plans, one per group of batch sizes: bucketed ε-greedy, UCB1 and EXP3. NumPy only.
+"""Bandits over plans, one for each group of batch sizes: bucketed ε-greedy, UCB1 and EXP3. NumPy only.
 
-Each plan is an arm of its own; the relation between plans is not used. UCB1 and EXP3 need rewards in [0, 1] and use
-v / (v + m): v is the tokens per second and request of a round, m the mean of all v in the group so far. They maximise
-the mean of a function of per-round ratios, not the ratio of sums that is the speedup of a run.
+UCB1 and EXP3 need rewards in [0, 1]. The reward of a round is v / (v + m): v is its tokens per second and request, m
+the mean of all v in the group so far. Its mean is not the ratio of sums that is the speedup of a run.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ GROUPS = (1, 2, 4, 8, 16, 32, 64, 128)  # lower bounds
 
 @dataclass(slots=True)
 class _Arms:
-    """The sums and counts of the plans at one group of batch sizes."""
+    """The plans as arms of a bandit, in one group of batch sizes."""
 
-    sums: list[float]
+    sums: list[float]  # of rewards (UCB1), or the logarithms of weights (EXP3)
     counts: list[float]
     speed: float = 0.0  # mean tokens per second and request
     rounds: int = 0
-    waiting: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=64))  # arm, probability of choosing
+    pending: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=64))  # arm, its probability
 
     def reward(self, done: Round) -> float:
-        """In (0, 1); 1/2 is the mean speed so far."""
+        """Return the reward of a round, in (0, 1); 1/2 is the mean speed so far."""
         speed = done.accept_length / done.seconds
         self.rounds += 1
         self.speed += (speed - self.speed) / self.rounds
@@ -44,14 +43,12 @@ class _Arms:
 
 class _Bandit(PlanChooser):
     def __init__(self, plans: Sequence[Plan], groups: Sequence[int]) -> None:
-        if not plans:
-            raise ValueError("a bandit needs at least one plan, but got none")
-        if not groups or min(groups) < 1:
-            raise ValueError(f"groups are lower bounds of batch sizes from 1 on, but got {list(groups)}")
-        self.plans, self._groups = tuple(plans), tuple(sorted(groups))
-        self._arms = {group: _Arms([0.0] * len(plans), [0.0] * len(plans)) for group in self._groups}
+        require(len(plans) > 0, "plans", "at least one plan", plans)
+        require(min(groups, default=0) >= 1, "groups", "lower bounds of batch sizes, at least 1", groups)
+        self.plans, self._groups = tuple(plans), tuple(groups)
+        self._arms = {group: _Arms([0.0] * len(plans), [0.0] * len(plans)) for group in groups}
 
-    def _at(self, batch_size: int) -> _Arms:
+    def _group(self, batch_size: int) -> _Arms:
         return self._arms[reached_bound(self._groups, batch_size)]
 
 
@@ -67,9 +64,9 @@ class MedianGreedy(_Bandit):
         tiers: lower bound of the batch size -> plans that are allowed (TLT lets large batches verify fewer tokens);
             None: all plans at all batch sizes.
         epsilon: ε.
-        window: rewards kept for each plan of a group.
-        groups: of batch sizes.
-        seed: of the exploration.
+        window: rewards in each median.
+        groups: lower bounds of the groups of batch sizes.
+        seed: seed of the exploration.
 
     Raises:
         ValueError: no plans, or a number out of range.
@@ -88,14 +85,13 @@ class MedianGreedy(_Bandit):
         super().__init__(plans, groups)
         require(0.0 <= epsilon <= 1.0, "epsilon", "in [0, 1]", epsilon)
         require(window >= 1, "window", "at least 1", window)
-        self._tiers = {bound: tuple(allowed) for bound, allowed in sorted((tiers or {1: self.plans}).items())}
+        self._tiers = tiers or {1: self.plans}
         self._epsilon, self._rng = epsilon, np.random.default_rng(seed)
         self._lengths = {plan: deque[float](maxlen=window) for plan in self.plans}
         self._rewards = {(group, plan): deque[float](maxlen=window) for group in self._groups for plan in self.plans}
         self._scores = dict.fromkeys(self._rewards, math.inf)
 
     def choose(self, observation: Observation) -> Plan:
-        """The plan for the next round."""
         allowed = self._tiers[reached_bound(self._tiers, observation.batch_size)]
         if self._rng.random() < self._epsilon:
             return allowed[int(self._rng.integers(len(allowed)))]
@@ -103,7 +99,6 @@ class MedianGreedy(_Bandit):
         return max(allowed, key=lambda plan: self._scores[group, plan])
 
     def learn(self, done: Round) -> None:
-        """Learn from a finished round."""
         lengths, key = self._lengths[done.plan], (reached_bound(self._groups, done.batch_size), done.plan)
         lengths.append(done.accept_length)
         self._rewards[key].append(float(np.median(lengths)) * done.batch_size / done.seconds)
@@ -115,24 +110,20 @@ class UCB1(_Bandit):
 
     Args:
         plans: the plans to choose from.
-        groups: of batch sizes.
-        scale: of the bonus; 1 in the paper. Rewards of plans differ by a few hundredths, so 1 explores for long.
-        seed: not used; all bandits have the same arguments.
+        groups: lower bounds of the groups of batch sizes.
+        scale: scale of the bonus; 1 in the paper. Rewards of plans differ little, so 1 explores for long.
 
     Raises:
         ValueError: no plans, or a number out of range.
     """
 
-    def __init__(
-        self, plans: Sequence[Plan], *, groups: Sequence[int] = GROUPS, scale: float = 1.0, seed: int = 0
-    ) -> None:
+    def __init__(self, plans: Sequence[Plan], *, groups: Sequence[int] = GROUPS, scale: float = 1.0) -> None:
         super().__init__(plans, groups)
         require(scale >= 0.0, "scale", "at least 0", scale)
         self._scale = scale
 
     def choose(self, observation: Observation) -> Plan:
-        """The plan for the next round."""
-        arms = self._at(observation.batch_size)
+        arms = self._group(observation.batch_size)
         if 0.0 in arms.counts:
             return self.plans[arms.counts.index(0.0)]
         bonus = 2.0 * math.log(sum(arms.counts))
@@ -140,8 +131,7 @@ class UCB1(_Bandit):
         return self.plans[bounds.index(max(bounds))]
 
     def learn(self, done: Round) -> None:
-        """Learn from a finished round."""
-        arms, index = self._at(done.batch_size), self.plans.index(done.plan)
+        arms, index = self._group(done.batch_size), self.plans.index(done.plan)
         arms.sums[index] += arms.reward(done)
         arms.counts[index] += 1.0
 
@@ -153,9 +143,9 @@ class EXP3(_Bandit):
 
     Args:
         plans: the plans to choose from.
-        groups: of batch sizes.
+        groups: lower bounds of the groups of batch sizes.
         gamma: γ in (0, 1].
-        seed: of the choices.
+        seed: seed of the choices.
 
     Raises:
         ValueError: no plans, or a number out of range.
@@ -164,7 +154,7 @@ class EXP3(_Bandit):
     def __init__(
         self, plans: Sequence[Plan], *, groups: Sequence[int] = GROUPS, gamma: float = 0.1, seed: int = 0
     ) -> None:
-        super().__init__(plans, groups)  # the sums of the arms are ln w
+        super().__init__(plans, groups)
         require(0.0 < gamma <= 1.0, "gamma", "in (0, 1]", gamma)
         self._gamma, self._rng = gamma, np.random.default_rng(seed)
 
@@ -175,23 +165,21 @@ class EXP3(_Bandit):
         return [(1.0 - self._gamma) * w / total + self._gamma / len(weights) for w in weights]
 
     def choose(self, observation: Observation) -> Plan:
-        """The plan for the next round."""
-        arms = self._at(observation.batch_size)
+        arms = self._group(observation.batch_size)
         p = self._probabilities(arms)
-        index, left = 0, self._rng.random() - p[0]
-        while left > 0.0 and index < len(p) - 1:
+        index, rest = 0, self._rng.random() - p[0]
+        while rest > 0.0 and index < len(p) - 1:
             index += 1
-            left -= p[index]
-        arms.waiting.append((index, p[index]))
+            rest -= p[index]
+        arms.pending.append((index, p[index]))
         return self.plans[index]
 
     def learn(self, done: Round) -> None:
-        """Learn from a finished round, by the probability with which its plan was chosen."""
-        arms, index = self._at(done.batch_size), self.plans.index(done.plan)
-        chosen = next((entry for entry in arms.waiting if entry[0] == index), None)
-        if chosen is None:
-            p = self._probabilities(arms)[index]
-        else:
-            arms.waiting.remove(chosen)
-            p = chosen[1]
+        arms, index = self._group(done.batch_size), self.plans.index(done.plan)
+        p = self._probabilities(arms)[index]  # if another chooser chose the plan
+        for choice in arms.pending:
+            if choice[0] == index:
+                arms.pending.remove(choice)
+                p = choice[1]
+                break
         arms.sums[index] += self._gamma * arms.reward(done) / (p * len(self.plans))

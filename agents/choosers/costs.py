@@ -13,11 +13,11 @@ _NOISE = 0.12  # log standard deviation of one round's seconds, before it is est
 _STEP = 0.15  # assumed cost of a draft step relative to plan 0, before it is measured
 _GUESS = 0.35  # log standard deviation of such an assumption
 _OCTAVE = 0.05  # log difference of a ratio of two plans between batch sizes, for every doubling
-_BEND = 0.015  # the same for a batch size between two known ones
+_BETWEEN = 0.015  # `_OCTAVE` for a batch size between two known ones
 _SPIKE = 0.6  # log seconds above the mean that make a round an outlier, unless it recurs
 _SLACK, _ALARM = 0.75, 11.0  # of the change detection, in standard deviations of one round
-_MOST = 2.0  # bound of a residual: at least nine rounds must agree on a change, because outliers come in bursts
-_LEANS = 40.0  # evidence above which a cost ignores other batch sizes
+_MAX_RESIDUAL = 2.0  # so that at least nine rounds must agree on a change, because outliers come in bursts
+_ENOUGH = 40.0  # evidence above which a cost ignores other batch sizes
 _SAME, _OTHER = 0.8, 0.3  # probability that a change is shared by another batch size, and by another plan
 
 
@@ -27,13 +27,13 @@ class Cell:
 
     mean: float
     weight: float = 1.0
-    seen: int = 0  # the clock of the last visit
-    odd: int = 0  # outliers in a row
+    seen: int = 0  # number of the last round
+    outliers: int = 0  # in a row
     above: float = 0.0  # CUSUM of residuals, upwards
     below: float = 0.0  # and downwards
-    run: float = 0.0  # sum and number of the residuals since both were zero
-    length: int = 0
-    visits: int = 1  # rounds ever taken
+    run: float = 0.0  # sum of the residuals since both were zero
+    length: int = 0  # and their number
+    visits: int = 1  # rounds in all
 
 
 _NO_EVIDENCE = Cell(0.0, weight=0.0, visits=0)
@@ -51,7 +51,7 @@ class Costs:
 
     Args:
         plans: the plans to choose from.
-        memory: rounds of a plan at a batch size after which a cost has faded to 1/e.
+        memory: rounds of a plan at a batch size after which a round has faded to 1/e.
         drift: log standard deviation of the change of a cost in a thousand rounds without its plan.
     """
 
@@ -75,13 +75,13 @@ class Costs:
         stale = self._stale(cell)
         cell.seen = self.rounds
         error = x - cell.mean
-        if error > _SPIKE and cell.odd < 3:
-            cell.odd += 1
+        if error > _SPIKE and cell.outliers < 3:
+            cell.outliers += 1
             return
-        if cell.odd >= 3 or error < -_SPIKE:  # it recurs, or the first round was the outlier: start again
+        if cell.outliers >= 3 or error < -_SPIKE:  # it recurs, or the first round was the outlier: start again
             self._cells[key] = Cell(x, seen=self.rounds)
             return
-        cell.odd, cell.visits = 0, cell.visits + 1
+        cell.outliers, cell.visits = 0, cell.visits + 1
         if self._changed(cell, error):
             shift, weight = cell.run / cell.length, float(cell.length)
             self._cells[key] = Cell(cell.mean + shift, weight, seen=self.rounds, visits=cell.visits)
@@ -94,7 +94,8 @@ class Costs:
 
     def _changed(self, cell: Cell, error: float) -> bool:
         """Whether this residual completes the evidence of a change."""
-        z = max(-_MOST, min(error / math.sqrt(self._variance * (1.0 + 1.0 / cell.weight)), _MOST))
+        z = error / math.sqrt(self._variance * (1.0 + 1.0 / cell.weight))
+        z = max(-_MAX_RESIDUAL, min(z, _MAX_RESIDUAL))
         cell.above, cell.below = max(0.0, cell.above + z - _SLACK), max(0.0, cell.below - z - _SLACK)
         if cell.above == cell.below == 0.0:
             cell.run, cell.length = 0.0, 0
@@ -107,43 +108,42 @@ class Costs:
         self.changes += 1
         for key, cell in self._cells.items():
             if key != changed:
-                chance = _SAME if key[1] == changed[1] else _OTHER
-                cell.mean += chance * shift
-                doubt = chance * (1.0 - chance) * shift**2
-                cell.weight = self._variance / (self._variance / cell.weight + doubt)
+                p = _SAME if key[1] == changed[1] else _OTHER
+                cell.mean += p * shift
+                cell.weight = self._variance / (self._variance / cell.weight + p * (1.0 - p) * shift**2)
                 cell.above, cell.below, cell.run, cell.length = 0.0, 0.0, 0.0, 0
 
     def _stale(self, cell: Cell) -> float:
         return self._drift**2 * (self.rounds - cell.seen) / 1000.0
 
     def cell(self, batch_size: int, plan: Plan) -> Cell:
-        """The evidence about a cost; one without weight and visits if there is none."""
+        """Return the evidence about a cost; weight and visits are 0 if there is none."""
         return self._cells.get((batch_size, plan), _NO_EVIDENCE)
 
     def unseen_anywhere(self, plan: Plan) -> int:
-        """Rounds since the plan last ran at any batch size."""
+        """Return the number of rounds since the plan ran at any batch size."""
         return self.rounds - self._seen.get(plan, 0)
 
     def log_seconds(self, batch_size: int, plan: Plan) -> tuple[float, float]:
-        """Posterior mean and standard deviation of log T."""
+        """Return the posterior mean and standard deviation of log T."""
         cell = self._cells.get((batch_size, plan))
         if cell is None:
             mean, variance = self._guess(batch_size, plan)
             return mean, math.sqrt(variance)
         mean, variance = cell.mean, self._variance / cell.weight + self._stale(cell)
-        if cell.weight < _LEANS:
-            guess, doubt = self._guess(batch_size, plan)
-            if doubt < _GUESS**2:
-                mean = (mean / variance + guess / doubt) / (1.0 / variance + 1.0 / doubt)
-                variance = 1.0 / (1.0 / variance + 1.0 / doubt)
+        if cell.weight < _ENOUGH:
+            guess, guess_variance = self._guess(batch_size, plan)
+            if guess_variance < _GUESS**2:
+                precision = 1.0 / variance + 1.0 / guess_variance
+                mean, variance = (mean / variance + guess / guess_variance) / precision, 1.0 / precision
         return mean, math.sqrt(variance)
 
     def _guess(self, batch_size: int, plan: Plan) -> tuple[float, float]:
-        """Mean and variance without the plan's own rounds at this batch size.
+        """Return mean and variance without the plan's own rounds at this batch size.
 
         They come from the most similar plan that is known at this batch size, and the ratio of the two plans at the
-        nearest batch sizes, or else the difference of their steps. If no plan is known at this batch size, they come
-        from the plan's cost at the nearest batch size.
+        nearest batch sizes, or else their numbers of steps. If no plan is known at this batch size, they come from the
+        plan's cost at the nearest batch size.
         """
         cells = self._cells
         known = [p for p in self.plans if p != plan and (batch_size, p) in cells]
@@ -164,14 +164,14 @@ class Costs:
         return here.mean + steps, _GUESS**2
 
     def _ratio(self, batch_size: int, plan: Plan, near: Plan, sizes: Sequence[int]) -> tuple[float, float, float]:
-        """Log ratio of two plans' costs from other batch sizes, its variance, and its possible error.
+        """Return the log ratio of two plans' costs from other batch sizes, its variance, and its possible error.
 
         It is interpolated over log batch size, and constant beyond the outermost batch sizes.
         """
         low = max((b for b in sizes if b < batch_size), default=0)
         high = min((b for b in sizes if b > batch_size), default=0)
         if low and high:
-            weight, spread = math.log(batch_size / low) / math.log(high / low), _BEND * math.log2(high / low)
+            weight, spread = math.log(batch_size / low) / math.log(high / low), _BETWEEN * math.log2(high / low)
         else:
             low = high = low or high
             weight, spread = 0.0, _OCTAVE * (0.5 + abs(math.log2(low / batch_size)))
@@ -183,12 +183,10 @@ class Costs:
         return ratio, variance, spread
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, JSON-able."""
         cells = [[batch, str(plan), *astuple(cell)] for (batch, plan), cell in self._cells.items()]
         return {"rounds": self.rounds, "changes": self.changes, "variance": self._variance, "cells": cells}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`."""
         self.rounds, self.changes, self._variance = state["rounds"], state["changes"], state["variance"]
         self._cells = {(b, Plan.parse(p)): Cell(*numbers) for b, p, *numbers in state["cells"]}
         self._seen = {plan: max(c.seen for (_, p), c in self._cells.items() if p == plan) for _, plan in self._cells}

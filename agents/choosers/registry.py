@@ -13,27 +13,21 @@ from specrl.agents.choosers.sglang_rule import SGLangRule
 from specrl.agents.choosers.table import FixedPlan, best_table
 from specrl.core.checks import require_known
 from specrl.core.interfaces import PlanChooser
-from specrl.core.plan import Plan
+from specrl.core.plan import Plan, chains_of
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The knowledge that a chooser may start with; the adaptive chooser needs the plans only.
+    """The knowledge that a chooser may start with; the adaptive chooser needs the plans only."""
 
-    Args:
-        plans: the plans to choose from.
-        costs: T, batch size -> plan -> seconds of a round, measured by a profile; may be empty.
-        accept_lengths: E[τ] of each plan; may be empty.
-    """
-
-    plans: tuple[Plan, ...]
-    costs: Mapping[int, Mapping[Plan, float]] = field(default_factory=dict)
-    accept_lengths: Mapping[Plan, float] = field(default_factory=dict)
+    plans: tuple[Plan, ...]  # to choose from
+    costs: Mapping[int, Mapping[Plan, float]] = field(default_factory=dict)  # batch size -> plan -> seconds of a round
+    accept_lengths: Mapping[Plan, float] = field(default_factory=dict)  # E[τ] of each plan
 
 
 def _one_tier(plans: tuple[Plan, ...]) -> dict[str, Any]:
-    """A config of SGLang's rule with all chains as candidates at every batch size."""
-    return {"1": {"candidate_steps": sorted(plan.num_steps for plan in plans if plan.is_chain)}}
+    """Return a config of SGLang's rule with all chains as candidates at every batch size."""
+    return {"1": {"candidate_steps": [plan.num_steps for plan in chains_of(plans)]}}
 
 
 Make = Callable[[Known, int], PlanChooser]  # knowledge, seed
@@ -41,7 +35,7 @@ CHOOSERS: dict[str, Make] = {
     "adaptive": lambda known, seed: AdaptiveChooser(known.plans, seed=seed),
     "sglang": lambda known, seed: SGLangRule(known.plans),
     "sglang-same": lambda known, seed: SGLangRule(known.plans, config=_one_tier(known.plans)),
-    # as proposed, it always drafts; with plan 0; and tuned: no hysteresis, decisions every round, windows kept
+    # the original, which always drafts; with plan 0; without hysteresis, with decisions after every round
     "throughput": lambda known, seed: ThroughputRule(tuple(p for p in known.plans if p.num_steps), known.costs),
     "throughput-0": lambda known, seed: ThroughputRule(known.plans, known.costs),
     "throughput-eager": lambda known, seed: ThroughputRule(
@@ -49,14 +43,14 @@ CHOOSERS: dict[str, Make] = {
     ),
     "threshold": lambda known, seed: ThresholdStopping(known.plans),
     "median-greedy": lambda known, seed: MedianGreedy(known.plans, seed=seed),
-    "ucb1": lambda known, seed: UCB1(known.plans, seed=seed),
+    "ucb1": lambda known, seed: UCB1(known.plans),
     "exp3": lambda known, seed: EXP3(known.plans, seed=seed),
     "best-table": lambda known, seed: best_table(known.costs, known.accept_lengths),
 }
 
 
 def make_chooser(name: str, known: Known, seed: int = 0) -> PlanChooser:
-    """A chooser of `CHOOSERS`, or for a plan such as '3/1/4' the one that always chooses it.
+    """Make a chooser of `CHOOSERS`, or for a plan such as '3/1/4' the one that always chooses it.
 
     Raises:
         ValueError: an unknown name, a plan that is not among the plans, or missing costs.

@@ -10,19 +10,18 @@ from specrl.agents.choosers.survival import Survival
 from specrl.core.checks import require
 from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
-from specrl.core.plan import Plan
+from specrl.core.plan import Plan, chains_of
 from specrl.core.round import Round
 
 
 class ThresholdStopping(PlanChooser):
     """Confidence-threshold stopping: the longest chain whose last draft is accepted with at least this probability.
 
-    The original stops each request on its own when the draft's probability of its token falls below a threshold:
-    Kangaroo (Liu et al., 2024, arXiv:2404.18911: 0.6), transformers (0.4), llama.cpp (0.75). A plan holds for a whole
-    batch and is fixed before its first draft, so the confidence at position k is replaced by a_k: the recent share of
-    drafts at k that were accepted, given that those before were. A position that was not reached recently is assumed to
-    be as good as the one before it, so one more step is tried from time to time. Like the original it always drafts,
-    ignores time, and chooses no tree.
+    The original stops the draft of a request when the draft's probability of its token is below a threshold: Kangaroo
+    (Liu et al., 2024, arXiv:2404.18911: 0.6), transformers (0.4), llama.cpp (0.75). A plan is fixed for a whole batch
+    before its first draft, so a_k replaces the confidence at position k: the recent share of drafts at k that were
+    accepted after all earlier ones were. A position without recent drafts is assumed to be as good as the one before
+    it, so longer chains are tried from time to time. Like the original, the rule always drafts and ignores time.
 
     Args:
         plans: the plans to choose from.
@@ -34,20 +33,16 @@ class ThresholdStopping(PlanChooser):
     """
 
     def __init__(self, plans: Sequence[Plan], *, threshold: float = 0.4, memory: float = 50.0) -> None:
-        chains = sorted(plan for plan in plans if plan.is_chain)
-        self.plans = tuple(plan for plan in chains if plan.num_steps > 0) or tuple(chains)
-        if not self.plans:
-            raise ValueError(f"stopping needs a chain (topk=1), but got {', '.join(map(str, plans)) or 'no plan'}")
+        chains = chains_of(plans)
+        self.plans = tuple(plan for plan in chains if plan.num_steps > 0) or chains
         require(0.0 < threshold < 1.0, "threshold", "in (0, 1)", threshold)
         self._threshold, self._survival = threshold, Survival(memory)
 
     def choose(self, observation: Observation) -> Plan:
-        """The plan for the next round."""
         steps = self._survival.steps_above(self._threshold, self.plans[-1].num_steps)
         return max((plan for plan in self.plans if plan.num_steps <= steps), default=self.plans[0])
 
     def learn(self, done: Round) -> None:
-        """Learn from a finished round."""
         self._survival.learn(done)
 
 
@@ -61,8 +56,8 @@ class ThroughputRule(PlanChooser):
     P_k is the mean over the last `window` rounds that proposed k drafts, at all batch sizes; a position that was never
     reached is extrapolated geometrically. The costs come from a profile at start-up and never change.
 
-    The original always drafts. Here plan 0 may be one of the plans: it scores 1 / cost, and after every `probe` rounds
-    of it the shortest chain runs once, so that the windows are updated.
+    The original always drafts. Here plan 0 may be one of the plans: it scores 1 / cost, and after `probe` rounds of it
+    the shortest chain runs once, so that the windows are updated.
 
     Args:
         plans: the plans to choose from; plans that are not chains are never chosen.
@@ -88,27 +83,26 @@ class ThroughputRule(PlanChooser):
         forget: bool = True,
         probe: int = 20,
     ) -> None:
-        self.plans = tuple(sorted(plan for plan in plans if plan.is_chain))
-        if not self.plans:
-            raise ValueError(f"this rule needs a chain (topk=1), but got {', '.join(map(str, plans)) or 'no plan'}")
+        self.plans = chains_of(plans)
         counts = window, update_interval, probe
         require(min(counts) >= 1, "window, update_interval and probe", "at least 1", counts)
         require(hysteresis >= 0, "hysteresis", "at least 0", hysteresis)
         missing = [f"{plan} at {batch}" for batch, known in costs.items() for plan in self.plans if plan not in known]
         if not costs or missing:
-            raise ValueError(f"every plan needs a cost, but got none of {', '.join(missing) or 'any'}; profile it")
-        self._costs = {batch: dict(known) for batch, known in costs.items()}
+            raise ValueError(
+                f"costs must include all chains, but lack {', '.join(missing) or 'all'}; profile the engine"
+            )
+        self._costs = costs
         self._windows: list[deque[float]] = [deque(maxlen=window) for _ in range(self.plans[-1].num_steps)]
-        self._interval, self._hysteresis, self._since = update_interval, hysteresis, 0
-        self._forget, self._probe, self._idle = forget, probe, 0
+        self._interval, self._hysteresis, self._forget, self._probe = update_interval, hysteresis, forget, probe
+        self._since = self._idle = 0  # rounds since the last decision, and rounds of plan 0 in a row
         self._shortest = next((plan for plan in self.plans if plan.num_steps), self.plans[0])
         self._now = self.plans[len(self.plans) // 2]
 
     def choose(self, observation: Observation) -> Plan:
-        """The plan for the next round."""
         if self._since >= self._interval:
             self._since = 0
-            if all(len(seen) == seen.maxlen for seen in self._windows[: self._now.num_steps]):
+            if all(len(window) == window.maxlen for window in self._windows[: self._now.num_steps]):
                 self._decide(observation.batch_size)
         return self._shortest if self._idle >= self._probe else self._now
 
@@ -119,16 +113,16 @@ class ThroughputRule(PlanChooser):
         best = max(scores, key=lambda plan: scores[plan])
         if scores[best] > scores[self._now] * (1.0 + self._hysteresis):
             if self._forget and 0 < best.num_steps < self._now.num_steps:
-                for seen in self._windows[best.num_steps :]:
-                    seen.clear()
+                for window in self._windows[best.num_steps :]:
+                    window.clear()
             self._now = best
 
     def accept_lengths(self) -> list[float]:
-        """E[τ] of the chains with 0, 1, 2, … steps, as far as anything is known."""
+        """Return E[τ] of the chains with 0, 1, 2, … steps, as far as it is known."""
         survival: list[float] = []
-        for seen in self._windows:
-            if seen:
-                survival.append(sum(seen) / len(seen))
+        for window in self._windows:
+            if window:
+                survival.append(sum(window) / len(window))
             elif len(survival) > 1 and survival[0] > 0:
                 ratio = (survival[-1] / survival[0]) ** (1.0 / (len(survival) - 1))
                 survival.append(survival[-1] * min(ratio, 1.0))
@@ -139,7 +133,6 @@ class ThroughputRule(PlanChooser):
         return list(accumulate(survival, initial=1.0))
 
     def learn(self, done: Round) -> None:
-        """Learn the acceptance of a finished round."""
         correct, batch = done.correct_drafts.tolist(), done.batch_size
         reached = batch
         for k in range(min(done.plan.num_steps, len(self._windows))):

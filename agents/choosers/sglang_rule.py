@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from specrl.core.batch_schedule import reached_bound
-from specrl.core.checks import require_known
+from specrl.core.checks import require, require_known
 from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
-from specrl.core.plan import Plan
+from specrl.core.plan import Plan, chains_of
 from specrl.core.round import Round
 
 # The defaults of `--speculative-adaptive`, by lower bound of the batch size.
@@ -31,21 +31,26 @@ DEFAULTS: Mapping[str, Any] = {
 class Settings:
     """The settings of one tier, with SGLang's names and defaults."""
 
-    candidate_steps: tuple[int, ...]
+    candidate_steps: Sequence[int] = ()
     ema_alpha: float = 0.2  # weight of the newest round
     update_interval: int = 5  # rounds between decisions
-    warmup_batches: int = 10  # rounds before the first one
+    warmup_batches: int = 10  # rounds before the first decision
     down_hysteresis: float = -0.25  # added to the threshold for fewer steps
-    up_hysteresis: float = 0.0  # added to the threshold for more
+    up_hysteresis: float = 0.0  # added to the threshold for more steps
     ceiling_coeff: float = 0.0  # 0: no ceiling
+
+    def __post_init__(self) -> None:
+        steps = self.candidate_steps
+        valid = len(steps) > 0 and all(isinstance(count, int) and count >= 0 for count in steps)
+        require(valid, "candidate_steps", "at least one whole number from 0 on", steps)
 
 
 class Tier:
     """The number of steps at one range of batch sizes, from the moving mean e of correct drafts per request.
 
-    Every `update_interval` rounds: go down while e <= c' - 1/2 + down_hysteresis for the next smaller candidate c'
-    (1/2 in the place of c' - 1/2 where c' = 0); else go up while e > c - 1/2 + up_hysteresis for the present c. From 0
-    steps the next candidate is tried at every decision.
+    Every `update_interval` rounds: go down while e <= c' - 1/2 + down_hysteresis for the next smaller candidate c' (if
+    c' is 0: while e <= 1/2 + down_hysteresis); else go up while e > c - 1/2 + up_hysteresis for the present c. From 0
+    steps, every decision tries the next candidate.
     """
 
     def __init__(self, settings: Settings, initial_steps: int) -> None:
@@ -56,34 +61,34 @@ class Tier:
         self.rounds = 0
 
     def update(self, correct: Sequence[int]) -> None:
-        """Take the correct drafts of each request of a round."""
+        """Add the correct drafts of each request of a round."""
         s = self.settings
         if self.steps > 0:
             self.mean = (1 - s.ema_alpha) * self.mean + s.ema_alpha * (sum(correct) / len(correct))
         self.rounds += 1
         since = self.rounds - s.warmup_batches
         if since > 0 and since % s.update_interval == 0:
-            self.steps = self._probe() if self.steps == 0 else self._decide()
+            self.steps = self._try_drafting() if self.steps == 0 else self._decide()
 
-    def _probe(self) -> int:
+    def _try_drafting(self) -> int:
         steps = self.candidates[min(1, len(self.candidates) - 1)]
-        if steps > 0 and self.mean < 0:  # it started with 0 steps and has seen no drafts
+        if steps > 0 and self.mean < 0:  # there were no drafts yet
             self.mean = float(steps - 1)
         return steps
 
     def _decide(self) -> int:
         s, steps = self.settings, self.candidates
-        at = first = steps.index(self.steps)
-        while at > 0 and self.mean <= (steps[at - 1] - 0.5 if steps[at - 1] else 0.5) + s.down_hysteresis:
-            at -= 1
-        if at == first:
-            while at < len(steps) - 1 and self.mean > steps[at] - 0.5 + s.up_hysteresis:
-                at += 1
-        if s.ceiling_coeff > 0 and steps[at] <= self.steps:  # it only ever lowers the number of steps
+        index = first = steps.index(self.steps)
+        while index > 0 and self.mean <= (steps[index - 1] - 0.5 if steps[index - 1] else 0.5) + s.down_hysteresis:
+            index -= 1
+        if index == first:
+            while index < len(steps) - 1 and self.mean > steps[index] - 0.5 + s.up_hysteresis:
+                index += 1
+        if s.ceiling_coeff > 0 and steps[index] <= self.steps:  # the ceiling never increases the number of steps
             ceiling = max(1, math.ceil(self.mean * s.ceiling_coeff))
-            while at > 0 and steps[at] > ceiling:
-                at -= 1
-        return steps[at]
+            while index > 0 and steps[index] > ceiling:
+                index -= 1
+        return steps[index]
 
 
 class SGLangRule(PlanChooser):
@@ -109,49 +114,35 @@ class SGLangRule(PlanChooser):
         initial_steps: int = 3,
         graph_batch_sizes: Sequence[int] = (),
     ) -> None:
-        chains = {plan.num_steps: plan for plan in plans if plan.is_chain}
-        if not chains:
-            raise ValueError(f"SGLang's rule needs a chain (topk=1), but got {', '.join(map(str, plans)) or 'no plan'}")
-        tiers = _tiers(DEFAULTS if config is None else config)
-        self._tiers = {}
-        for bound, numbers in sorted(tiers.items()):
-            offered = [steps for steps in numbers["candidate_steps"] if steps in chains]
-            missing = sorted(set(numbers["candidate_steps"]) - set(chains))
-            if missing and config is not None:
-                raise ValueError(f"candidate_steps must be plans, but got {missing} in tier {bound}; add the plans")
-            numbers = {**numbers, "candidate_steps": tuple(offered or chains)}
-            self._tiers[bound] = Tier(Settings(**numbers), initial_steps)
+        self._chains = {plan.num_steps: plan for plan in chains_of(plans)}
+        self._graphs, self._tiers = tuple(graph_batch_sizes), dict[int, Tier]()
+        for bound, settings in _read_config(DEFAULTS if config is None else config).items():
+            steps = [count for count in settings.candidate_steps if count in self._chains]
+            known = config is None or len(steps) == len(settings.candidate_steps)
+            require(known, "candidate_steps", "steps of the plans", settings.candidate_steps)
+            self._tiers[bound] = Tier(replace(settings, candidate_steps=steps or list(self._chains)), initial_steps)
         used = {steps for tier in self._tiers.values() for steps in tier.candidates}
         self.plans = tuple(plan for plan in plans if plan.is_chain and plan.num_steps in used)
-        self._chains, self._graphs = chains, tuple(graph_batch_sizes)
 
     def _tier(self, batch_size: int) -> Tier:
         padded = min((graph for graph in self._graphs if graph >= batch_size), default=batch_size)
         return self._tiers[reached_bound(self._tiers, padded)]
 
     def best(self, batch_size: int) -> Plan:
-        """The plan for a batch size now."""
         return self._chains[self._tier(batch_size).steps]
 
     def choose(self, observation: Observation) -> Plan:
-        """The plan for the next round."""
         return self.best(observation.batch_size)
 
     def learn(self, done: Round) -> None:
-        """Learn from a finished round, whichever plan it ran, as the original does."""
-        self._tier(done.batch_size).update(done.correct_drafts.tolist())
+        self._tier(done.batch_size).update(done.correct_drafts.tolist())  # for any plan, as the original does
 
 
-def _tiers(config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Tiers by lower bound, each with the shared settings."""
+def _read_config(config: Mapping[str, Any]) -> dict[int, Settings]:
+    """Return the settings of each tier by lower bound; the settings outside of tiers hold for all of them."""
     shared = {name: value for name, value in config.items() if not name.isdigit()}
     tiers = {int(name): {**shared, **tier} for name, tier in config.items() if name.isdigit()}
-    for bound, numbers in tiers.items():
-        for name in numbers:
-            require_known("a setting of the rule", name, Settings.__dataclass_fields__)
-        steps = numbers.get("candidate_steps")
-        if not steps or not all(isinstance(s, int) and s >= 0 for s in steps):
-            raise ValueError(f"candidate_steps must be whole numbers from 0 on, but got {steps!r} in tier {bound}")
-    if not tiers:
-        raise ValueError(f'the config needs a tier such as "1": {{"candidate_steps": [1, 3]}}, but got {list(config)}')
-    return tiers
+    require(len(tiers) > 0, "the config", 'of at least one tier such as "1": {"candidate_steps": [1, 3]}', list(config))
+    for name in {name for tier in tiers.values() for name in tier}:
+        require_known("a setting of the rule", name, Settings.__dataclass_fields__)
+    return {bound: Settings(**tier) for bound, tier in tiers.items()}

@@ -1,8 +1,8 @@
 """The survival of drafts: conditional acceptance by position, pooled over batch sizes. NumPy only.
 
-a_k is the probability that draft k is accepted given that the first k - 1 were; P_k = a_1 ... a_k and
-E[τ] = 1 + Σ P_k. It depends on draft, traffic and acceptance rule, not on the batch size. Chains of all lengths share
-their evidence; each shape of trees has its own.
+a_k is the probability that draft k is accepted if the first k - 1 are; P_k = a_1 ... a_k and E[τ] = 1 + Σ P_k. It
+depends on draft, workload and acceptance rule, not on the batch size. Chains of all lengths share their evidence; each
+shape of trees has its own.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from specrl.core.round import Round
 Floats = NDArray[np.float64]
 _PRIOR = 2.0  # weight of the prior, in drafts
 _SLACK, _ALARM = 1.0, 8.0  # of the change detection, in standard deviations of one round
-_OLD = 0.02  # share of the evidence that is kept after a change
+_KEEP_AFTER_CHANGE = 0.02  # share of the evidence that is kept after a change
 
 
 @dataclass(slots=True)
-class Watch:
+class Cusum:
     """Two-sided CUSUM of a family's residuals, and the counts since both sides were zero."""
 
     above: float = 0.0
     below: float = 0.0
-    run: Floats | None = None  # [2, K]: accepted, tried
+    counts: Floats | None = None  # [2, K]: accepted, tried
 
 
 class Survival:
@@ -42,14 +42,14 @@ class Survival:
     Args:
         memory: rounds with drafts, of any plan, after which evidence has faded to 1/e.
         version_memory: share of the evidence that is kept when the draft's weights change.
-        idle_memory: the same in rounds without drafts; it is shorter, so that drafts are tried again.
+        idle_memory: `memory` in rounds without drafts; it is shorter, so that drafts are tried again.
     """
 
     def __init__(self, memory: float = 1600.0, version_memory: float = 0.97, idle_memory: float = 400.0) -> None:
         self._keep, self._keep_idle = math.exp(-1.0 / memory), math.exp(-1.0 / idle_memory)
-        self.version_memory = version_memory
+        self._version_memory = version_memory
         self._counts: dict[str, Floats] = {}  # family -> [2, K]: accepted, tried
-        self._watches: dict[str, Watch] = {}
+        self._cusums: dict[str, Cusum] = {}
         self._version: int | None = None
         self.changes = 0  # detected so far
 
@@ -59,17 +59,14 @@ class Survival:
         return "chain" if plan.is_chain else f"tree/{plan.topk}/{plan.num_draft_tokens}"
 
     def learn(self, done: Round) -> None:
-        """Learn from a finished round."""
-        changed = self._version is not None and done.draft_version != self._version
-        keep = self._keep if done.plan.num_steps else self._keep_idle
-        for counts in self._counts.values():
-            counts *= keep * (self.version_memory if changed else 1.0)
-        self._version = done.draft_version
         steps = done.plan.num_steps
+        changed = self._version is not None and done.draft_version != self._version
+        for counts in self._counts.values():
+            counts *= (self._keep if steps else self._keep_idle) * (self._version_memory if changed else 1.0)
+        self._version = done.draft_version
         if steps == 0:
             return
-        histogram = np.bincount(done.correct_drafts, minlength=steps + 1)
-        reached = histogram[::-1].cumsum()[::-1].astype(np.float64)  # reached[k]: k or more correct
+        reached = done.histogram()[::-1].cumsum()[::-1].astype(np.float64)  # [k]: requests with k or more correct
         family = self.family(done.plan)
         counts = self._of(family, steps)
         if not self._changed(family, counts, reached):
@@ -79,27 +76,27 @@ class Survival:
     def _changed(self, family: str, counts: Floats, reached: Floats) -> bool:
         """Whether this round completes the evidence of a change; the counts then start again."""
         steps = len(reached) - 1
-        watch = self._watches.setdefault(family, Watch())
+        cusum = self._cusums.setdefault(family, Cusum())
         tried = counts[1, :steps]
         rates = (counts[0, :steps] + 0.5) / (tried + 1.0)
         spread = rates * (1.0 - rates) * reached[:-1]
         spread = spread * (1.0 + reached[:-1] / (1.0 + tried))  # the rates themselves are uncertain
         z = float((reached[1:] - rates * reached[:-1]).sum()) / math.sqrt(float(spread.sum()) + 1e-9)
         z = max(-4.0, min(z, 4.0))
-        watch.above, watch.below = max(0.0, watch.above + z - _SLACK), max(0.0, watch.below - z - _SLACK)
-        if watch.above == watch.below == 0.0:
-            watch.run = None
+        cusum.above, cusum.below = max(0.0, cusum.above + z - _SLACK), max(0.0, cusum.below - z - _SLACK)
+        if cusum.above == cusum.below == 0.0:
+            cusum.counts = None
             return False
-        if watch.run is None or watch.run.shape != counts.shape:
-            watch.run = np.zeros_like(counts)
-        watch.run[0, :steps] += reached[1:]
-        watch.run[1, :steps] += reached[:-1]
-        if max(watch.above, watch.below) <= _ALARM:
+        if cusum.counts is None or cusum.counts.shape != counts.shape:
+            cusum.counts = np.zeros_like(counts)
+        cusum.counts[0, :steps] += reached[1:]
+        cusum.counts[1, :steps] += reached[:-1]
+        if max(cusum.above, cusum.below) <= _ALARM:
             return False
         for old in self._counts.values():
-            old *= _OLD
-        counts += watch.run
-        self._watches.clear()
+            old *= _KEEP_AFTER_CHANGE
+        counts += cusum.counts
+        self._cusums.clear()
         self.changes += 1
         return True
 
@@ -111,62 +108,58 @@ class Survival:
         return counts
 
     def accept_length(self, plan: Plan, rng: np.random.Generator | None = None) -> float:
-        """E[τ] of a plan: its posterior mean, or a sample if there is a generator."""
+        """Return E[τ] of a plan: its posterior mean, or a sample if there is a generator."""
         return self.accept_lengths((plan,), rng)[0]
 
     def accept_lengths(self, plans: tuple[Plan, ...], rng: np.random.Generator | None = None) -> list[float]:
-        """E[τ] of plans; plans of one family share one sample of a_k, so that only their lengths differ."""
-        longest: dict[str, Plan] = {}
+        """Return E[τ] of plans; plans of one family share one sample of a_k, so that only their lengths differ."""
+        longest, lengths = dict[str, Plan](), dict[str, list[float]]()
         for plan in plans:
             family = self.family(plan)
-            if family not in longest or plan.num_steps > longest[family].num_steps:
-                longest[family] = plan
-        lengths = {}
+            longest[family] = max(longest.get(family, plan), plan, key=lambda plan: plan.num_steps)
         for family, plan in longest.items():
             a, b = self._posterior(plan)
             rates = a / (a + b) if rng is None else rng.beta(a, b)
             lengths[family] = [1.0, *(1.0 + rates.cumprod().cumsum()).tolist()]
         return [lengths[self.family(plan)][plan.num_steps] for plan in plans]
 
-    def steps_above(self, threshold: float, most: int) -> int:
-        """Number of leading positions of a chain with a_k >= threshold, up to `most`."""
-        a, b = self._posterior(Plan(most))
-        below = np.flatnonzero(a / (a + b) < threshold)
-        return int(below[0]) if len(below) else most
+    def steps_above(self, threshold: float, max_steps: int) -> int:
+        """Return the number of leading positions of a chain with a_k >= threshold, at most `max_steps`."""
+        a, b = self._posterior(Plan(max_steps))
+        return int((a / (a + b) >= threshold).cumprod().sum())
 
     def _posterior(self, plan: Plan) -> tuple[Floats, Floats]:
-        """Beta parameters of a_1 .. a_steps; the prior of a position is the rate of the one before it."""
-        steps = plan.num_steps
-        accepted, seen = self._of(self.family(plan), steps).tolist()
+        """Return the Beta parameters of a_1 .. a_steps.
+
+        The prior of a position is the rate of chains there, for trees, or else the rate of the position before it.
+        """
+        counts, prior = self._of(self.family(plan), plan.num_steps), 0.5
         chain = self._counts.get("chain")
-        hints = [] if plan.is_chain or chain is None else chain.T.tolist()
-        before, a, b = 0.5, [], []
-        for k in range(steps):
-            prior = before
-            if k < len(hints) and hints[k][1] > 0:
-                prior = hints[k][0] / hints[k][1]
-            a.append(accepted[k] + _PRIOR * prior + 1e-3)
-            b.append(seen[k] - accepted[k] + _PRIOR * (1.0 - prior) + 1e-3)
-            before = a[k] / (a[k] + b[k])
+        chain_counts = [] if plan.is_chain or chain is None else chain.T.tolist()
+        a, b = [], []
+        for k, (accepted, tried) in enumerate(counts.T[: plan.num_steps].tolist()):
+            if k < len(chain_counts) and chain_counts[k][1] > 0:
+                prior = chain_counts[k][0] / chain_counts[k][1]
+            a.append(accepted + _PRIOR * prior + 1e-3)
+            b.append(tried - accepted + _PRIOR * (1.0 - prior) + 1e-3)
+            prior = a[k] / (a[k] + b[k])
         return np.array(a), np.array(b)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, JSON-able."""
         return {
             "counts": {name: counts.tolist() for name, counts in self._counts.items()},
             "watches": {
-                name: [watch.above, watch.below, None if watch.run is None else watch.run.tolist()]
-                for name, watch in self._watches.items()
+                name: [cusum.above, cusum.below, None if cusum.counts is None else cusum.counts.tolist()]
+                for name, cusum in self._cusums.items()
             },
             "version": self._version,
             "changes": self.changes,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`."""
         self._counts = {name: np.array(counts, dtype=np.float64) for name, counts in state["counts"].items()}
-        self._watches = {
-            name: Watch(above, below, None if run is None else np.array(run, dtype=np.float64))
-            for name, (above, below, run) in state["watches"].items()
+        self._cusums = {
+            name: Cusum(above, below, None if counts is None else np.array(counts, dtype=np.float64))
+            for name, (above, below, counts) in state["watches"].items()
         }
         self._version, self.changes = state["version"], state["changes"]

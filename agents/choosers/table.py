@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from specrl.core.batch_schedule import reached_bound
+from specrl.core.checks import require
 from specrl.core.interfaces import PlanChooser
 from specrl.core.observation import Observation
-from specrl.core.plan import Plan
+from specrl.core.plan import Plan, chains_of
 
 
 class PlanTable(PlanChooser):
@@ -23,21 +24,18 @@ class PlanTable(PlanChooser):
 
     def __init__(self, table: Mapping[int, Plan | str]) -> None:
         parsed = {int(bound): Plan.parse(plan) for bound, plan in table.items()}
-        if not parsed or min(parsed) < 1:
-            raise ValueError(f"a plan table needs entries for batch sizes from 1 on, but got {dict(table)}")
+        require(min(parsed, default=0) >= 1, "a plan table", "of at least one batch size, all at least 1", table)
         self._table = dict(sorted(parsed.items()))
         self.plans = tuple(dict.fromkeys(self._table.values()))
 
     def best(self, batch_size: int) -> Plan:
-        """The plan for a batch size."""
         return self._table[reached_bound(self._table, batch_size)]
 
     def choose(self, observation: Observation) -> Plan:
-        """The plan for the next round."""
         return self.best(observation.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """The table, JSON-able: {"1": "3/1/4", ...}."""
+        """Return the table, JSON-able: {"1": "3/1/4", ...}."""
         return {str(bound): str(plan) for bound, plan in self._table.items()}
 
 
@@ -49,7 +47,7 @@ class FixedPlan(PlanTable):
 
 
 def best_table(costs: Mapping[int, Mapping[Plan, float]], accept_lengths: Mapping[Plan, float]) -> PlanTable:
-    """The best fixed plan per batch size, argmax E[τ] / T(B, plan): what a chooser is measured against.
+    """Return the best fixed plan per batch size, argmax E[τ] / T(B, plan), which choosers are compared with.
 
     Args:
         costs: T, batch size -> plan -> seconds of a round.
@@ -67,8 +65,8 @@ def best_table(costs: Mapping[int, Mapping[Plan, float]], accept_lengths: Mappin
 class ClairvoyantLength(PlanChooser):
     """An upper bound: it knows in advance how many drafts of each request will be accepted.
 
-    It takes the chain with the highest N - λ·T, tokens committed minus seconds at the rate λ = ΣN / ΣT that it has had
-    at this batch size (Dinkelbach, 1967), per request. Only a simulation knows the future, so no agent can do better.
+    It takes the chain with the highest N - λ·T: N tokens per request, T seconds, and the rate λ = ΣN / ΣT of its rounds
+    at this batch size (Dinkelbach, 1967). Only a simulation knows the future.
 
     Args:
         plans: the plans to choose from; plans that are not chains are never chosen.
@@ -80,26 +78,20 @@ class ClairvoyantLength(PlanChooser):
     """
 
     def __init__(
-        self,
-        plans: Sequence[Plan],
-        costs: Mapping[int, Mapping[Plan, float]],
-        foresee: Callable[[], Sequence[int]],
+        self, plans: Sequence[Plan], costs: Mapping[int, Mapping[Plan, float]], foresee: Callable[[], Sequence[int]]
     ) -> None:
-        self.plans = tuple(plan for plan in plans if plan.is_chain)
-        if not self.plans or not costs:
-            raise ValueError(f"clairvoyance needs chains and costs, but got {len(self.plans)} and {len(costs)} of them")
-        self._costs, self._foresee = {bound: dict(costs[bound]) for bound in sorted(costs)}, foresee
-        self._earned = dict.fromkeys(self._costs, (0.0, 0.0))  # tokens per request, seconds
+        require(len(costs) > 0, "costs", "known at one batch size at least", costs)
+        self.plans, self._costs, self._foresee = chains_of(plans), costs, foresee
+        self._sums = dict.fromkeys(costs, (0.0, 0.0))  # tokens per request, seconds
 
     def choose(self, observation: Observation) -> Plan:
-        """The plan for the next round."""
         bound = reached_bound(self._costs, observation.batch_size)
         costs, correct = self._costs[bound], list(self._foresee())
         gains = [1.0 + sum(min(c, plan.num_steps) for c in correct) / len(correct) for plan in self.plans]
-        tokens, seconds = self._earned[bound]
+        tokens, seconds = self._sums[bound]
         ratios = [gain / costs[plan] for gain, plan in zip(gains, self.plans, strict=True)]
         rate = tokens / seconds if seconds else max(ratios)
         values = [gain - rate * costs[plan] for gain, plan in zip(gains, self.plans, strict=True)]
         best = values.index(max(values))
-        self._earned[bound] = tokens + gains[best], seconds + costs[self.plans[best]]
+        self._sums[bound] = tokens + gains[best], seconds + costs[self.plans[best]]
         return self.plans[best]
