@@ -8,7 +8,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # without POSIX file locks nothing is refused
+except ImportError:  # without POSIX file locks nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 
@@ -16,14 +16,14 @@ class DeviceLock:
     """Exclusive use of a device for timed rounds, among all processes of the user; released when the process ends.
 
     Args:
-        device: the device, by torch's name.
+        device: the device, by torch's name; None: nothing is locked.
         folder: folder of the lock files; None: the system's folder for temporary files.
     """
 
-    def __init__(self, device: str, folder: Path | None = None) -> None:
+    def __init__(self, device: str | None, folder: Path | None = None) -> None:
         user = os.getuid() if hasattr(os, "getuid") else 0
         self.device = device
-        self._path = (folder or Path(tempfile.gettempdir())) / f"specrl-{user}-{device.replace(':', '')}.lock"
+        self._path = (folder or Path(tempfile.gettempdir())) / f"specrl-{user}-{str(device).replace(':', '')}.lock"
         self._file: int | None = None
 
     def acquire(self) -> None:
@@ -32,7 +32,7 @@ class DeviceLock:
         Raises:
             ValueError: another environment holds the device.
         """
-        if self._file is not None or fcntl is None:
+        if self.device is None or self._file is not None or fcntl is None:
             return
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

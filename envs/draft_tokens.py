@@ -5,24 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 
-from specrl.core.batch_schedule import BatchSizes, batch_sizes
+from specrl.core.batch_schedule import BatchSizes
 from specrl.core.checks import require
 from specrl.core.interfaces import ProposalSession, Workload
 from specrl.core.plain_cost import PlainCost
-from specrl.core.rollout import Rollout
+from specrl.core.rollout import Step
 from specrl.core.round import Ints
 from specrl.decoding.engine import LocalEngine
 from specrl.decoding.propose import MAX_DRAFT_TOKENS
-from specrl.envs.draft_io import ActionDecoder, Arrays, ObservationWindow, Prefill, SampledDrafts
-from specrl.envs.timed_env import TimedEnv
+from specrl.envs.draft_io import ActionDecoder, Arrays, ObservationWindow, Prefill, SampledDrafts, Sizes
+from specrl.envs.timed_env import Episodes, TimedEnv, open_workload
 from specrl.models.config import default_aux_layers
 from specrl.models.target import load_target
 
 
-class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
+class DraftTokensEnv(TimedEnv[Arrays, ProposalSession]):
     """Live speculative decoding in which the agent is the draft; every step is one round, rewarded by the clock.
 
     The agent may draft in any way: with a network, a table or a guess, while the clock runs. B is the largest number of
@@ -88,6 +87,7 @@ class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
 
     engine: LocalEngine
     _title = "DraftTokens"
+    _needs_traces = True
 
     def __init__(
         self,
@@ -111,67 +111,53 @@ class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
         render_mode: str | None = None,
     ) -> None:
         require(1 <= num_steps < MAX_DRAFT_TOKENS, "num_steps", f"in [1, {MAX_DRAFT_TOKENS - 1}]", num_steps)
-        self._set_episodes(batch_size, reward, max_rounds, max_tokens, trace, render_mode)
-        self._set_engine(
-            _drafting_engine(engine, target, aux_layers, prompt_tokens + max_new_tokens),
+        episodes = Episodes(batch_size, reward, max_rounds, max_tokens)
+        owned = isinstance(engine, str)
+        engine = _drafting_engine(engine, target, aux_layers, prompt_tokens + max_new_tokens)
+        workload = open_workload(
             workload,
             target,
-            owned=isinstance(engine, str),
-            allow_parallel=allow_parallel,
             prompt_tokens=prompt_tokens,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             ignore_eos=ignore_eos,
         )
-        config = self.engine.target.config
-        rows = max(phase.batch_size for schedule in self._schedules for phase in schedule)
-        self._rows, features = rows, len(self.engine.aux_layers) * config.hidden_size
-        self._window = ObservationWindow(rows, num_steps, features, config.vocab_size, self.engine.max_context, flat)
+        options: dict[str, Any] = {"trace": trace, "allow_parallel": allow_parallel, "render_mode": render_mode}
+        super().__init__(engine, workload, episodes, owned=owned, **options)
+        config = engine.target.config
+        features = len(engine.aux_layers) * config.hidden_size
+        sizes = Sizes(episodes.sizes[-1], num_steps, config.vocab_size, features, engine.max_context, flat)
+        self._window, self._decoder = ObservationWindow(sizes), ActionDecoder(sizes)
         self._drafts = SampledDrafts(num_steps, config.vocab_size)
-        self._decoder = ActionDecoder(rows, num_steps, config.vocab_size, flat)
         self.observation_space, self.action_space = self._window.space, self._decoder.space
         self.baseline = PlainCost()
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Arrays, dict[str, Any]]:
-        """Begin an episode with new prompts; there are no options."""
-        super().reset(seed=seed)
-        phases = self._begin_episode(self.np_random, options)
-        session = self.engine.start(
-            self.workload,
-            batch_size=phases[0].batch_size,
-            max_batch_size=self._rows,
-            seed=int(self.np_random.integers(2**31)),
-            trace=True,
-        )
-        self._session = session
-        self._window.clear()
+    def _begin(self, session: ProposalSession) -> tuple[Arrays, dict[str, Any]]:
         self._drafts.reset(seed=int(self.np_random.integers(2**31)))
-        self._rollout = Rollout(session, (), self.baseline, batch_sizes=batch_sizes(phases))
-        observation, info = self._observe(session)
-        self._start_agent_clock()
-        return observation, info
+        return self._observe(session)
 
-    def step(self, action: Any) -> tuple[Arrays, float, bool, bool, dict[str, Any]]:
-        """Verify the drafts in one round.
-
-        Raises:
-            ValueError: before `reset`, an action that is not in the space or differs from what was drawn, or another
-                timed environment is in an episode on the same device. Nothing is committed then.
-        """
-        session = self._running()
-        thinking_s = self._thinking_s()
+    def _decode(self, session: ProposalSession, action: Any, thinking_s: float) -> Step:
         drafts = self._decoder.read(action, session.batch_size)
         distributions = self._drafts.distributions(drafts)
-        self._acquire_device()
+        self._lock.acquire()
         step = self._rollout.decode(lambda: session.round_with(drafts, distributions), thinking_s)
         self._drafts.clear()
-        _, reward, terminated, truncated, info = self._count(step)
-        observation, requests = self._observe(session)
-        info |= {**requests, "batch_size": step.round.batch_size}
-        if self.render_mode == "human":
-            self.render()
-        self._start_agent_clock()
-        return observation, reward, terminated, truncated, info
+        return step
+
+    def _observe(self, session: ProposalSession, step: Step | None = None) -> tuple[Arrays, dict[str, Any]]:
+        prefills, batch = self._read_traces(session), session.batch_size
+        self._rollout.prepare()
+        if session.batch_size != batch:
+            prefills += self._read_traces(session)
+        ids = np.array(session.request_ids, dtype=np.int64)
+        return self._window.observation(session.batch_size), {"request_ids": ids, "prefills": prefills}
+
+    def _read_traces(self, session: ProposalSession) -> tuple[Prefill, ...]:
+        """Add the committed tokens to the window; returns the new requests."""
+        traces = session.drain()
+        if self._trace:
+            self._traces += traces
+        return self._window.read(session, traces)
 
     def draw(self, q: Any) -> Ints:
         """Draw one more draft for each live request, to propose in the next step; on the clock.
@@ -191,35 +177,15 @@ class DraftTokensEnv(TimedEnv[ProposalSession], gymnasium.Env[Arrays, Any]):
         """
         return self._drafts.draw(q, self._running().batch_size)
 
-    def _observe(self, session: ProposalSession) -> tuple[Arrays, dict[str, Any]]:
-        """The observation before the next round, and the part of `info` about its requests."""
-        prefills, batch = self._read_traces(session), session.batch_size
-        self._rollout.prepare()
-        if session.batch_size != batch:
-            prefills += self._read_traces(session)
-        ids = np.array(session.request_ids, dtype=np.int64)
-        info = {"request_ids": ids, "prefills": prefills, "batch_size": session.batch_size}
-        return self._window.observation(session.batch_size), info
-
-    def _read_traces(self, session: ProposalSession) -> tuple[Prefill, ...]:
-        """Add the committed tokens to the window; returns the new requests."""
-        traces = session.drain()
-        if self._trace:
-            self._traces += traces
-        return self._window.read(session, traces)
-
 
 def _drafting_engine(
     engine: str | LocalEngine, target: str | Path, aux_layers: tuple[int, ...] | None, max_context: int
 ) -> LocalEngine:
-    """An engine that hands out features: the one given, or a new one by name."""
+    """Return an engine that provides features: the argument, or a new one for 'local'."""
+    features = engine == "local" if isinstance(engine, str) else bool(engine.aux_layers)
+    require(features, "engine", "'local' or a LocalEngine with aux_layers", engine)
     if not isinstance(engine, str):
-        if not engine.aux_layers:
-            raise ValueError("engine must hand out features, but it has no aux_layers; pass them to LocalEngine")
         return engine
-    if engine != "local":
-        raise ValueError(f"engine must be 'local' or a LocalEngine with aux_layers, but got {engine!r}")
     model = load_target(target)
-    return LocalEngine(
-        model, max_context=max_context, aux_layers=aux_layers or default_aux_layers(model.config.num_layers)
-    )
+    aux_layers = aux_layers or default_aux_layers(model.config.num_layers)
+    return LocalEngine(model, max_context=max_context, aux_layers=aux_layers)

@@ -1,8 +1,8 @@
 """Rewards of a round, from its tokens, its seconds and the cost of plain decoding.
 
-With N tokens committed in Δt seconds for B live requests, and t0 the seconds of a plain decoding step, plain decoding
-would have taken N·t0/B for these tokens. The speedup of a run is the ratio of sums S = Σ N·t0/B ÷ Σ Δt. Only
-'differential' optimises S in general; the others are offered for comparison, and each says what it optimises.
+A round commits N tokens for B live requests in Δt seconds. Plain decoding, with t0 seconds for a step, would have taken
+N·t0/B for these tokens. The speedup of a run is the ratio of sums S = Σ N·t0/B ÷ Σ Δt. Only 'differential' optimises S
+in general; the other rewards are for comparison.
 
 Every reward takes the numbers of one environment as Python floats, or those of N environments as arrays [N].
 """
@@ -24,19 +24,12 @@ _NEARLY_ZERO = 1e-300  # makes 0 / 0 a 1, and changes no other sum
 
 
 class Outcome(NamedTuple):
-    """The numbers of a round that rewards are computed from; floats or arrays [N].
+    """The numbers of a round that rewards are computed from; floats or arrays [N]."""
 
-    Args:
-        tokens: N, committed for all requests together.
-        batch_size: B, live requests.
-        seconds: Δt, the time that choosing the plan took included.
-        plain_s: t0, seconds of a plain decoding step at this batch size and context.
-    """
-
-    tokens: Numbers
-    batch_size: Numbers
-    seconds: Numbers
-    plain_s: Numbers
+    tokens: Numbers  # N, committed for all requests together
+    batch_size: Numbers  # B, live requests
+    seconds: Numbers  # Δt, including the time that choosing the plan took
+    plain_s: Numbers  # t0, seconds of a plain decoding step at this batch size and context
 
     @property
     def plain_total_s(self) -> Numbers:
@@ -44,16 +37,15 @@ class Outcome(NamedTuple):
         return self.tokens * self.plain_s / self.batch_size
 
 
-Reward = Callable[
-    ..., Numbers
-]  # of an `Outcome` and, for N environments, of those to skip; may remember earlier rounds
+# Takes an `Outcome` and, for N environments, those to skip; may remember earlier rounds.
+Reward = Callable[..., Numbers]
 
 
 class Differential:
     """r = (N·t0/B - λ·Δt) / t_ref, with λ the policy's own running speedup. The default.
 
     This is Dinkelbach's method (1967) for ratios, in its average-reward form: a policy that maximises it maximises S,
-    whatever the horizon or discount. t_ref is the first t0 and never changes, because a scale that depends on the batch
+    for any horizon or discount. t_ref is the first t0 and never changes, because a scale that depends on the batch
     size would change the objective.
 
     Args:
@@ -72,7 +64,7 @@ class Differential:
         return (self._plain + _NEARLY_ZERO) / (self._spent + _NEARLY_ZERO)
 
     def __call__(self, outcome: Outcome, skip: Skip = None) -> Numbers:
-        """The reward of a round; λ is updated after it."""
+        """Return the reward of a round, then update λ."""
         if self._reference is None:
             self._reference = 1.0 * outcome.plain_s  # a copy
         plain_s, seconds = outcome.plain_total_s, outcome.seconds
@@ -84,35 +76,31 @@ class Differential:
         return value
 
 
-class TimeSaved:
-    """r = (N·t0/B - Δt) / t_ref, whose sum is the time saved over plain decoding; t_ref is the first t0.
+class TimeSaved(Differential):
+    """r = (N·t0/B - Δt) / t_ref, whose sum is the time saved over plain decoding: 'differential' with λ = 1.
 
     Use it undiscounted, and in episodes that end after `max_tokens` tokens only. In episodes of `max_rounds` rounds it
     would favour long rounds.
     """
 
-    def __init__(self) -> None:
-        self._reference: Numbers = None
-
-    def __call__(self, outcome: Outcome, skip: Skip = None) -> Numbers:
-        """The reward of a round."""
-        if self._reference is None:
-            self._reference = 1.0 * outcome.plain_s  # a copy
-        return (outcome.plain_total_s - outcome.seconds) / self._reference
+    @property
+    def speedup(self) -> Numbers:
+        """λ, always 1."""
+        return 1.0
 
 
 def speedup(outcome: Outcome, skip: Skip = None) -> Numbers:
-    """N·t0/(B·Δt). Its mean optimises E[N·t0/Δt], which counts short lucky rounds as much as long ones."""
+    """Return N·t0/(B·Δt). Its mean counts short rounds as much as long ones."""
     return outcome.plain_total_s / outcome.seconds
 
 
 def log_speedup(outcome: Outcome, skip: Skip = None) -> Numbers:
-    """log N·t0/(B·Δt). Its mean optimises the geometric mean of the rounds' speedups, not the speedup of the run."""
+    """Return log N·t0/(B·Δt). Its mean optimises the geometric mean of rounds' speedups, not the run's speedup."""
     return np.log(np.maximum(speedup(outcome), 1e-6))
 
 
 def tokens_per_second(outcome: Outcome, skip: Skip = None) -> Numbers:
-    """N/Δt. Where the batch size varies, its mean favours large batches."""
+    """Return N/Δt. If the batch size varies, its mean favours large batches."""
     return outcome.tokens / outcome.seconds
 
 
@@ -126,7 +114,7 @@ _REWARDS: dict[str, Callable[[], Reward]] = {
 
 
 def make_reward(name: str) -> Reward:
-    """A new reward by name, for one environment or for N.
+    """Make a reward by name, for one environment or for N.
 
     Raises:
         ValueError: there is no such reward.

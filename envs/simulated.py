@@ -85,7 +85,7 @@ class SimulatedEnv(SpecDecodeEnv):
         """Begin an episode; with a seed, forget all earlier measurements."""
         if seed is not None:
             self.baseline = self._new_baseline()
-            self._reward = make_reward(self._reward_name)
+            self._reward = make_reward(self._episodes.reward)
         return super().reset(seed=seed, options=options)
 
 
@@ -99,22 +99,22 @@ def simulation(
     extrapolate: bool,
     shifts: Sequence[Shift],
 ) -> tuple[SimulatedEngine, Requests, tuple[Plan, ...]]:
-    """The engine, the requests and the plans of a simulation.
+    """Return the engine, the requests and the plans of a simulation.
 
     Raises:
         ValueError: a batch size or plan is not in the profile.
     """
-    known = load_profile(profile)
+    loaded = load_profile(profile)
     sizes = [phase.batch_size for schedule in read_schedules(batch_size) for phase in schedule]
-    engine = SimulatedEngine(known, batch_sizes=(min(sizes), max(sizes)), extrapolate=extrapolate, shifts=shifts)
+    engine = SimulatedEngine(loaded, batch_sizes=(min(sizes), max(sizes)), extrapolate=extrapolate, shifts=shifts)
     for size in sizes:
         engine.cost(size, None)
-    offered = parse_plans(plans) if plans is not None else tuple(filter(engine.supports, known.plans))
-    requests = Requests(_lengths(prompt_tokens, known.prompt_tokens), _lengths(max_new_tokens, known.max_new_tokens))
+    offered = parse_plans(plans) if plans is not None else tuple(filter(engine.supports, loaded.plans))
+    requests = Requests(_lengths(prompt_tokens, loaded.prompt_tokens), _lengths(max_new_tokens, loaded.max_new_tokens))
     return engine, requests, offered
 
 
-def _lengths(given: Lengths, usual: int) -> tuple[int, int]:
-    if given is None:
-        return usual, usual
-    return (given, given) if isinstance(given, int) else given
+def _lengths(lengths: Lengths, default: int) -> tuple[int, int]:
+    if lengths is None:
+        lengths = default
+    return (lengths, lengths) if isinstance(lengths, int) else lengths

@@ -13,14 +13,14 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from specrl.core.batch_schedule import BatchSizes, read_schedules
+from specrl.core.batch_schedule import BatchSizes
 from specrl.core.checks import require
 from specrl.core.observation import vector_bounds
 from specrl.core.plain_cost import DENSE_INTERVAL, DENSE_SAMPLES, FIRST_SAMPLES, INTERVAL, WINDOW
 from specrl.core.plan import Plan
 from specrl.envs.rewards import Outcome, make_reward
 from specrl.envs.simulated import MAX_ROUNDS, Lengths, simulation
-from specrl.envs.timed_env import check_episode
+from specrl.envs.timed_env import Episodes
 from specrl.envs.vector_observer import VectorObserver
 from specrl.simulation.profile import Profile
 from specrl.simulation.shifts import Shift
@@ -83,26 +83,23 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         engine, requests, self.plans = simulation(
             profile, batch_size, plans, prompt_tokens, max_new_tokens, extrapolate=extrapolate, shifts=shifts
         )
-        if max_rounds is None and max_tokens is None:
+        if max_tokens is None and max_rounds is None:
             max_rounds = MAX_ROUNDS
-        check_episode(max_rounds, max_tokens, reward)
-        if stagger and max_rounds is None:
-            raise ValueError("stagger needs episodes of max_rounds, but got max_tokens; leave one of them out")
-        self._stagger = stagger
+        self._episodes = episodes = Episodes(batch_size, reward, max_rounds, max_tokens)
+        require(max_rounds is not None or not stagger, "stagger", "False in episodes of max_tokens", stagger)
+        self._stagger = max_rounds if stagger else None
         self._mask = np.array([engine.supports(plan) for plan in self.plans])
         if not self._mask.any():
             raise ValueError(f"the profile must offer one of the plans, but none of {', '.join(map(str, self.plans))}")
         self.num_envs, self.profile = num_envs, engine.profile
-        self._reward_name, self._reward = reward, make_reward(reward)
-        self._max_rounds, self._max_tokens, self._delay = max_rounds, max_tokens, engine.result_delay
-        schedules = read_schedules(batch_size)
-        sizes = sorted({phase.batch_size for schedule in schedules for phase in schedule})
+        self._reward, self._delay = make_reward(reward), engine.result_delay
+        schedules, sizes = episodes.schedules, episodes.sizes
         self._first = np.array([sizes.index(schedule[0].batch_size) for schedule in schedules])
         rounds = [phase.rounds for phase in schedules[0]]  # several schedules have one phase each
-        self._trace = np.repeat([sizes.index(phase.batch_size) for phase in schedules[0]], rounds)
-        able = self.plans[int(self._mask.argmax())]
-        runs = [plan if can else able for plan, can in zip(self.plans, self._mask, strict=True)]
-        self._sessions = VectorSimulator(engine, requests, runs, sizes, num_envs)
+        self._schedule = np.repeat([sizes.index(phase.batch_size) for phase in schedules[0]], rounds)
+        substitute = self.plans[int(self._mask.argmax())]  # for plans that the profile does not offer
+        offered = [plan if allowed else substitute for plan, allowed in zip(self.plans, self._mask, strict=True)]
+        self._sessions = VectorSimulator(engine, requests, offered, sizes, num_envs)
         self._observer = VectorObserver(self.plans, sizes, num_envs)
         self._cells, self._env = len(sizes), np.arange(num_envs)
         self.single_action_space = spaces.Discrete(len(self.plans))
@@ -120,23 +117,19 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
             raise ValueError(f"reset takes no options, but got {', '.join(options)}; pass them to gym.make_vec")
         if seed is not None or self._rng is None:
             self._rng = np.random.Generator(np.random.SFC64(int(self.np_random.integers(2**63))))
-            self._reward = make_reward(self._reward_name)
+            self._reward = make_reward(self._episodes.reward)
             self._t0 = np.zeros(self.num_envs * self._cells)  # at the profile's context
-            self._samples = np.zeros(len(self._t0), dtype=np.int64)
-            self._since = np.zeros(len(self._t0), dtype=np.int64)
-            self._size = np.zeros(self.num_envs, dtype=np.int64)
-        count = self.num_envs
-        self._position = np.zeros(count, dtype=np.int64)  # in the trace
-        self._plain, self._spent = np.zeros(count), np.zeros(count)
-        self._rounds, self._tokens, self._episode = (np.zeros(count, dtype=np.int64) for _ in range(3))
-        self._over = np.zeros(count, dtype=np.bool_)
+            self._samples, self._since = np.zeros((2, len(self._t0)), dtype=np.int64)
+        self._plain, self._spent = np.zeros((2, self.num_envs))
+        # place in the schedule, and counts
+        self._position, self._rounds, self._tokens, self._episode = np.zeros((4, self.num_envs), dtype=np.int64)
+        self._over = np.zeros(self.num_envs, dtype=np.bool_)
         self._late: deque[tuple[Ints, Ints, Ints, Rounds, Floats, Ints]] = deque()
-        self._begin(None)
-        if self._stagger and self._max_rounds is not None:
-            self._rounds = self._rng.integers(self._max_rounds, size=count)
-        everywhere = np.ones(count, dtype=np.bool_)
+        self._begin(self._env)
+        if self._stagger is not None:
+            self._rounds = self._rng.integers(self._stagger, size=self.num_envs)
         info = {"action_mask": self.action_masks(), "batch_size": self._sessions.live.copy()}
-        return self._observe(), info | {f"_{key}": everywhere for key in info}
+        return self._observe(), info | {f"_{key}": ~self._over for key in info}
 
     def step(
         self, actions: Ints
@@ -148,11 +141,11 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         """
         if self._rng is None:
             raise ValueError("reset was never called; call reset() before step()")
-        plan, rng, sessions = self._checked(actions), self._rng, self._sessions
+        plan, sessions = self._checked(actions), self._sessions
         over = np.flatnonzero(self._over)
         size, live = sessions.size, sessions.live
         t0 = self._measure_plain()
-        done = sessions.round(plan, rng)
+        done = sessions.round(plan, self._rng)
         outcome = Outcome(done.tokens, live, done.seconds, t0)
         reward: Floats = self._reward(outcome, self._over if len(over) else None)
         self._record(plan, size, live, done, t0)
@@ -172,12 +165,10 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         }
         ran = ~self._over
         info |= {f"_{key}": ran for key in info}
-        if len(self._trace) > 1:
-            self._position = (self._position + 1) % len(self._trace)
-            sessions.resize(self._trace[self._position])
-        ends = np.zeros(self.num_envs, dtype=np.bool_)
-        truncated = ends if self._max_rounds is None else self._rounds >= self._max_rounds
-        terminated = ends if self._max_tokens is None else self._tokens >= self._max_tokens
+        if len(self._schedule) > 1:
+            self._position = (self._position + 1) % len(self._schedule)
+            sessions.resize(self._schedule[self._position])
+        terminated, truncated = self._episodes.ended(self._rounds, self._tokens)
         if len(over):
             self._begin(over)
             reward[over], truncated[over], terminated[over] = 0.0, False, False
@@ -189,25 +180,24 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         return self._observe(), reward, terminated, truncated, info
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Which plans the profile offers [N, n]."""
+        """Return which plans the profile offers [N, n]."""
         return np.broadcast_to(self._mask, (self.num_envs, len(self._mask))).copy()
 
     def _observe(self) -> NDArray[np.float32]:
         return self._observer.observe(self._sessions.size, self._sessions.context)
 
     def _checked(self, actions: Ints) -> Ints:
-        plan = np.asarray(actions)
-        if plan.shape != (self.num_envs,) or plan.dtype.kind not in "iu":
-            raise ValueError(f"actions must be {self.num_envs} whole numbers, but got {plan.dtype} {plan.shape}")
-        if plan.min() < 0 or plan.max() >= len(self.plans):
-            raise ValueError(f"actions must be in [0, {len(self.plans)}), but got {plan.min()} .. {plan.max()}")
-        if not self._mask[plan].all():
-            wrong = self.plans[int(plan[~self._mask[plan]][0])]
-            raise ValueError(f"actions must be allowed by the mask, but the profile does not offer plan {wrong}")
+        plan, count = np.asarray(actions), self.num_envs
+        valid = plan.shape == (count,) and plan.dtype.kind in "iu"
+        require(valid, "actions", f"{count} whole numbers", f"{plan.dtype} {plan.shape}")
+        valid = 0 <= plan.min() <= plan.max() < len(self.plans)
+        require(valid, "actions", f"in [0, {len(self.plans)})", (int(plan.min()), int(plan.max())))
+        refused = sorted({str(self.plans[index]) for index in plan[~self._mask[plan]]})
+        require(not refused, "actions", "allowed by the mask (plans that the profile offers)", refused)
         return plan.astype(np.int64)
 
     def _measure_plain(self) -> Floats:
-        """Measure plain decoding where `PlainCost` would; returns t0 [N] at the present context."""
+        """Measure plain decoding in the rounds in which `PlainCost` does; return t0 [N] at the present context."""
         sessions, rng = self._sessions, self._rng
         assert rng is not None
         cell = self._env * self._cells + sessions.size
@@ -215,32 +205,30 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         self._since[cell] = since
         due = np.flatnonzero((samples == 0) | (since >= np.where(samples < DENSE_SAMPLES, DENSE_INTERVAL, INTERVAL)))
         if len(due):
-            at, known = cell[due], samples[due]
-            drawn = [sessions.plain(due, rng) for _ in range(FIRST_SAMPLES if (known == 0).any() else 1)]
-            sample = np.where(known == 0, np.mean(drawn, axis=0), drawn[0])
-            taken = np.where(known == 0, FIRST_SAMPLES, 1)
-            self._samples[at] = known + taken
-            self._since[at] = 0
-            self._t0[at] += taken / np.minimum(known + taken, WINDOW) * (sample - self._t0[at])
+            cells, before = cell[due], samples[due]
+            drawn = [sessions.plain(due, rng) for _ in range(FIRST_SAMPLES if (before == 0).any() else 1)]
+            sample = np.where(before == 0, np.mean(drawn, axis=0), drawn[0])
+            count = np.where(before == 0, FIRST_SAMPLES, 1)
+            self._samples[cells] = before + count
+            self._since[cells] = 0
+            self._t0[cells] += count / np.minimum(before + count, WINDOW) * (sample - self._t0[cells])
         t0: Floats = self._t0.take(cell) * sessions.context_factor(len(self.plans))
         return t0
 
     def _record(self, plan: Ints, size: Ints, live: Ints, done: Rounds, t0: Floats) -> None:
-        """Show the observer this round, or the earlier one whose results arrive now."""
+        """Add this round to the observations, or the earlier one whose results arrive now."""
         self._late.append((plan, size, live, done, t0, self._episode.copy()))
         if len(self._late) > self._delay:
             plan, size, live, done, t0, episode = self._late.popleft()
             self._observer.record(plan, size, live, done, t0, skip=np.flatnonzero(episode != self._episode))
 
-    def _begin(self, which: Ints | None) -> None:
-        """Begin episodes (None: all)."""
+    def _begin(self, which: Ints) -> None:
+        """Begin an episode in these environments."""
         assert self._rng is not None
-        at: slice | Ints = slice(None) if which is None else which
-        count = self.num_envs if which is None else len(which)
         size = self._sessions.size.copy()
-        size[at] = self._first[self._rng.integers(len(self._first), size=count)]
+        size[which] = self._first[self._rng.integers(len(self._first), size=len(which))]
         for array in (self._position, self._plain, self._spent, self._rounds, self._tokens):
-            array[at] = 0
-        self._episode[at] += 1
+            array[which] = 0
+        self._episode[which] += 1
         self._sessions.reset(which, size, self._rng)
         self._observer.reset(which)

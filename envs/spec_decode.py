@@ -9,20 +9,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import gymnasium
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from specrl.core.batch_schedule import BatchSizes, batch_sizes
+from specrl.core.batch_schedule import BatchSizes
 from specrl.core.checks import require
 from specrl.core.interfaces import Engine, Session, Workload
 from specrl.core.observation import Observation, vector_bounds
 from specrl.core.plan import Plan, parse_plans
 from specrl.core.registry import make_engine
-from specrl.core.rollout import Rollout, Step
-from specrl.envs.rewards import Outcome
-from specrl.envs.timed_env import PlanZeroBaseline, TimedEnv
+from specrl.core.rollout import Step
+from specrl.envs.timed_env import Episodes, PlanZeroBaseline, TimedEnv, open_workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from specrl.models.draft import Draft
 
 
-class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
+class SpecDecodeEnv(TimedEnv[NDArray[np.float32], Session]):
     """Live speculative decoding of a language model; every step is one round, rewarded by the clock.
 
     ## Action space
@@ -105,6 +103,7 @@ class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
     * v0: initial version
     """
 
+    baseline: PlanZeroBaseline
     _title = "SpecDecode"
 
     def __init__(
@@ -130,31 +129,30 @@ class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
         render_mode: str | None = None,
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self._set_episodes(batch_size, reward, max_rounds, max_tokens, trace, render_mode)
+        episodes, owned = Episodes(batch_size, reward, max_rounds, max_tokens), isinstance(engine, str)
         require(action in ("discrete", "multi_discrete"), "action", "'discrete' or 'multi_discrete'", action)
         self.plans = parse_plans(plans)
-        owned = isinstance(engine, str)
         if engine == "local":
             engine = _local_engine(target, draft, prompt_tokens + max_new_tokens, use_rejection_sampling)
         elif isinstance(engine, str):
             options = dict(engine_options or {})
             engine = make_engine(engine, target=target, draft=draft, plans=self.plans, trace=trace, **options)
-        self._set_engine(
-            engine,
+        workload = open_workload(
             workload,
             target,
-            owned=owned,
-            allow_parallel=allow_parallel,
             prompt_tokens=prompt_tokens,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             ignore_eos=ignore_eos,
         )
+        options = {"trace": trace, "allow_parallel": allow_parallel, "render_mode": render_mode}
+        super().__init__(engine, workload, episodes, owned=owned, **options)
         self._mask = np.array([self.engine.supports(plan) for plan in self.plans])
         if not self._mask.any():
             raise ValueError(f"the engine must support one of the plans, but none of {', '.join(map(str, self.plans))}")
         self._axes = sorted({p.num_steps for p in self.plans}), sorted({p.topk for p in self.plans})
-        if action == "discrete":
+        self._discrete = action == "discrete"
+        if self._discrete:
             self.action_space, self._action_mask = spaces.Discrete(len(self.plans)), self._mask
         else:
             self.action_space = spaces.MultiDiscrete([len(axis) for axis in self._axes])
@@ -162,50 +160,24 @@ class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
         self.observation_space = spaces.Box(*vector_bounds(self.plans), dtype=np.float32)
         self.baseline = self._new_baseline()
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Begin an episode with new prompts; there are no options."""
-        super().reset(seed=seed)
-        phases = self._begin_episode(self.np_random, options)
-        self._session = self.engine.start(
-            self.workload,
-            batch_size=phases[0].batch_size,
-            max_batch_size=max(phase.batch_size for phase in phases),
-            seed=int(self.np_random.integers(2**31)),
-            trace=self._trace,
-        )
-        sizes, delay = batch_sizes(phases), self.engine.result_delay
-        self._rollout = Rollout(self._session, self.plans, self.baseline, batch_sizes=sizes, result_delay=delay)
+    def _begin(self, session: Session) -> tuple[NDArray[np.float32], dict[str, Any]]:
         self._plan_zero_s = self._plan_zero_spent_s = 0.0
-        observation = self._rollout.observe().vector()
-        self._start_agent_clock()
-        return observation, {"action_mask": self.action_masks(), "batch_size": phases[0].batch_size}
+        return self._rollout.observe().vector(), {"action_mask": self.action_masks()}
 
-    def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Decode one round with the chosen plan.
-
-        Raises:
-            ValueError: before `reset`, an action that is not in the space or is masked, or another timed environment
-                is in an episode on the same device.
-        """
-        self._running()
-        thinking_s = self._thinking_s()
+    def _decode(self, session: Session, action: Any, thinking_s: float) -> Step:
         plan = self._plan(action)
-        self._acquire_device()
+        self._lock.acquire()
         step = self._rollout.step(plan, thinking_s)
         for _ in self._rollout.arrived():
             pass  # the observation includes it now
-        outcome, reward, terminated, truncated, info = self._count(step)
-        info |= self._compare_with_plan_zero(step, outcome) | {"action_mask": self._action_mask.copy()}
-        observation = self._rollout.observe().vector()
-        if self.render_mode == "human":
-            self.render()
-        self._start_agent_clock()
-        return observation, reward, terminated, truncated, info
+        return step
+
+    def _observe(self, session: Session, step: Step) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        info = {"action_mask": self.action_masks(), **self._compare_with_plan_zero(step)}
+        return self._rollout.observe().vector(), info
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Which plans the engine can run [n], for sb3-contrib; all entries are True for 'multi_discrete'."""
+        """Return which plans the engine can run [n], for sb3-contrib; all are True for 'multi_discrete'."""
         return self._action_mask.copy()
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
@@ -214,44 +186,41 @@ class SpecDecodeEnv(TimedEnv[Session], gymnasium.Env[NDArray[np.float32], Any]):
             self.engine.load_draft(weights, version=version)
 
     def observation(self) -> Observation:
-        """The current observation with names, as plan choosers take it."""
+        """Return the current observation with names, as plan choosers take it."""
         self._running()
         return self._rollout.observe()
 
     def _new_baseline(self) -> PlanZeroBaseline:
-        """A new baseline; rounds of plan 0 may replace plain decoding if that leaves a choice of plans."""
+        """Make a baseline; rounds of plan 0 may replace plain decoding if there are other plans."""
         return PlanZeroBaseline(may_replace=bool(self._mask.sum() > 1 and self.engine.supports(Plan(0))))
 
-    def _compare_with_plan_zero(self, step: Step, outcome: Outcome) -> dict[str, float]:
-        """The entries of `info` about rounds of plan 0; those about plain decoding are nan if they replace it."""
+    def _compare_with_plan_zero(self, step: Step) -> dict[str, float]:
+        """Return the entries of `info` about plan 0; those about plain decoding are nan if it replaces that."""
         self.baseline.record(step.round)
         info = dict.fromkeys(("t0_s", "t0_error_s", "episode_speedup"), math.nan) if self.baseline.replaced else {}
-        seconds = self.baseline.plan_zero_s(outcome.batch_size)
+        seconds = self.baseline.plan_zero_s(step.round.batch_size)
         if seconds is not None:
             info["plan0_s"] = seconds
-            self._plan_zero_s += outcome.tokens * seconds / outcome.batch_size
-            self._plan_zero_spent_s += outcome.seconds
+            self._plan_zero_s += float(step.round.tokens.sum()) * seconds / step.round.batch_size
+            self._plan_zero_spent_s += step.seconds
         if self._plan_zero_spent_s:
             info["episode_speedup_over_plan0"] = self._plan_zero_s / self._plan_zero_spent_s
         return info
 
     def _plan(self, action: Any) -> Plan:
-        discrete = isinstance(self.action_space, spaces.Discrete)
-        if discrete:
+        if self._discrete:
             with suppress(TypeError):  # for integers that are not NumPy's
                 action = operator.index(action)
         if not self.action_space.contains(action):
             raise ValueError(f"an action must be in {self.action_space}, but got {action!r}")
-        if discrete:
+        if self._discrete:
             index = int(action)
         else:
             steps, topk = (axis[int(i)] for axis, i in zip(self._axes, action, strict=True))
             index = min((abs(p.topk - topk), i) for i, p in enumerate(self.plans) if p.num_steps == steps)[1]
-        if not self._mask[index]:
-            raise ValueError(
-                f"an action must be allowed by the mask, but the engine cannot run plan {self.plans[index]}"
-            )
-        return self.plans[index]
+        plan = self.plans[index]
+        require(bool(self._mask[index]), "an action", "allowed by the mask (a plan that the engine can run)", str(plan))
+        return plan
 
 
 def _local_engine(

@@ -1,17 +1,19 @@
-"""The shared part of the environments on live sessions: episodes, the agent's clock, `info`, panel and device lock."""
+"""The base of the environments on sessions: episodes, the agent's clock, `info`, panel and device lock."""
 
 from __future__ import annotations
 
 import logging
+import math
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
-import numpy as np
+import gymnasium
 
-from specrl.core.batch_schedule import BatchSizes, Phase, read_schedules
+from specrl.core.batch_schedule import BatchSizes, batch_sizes, read_schedules
 from specrl.core.checks import require
 from specrl.core.clock import WallClock
 from specrl.core.interfaces import Engine, Session, Workload
@@ -28,125 +30,160 @@ NO_PLAIN = (
     "the engine cannot measure plain decoding, so rewards are relative to rounds of plan 0, which are slower, and "
     "episode_speedup is nan; to compare with plain decoding on a running SGLang server, pass plain_url="
 )
+Obs = TypeVar("Obs")
 S = TypeVar("S", bound=Session)
 _PLAN_ZERO_ROUNDS = 32  # rounds of plan 0 in the mean cost of one
 
 
-class TimedEnv(Generic[S]):
-    """The part of an environment on a live session that does not depend on what the agent decides.
+class Episodes:
+    """The batch sizes, the reward and the length of episodes; the arguments are those of `SpecRL/SpecDecode-v0`.
 
-    An environment inherits from it and from `gymnasium.Env`. It calls `_set_episodes` before it makes an engine, and
-    `_set_engine` afterwards.
+    Raises:
+        ValueError: a value out of range, or a reward that does not suit the length.
     """
 
-    engine: Engine
-    render_mode: str | None
+    def __init__(self, batch_size: BatchSizes, reward: str, max_rounds: int | None, max_tokens: int | None) -> None:
+        lengths = [length for length in (max_rounds, max_tokens) if length is not None]
+        require(len(lengths) == 1, "exactly one of max_rounds and max_tokens", "set", lengths)
+        require(lengths[0] >= 1, "max_rounds or max_tokens", "at least 1", lengths[0])
+        make_reward(reward)
+        require(reward != "time_saved" or max_rounds is None, "max_rounds", "None for reward 'time_saved'", max_rounds)
+        self.reward, self.max_rounds, self.max_tokens = reward, max_rounds, max_tokens
+        self.schedules = read_schedules(batch_size)  # each episode draws one
+        self.sizes = sorted({phase.batch_size for schedule in self.schedules for phase in schedule})
+
+    def ended(self, rounds: Any, tokens: Any) -> tuple[Any, Any]:
+        """Return terminated and truncated after these rounds and tokens of an episode; numbers, or arrays [N]."""
+        return tokens >= (self.max_tokens or math.inf), rounds >= (self.max_rounds or math.inf)
+
+
+class TimedEnv(gymnasium.Env[Obs, Any], Generic[Obs, S]):
+    """The part of an environment on a session that does not depend on what the agent decides.
+
+    Args:
+        engine: the engine that decodes.
+        workload: the requests.
+        episodes: batch sizes, reward and length of episodes.
+        owned: whether `close` closes the engine.
+        trace, allow_parallel, render_mode: as in `SpecRL/SpecDecode-v0`.
+    """
+
     metadata = {"render_modes": ["ansi", "human"], "render_fps": 30}
+    baseline: PlainCost
+    plans: tuple[Plan, ...] = ()
     _title: ClassVar[str]
-    _rollout: Rollout
+    _needs_traces: ClassVar[bool] = False
 
-    def _set_episodes(
-        self,
-        batch_size: BatchSizes,
-        reward: str,
-        max_rounds: int | None,
-        max_tokens: int | None,
-        trace: bool,
-        render_mode: str | None,
-    ) -> None:
-        check_episode(max_rounds, max_tokens, reward)
-        require(render_mode in (None, "ansi", "human"), "render_mode", "None, 'ansi' or 'human'", render_mode)
-        self.render_mode = render_mode
-        self._schedules = read_schedules(batch_size)  # each episode draws one
-        self._reward_name, self._reward = reward, make_reward(reward)
-        self._max_rounds, self._max_tokens, self._trace = max_rounds, max_tokens, trace
-
-    def _set_engine(
+    def __init__(
         self,
         engine: Engine,
-        workload: str | Path | Workload,
-        target: str | Path,
+        workload: Workload,
+        episodes: Episodes,
         *,
         owned: bool,
-        allow_parallel: bool,
-        **requests: Any,
+        trace: bool = False,
+        allow_parallel: bool = False,
+        render_mode: str | None = None,
     ) -> None:
-        """Keep the engine and the workload; `requests` are arguments of `open_stream` for a workload by name."""
-        if isinstance(workload, (str, Path)):
-            from specrl.workloads.stream import open_stream
-
-            workload = open_stream(workload, target, **requests)
-        self.engine, self.workload = engine, workload
+        require(render_mode in (None, "ansi", "human"), "render_mode", "None, 'ansi' or 'human'", render_mode)
+        self.engine, self.workload, self.render_mode = engine, workload, render_mode
+        self._episodes, self._reward = episodes, make_reward(episodes.reward)
         clock = engine.clock
-        self._lock = DeviceLock(clock.device) if isinstance(clock, WallClock) and not allow_parallel else None
+        self._lock = DeviceLock(clock.device if isinstance(clock, WallClock) and not allow_parallel else None)
         self._session: S | None = None
-        self._traces: list[Trace] = []  # taken from the session, but not by `drain`
+        self._trace, self._traces = trace, list[Trace]()  # the traces that `drain` will return
         self._info: dict[str, Any] | None = None
         self._live_panel: Any = None
         self._owned, self._closed = owned, False
 
-    def _begin_episode(self, rng: np.random.Generator, options: dict[str, Any] | None) -> tuple[Phase, ...]:
-        """End the previous episode; returns the batch sizes of the next one."""
+    @abstractmethod
+    def _begin(self, session: S) -> tuple[Obs, dict[str, Any]]:
+        """Begin an episode: return the first observation and its `info`."""
+
+    @abstractmethod
+    def _decode(self, session: S, action: Any, thinking_s: float) -> Step:
+        """Check an action, acquire the device and decode a round."""
+
+    @abstractmethod
+    def _observe(self, session: S, step: Step) -> tuple[Obs, dict[str, Any]]:
+        """Return the observation after a round, and the entries of `info` that other environments do not have."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Obs, dict[str, Any]]:
+        """Begin an episode with new prompts; there are no options."""
+        super().reset(seed=seed)
         self._check_open()
         if options:
             raise ValueError(f"reset takes no options, but got {', '.join(options)}; pass them to gym.make")
-        self._release_device()
+        self._lock.release()
         if self._session is not None:
             self._session.close()
+        phases = self._episodes.schedules[int(self.np_random.integers(len(self._episodes.schedules)))]
+        session = self.engine.start(
+            self.workload,
+            batch_size=phases[0].batch_size,
+            max_batch_size=max(phase.batch_size for phase in phases),
+            seed=int(self.np_random.integers(2**31)),
+            trace=self._trace or self._needs_traces,
+        )
+        self._session = cast(S, session)
+        sizes, delay = batch_sizes(phases), self.engine.result_delay
+        self._rollout = Rollout(session, self.plans, self.baseline, batch_sizes=sizes, result_delay=delay)
         self._plain_s = self._spent_s = 0.0
         self._rounds = self._tokens = 0
         self._info, self._traces = None, []
-        return self._schedules[int(rng.integers(len(self._schedules)))]
+        observation, info = self._begin(self._session)
+        self._start_agent_clock()
+        return observation, {**info, "batch_size": session.batch_size}
 
-    def _start_agent_clock(self) -> None:
-        """The agent's time counts from now on."""
-        self._paused_s = 0.0
-        self._returned = self.engine.clock.now()
+    def step(self, action: Any) -> tuple[Obs, float, bool, bool, dict[str, Any]]:
+        """Decode one round.
 
-    def _thinking_s(self) -> float:
-        """Seconds since `_start_agent_clock`, pauses excluded."""
-        return max(self.engine.clock.now() - self._returned - self._paused_s, 0.0)
-
-    def _count(self, step: Step) -> tuple[Outcome, float, bool, bool, dict[str, Any]]:
-        """Count a round; returns its outcome, reward, terminated, truncated and info."""
+        Raises:
+            ValueError: before `reset`, an action that is not allowed, or another timed environment is in an episode on
+                the same device. Nothing is committed then.
+        """
+        session = self._running()
+        thinking_s = max(self.engine.clock.now() - self._returned - self._paused_s, 0.0)
+        step = self._decode(session, action, thinking_s)
         done = step.round
         outcome = Outcome(sum(done.tokens.tolist()), done.batch_size, step.seconds, step.plain.seconds)
         self._rounds += 1
         self._tokens += outcome.tokens
         self._plain_s += outcome.plain_total_s
         self._spent_s += outcome.seconds
-        self._info = {
+        parts = "draft_s", "verify_s", "other_s", "prefill_s", "accept_length", "draft_version", "batch_size"
+        self._info = {name: getattr(done, name) for name in parts} | {
             "tokens": outcome.tokens,
             "seconds": outcome.seconds,
-            "draft_s": done.draft_s,
-            "verify_s": done.verify_s,
-            "other_s": done.other_s,
             "thinking_s": step.thinking_s,
-            "prefill_s": done.prefill_s,
-            "accept_length": done.accept_length,
             "histogram": done.histogram().tolist(),
             "plan": str(done.plan),
-            "draft_version": done.draft_version,
-            "batch_size": done.batch_size,
             "t0_s": step.plain.seconds,
             "t0_error_s": step.plain.standard_error,
             "episode_speedup": self._plain_s / self._spent_s,
             "round": done,
         }
-        terminated = self._max_tokens is not None and self._tokens >= self._max_tokens
-        truncated = self._max_rounds is not None and self._rounds >= self._max_rounds
+        terminated, truncated = self._episodes.ended(self._rounds, self._tokens)
         if terminated or truncated:
-            self._release_device()
-        return outcome, self._reward(outcome), terminated, truncated, self._info
+            self._lock.release()
+        observation, info = self._observe(session, step)
+        self._info |= info
+        if self.render_mode == "human":
+            self.render()
+        self._start_agent_clock()
+        return observation, self._reward(outcome), terminated, truncated, self._info
+
+    def _start_agent_clock(self) -> None:
+        """Count the agent's time from now on."""
+        self._paused_s, self._returned = 0.0, self.engine.clock.now()
 
     def drain(self) -> list[Trace]:
-        """Take the traces of the rounds so far; off the clock. Needs `trace=True`.
+        """Return the traces of the rounds since the last call; off the clock. Needs `trace=True`.
 
         Raises:
             ValueError: the environment keeps no traces.
         """
-        if not self._trace:
-            raise ValueError("drain needs traces, but the environment keeps none; make it with trace=True")
+        require(self._trace, "trace", "True to drain traces", self._trace)
         with self.off_the_clock():
             traces, self._traces = self._traces + self._running().drain(), []
         return traces
@@ -154,7 +191,7 @@ class TimedEnv(Generic[S]):
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
         """Pause the agent's clock: time inside does not count. Other environments may use the device meanwhile."""
-        self._release_device()
+        self._lock.release()
         began = self.engine.clock.now()
         try:
             yield
@@ -163,7 +200,7 @@ class TimedEnv(Generic[S]):
                 self._paused_s += self.engine.clock.now() - began
 
     def render(self) -> str | None:
-        """The last round and the episode so far: text for 'ansi', a live panel for 'human'."""
+        """Show the last round and the episode so far: text for 'ansi', a live panel for 'human'."""
         if self.render_mode is None:
             return None
         with self.off_the_clock():
@@ -182,22 +219,13 @@ class TimedEnv(Generic[S]):
         """End the session, and the engine if the environment made it; idempotent."""
         if self._live_panel is not None:
             self._live_panel.stop()
-            self._live_panel = None
-        self._release_device()
+        self._lock.release()
         if self._session is not None:
             self._session.close()
-            self._session = None
         if self._owned and not self._closed:
             self.engine.close()
+        self._live_panel = self._session = None
         self._closed = True
-
-    def _acquire_device(self) -> None:
-        if self._lock is not None:
-            self._lock.acquire()
-
-    def _release_device(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -217,18 +245,15 @@ class PlanZeroBaseline(PlainCost):
 
     Args:
         may_replace: whether rounds of plan 0 may replace plain decoding.
-
-    Attributes:
-        replaced: whether they do.
     """
 
     def __init__(self, *, may_replace: bool) -> None:
         super().__init__()
-        self.replaced, self._may_replace = False, may_replace
+        self.replaced, self._may_replace = False, may_replace  # whether rounds of plan 0 do and may replace it
         self._seconds: dict[int, deque[float]] = {}  # of recent rounds of plan 0, by batch size
 
     def measure(self, session: Session) -> PlainSample:
-        """One plain decoding step, or a round of plan 0, which is committed."""
+        """Measure a plain decoding step, or decode a round of plan 0."""
         if not self.replaced:
             sample = session.measure_plain() if self._may_replace else super().measure(session)
             if sample is not None:
@@ -240,28 +265,20 @@ class PlanZeroBaseline(PlainCost):
         return PlainSample(done.batch_size, float(done.context_lengths.mean()), done.seconds)
 
     def record(self, done: Round) -> None:
-        """Add a round, if it is one of plan 0."""
+        """Add a round if it has plan 0."""
         if done.plan.num_steps == 0:
             self._seconds.setdefault(done.batch_size, deque(maxlen=_PLAN_ZERO_ROUNDS)).append(done.seconds)
 
     def plan_zero_s(self, batch_size: int) -> float | None:
-        """Mean seconds of recent rounds of plan 0 at a batch size; None: there were none."""
+        """Return the mean seconds of recent rounds of plan 0 at a batch size; None: there were none."""
         seconds = self._seconds.get(batch_size)
         return None if seconds is None else sum(seconds) / len(seconds)
 
 
-def check_episode(max_rounds: int | None, max_tokens: int | None, reward: str) -> None:
-    """Check that one length of an episode is given, and that it suits the reward.
+def open_workload(workload: str | Path | Workload, target: str | Path, **requests: Any) -> Workload:
+    """Open a workload by name; `requests` are the arguments of `open_stream`."""
+    if not isinstance(workload, (str, Path)):
+        return workload
+    from specrl.workloads.stream import open_stream
 
-    Raises:
-        ValueError: otherwise.
-    """
-    if (max_rounds is None) == (max_tokens is None):
-        raise ValueError(
-            f"exactly one of max_rounds and max_tokens must be given, but got {max_rounds} and {max_tokens}"
-        )
-    length = max_tokens if max_rounds is None else max_rounds
-    if length is not None and length < 1:
-        raise ValueError(f"an episode must have at least 1 round or token, but got {length}")
-    if reward == "time_saved" and max_tokens is None:
-        raise ValueError("reward 'time_saved' is for episodes of max_tokens only, but got max_rounds")
+    return open_stream(workload, target, **requests)

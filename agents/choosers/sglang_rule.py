@@ -41,7 +41,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         steps = self.candidate_steps
-        valid = len(steps) > 0 and all(isinstance(count, int) and count >= 0 for count in steps)
+        valid = {type(count) for count in steps} == {int} and min(steps) >= 0
         require(valid, "candidate_steps", "at least one whole number from 0 on", steps)
 
 
