@@ -40,14 +40,11 @@ class AdaptiveChooser(PlanChooser):
     sooner if two standard deviations of its cost might make it best, and drafts again after many rounds of plan 0.
 
     Args:
-        plans: the plans to choose from.
+        plans: the plans to choose from, at least one.
         seed: seed of the sampling.
         revisit: rounds, at any batch size, after which a plan that has not run is tried again if it is as good as the
             best plan; after twice as many rounds it is tried if it has 80 % of the best plan's speed. One trial is
             enough because costs and acceptance mostly change at all batch sizes together.
-
-    Raises:
-        ValueError: no plans.
     """
 
     def __init__(self, plans: Sequence[Plan], *, seed: int = 0, revisit: int = 600) -> None:

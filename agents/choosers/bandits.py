@@ -60,16 +60,13 @@ class MedianGreedy(_Bandit):
     rewards comes first.
 
     Args:
-        plans: the plans to choose from.
+        plans: the plans to choose from, at least one.
         tiers: lower bound of the batch size -> plans that are allowed (TLT lets large batches verify fewer tokens);
             None: all plans at all batch sizes.
-        epsilon: ε.
-        window: rewards in each median.
-        groups: lower bounds of the groups of batch sizes.
+        epsilon: ε, in [0, 1].
+        window: rewards in each median, at least 1.
+        groups: lower bounds of the groups of batch sizes, at least 1.
         seed: seed of the exploration.
-
-    Raises:
-        ValueError: no plans, or a number out of range.
     """
 
     def __init__(
@@ -109,12 +106,9 @@ class UCB1(_Bandit):
     """The arm with the highest x̄_j + scale · sqrt(2 ln n / n_j) (Auer, Cesa-Bianchi and Fischer, 2002, figure 1).
 
     Args:
-        plans: the plans to choose from.
-        groups: lower bounds of the groups of batch sizes.
-        scale: scale of the bonus; 1 in the paper. Rewards of plans differ little, so 1 explores for long.
-
-    Raises:
-        ValueError: no plans, or a number out of range.
+        plans: the plans to choose from, at least one.
+        groups: lower bounds of the groups of batch sizes, at least 1.
+        scale: scale of the bonus, at least 0; 1 in the paper. Rewards of plans differ little, so 1 explores for long.
     """
 
     def __init__(self, plans: Sequence[Plan], *, groups: Sequence[int] = GROUPS, scale: float = 1.0) -> None:
@@ -142,13 +136,10 @@ class EXP3(_Bandit):
     p_j = (1 - γ) w_j / Σw + γ / K, and after reward x of arm j: w_j ← w_j exp(γ x / (p_j K)).
 
     Args:
-        plans: the plans to choose from.
-        groups: lower bounds of the groups of batch sizes.
-        gamma: γ in (0, 1].
+        plans: the plans to choose from, at least one.
+        groups: lower bounds of the groups of batch sizes, at least 1.
+        gamma: γ, in (0, 1].
         seed: seed of the choices.
-
-    Raises:
-        ValueError: no plans, or a number out of range.
     """
 
     def __init__(

@@ -24,12 +24,9 @@ class ThresholdStopping(PlanChooser):
     it, so longer chains are tried from time to time. Like the original, the rule always drafts and ignores time.
 
     Args:
-        plans: the plans to choose from.
+        plans: the plans to choose from, at least one chain.
         threshold: in (0, 1).
         memory: rounds after which evidence has faded to 1/e.
-
-    Raises:
-        ValueError: no chain among the plans, or a threshold out of range.
     """
 
     def __init__(self, plans: Sequence[Plan], *, threshold: float = 0.4, memory: float = 50.0) -> None:
@@ -60,16 +57,13 @@ class ThroughputRule(PlanChooser):
     the shortest chain runs once, so that the windows are updated.
 
     Args:
-        plans: the plans to choose from; plans that are not chains are never chosen.
-        costs: batch size -> plan -> seconds of a round; a batch size between two takes the larger one's.
-        window: rounds that P_k is the mean of.
-        update_interval: rounds between decisions.
-        hysteresis: share by which a plan must be better to replace the present one.
-        forget: when the plan gets shorter, forget the positions beyond it, as in the original.
-        probe: rounds of plan 0 between two drafts.
-
-    Raises:
-        ValueError: no chain among the plans, a cost is missing, or a number is out of range.
+        plans: the plans to choose from, at least one chain; trees are never chosen.
+        costs: batch size -> plan -> seconds of a round, for all chains; a batch size between two has the larger one's.
+        window: rounds in the mean P_k, at least 1.
+        update_interval: rounds between decisions, at least 1.
+        hysteresis: share by which a plan must be better to replace the present one, at least 0.
+        forget: forget the positions beyond a shorter plan when it replaces the present one, as in the original.
+        probe: rounds of plan 0 between two drafts, at least 1.
     """
 
     def __init__(

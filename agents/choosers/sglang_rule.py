@@ -95,7 +95,7 @@ class SGLangRule(PlanChooser):
     """SGLang's adaptive rule as a plan chooser, on chains.
 
     Args:
-        plans: the plans to choose from; plans that are not chains or not candidates are never chosen.
+        plans: the plans to choose from, at least one chain; only chains that are candidates are chosen.
         config: in the format of `--speculative-adaptive-config`: tiers by lower bound of the batch size, and settings
             of `Settings` in a tier or for all tiers. None: SGLang's defaults with the candidates among the plans; a
             tier without any has all chains.

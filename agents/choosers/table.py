@@ -16,10 +16,8 @@ class PlanTable(PlanChooser):
     """One plan per batch size, by lower bound: a batch size takes the entry of the largest bound it reaches.
 
     Args:
-        table: lower bound -> plan, both also as text; a batch size below the least bound takes the least one's.
-
-    Raises:
-        ValueError: an empty table, or a bound below 1.
+        table: lower bound, at least 1 -> plan, both also as text; a batch size below the least bound takes the least
+            one's.
     """
 
     def __init__(self, table: Mapping[int, Plan | str]) -> None:
@@ -51,10 +49,7 @@ def best_table(costs: Mapping[int, Mapping[Plan, float]], accept_lengths: Mappin
 
     Args:
         costs: T, batch size -> plan -> seconds of a round.
-        accept_lengths: E[τ] = 1 + Σ P_k of each plan.
-
-    Raises:
-        ValueError: no costs, or a plan without an accept length.
+        accept_lengths: E[τ] = 1 + Σ P_k of every plan in `costs`.
     """
     unknown = sorted({str(plan) for known in costs.values() for plan in known} - set(map(str, accept_lengths)))
     if unknown:
@@ -69,12 +64,9 @@ class ClairvoyantLength(PlanChooser):
     at this batch size (Dinkelbach, 1967). Only a simulation knows the future.
 
     Args:
-        plans: the plans to choose from; plans that are not chains are never chosen.
+        plans: the plans to choose from, at least one chain; trees are never chosen.
         costs: T, batch size -> plan -> seconds; a batch size without an entry takes that of the next smaller one.
         foresee: returns each request's correct drafts in the next round under the longest chain.
-
-    Raises:
-        ValueError: no chain among the plans, or no costs.
     """
 
     def __init__(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from specrl.core.checks import require
+
 
 class Clock(Protocol):
     """Seconds on a monotonic axis of arbitrary origin."""
@@ -45,6 +47,5 @@ class VirtualClock:
 
     def advance(self, seconds: float) -> None:
         """Let `seconds` (not negative) pass."""
-        if not seconds >= 0.0:
-            raise ValueError(f"a clock only moves forward: seconds must be at least 0, but got {seconds}")
+        require(seconds >= 0.0, "seconds", "at least 0", seconds)
         self._now_s += seconds

@@ -29,12 +29,9 @@ class Request:
     Args:
         prompt: token ids, at least one.
         max_new_tokens: tokens to generate at most, at least 1.
-        temperature: 0 is greedy.
+        temperature: finite and at least 0; 0 is greedy.
         ignore_eos: continue to `max_new_tokens` after the end-of-sequence token, for requests of a fixed length.
         learn: whether a draft may learn from it.
-
-    Raises:
-        ValueError: a value out of range.
     """
 
     prompt: tuple[int, ...]
@@ -44,8 +41,7 @@ class Request:
     learn: bool = True
 
     def __post_init__(self) -> None:
-        if not self.prompt:
-            raise ValueError("a prompt must hold at least one token, but got none; start it with the bos token")
+        require(len(self.prompt) > 0, "a prompt", "at least one token, such as the bos token", self.prompt)
         require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
         require(0.0 <= self.temperature < math.inf, "temperature", "finite and at least 0", self.temperature)
 
@@ -203,24 +199,13 @@ class PlanEstimate:
 
 @dataclass(frozen=True, slots=True)
 class PlanCost:
-    """The cost of a chain of `num_steps` drafts at a batch size, for losses that count seconds.
+    """The cost of a chain of `num_steps` drafts at a batch size, for losses that count seconds."""
 
-    Args:
-        batch_size: live requests.
-        num_steps: drafts of the plan; 0 is plain decoding with the draft in place.
-        plain_s: t0(B), seconds of a plain decoding step.
-        round_s: T(B, plan), seconds of a round.
-        share: how often this plan runs at this batch size, on any scale.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    batch_size: int
-    num_steps: int
-    plain_s: float
-    round_s: float
-    share: float = 1.0
+    batch_size: int  # live requests, at least 1
+    num_steps: int  # drafts of the plan; 0 is plan 0
+    plain_s: float  # t0(B), seconds of a plain decoding step, above 0
+    round_s: float  # T(B, plan), seconds of a round, above 0
+    share: float = 1.0  # how often this plan runs at this batch size, on any scale; at least 0
 
     def __post_init__(self) -> None:
         seconds = 0 < self.plain_s < math.inf and 0 < self.round_s < math.inf

@@ -78,12 +78,12 @@ class Observation(NamedTuple):
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """For each plan, recent seconds of its rounds over plain decoding's at this batch size; starts at 1."""
+        """Recent seconds of each plan's rounds over plain decoding's at this batch size; starts at 1."""
         return tuple(2.0**octaves for octaves in self.values[self._layout.costs])
 
     @property
     def tried(self) -> tuple[float, ...]:
-        """For each plan, 1 if its cost was measured at this batch size, else 0."""
+        """1 for each plan whose cost was measured at this batch size, else 0."""
         return tuple(self.values[self._layout.tried])
 
     @property

@@ -48,10 +48,7 @@ class PlainCost:
 
     Args:
         window: samples kept for each batch size, at least 4.
-        every: rounds between two samples once there are enough; fewer before.
-
-    Raises:
-        ValueError: a window below 4, or every below 1.
+        every: rounds between two samples once there are enough, at least 1; fewer before.
     """
 
     def __init__(self, window: int = WINDOW, every: int = INTERVAL) -> None:
@@ -64,11 +61,7 @@ class PlainCost:
         return _Samples(deque(contexts, maxlen=self.window), deque(seconds, maxlen=self.window))
 
     def add(self, sample: PlainSample) -> None:
-        """Add a measured plain step.
-
-        Raises:
-            ValueError: its seconds are not finite and above 0.
-        """
+        """Add a measured plain step, of finite seconds above 0."""
         require(0 < sample.seconds < math.inf, "seconds of a plain step", "finite and above 0", sample.seconds)
         known = self._samples.setdefault(sample.batch_size, self._new())
         known.contexts.append(sample.context)
