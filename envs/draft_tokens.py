@@ -16,7 +16,7 @@ from specrl.core.round import Ints
 from specrl.decoding.engine import LocalEngine
 from specrl.decoding.propose import MAX_DRAFT_TOKENS
 from specrl.envs.draft_io import ActionDecoder, Arrays, ObservationWindow, Prefill, SampledDrafts, Sizes
-from specrl.envs.timed_env import Episodes, TimedEnv, open_workload
+from specrl.envs.timed_env import Episodes, TimedEnv
 from specrl.models.config import default_aux_layers
 from specrl.models.target import load_target
 
@@ -114,16 +114,10 @@ class DraftTokensEnv(TimedEnv[Arrays, ProposalSession]):
         episodes = Episodes(batch_size, reward, max_rounds, max_tokens)
         owned = isinstance(engine, str)
         engine = _drafting_engine(engine, target, aux_layers, prompt_tokens + max_new_tokens)
-        workload = open_workload(
-            workload,
-            target,
-            prompt_tokens=prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            ignore_eos=ignore_eos,
-        )
+        requests: dict[str, Any] = {"prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens}
+        requests |= {"temperature": temperature, "ignore_eos": ignore_eos}
         options: dict[str, Any] = {"trace": trace, "allow_parallel": allow_parallel, "render_mode": render_mode}
-        super().__init__(engine, workload, episodes, owned=owned, **options)
+        super().__init__(engine, episodes, workload, target, requests, owned=owned, **options)
         config = engine.target.config
         features = len(engine.aux_layers) * config.hidden_size
         sizes = Sizes(episodes.sizes[-1], num_steps, config.vocab_size, features, engine.max_context, flat)

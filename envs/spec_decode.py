@@ -20,7 +20,7 @@ from specrl.core.observation import Observation, vector_bounds
 from specrl.core.plan import Plan, parse_plans
 from specrl.core.registry import make_engine
 from specrl.core.rollout import Step
-from specrl.envs.timed_env import Episodes, PlanZeroBaseline, TimedEnv, open_workload
+from specrl.envs.timed_env import Episodes, PlanZeroBaseline, TimedEnv
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,16 +137,10 @@ class SpecDecodeEnv(TimedEnv[NDArray[np.float32], Session]):
         elif isinstance(engine, str):
             options = dict(engine_options or {})
             engine = make_engine(engine, target=target, draft=draft, plans=self.plans, trace=trace, **options)
-        workload = open_workload(
-            workload,
-            target,
-            prompt_tokens=prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            ignore_eos=ignore_eos,
-        )
+        requests: dict[str, Any] = {"prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens}
+        requests |= {"temperature": temperature, "ignore_eos": ignore_eos}
         options = {"trace": trace, "allow_parallel": allow_parallel, "render_mode": render_mode}
-        super().__init__(engine, workload, episodes, owned=owned, **options)
+        super().__init__(engine, episodes, workload, target, requests, owned=owned, **options)
         self._mask = np.array([self.engine.supports(plan) for plan in self.plans])
         if not self._mask.any():
             raise ValueError(f"the engine must support one of the plans, but none of {', '.join(map(str, self.plans))}")

@@ -6,7 +6,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -62,10 +62,10 @@ class TimedEnv(gymnasium.Env[Obs, Any], Generic[Obs, S]):
 
     Args:
         engine: the engine that decodes.
-        workload: the requests.
         episodes: batch sizes, reward and length of episodes.
+        target, workload, trace, allow_parallel, render_mode: as in `SpecRL/SpecDecode-v0`.
+        requests: the arguments of `open_stream` for a workload by name.
         owned: whether `close` closes the engine.
-        trace, allow_parallel, render_mode: as in `SpecRL/SpecDecode-v0`.
     """
 
     metadata = {"render_modes": ["ansi", "human"], "render_fps": 30}
@@ -77,8 +77,10 @@ class TimedEnv(gymnasium.Env[Obs, Any], Generic[Obs, S]):
     def __init__(
         self,
         engine: Engine,
-        workload: Workload,
         episodes: Episodes,
+        workload: str | Path | Workload,
+        target: str | Path,
+        requests: Mapping[str, Any],
         *,
         owned: bool,
         trace: bool = False,
@@ -86,6 +88,10 @@ class TimedEnv(gymnasium.Env[Obs, Any], Generic[Obs, S]):
         render_mode: str | None = None,
     ) -> None:
         require(render_mode in (None, "ansi", "human"), "render_mode", "None, 'ansi' or 'human'", render_mode)
+        if isinstance(workload, (str, Path)):
+            from specrl.workloads.stream import open_stream
+
+            workload = open_stream(workload, target, **requests)
         self.engine, self.workload, self.render_mode = engine, workload, render_mode
         self._episodes, self._reward = episodes, make_reward(episodes.reward)
         clock = engine.clock
@@ -273,12 +279,3 @@ class PlanZeroBaseline(PlainCost):
         """Return the mean seconds of recent rounds of plan 0 at a batch size; None: there were none."""
         seconds = self._seconds.get(batch_size)
         return None if seconds is None else sum(seconds) / len(seconds)
-
-
-def open_workload(workload: str | Path | Workload, target: str | Path, **requests: Any) -> Workload:
-    """Open a workload by name; `requests` are the arguments of `open_stream`."""
-    if not isinstance(workload, (str, Path)):
-        return workload
-    from specrl.workloads.stream import open_stream
-
-    return open_stream(workload, target, **requests)

@@ -57,13 +57,13 @@ class PlainCost:
         self.window, self.every = window, every
         self._samples: dict[int, _Samples] = {}  # by batch size
 
-    def _new(self, contexts: Sequence[float] = (), seconds: Sequence[float] = ()) -> _Samples:
+    def _new(self, contexts: Sequence[float], seconds: Sequence[float]) -> _Samples:
         return _Samples(deque(contexts, maxlen=self.window), deque(seconds, maxlen=self.window))
 
     def add(self, sample: PlainSample) -> None:
         """Add a measured plain step, of finite seconds above 0."""
         require(0 < sample.seconds < math.inf, "seconds of a plain step", "finite and above 0", sample.seconds)
-        known = self._samples.setdefault(sample.batch_size, self._new())
+        known = self._samples.setdefault(sample.batch_size, self._new((), ()))
         known.contexts.append(sample.context)
         known.seconds.append(sample.seconds)
         known.since, known.line = 0, None

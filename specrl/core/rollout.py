@@ -20,11 +20,9 @@ class Baseline(Protocol):
     """The cost of plain decoding, which every speedup is measured against."""
 
     def update(self, session: Session, context: float) -> None:
-        """Prepare for the next round of `session`; may measure plain decoding. Called outside timed windows.
+        """Prepare for the next round of `session`, before it is timed; may measure plain decoding.
 
-        Args:
-            session: the session that will decode the round.
-            context: mean number of known tokens per live request.
+        `context` is the mean number of known tokens per live request.
 
         Raises:
             ValueError: the baseline must measure plain decoding, but the engine cannot.
@@ -92,21 +90,13 @@ class Rollout:
         return self.observer.observe(self.session.batch_size, self._context)
 
     def step(self, plan: Plan, thinking_s: float = 0.0) -> Step:
-        """Decode one round with this plan.
-
-        Raises:
-            ValueError: the session cannot run the plan, or the baseline cannot be measured.
-        """
+        """Decode one round with this plan; errors are those of `Session.round` and `Baseline.update`."""
         step = self.decode(lambda: self.session.round(plan), thinking_s)
         self._late.append(step)
         return step
 
     def decode(self, decode_round: Callable[[], Round], thinking_s: float = 0.0) -> Step:
-        """Decode one round in another way, such as with drafts from outside; the observation does not include it.
-
-        Raises:
-            ValueError: the baseline cannot be measured, or `decode_round` raises it.
-        """
+        """Decode one round in another way, such as with drafts from outside; the observation does not include it."""
         self.prepare()
         batch, context = self.session.batch_size, self._context
         self.baseline.update(self.session, context)

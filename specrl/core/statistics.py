@@ -42,11 +42,7 @@ class Interval:
 
 
 def abba(pairs: int) -> str:
-    """Return the order 'ABBAABBA…' of 2 * pairs blocks: a linear drift of the machine adds the same to A and B.
-
-    Raises:
-        ValueError: fewer than one pair.
-    """
+    """Return the order 'ABBAABBA…' of 2 * pairs blocks, pairs >= 1: a linear drift adds the same to A and B."""
     require(pairs >= 1, "pairs", "at least 1", pairs)
     return ("ABBA" * ((pairs + 1) // 2))[: 2 * pairs]
 
@@ -147,13 +143,10 @@ def _ratio_error(x: Floats, y: Floats) -> Floats:
 
 
 def pairs_needed(log_sd: float, effect: float, *, power: float = 0.8, level: float = 0.95) -> int:
-    """Return the number of pairs that show a relative `effect` with a probability of `power`.
+    """Return the number of pairs that show a relative `effect` > 0 with a probability of `power`, in (0, 1).
 
     This is a paired z-test: n = ((z_level + z_power) · log_sd / effect)², rounded up; at least 2. The log ratios of
-    pairs have standard deviation `log_sd`.
-
-    Raises:
-        ValueError: `log_sd` or `effect` is not above 0, or `power` or `level` is not in (0, 1).
+    pairs have standard deviation `log_sd` > 0.
     """
     require(min(log_sd, effect) > 0, "log_sd and effect", "above 0", (log_sd, effect))
     require(0 < min(power, level) and max(power, level) < 1, "power and level", "in (0, 1)", (power, level))
@@ -163,11 +156,7 @@ def pairs_needed(log_sd: float, effect: float, *, power: float = 0.8, level: flo
 
 
 def prefix_survival(correct_drafts: ArrayLike, num_steps: int) -> Floats:
-    """Return P_k for k = 1 .. num_steps: the share of `correct_drafts` [n] that are at least k; E[τ] = 1 + Σ P_k.
-
-    Raises:
-        ValueError: no rounds, or more correct drafts than steps.
-    """
+    """Return P_k for k = 1 .. num_steps: the share of `correct_drafts` [n], n >= 1, that are at least k."""
     correct = np.asarray(correct_drafts)
     valid = correct.size > 0 and correct.min() >= 0 and correct.max() <= num_steps
     require(valid, "correct_drafts", f"at least one number in [0, num_steps={num_steps}]", correct_drafts)
