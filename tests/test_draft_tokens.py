@@ -100,33 +100,31 @@ def random_agent(env: DraftTokensEnv, outputs: Outputs) -> Agent:
     return lambda obs, info: rng.integers(-1, V, obs["tokens"][:, 1:].shape)
 
 
-def ngram_agent(env: DraftTokensEnv, outputs: Outputs) -> Agent:
+def reading_agent(draft: Callable[[list[int]], list[int]]) -> Agent:
+    """Drafts by a function of a request's text."""
     memory = Memory()
+    return lambda obs, info: drafts([draft(text) for text in memory.read(obs, info)], len(obs["live"]))
 
-    def act(obs: dict[str, Any], info: dict[str, Any]) -> Any:
-        drafted = []
-        for text in memory.read(obs, info):
-            start = next((i for i in range(len(text) - 2, -1, -1) if text[i] == text[-1]), len(text)) + 1
-            drafted.append(text[start : start + K])
-        return drafts(drafted, len(obs["live"]))
 
-    return act
+def ngram_agent(env: DraftTokensEnv, outputs: Outputs) -> Agent:
+    def draft(text: list[int]) -> list[int]:
+        start = next((i for i in range(len(text) - 2, -1, -1) if text[i] == text[-1]), len(text)) + 1
+        return text[start : start + K]
+
+    return reading_agent(draft)
 
 
 def adversarial_agent(env: DraftTokensEnv, outputs: Outputs) -> Agent:
     """Knows the target's output: drafts it correctly up to a position, and wrongly after it."""
-    memory, rng = Memory(), np.random.default_rng(1)
+    rng = np.random.default_rng(1)
 
-    def act(obs: dict[str, Any], info: dict[str, Any]) -> Any:
-        drafted = []
-        for text in memory.read(obs, info):
-            output = outputs.get(tuple(text[:5]), ())
-            ahead = list(output[len(text) : len(text) + int(rng.integers(0, K + 1))])
-            wrong = int(rng.integers(0, K + 1))
-            drafted.append([t if i < wrong else (t + 1) % V for i, t in enumerate(ahead)])
-        return drafts(drafted, len(obs["live"]))
+    def draft(text: list[int]) -> list[int]:
+        output = outputs.get(tuple(text[:5]), ())
+        ahead = output[len(text) : len(text) + int(rng.integers(0, K + 1))]
+        wrong = int(rng.integers(0, K + 1))
+        return [t if i < wrong else (t + 1) % V for i, t in enumerate(ahead)]
 
-    return act
+    return reading_agent(draft)
 
 
 def drawing_agent(env: DraftTokensEnv, outputs: Outputs) -> Agent:

@@ -1,18 +1,11 @@
-"""What needs a fraction of a second or runs inside SGLang does not import large libraries."""
-
-from __future__ import annotations
+"""Programs that run for a fraction of a second or inside SGLang do not import large libraries."""
 
 import subprocess
 import sys
 
 import pytest
 
-SIMULATED = """
-import gymnasium, specrl
-env = gymnasium.make("SpecRL/Simulated-v0")
-env.reset(seed=0)
-env.step(env.action_space.sample())
-"""
+SIMULATED = 'import gymnasium, specrl; env = gymnasium.make("SpecRL/Simulated-v0"); env.reset(seed=0); env.step(1)'
 PLUGIN = "import specrl.sglang.plugin.entry, specrl.sglang.plugin.lookahead, specrl.sglang.plugin.traces"
 HUGGING_FACE = ("transformers", "tokenizers", "huggingface_hub")
 
