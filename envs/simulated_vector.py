@@ -49,9 +49,6 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         stagger: give the first episodes all lengths up to `max_rounds`, so that environments are not all reset in the
             same step; learners that normalise observations need that.
         (others): as in `SimulatedEnv`.
-
-    Raises:
-        ValueError: an argument out of range.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}

@@ -36,11 +36,7 @@ _PLAN_ZERO_ROUNDS = 32  # rounds of plan 0 in the mean cost of one
 
 
 class Episodes:
-    """The batch sizes, the reward and the length of episodes; the arguments are those of `SpecRL/SpecDecode-v0`.
-
-    Raises:
-        ValueError: a value out of range, or a reward that does not suit the length.
-    """
+    """The batch sizes, the reward and the length of episodes; the arguments are those of `SpecRL/SpecDecode-v0`."""
 
     def __init__(self, batch_size: BatchSizes, reward: str, max_rounds: int | None, max_tokens: int | None) -> None:
         lengths = [length for length in (max_rounds, max_tokens) if length is not None]
@@ -184,11 +180,7 @@ class TimedEnv(gymnasium.Env[Obs, Any], Generic[Obs, S]):
         self._paused_s, self._returned = 0.0, self.engine.clock.now()
 
     def drain(self) -> list[Trace]:
-        """Return the traces of the rounds since the last call; off the clock. Needs `trace=True`.
-
-        Raises:
-            ValueError: the environment keeps no traces.
-        """
+        """Return the traces of the rounds since the last call; off the clock. Needs `trace=True`."""
         require(self._trace, "trace", "True to drain traces", self._trace)
         with self.off_the_clock():
             traces, self._traces = self._traces + self._running().drain(), []

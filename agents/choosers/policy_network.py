@@ -41,11 +41,9 @@ class PolicyNetwork:
     """Scores plans: masks and normalises the observation, then applies the LSTM, if there is one, and the layers.
 
     Args:
-        tensors: by Stable-Baselines3's names, float32; those of critics and target networks are ignored.
+        tensors: by Stable-Baselines3's names, float32, with at least one layer that scores plans; those of critics and
+            target networks are ignored.
         activation: between layers, 'tanh' or 'relu'.
-
-    Raises:
-        ValueError: no layers that score plans, or another activation.
     """
 
     def __init__(self, tensors: Mapping[str, NDArray[Any]], activation: str = "tanh") -> None:
@@ -109,10 +107,7 @@ class NetworkChooser(PlanChooser):
     Args:
         network: the network that scores `plans`.
         plans: in the order of the actions that the policy was trained with.
-        allowed: [n] bool, the plans that may be chosen; None: all.
-
-    Raises:
-        ValueError: the network scores another number of plans, or no plan is allowed.
+        allowed: [n] bool, the plans that may be chosen, at least one; None: all.
     """
 
     def __init__(
@@ -149,11 +144,7 @@ class NetworkChooser(PlanChooser):
 
 
 def load_chooser(directory: str | Path) -> NetworkChooser:
-    """Load a chooser from the directory of a policy.
-
-    Raises:
-        ValueError: the directory does not hold a policy.
-    """
+    """Load a chooser from a directory; a ValueError if it does not hold a policy."""
     from safetensors.numpy import load_file
 
     description = read_description(directory)

@@ -101,9 +101,6 @@ class SGLangRule(PlanChooser):
             tier without any has all chains.
         initial_steps: `--speculative-num-steps` of the server.
         graph_batch_sizes: captured batch sizes, to which a batch size is padded before its tier is looked up.
-
-    Raises:
-        ValueError: no chain among the plans, or a config without tiers, with unknown names or with other candidates.
     """
 
     def __init__(

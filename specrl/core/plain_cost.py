@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,33 +37,22 @@ class PlainEstimate(NamedTuple):
 class _Samples:
     """The samples of one batch size, and the line through them."""
 
-    contexts: deque[float]
-    seconds: deque[float]
+    contexts: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     since: int = 0  # rounds since the last sample
     line: tuple[float, float, float, float] | None = None  # level, slope, centre, error
 
 
 class PlainCost:
-    """t0(batch size, context) from samples taken between rounds (a `specrl.core.rollout.Baseline`).
+    """t0(batch size, context) from samples taken between rounds (a `specrl.core.rollout.Baseline`)."""
 
-    Args:
-        window: samples kept for each batch size, at least 4.
-        every: rounds between two samples once there are enough, at least 1; fewer before.
-    """
-
-    def __init__(self, window: int = WINDOW, every: int = INTERVAL) -> None:
-        require(window >= 4, "window", "at least 4", window)
-        require(every >= 1, "every", "at least 1", every)
-        self.window, self.every = window, every
+    def __init__(self) -> None:
         self._samples: dict[int, _Samples] = {}  # by batch size
-
-    def _new(self, contexts: Sequence[float], seconds: Sequence[float]) -> _Samples:
-        return _Samples(deque(contexts, maxlen=self.window), deque(seconds, maxlen=self.window))
 
     def add(self, sample: PlainSample) -> None:
         """Add a measured plain step, of finite seconds above 0."""
         require(0 < sample.seconds < math.inf, "seconds of a plain step", "finite and above 0", sample.seconds)
-        known = self._samples.setdefault(sample.batch_size, self._new((), ()))
+        known = self._samples.setdefault(sample.batch_size, _Samples())
         known.contexts.append(sample.context)
         known.seconds.append(sample.seconds)
         known.since, known.line = 0, None
@@ -90,7 +79,7 @@ class PlainCost:
         if known is None:
             return FIRST_SAMPLES
         known.since += 1
-        return int(known.since >= (DENSE_INTERVAL if len(known.seconds) < DENSE_SAMPLES else self.every))
+        return int(known.since >= (DENSE_INTERVAL if len(known.seconds) < DENSE_SAMPLES else INTERVAL))
 
     def estimate(self, batch_size: int, context: float) -> PlainEstimate:
         """Return t0 at this batch size and mean context.
@@ -111,11 +100,14 @@ class PlainCost:
     def state_dict(self) -> dict[str, Any]:
         """Return the samples, JSON-able."""
         cells = {str(b): {"contexts": list(s.contexts), "seconds": list(s.seconds)} for b, s in self._samples.items()}
-        return {"window": self.window, "every": self.every, "cells": cells}
+        return {"window": WINDOW, "every": INTERVAL, "cells": cells}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`."""
-        self._samples = {int(batch): self._new(**cell) for batch, cell in state["cells"].items()}
+        self._samples = {int(batch): _Samples() for batch in state["cells"]}
+        for batch, cell in state["cells"].items():
+            self._samples[int(batch)].contexts.extend(cell["contexts"])
+            self._samples[int(batch)].seconds.extend(cell["seconds"])
 
 
 def _fit(contexts: np.ndarray, seconds: np.ndarray) -> tuple[float, float, float, float]:
