@@ -27,11 +27,7 @@ class DeviceLock:
         self._file: int | None = None
 
     def acquire(self) -> None:
-        """Hold the device; does nothing if this lock holds it already.
-
-        Raises:
-            ValueError: another environment holds the device.
-        """
+        """Hold the device, if this lock does not already; raises ValueError if another environment holds it."""
         if self.device is None or self._file is not None or fcntl is None:
             return
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

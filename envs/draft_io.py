@@ -109,11 +109,7 @@ class ActionDecoder:
         self.space = spaces.MultiDiscrete(np.full(shape, sizes.vocab_size + 1), start=np.full(shape, self._lowest))
 
     def read(self, action: Any, live: int) -> Tensor:
-        """Return the drafts of the live requests: [live, s] int64, s the length of the longest draft.
-
-        Raises:
-            ValueError: another shape or dtype, or a token out of range.
-        """
+        """Return the drafts of the live requests: [live, s] int64, s the length of the longest draft."""
         tokens, shape = np.asarray(action), self.space.shape
         valid = tokens.shape == shape and tokens.dtype.kind in "iu"
         require(valid, "an action", f"integers {list(shape)}", f"{tokens.dtype} {list(tokens.shape)}")
@@ -168,20 +164,16 @@ class SampledDrafts:
         return tokens.numpy().copy()
 
     def distributions(self, drafted: Tensor) -> Tensor | None:
-        """Return the distributions [live, s, V] float32 of these drafts [live, s] int64; None: none were drawn.
+        """Return the distributions [live, s, V] float32 of the drafts that were drawn; None: none were drawn.
 
-        Raises:
-            ValueError: other drafts than those drawn.
+        `drafted` [live, s] int64 are the drafts of the action; raises ValueError if they are others.
         """
         if not self._tokens:
             return None
         drawn = torch.stack(self._tokens, 1)
         steps = int((drawn >= 0).sum(1).max())
-        if not torch.equal(drawn[:, :steps], drafted):
-            raise ValueError(
-                f"an action must be the drafts that were drawn, {drawn[:, :steps].tolist()}, but got "
-                f"{drafted.tolist()}; give draw() a row of zeros to end a draft early"
-            )
+        rule = f"the drafts that were drawn, {drawn[:, :steps].tolist()} (draw a row of zeros to end a draft early)"
+        require(torch.equal(drawn[:, :steps], drafted), "an action", rule, drafted.tolist())
         return torch.stack(self._q, 1)[:, :steps]
 
     def clear(self) -> None:

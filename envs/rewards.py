@@ -114,10 +114,6 @@ _REWARDS: dict[str, Callable[[], Reward]] = {
 
 
 def make_reward(name: str) -> Reward:
-    """Make a reward by name, for one environment or for N.
-
-    Raises:
-        ValueError: there is no such reward.
-    """
+    """Make a reward by name, for one environment or for N; raises ValueError if there is none."""
     require_known("reward", name, _REWARDS)
     return _REWARDS[name]()

@@ -99,11 +99,7 @@ def simulation(
     extrapolate: bool,
     shifts: Sequence[Shift],
 ) -> tuple[SimulatedEngine, Requests, tuple[Plan, ...]]:
-    """Return the engine, the requests and the plans of a simulation.
-
-    Raises:
-        ValueError: a batch size or plan is not in the profile.
-    """
+    """Return the engine, the requests and the plans of a simulation; raises ValueError for unknown batch sizes."""
     loaded = load_profile(profile)
     sizes = [phase.batch_size for schedule in read_schedules(batch_size) for phase in schedule]
     engine = SimulatedEngine(loaded, batch_sizes=(min(sizes), max(sizes)), extrapolate=extrapolate, shifts=shifts)

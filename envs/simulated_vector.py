@@ -86,8 +86,7 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
         require(max_rounds is not None or not stagger, "stagger", "False in episodes of max_tokens", stagger)
         self._stagger = max_rounds if stagger else None
         self._mask = np.array([engine.supports(plan) for plan in self.plans])
-        if not self._mask.any():
-            raise ValueError(f"the profile must offer one of the plans, but none of {', '.join(map(str, self.plans))}")
+        require(bool(self._mask.any()), "plans", "some that the profile offers", ", ".join(map(str, self.plans)))
         self.num_envs, self.profile = num_envs, engine.profile
         self._reward, self._delay = make_reward(reward), engine.result_delay
         schedules, sizes = episodes.schedules, episodes.sizes
@@ -110,8 +109,7 @@ class SimulatedVectorEnv(VectorEnv[NDArray[np.float32], Ints, NDArray[Any]]):
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Begin an episode in every environment; with a seed, forget all earlier measurements."""
         super().reset(seed=seed)
-        if options:
-            raise ValueError(f"reset takes no options, but got {', '.join(options)}; pass them to gym.make_vec")
+        require(not options, "options of reset", "None; pass arguments to gym.make_vec", options)
         if seed is not None or self._rng is None:
             self._rng = np.random.Generator(np.random.SFC64(int(self.np_random.integers(2**63))))
             self._reward = make_reward(self._episodes.reward)

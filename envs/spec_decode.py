@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,15 +19,61 @@ from specrl.core.batch_schedule import BatchSizes
 from specrl.core.checks import require
 from specrl.core.interfaces import Engine, Session, Workload
 from specrl.core.observation import Observation, vector_bounds
+from specrl.core.plain_cost import PlainCost
 from specrl.core.plan import Plan, parse_plans
 from specrl.core.registry import make_engine
 from specrl.core.rollout import Step
-from specrl.envs.timed_env import Episodes, PlanZeroBaseline, TimedEnv
+from specrl.core.round import PlainSample, Round
+from specrl.envs.timed_env import Episodes, TimedEnv
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from specrl.models.draft import Draft
+
+log = logging.getLogger("specrl.envs")
+NO_PLAIN = (
+    "the engine cannot measure plain decoding, so rewards are relative to rounds of plan 0, which are slower, and "
+    "episode_speedup is nan; to compare with plain decoding on a running SGLang server, pass plain_url="
+)
+_PLAN_ZERO_ROUNDS = 32  # rounds of plan 0 in the mean cost of one
+
+
+class PlanZeroBaseline(PlainCost):
+    """The cost of plain decoding, or of rounds of plan 0 on engines that cannot measure plain decoding.
+
+    A round of plan 0 commits one token per request, as plain decoding does, but the draft still reads the text.
+
+    Args:
+        may_replace: whether rounds of plan 0 may replace plain decoding.
+    """
+
+    def __init__(self, *, may_replace: bool) -> None:
+        super().__init__()
+        self.replaced, self._may_replace = False, may_replace  # whether rounds of plan 0 do and may replace it
+        self._seconds: dict[int, deque[float]] = {}  # of recent rounds of plan 0, by batch size
+
+    def measure(self, session: Session) -> PlainSample:
+        """Measure a plain decoding step, or decode a round of plan 0."""
+        if not self.replaced:
+            sample = session.measure_plain() if self._may_replace else super().measure(session)
+            if sample is not None:
+                return sample
+            self.replaced = True
+            log.warning("%s", NO_PLAIN)
+        done = session.round(Plan(0))
+        self.record(done)
+        return PlainSample(done.batch_size, float(done.context_lengths.mean()), done.seconds)
+
+    def record(self, done: Round) -> None:
+        """Add a round if it has plan 0."""
+        if done.plan.num_steps == 0:
+            self._seconds.setdefault(done.batch_size, deque(maxlen=_PLAN_ZERO_ROUNDS)).append(done.seconds)
+
+    def plan_zero_s(self, batch_size: int) -> float | None:
+        """Return the mean seconds of recent rounds of plan 0 at a batch size; None: there were none."""
+        seconds = self._seconds.get(batch_size)
+        return None if seconds is None else sum(seconds) / len(seconds)
 
 
 class SpecDecodeEnv(TimedEnv[NDArray[np.float32], Session]):
@@ -142,8 +190,7 @@ class SpecDecodeEnv(TimedEnv[NDArray[np.float32], Session]):
         options = {"trace": trace, "allow_parallel": allow_parallel, "render_mode": render_mode}
         super().__init__(engine, episodes, workload, target, requests, owned=owned, **options)
         self._mask = np.array([self.engine.supports(plan) for plan in self.plans])
-        if not self._mask.any():
-            raise ValueError(f"the engine must support one of the plans, but none of {', '.join(map(str, self.plans))}")
+        require(bool(self._mask.any()), "plans", "some that the engine can run", ", ".join(map(str, self.plans)))
         self._axes = sorted({p.num_steps for p in self.plans}), sorted({p.topk for p in self.plans})
         self._discrete = action == "discrete"
         if self._discrete:

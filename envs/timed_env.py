@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import logging
+import io
 import math
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import gymnasium
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
 
 from specrl.core.batch_schedule import BatchSizes, batch_sizes, read_schedules
 from specrl.core.checks import require
@@ -20,19 +22,12 @@ from specrl.core.interfaces import Engine, Session, Workload
 from specrl.core.plain_cost import PlainCost
 from specrl.core.plan import Plan
 from specrl.core.rollout import Rollout, Step
-from specrl.core.round import PlainSample, Round, Trace
+from specrl.core.round import Trace
 from specrl.envs.device_lock import DeviceLock
-from specrl.envs.render import as_text, panel
 from specrl.envs.rewards import Outcome, make_reward
 
-log = logging.getLogger("specrl.envs")
-NO_PLAIN = (
-    "the engine cannot measure plain decoding, so rewards are relative to rounds of plan 0, which are slower, and "
-    "episode_speedup is nan; to compare with plain decoding on a running SGLang server, pass plain_url="
-)
 Obs = TypeVar("Obs")
 S = TypeVar("S", bound=Session)
-_PLAN_ZERO_ROUNDS = 32  # rounds of plan 0 in the mean cost of one
 
 
 class Episodes:
@@ -114,8 +109,7 @@ class TimedEnv(gymnasium.Env[Obs, Any], Generic[Obs, S]):
         """Begin an episode with new prompts; there are no options."""
         super().reset(seed=seed)
         self._check_open()
-        if options:
-            raise ValueError(f"reset takes no options, but got {', '.join(options)}; pass them to gym.make")
+        require(not options, "options of reset", "None; pass arguments to gym.make", options)
         self._lock.release()
         if self._session is not None:
             self._session.close()
@@ -202,9 +196,9 @@ class TimedEnv(gymnasium.Env[Obs, Any], Generic[Obs, S]):
         if self.render_mode is None:
             return None
         with self.off_the_clock():
-            view = panel(self._info, self._rounds, self._title)
+            view = _panel(self._info, self._rounds, self._title)
             if self.render_mode == "ansi":
-                return as_text(view)
+                return _as_text(view)
             if self._live_panel is None:
                 from rich.live import Live
 
@@ -236,38 +230,26 @@ class TimedEnv(gymnasium.Env[Obs, Any], Generic[Obs, S]):
         return self._session
 
 
-class PlanZeroBaseline(PlainCost):
-    """The cost of plain decoding, or of rounds of plan 0 on engines that cannot measure plain decoding.
+def _panel(info: Mapping[str, Any] | None, rounds: int, title: str) -> Panel:
+    """Return the panel that `render` shows; `info` is None before the first round."""
+    grid = Table.grid(padding=(0, 3))
+    if info is None:
+        return Panel("no round yet", title=title, title_align="left", expand=False)
+    split = "  ".join(f"{name} {info[f'{name}_s'] * 1e3:.2f}" for name in ("draft", "verify", "other", "thinking"))
+    histogram = " ".join(str(count) for count in info["histogram"])
+    rows = {
+        "round": f"{rounds}, {info['batch_size']} requests, plan {info['plan']}, draft version {info['draft_version']}",
+        "tokens": f"{info['tokens']}, accept length {info['accept_length']:.2f}, correct drafts {histogram}",
+        "milliseconds": f"{info['seconds'] * 1e3:.2f} ({split})",
+        "plain round": f"{info['t0_s'] * 1e3:.2f} ± {info['t0_error_s'] * 1e3:.2f} ms",
+        "speedup": f"{info['episode_speedup']:.3f} over this episode",
+    }
+    for name, value in rows.items():
+        grid.add_row(name, value)
+    return Panel(grid, title=title, title_align="left", expand=False)
 
-    A round of plan 0 commits one token per request, as plain decoding does, but the draft still reads the text.
 
-    Args:
-        may_replace: whether rounds of plan 0 may replace plain decoding.
-    """
-
-    def __init__(self, *, may_replace: bool) -> None:
-        super().__init__()
-        self.replaced, self._may_replace = False, may_replace  # whether rounds of plan 0 do and may replace it
-        self._seconds: dict[int, deque[float]] = {}  # of recent rounds of plan 0, by batch size
-
-    def measure(self, session: Session) -> PlainSample:
-        """Measure a plain decoding step, or decode a round of plan 0."""
-        if not self.replaced:
-            sample = session.measure_plain() if self._may_replace else super().measure(session)
-            if sample is not None:
-                return sample
-            self.replaced = True
-            log.warning("%s", NO_PLAIN)
-        done = session.round(Plan(0))
-        self.record(done)
-        return PlainSample(done.batch_size, float(done.context_lengths.mean()), done.seconds)
-
-    def record(self, done: Round) -> None:
-        """Add a round if it has plan 0."""
-        if done.plan.num_steps == 0:
-            self._seconds.setdefault(done.batch_size, deque(maxlen=_PLAN_ZERO_ROUNDS)).append(done.seconds)
-
-    def plan_zero_s(self, batch_size: int) -> float | None:
-        """Return the mean seconds of recent rounds of plan 0 at a batch size; None: there were none."""
-        seconds = self._seconds.get(batch_size)
-        return None if seconds is None else sum(seconds) / len(seconds)
+def _as_text(view: Panel) -> str:
+    out = io.StringIO()
+    Console(file=out, width=120, color_system=None).print(view)
+    return out.getvalue()

@@ -81,8 +81,8 @@ def test_the_first_speculative_round_after_plan_0_does_not_change_the_cost_of_it
     for _ in range(20):
         for plan, seconds in ((Plan(0), 1e-3), (Plan(2), 9e-3), (Plan(2), 2e-3)):  # 9e-3 includes the catch-up
             chooser.learn(made_up_round(plan, 1, seconds=seconds))
-    seconds = {e.plan: e.seconds for e in chooser.estimates(1)}
-    assert seconds[Plan(2)] == pytest.approx(2e-3, rel=0.01)
+    estimates = {estimate.plan: estimate.seconds for estimate in chooser.estimates(1)}
+    assert estimates[Plan(2)] == pytest.approx(2e-3, rel=0.01)
 
 
 def test_state_survives_json() -> None:

@@ -190,7 +190,7 @@ def test_a_plan_that_the_engine_cannot_run_is_masked_and_refused() -> None:
         ({"engine": "local", "draft": "no/such/draft"}, "no/such/draft"),
         ({"reward": "speed"}, "reward must be one of .*did you mean 'speedup'"),
         ({"plans": "3/1"}, "a plan is written"),
-        ({"plans": "70"}, "must support one of the plans"),
+        ({"plans": "70"}, "plans must be some"),
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": []}, "batch_size"),
         ({"batch_size": "4y2"}, "traffic is written"),

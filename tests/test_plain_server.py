@@ -20,7 +20,7 @@ from specrl.core.clock import VirtualClock
 from specrl.core.interfaces import Request
 from specrl.core.plan import Plan
 from specrl.decoding.engine import LocalEngine
-from specrl.envs.timed_env import NO_PLAIN
+from specrl.envs.spec_decode import NO_PLAIN
 from specrl.sglang.client.factory import attach_engine
 from specrl.sglang.client.http import ServerError, ServerFailed, ServerGone
 from specrl.sglang.client.plain_server import StreamedPlainServer

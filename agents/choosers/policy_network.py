@@ -52,10 +52,7 @@ class PolicyNetwork:
         weights = {name: np.asarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
         numbered = sorted((int(match[1]), name) for name in weights if (match := re.fullmatch(_LAYERS, name)))
         names = [name for _, name in numbered] + [name for name in ("action_net.weight",) if name in weights]
-        if not names:
-            raise ValueError(
-                f"a policy must have layers that score plans, but got tensors {', '.join(sorted(weights))}"
-            )
+        require(len(names) > 0, "tensors", "those of a policy, with layers that score plans", sorted(weights))
         self._layers = [(weights[name].T.copy(), weights[name.removesuffix("weight") + "bias"]) for name in names]
         if "lstm_actor.weight_ih_l1" in weights:
             raise ValueError("a recurrent policy must have one LSTM layer, but got more; set n_lstm_layers: 1")
@@ -115,11 +112,9 @@ class NetworkChooser(PlanChooser):
     ) -> None:
         self.plans, self.network = tuple(plans), network
         self.allowed = np.array([True] * len(self.plans) if allowed is None else allowed, dtype=np.bool_)
-        if network.outputs != len(self.plans) or self.allowed.shape != (len(self.plans),) or not self.allowed.any():
-            raise ValueError(
-                f"a policy must score every plan, and one must be allowed, but got {network.outputs} scores, "
-                f"{len(self.plans)} plans and allowed={self.allowed.tolist()}"
-            )
+        require(network.outputs == len(self.plans), "plans", f"the {network.outputs} that the policy scores", plans)
+        valid = self.allowed.shape == (len(self.plans),) and bool(self.allowed.any())
+        require(valid, "allowed", "a boolean for each plan, one of them True", allowed)
         self._state = network.start()
 
     def choose(self, observation: Observation) -> Plan:
@@ -144,7 +139,7 @@ class NetworkChooser(PlanChooser):
 
 
 def load_chooser(directory: str | Path) -> NetworkChooser:
-    """Load a chooser from a directory; a ValueError if it does not hold a policy."""
+    """Load a chooser from a directory; raises ValueError if it does not hold a policy."""
     from safetensors.numpy import load_file
 
     description = read_description(directory)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.agents.choosers.bandits import EXP3, UCB1, MedianGreedy
@@ -25,16 +24,13 @@ class Known:
     accept_lengths: Mapping[Plan, float] = field(default_factory=dict)  # E[τ] of each plan
 
 
-def _one_tier(plans: tuple[Plan, ...]) -> dict[str, Any]:
-    """Return a config of SGLang's rule with all chains as candidates at every batch size."""
-    return {"1": {"candidate_steps": [plan.num_steps for plan in chains_of(plans)]}}
-
-
 Make = Callable[[Known, int], PlanChooser]  # knowledge, seed
 CHOOSERS: dict[str, Make] = {
     "adaptive": lambda known, seed: AdaptiveChooser(known.plans, seed=seed),
     "sglang": lambda known, seed: SGLangRule(known.plans),
-    "sglang-same": lambda known, seed: SGLangRule(known.plans, config=_one_tier(known.plans)),
+    "sglang-same": lambda known, seed: SGLangRule(  # with all chains as candidates at every batch size
+        known.plans, config={"1": {"candidate_steps": [plan.num_steps for plan in chains_of(known.plans)]}}
+    ),
     # the original, which always drafts; with plan 0; without hysteresis, with decisions after every round
     "throughput": lambda known, seed: ThroughputRule(tuple(p for p in known.plans if p.num_steps), known.costs),
     "throughput-0": lambda known, seed: ThroughputRule(known.plans, known.costs),

@@ -55,7 +55,7 @@ class Survival:
 
     @staticmethod
     def family(plan: Plan) -> str:
-        """The name of the plans that share their evidence with this one."""
+        """Return the name of the plans that share their evidence with this one."""
         return "chain" if plan.is_chain else f"tree/{plan.topk}/{plan.num_draft_tokens}"
 
     def learn(self, done: Round) -> None:
@@ -67,21 +67,19 @@ class Survival:
         if steps == 0:
             return
         reached = done.histogram()[::-1].cumsum()[::-1].astype(np.float64)  # [k]: requests with k or more correct
+        evidence = np.stack([reached[1:], reached[:-1]])  # [2, steps]: accepted, tried
         family = self.family(done.plan)
         counts = self._of(family, steps)
-        if not self._changed(family, counts, reached):
-            counts[0, :steps] += reached[1:]
-            counts[1, :steps] += reached[:-1]
+        if not self._changed(family, counts, evidence):
+            counts[:, :steps] += evidence
 
-    def _changed(self, family: str, counts: Floats, reached: Floats) -> bool:
+    def _changed(self, family: str, counts: Floats, evidence: Floats) -> bool:
         """Whether this round completes the evidence of a change; the counts then start again."""
-        steps = len(reached) - 1
-        cusum = self._cusums.setdefault(family, Cusum())
-        tried = counts[1, :steps]
-        rates = (counts[0, :steps] + 0.5) / (tried + 1.0)
-        spread = rates * (1.0 - rates) * reached[:-1]
-        spread = spread * (1.0 + reached[:-1] / (1.0 + tried))  # the rates themselves are uncertain
-        z = float((reached[1:] - rates * reached[:-1]).sum()) / math.sqrt(float(spread.sum()) + 1e-9)
+        accepted, tried = evidence
+        steps, cusum = len(tried), self._cusums.setdefault(family, Cusum())
+        rates = (counts[0, :steps] + 0.5) / (counts[1, :steps] + 1.0)
+        spread = rates * (1.0 - rates) * tried * (1.0 + tried / (1.0 + counts[1, :steps]))  # rates are uncertain too
+        z = float((accepted - rates * tried).sum()) / math.sqrt(float(spread.sum()) + 1e-9)
         z = max(-4.0, min(z, 4.0))
         cusum.above, cusum.below = max(0.0, cusum.above + z - _SLACK), max(0.0, cusum.below - z - _SLACK)
         if cusum.above == cusum.below == 0.0:
@@ -89,8 +87,7 @@ class Survival:
             return False
         if cusum.counts is None or cusum.counts.shape != counts.shape:
             cusum.counts = np.zeros_like(counts)
-        cusum.counts[0, :steps] += reached[1:]
-        cusum.counts[1, :steps] += reached[:-1]
+        cusum.counts[:, :steps] += evidence
         if max(cusum.above, cusum.below) <= _ALARM:
             return False
         for old in self._counts.values():

@@ -28,11 +28,7 @@ BatchSizes = int | str | Sequence[int] | Sequence[Phase]
 
 
 def parse_traffic(text: str) -> tuple[Phase, ...]:
-    """Read '16x96,4x24,1x24' (batch size x rounds, repeated endlessly) or '8'.
-
-    Raises:
-        ValueError: another form, or a number below 1.
-    """
+    """Read '16x96,4x24,1x24' (batch size x rounds, repeated) or '8'; raises ValueError for other forms."""
     phases = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", part.strip())
@@ -46,10 +42,8 @@ def read_schedules(batch_size: BatchSizes) -> tuple[tuple[Phase, ...], ...]:
     """Return the schedules of batch sizes that an environment may have; each episode draws one of them.
 
     Args:
-        batch_size: one size, several (a schedule each), a text for `parse_traffic`, or the phases of one schedule.
-
-    Raises:
-        ValueError: no batch size, one below 1, or a text of another form.
+        batch_size: one size, several (a schedule each), a text for `parse_traffic`, or the phases of one schedule; at
+            least one size, each at least 1.
     """
     if isinstance(batch_size, str):
         return (parse_traffic(batch_size),)

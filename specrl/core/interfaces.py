@@ -72,17 +72,10 @@ class Session(Protocol):
         """Propose, verify and commit once for every live request."""
 
     def measure_plain(self) -> PlainSample | None:
-        """Time one step of plain decoding on the live requests and discard its tokens; the session does not change.
-
-        None if the engine cannot measure its baseline between rounds.
-        """
+        """Time one step of plain decoding on the live requests and discard its tokens; None if the engine cannot."""
 
     def plain_steps(self, count: int) -> list[PlainSample]:
-        """Time `count` plain decoding steps. Default: calls `measure_plain` for each.
-
-        Raises:
-            ValueError: the engine does not measure plain decoding.
-        """
+        """Time `count` plain decoding steps; raises ValueError if the engine cannot. Default: calls `measure_plain`."""
         samples = [sample for _ in range(count) if (sample := self.measure_plain()) is not None]
         if len(samples) < count:
             raise ValueError(NOT_MEASURED)

@@ -58,16 +58,12 @@ class PlainCost:
         known.since, known.line = 0, None
 
     def update(self, session: Session, context: float) -> None:
-        """Measure plain decoding between two rounds of a session, if samples are due.
-
-        Raises:
-            ValueError: the engine does not measure plain decoding between rounds.
-        """
+        """Measure plain decoding between two rounds of a session, if samples are due; errors are those of `measure`."""
         for _ in range(self.samples_due(session.batch_size)):
             self.add(self.measure(session))
 
     def measure(self, session: Session) -> PlainSample:
-        """Measure one step of plain decoding on the live requests; errors are those of `update`."""
+        """Measure one step of plain decoding on the live requests; raises ValueError if the engine cannot."""
         sample = session.measure_plain()
         if sample is None:
             raise ValueError(NOT_MEASURED)
@@ -82,11 +78,7 @@ class PlainCost:
         return int(known.since >= (DENSE_INTERVAL if len(known.seconds) < DENSE_SAMPLES else INTERVAL))
 
     def estimate(self, batch_size: int, context: float) -> PlainEstimate:
-        """Return t0 at this batch size and mean context.
-
-        Raises:
-            ValueError: plain decoding was never measured at this batch size.
-        """
+        """Return t0 at this batch size and mean context; raises ValueError if this batch size was never measured."""
         known = self._samples.get(batch_size)
         if known is None:
             measured = ", ".join(map(str, sorted(self._samples))) or "none"

@@ -17,13 +17,10 @@ class Plan:
     """One round's proposal. `Plan(0)` proposes nothing; `Plan(3)` is the chain 3/1/4.
 
     Args:
-        num_steps: draft forward steps per round (the lookahead γ); 0 proposes nothing.
-        topk: branches kept per draft step; 1 is a chain, more is a tree.
+        num_steps: draft forward steps per round (the lookahead γ), at least 0; 0 proposes nothing.
+        topk: branches kept per draft step, at least 1; 1 is a chain, more is a tree.
         num_draft_tokens: tokens verified per request, including the last committed token. A chain has
             `num_steps + 1`; a tree has between this and 1 + topk + (num_steps - 1)·topk².
-
-    Raises:
-        ValueError: the three numbers do not describe a proposal.
     """
 
     num_steps: int
@@ -43,11 +40,7 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str | int | Plan) -> Plan:
-        """Read '0', '3' or '3/1/4'.
-
-        Raises:
-            ValueError: the text has another form, or its numbers do not describe a proposal.
-        """
+        """Read '0', '3' or '3/1/4'; raises ValueError if it has another form or is no proposal."""
         if isinstance(text, Plan):
             return text
         match = re.fullmatch(r"\s*(\d+)(?:/(\d+)/(\d*[1-9]\d*))?\s*", str(text))
@@ -65,11 +58,7 @@ class Plan:
 
 
 def parse_plans(text: str | Sequence[str] | Sequence[Plan]) -> tuple[Plan, ...]:
-    """Read a comma-separated list of plans, or a list of them, without repeats.
-
-    Raises:
-        ValueError: the list is empty, names a plan twice, or holds an invalid plan.
-    """
+    """Read a comma-separated list of plans, or a list; raises ValueError if it is empty or repeats a plan."""
     parts: Sequence[str] | Sequence[Plan] = text.split(",") if isinstance(text, str) else text
     plans = tuple(Plan.parse(part) for part in parts)
     require(len(plans) > 0, "plans", "at least one plan, such as '0,1/1/2,3/1/4'", text)
@@ -78,11 +67,7 @@ def parse_plans(text: str | Sequence[str] | Sequence[Plan]) -> tuple[Plan, ...]:
 
 
 def chains_of(plans: Sequence[Plan]) -> tuple[Plan, ...]:
-    """Return the chains among some plans, ascending by num_steps.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Return the chains among some plans, ascending by num_steps; raises ValueError if there are none."""
     chains = tuple(sorted(plan for plan in plans if plan.is_chain))
     require(len(chains) > 0, "plans", "at least one chain (topk=1)", ", ".join(map(str, plans)))
     return chains

@@ -12,11 +12,7 @@ ENGINES = {"sglang": "specrl.sglang.client.factory:open_engine"}  # target, draf
 
 
 def make_engine(name: str, **arguments: Any) -> Engine:
-    """The engine of this name; 'local' is not among them, because environments and commands make it themselves.
-
-    Raises:
-        ValueError: there is no such engine, or it has no such options.
-    """
+    """Make the engine of this name, except 'local'; raises ValueError if it does not exist or lacks an option."""
     require_known("engine", name, ["local", *ENGINES], " or an Engine")
     try:
         engine: Engine = pkgutil.resolve_name(ENGINES[name])(**arguments)

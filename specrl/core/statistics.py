@@ -59,14 +59,11 @@ def paired_speedup(
     """Return the geometric mean of the paired ratios plain / speculative, with its interval.
 
     Args:
-        plain, speculative: [n] seconds per token of paired blocks, n >= 2.
-        groups: [n] the group of each block; the blocks of a group are resampled together. None: no groups.
+        plain, speculative: [n] seconds per token of paired blocks, n >= 2; above 0 and finite.
+        groups: [n] the group of each block, at least 2 groups; they are resampled as a whole. None: no groups.
         level: confidence level of the interval.
         resamples: number of resamples of the bootstrap.
         rng: generator of the resamples.
-
-    Raises:
-        ValueError: lengths differ, fewer than two pairs or groups, or a value that is not positive and finite.
     """
     a, b = _positive(plain, "plain"), _positive(speculative, "speculative")
     require(a.shape == b.shape, "plain and speculative", "paired", (len(a), len(b)))
@@ -105,11 +102,8 @@ def ratio_of_sums(
     Student's t (1908), which assumes that they are normal.
 
     Args:
-        numerator, denominator: [n], n >= 2.
+        numerator, denominator: [n], n >= 2, finite; denominators above 0.
         groups, level, resamples, rng: as in `paired_speedup`.
-
-    Raises:
-        ValueError: lengths differ, fewer than two values or groups, or a value that is not finite or not positive.
     """
     x, y = _finite(numerator, "numerator"), _positive(denominator, "denominator")
     require(x.shape == y.shape, "numerator and denominator", "of one length", (len(x), len(y)))
