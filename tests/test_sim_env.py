@@ -47,8 +47,12 @@ def test_gymnasium_and_stable_baselines_accept_it() -> None:
             ({"batch_size": [1, 3]}, {"plans": "1/1/2,2/1/3", "profile": "embedded-fp32-early"})
         ):
             check_env(seeded(gym.make(ID, **settings).unwrapped, seed))
-        for seed, settings in enumerate(({"batch_size": "1x3,4x2"}, {"action": "multi_discrete"})):
-            check_env_sb3(seeded(SimulatedEnv(**settings), seed))
+        for seed in range(2):  # of the actions that the checkers draw
+            check_env(seeded(gym.make(ID, batch_size=[1, 3]).unwrapped, seed))
+            few = gym.make(ID, plans="1/1/2,2/1/3", profile="embedded-fp32-early")
+            check_env(seeded(few.unwrapped, seed))
+            check_env_sb3(seeded(SimulatedEnv(batch_size="1x3,4x2"), seed))
+            check_env_sb3(seeded(SimulatedEnv(action="multi_discrete"), seed))
     assert not gym.spec(ID).nondeterministic
 
 
