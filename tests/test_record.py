@@ -130,7 +130,7 @@ def test_draft_learns_from_recorded_traces_without_an_engine(
         f"{LEARN} --epochs 4 --learner.holdout_fraction 0.3 --resume --output_dir run": "must hold out the same",
         f"{LEARN} --draft.vocab_size 9": "draft.vocab_size",
         f"record {SHORT} --output_dir traces": "to a new directory",
-        f"record {SHORT} --plan 3/1/4": "needs a draft",
+        f"record {SHORT} --plan 3/1/4": "without --draft",
         f"record {SHORT} --requests 0": "must be at least 1",
     }.items():
         assert main(line.split()) == 2
