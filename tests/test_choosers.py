@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from chooser_worlds import EMBEDDED, Script, Shift
+from chooser_scripts import EMBEDDED, Script, Shift
 
 from specrl.agents.choosers.adaptive import AdaptiveChooser
 from specrl.agents.choosers.costs import Costs

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -115,6 +116,23 @@ def test_a_limit_in_seconds_ends_at_a_checkpoint_with_results() -> None:
     assert load_draft("run/draft").config.draft_vocab_size == 512
     train("--config run/config.yaml --resume --serving.max_seconds null --serving.requests 6")
     assert served("run") >= 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits file sizes as Linux does")
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_whole() -> None:
+    train(f"{SHORT} --serving.requests 4 --checkpoint 4 --output_dir run")
+    before = {path: path.read_bytes() for path in Path("run/checkpoint").iterdir()}
+    full = subprocess.run(
+        [*TRAIN, "--serving.requests", "40", "--resume"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+        timeout=120,
+    )
+    assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
+    assert full.stderr.startswith("specrl train: error: ")
+    assert {path: path.read_bytes() for path in Path("run/checkpoint").iterdir()} == before
+    assert not list(Path("run").rglob(".*"))
 
 
 @pytest.mark.parametrize(
