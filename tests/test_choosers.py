@@ -70,7 +70,7 @@ def test_it_follows_large_changes_of_costs_and_acceptance(shift: Shift) -> None:
 def test_a_hiccup_in_the_first_round_of_a_plan_does_not_exclude_it(batch: int) -> None:
     script, chooser = Script(EMBEDDED, 300, seed=0, loads=(batch,)), AdaptiveChooser(PLANS, seed=0)
     for plan in (Plan(5), *PLANS[:4]):
-        seconds = EMBEDDED.cost(batch, plan) * (1.0 if plan == Plan(5) else 6.0)
+        seconds = EMBEDDED.costs((batch,))[batch][plan] * (1.0 if plan == Plan(5) else 6.0)
         chooser.learn(made_up_round(plan, batch, [0] * batch, seconds))
     script.play(chooser)
     assert min(best_speeds(chooser, script)) >= 0.97

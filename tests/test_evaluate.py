@@ -126,7 +126,7 @@ def test_evaluate_refuses(options: dict[str, Any], schedule: dict[str, Any], mes
 
 
 def trajectory(seconds: list[float], tokens: list[int], sizes: list[int], choice: int = 0) -> Trajectory:
-    """Turns of two rounds, of which the first is not counted."""
+    """Turns of two rounds; the first one is not counted."""
     counted = np.arange(len(seconds)) % 2 == 1
     return Trajectory(np.array(sizes), np.full(len(seconds), choice), np.array(tokens), np.array(seconds), counted)
 
