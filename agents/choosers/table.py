@@ -16,8 +16,7 @@ class PlanTable(PlanChooser):
     """One plan per batch size, by lower bound: a batch size takes the entry of the largest bound it reaches.
 
     Args:
-        table: lower bound, at least 1 -> plan, both also as text; a batch size below the least bound takes the least
-            one's.
+        table: lower bound, at least 1 -> plan, both also as text; smaller batch sizes have the plan of the least bound.
     """
 
     def __init__(self, table: Mapping[int, Plan | str]) -> None:
