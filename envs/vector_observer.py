@@ -31,7 +31,7 @@ class VectorObserver:
         self._plans, self._steps, self._count = len(plans), max(p.num_steps for p in plans), count
         self._keep = math.exp(-1.0 / MEMORY)
         self._layout = Layout.of(self._steps, self._plans)
-        proposes = np.array([[p.num_steps > k for p in plans] for k in range(self._steps)]).reshape(self._steps, -1)
+        proposes = np.arange(self._steps)[:, None] < np.array([p.num_steps for p in plans])
         self._proposes = proposes.astype(np.float32)  # [K, plans]
         self._fades = np.where(proposes, self._keep, 1.0).astype(np.float32)  # [K, plans]
         self._log_size = np.log2(sizes).astype(np.float32) / np.float32(BATCH_OCTAVES)

@@ -153,6 +153,12 @@ def test_both_forms_agree_in_distribution() -> None:
     assert (difference <= 4.5 * error + 1e-6).all(), np.flatnonzero(difference > 4.5 * error + 1e-6)
 
 
+def test_the_vectorised_form_runs_plan_0_alone() -> None:
+    vector = SimulatedVectorEnv(3, plans="0", batch_size=[1, 2], max_rounds=5)
+    observations, _ = vector.reset(seed=0)
+    assert vector.step(np.zeros(3, dtype=np.int64))[0].shape == observations.shape == (3, 8)
+
+
 def test_the_vectorised_form_is_deterministic_and_in_its_spaces() -> None:
     vector = gym.make_vec(ID, num_envs=5, batch_size=[1, 8, 32], max_rounds=9)  # the vectorised form is the default
     assert isinstance(vector.unwrapped, SimulatedVectorEnv)
