@@ -63,7 +63,7 @@ class AgentConfig:
         """Read the hyperparameters for the environment with the id `task`; a ValueError if the file has none."""
         path = self.hyperparameters or Path(__file__).parent / "hyperparameters" / f"{self.algo}.yaml"
         if not path.is_file():
-            raise ValueError(f"hyperparameters must be a YAML file, but there is no {str(path)!r}")
+            raise ValueError(f"agent.hyperparameters must be a YAML file, but there is no {str(path)!r}")
         hyperparameters = read_mapping(path).get(task)
         if not isinstance(hyperparameters, dict) or "n_timesteps" not in hyperparameters:
             raise ValueError(f"{str(path)!r} must hold hyperparameters under {task!r}, with n_timesteps")
