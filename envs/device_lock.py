@@ -39,7 +39,7 @@ class DeviceLock:
             where = "in this process" if holder == str(os.getpid()) else f"in process {holder or '?'}"
             raise ValueError(
                 f"device {self.device!r} must be used by one timed environment at a time, but another one, {where}, "
-                "is in an episode; close it, enter its off_the_clock(), train in parallel on 'SpecRL/Simulated-v0', "
+                "is in an episode; close it, enter its paused_timer(), train in parallel on 'SpecRL/Simulated-v0', "
                 "or pass allow_parallel=True (rewards are then unreliable)"
             ) from None
         os.ftruncate(file, 0)

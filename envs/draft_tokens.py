@@ -57,8 +57,8 @@ class DraftTokensEnv(TimedEnv[Arrays, ProposalSession]):
     ## Rewards
     By name, as in `SpecRL/SpecDecode-v0` (`specrl.envs.rewards`). Plain decoding of the same requests, t0, is measured
     between rounds. Drafting is the time between the return of one step and the call of the next, `thinking_s`, and
-    counts in full. `drain`, `render`, code inside `off_the_clock()` and prefill do not count. Reading prompts
-    (`info["prefills"]`) is prefill: do it inside `off_the_clock()`.
+    counts in full. `drain`, `render`, code inside `paused_timer()` and prefill do not count. Reading prompts
+    (`info["prefills"]`) is prefill: do it inside `paused_timer()`.
 
     ## Starting state
     `reset(seed=...)` reproduces prompts, batch sizes and the first observation. Rounds are timed on a real clock, so

@@ -106,7 +106,7 @@ class SpecDecodeEnv(TimedEnv[NDArray[np.float32], Session]):
     t0 is the cost of a plain decoding step at this batch size and context, measured between rounds; λ is the running
     speedup; t_ref is the first t0. Other rewards: `specrl.envs.rewards`. Δt includes the time between the return of
     one step and the call of the next, which is the time that the agent takes to decide. `drain`, `load_draft`,
-    `render`, code inside `off_the_clock()` and prefill do not count.
+    `render`, code inside `paused_timer()` and prefill do not count.
 
     ## Starting state
     `reset(seed=...)` reproduces prompts, batch sizes and the first observation. Rounds are timed on a real clock, so
@@ -223,7 +223,7 @@ class SpecDecodeEnv(TimedEnv[NDArray[np.float32], Session]):
 
     def load_draft(self, weights: Mapping[str, Tensor], *, version: int) -> None:
         """Serve these draft weights (SGLang's names) from the next round on; off the clock."""
-        with self.off_the_clock():
+        with self.paused_timer():
             self.engine.load_draft(weights, version=version)
 
     def observation(self) -> Observation:

@@ -176,12 +176,12 @@ class TimedEnv(gymnasium.Env[Obs, Any], Generic[Obs, S]):
     def drain(self) -> list[Trace]:
         """Return the traces of the rounds since the last call; off the clock. Needs `trace=True`."""
         require(self._trace, "trace", "True to drain traces", self._trace)
-        with self.off_the_clock():
+        with self.paused_timer():
             traces, self._traces = self._traces + self._running().drain(), []
         return traces
 
     @contextmanager
-    def off_the_clock(self) -> Iterator[None]:
+    def paused_timer(self) -> Iterator[None]:
         """Pause the agent's clock: time inside does not count. Other environments may use the device meanwhile."""
         self._lock.release()
         began = self.engine.clock.now()
@@ -195,7 +195,7 @@ class TimedEnv(gymnasium.Env[Obs, Any], Generic[Obs, S]):
         """Show the last round and the episode so far: text for 'ansi', a live panel for 'human'."""
         if self.render_mode is None:
             return None
-        with self.off_the_clock():
+        with self.paused_timer():
             view = _panel(self._info, self._rounds, self._title)
             if self.render_mode == "ansi":
                 return _as_text(view)

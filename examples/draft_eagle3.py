@@ -25,7 +25,7 @@ def play(env: DraftTokensEnv, actor: DraftActor, learner: Reinforce | None, seed
     observation, info = env.reset(seed=seed)
     over, lengths = False, []
     while not over:
-        with env.off_the_clock():  # prefill, and learning
+        with env.paused_timer():  # prefill, and learning
             actor.read(info["prefills"])
             if learner is not None:
                 learner.see(observation, info)
@@ -33,7 +33,7 @@ def play(env: DraftTokensEnv, actor: DraftActor, learner: Reinforce | None, seed
         ids = info["request_ids"]
         observation, reward, terminated, truncated, info = env.step(tokens.numpy())
         if learner is not None:
-            with env.off_the_clock():
+            with env.paused_timer():
                 learner.record(ids.tolist(), tokens, info["round"].correct_drafts.tolist(), reward)
         lengths.append(info["accept_length"])
         over = terminated or truncated

@@ -121,12 +121,12 @@ def test_the_batch_size_follows_its_schedule(make: Make, nothing: Any, something
 
 
 @BOTH
-def test_the_agents_time_counts_except_off_the_clock(make: Make, nothing: Any, something: Any) -> None:
+def test_the_agents_time_counts_except_paused_timer(make: Make, nothing: Any, something: Any) -> None:
     env = make()
     env.reset(seed=0)
     env.step(something)
     env.engine.clock.advance(2.0)
-    with env.off_the_clock():
+    with env.paused_timer():
         env.engine.clock.advance(100.0)
     _, reward, _, _, info = env.step(something)
     assert info["thinking_s"] == pytest.approx(2.0, abs=5e-3)

@@ -216,7 +216,7 @@ def test_updates_on_live_decoding_are_not_thinking_time(tmp_path: Path) -> None:
         max_rounds=16,
     )
     agent = make_agent("ppo", as_vector(live), {**PPO, "n_steps": 32, "normalize": True}, plans=plans)
-    curve = RLTrainingLog(None, live.off_the_clock)
+    curve = RLTrainingLog(None, live.paused_timer)
     thinking, updates = list[float](), list[int]()
     step, train = live.step, agent.model.train  # type: ignore[attr-defined]
 

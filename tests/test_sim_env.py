@@ -218,7 +218,7 @@ def test_timed_environments_refuse_to_run_in_parallel() -> None:
     first.step(0)
     with pytest.raises(ValueError, match="'cpu' must be used by one .* in this process.*allow_parallel=True"):
         second.step(0)
-    with first.off_the_clock():
+    with first.paused_timer():
         second.step(0)
     with pytest.raises(ValueError, match="another one"):
         first.step(0)

@@ -51,7 +51,7 @@ class DraftActor:
 
     @torch.inference_mode()
     def read(self, prefills: Iterable[Any]) -> None:
-        """Read the prompts of new requests, `info["prefills"]` (inside `off_the_clock()`, because it is prefill)."""
+        """Read the prompts of new requests, `info["prefills"]` (inside `paused_timer()`, because it is prefill)."""
         device = self.serving.device
         for prefill in prefills:
             count = len(prefill.tokens) - 1

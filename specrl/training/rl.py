@@ -72,7 +72,7 @@ def live_task(agent: AgentConfig, *, engine: EngineConfig, plans: str | None, **
         max_rounds=EPISODE_ROUNDS[SPEC_DECODE],
         **settings,
     )
-    return Task(SPEC_DECODE, as_vector(env), env.plans, env.action_masks(), env.off_the_clock, hyperparameters)
+    return Task(SPEC_DECODE, as_vector(env), env.plans, env.action_masks(), env.paused_timer, hyperparameters)
 
 
 def as_vector(env: SpecDecodeEnv) -> VectorEnv[Any, Any, Any]:
