@@ -100,39 +100,54 @@ class SB3VectorEnv(VecEnv):
         return [False] * len(list(self._get_indices(indices)))
 
 
-class RLTrainingLog(BaseCallback):
-    """A callback for `model.learn` that logs the speedup, and stops after `max_seconds` unless it is None.
+class PausedUpdates(BaseCallback):
+    """A callback for `model.learn`: the agent's updates do not count as part of a round.
 
-    `paused_timer` is that of a live environment, so that updates do not count as the agent's time. `rows` has
-    timesteps, seconds and speedup every quarter of a second, `seconds` those of learning so far.
+    `paused_timer` is the method of a live environment; None: the environment is simulated, and nothing is paused.
+    """
+
+    def __init__(self, paused_timer: Callable[[], AbstractContextManager[None]] | None) -> None:
+        super().__init__()
+        self._paused_timer, self._update = paused_timer, ExitStack()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self._update.close()
+
+    def _on_rollout_end(self) -> None:
+        if self._paused_timer is not None:
+            self._update.enter_context(self._paused_timer())
+
+    def _on_training_end(self) -> None:
+        self._update.close()
+
+
+class RLTrainingLog(PausedUpdates):
+    """A callback for `model.learn` that also logs the speedup, and stops after `max_seconds` unless it is None.
+
+    `rows` has timesteps, seconds and speedup every quarter of a second, `seconds` those of learning so far.
     """
 
     def __init__(
         self, max_seconds: float | None, paused_timer: Callable[[], AbstractContextManager[None]] | None
     ) -> None:
-        super().__init__()
+        super().__init__(paused_timer)
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0
-        self._max_seconds, self._paused_timer = max_seconds, paused_timer
-        self._clock, self._update = WallClock(), ExitStack()
+        self._max_seconds, self._clock = max_seconds, WallClock()
 
     def _on_training_start(self) -> None:
         self._began = self._clock.now()
-
-    def _on_rollout_start(self) -> None:
-        self._update.close()
 
     def _on_step(self) -> bool:
         return self._max_seconds is None or self._clock.now() - self._began < self._max_seconds
 
     def _on_rollout_end(self) -> None:
-        if self._paused_timer is not None:
-            self._update.enter_context(self._paused_timer())
+        super()._on_rollout_end()
         self.seconds = self._clock.now() - self._began
         if not self.rows or self.seconds - self.rows[-1]["seconds"] >= _INTERVAL_S:
             env: Any = getattr(self.training_env, "venv", self.training_env)  # without its normalisation
             row = {"timesteps": float(self.num_timesteps), "seconds": self.seconds}
             self.rows.append({**row, "speedup": env.take_speedup()})
-
-    def _on_training_end(self) -> None:
-        self._update.close()
