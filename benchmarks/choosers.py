@@ -153,18 +153,18 @@ def show(table: Table, shift: Shift, shares: Shares, rng: np.random.Generator) -
     return rows
 
 
-def write(directory: Path, every: dict[tuple[str, str], Shares], found: list[Bar], told: dict[str, Any]) -> None:
+def write(directory: Path, every: dict[tuple[str, str], Shares], found: list[Bar], results: dict[str, Any]) -> None:
     """shares.csv, a row per table, shift, chooser and window; bars.json."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "shares.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["table", "shift", "chooser", "window", *(f"seed {seed}" for seed in told["seeds"])])
+        writer.writerow(["table", "shift", "chooser", "window", *(f"seed {seed}" for seed in results["seeds"])])
         for (table, shift), shares in every.items():
             for name, parts in shares.items():
                 for part in ("all", "settled", "end"):
                     writer.writerow([table, shift, name, part, *(f"{value:.5f}" for value in parts[part])])
-    told |= {"bars": [bar._asdict() for bar in found]}
-    (directory / "bars.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    results |= {"bars": [bar._asdict() for bar in found]}
+    (directory / "bars.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -203,8 +203,8 @@ def main() -> None:
     print(f"{sum(bar.holds for bar in found)} of {len(found)} bars hold; {seconds:.0f} s with {args.workers} processes")
     if args.output_dir is not None:
         seeds = list(range(args.first_seed, args.first_seed + args.seeds))
-        told = {"seeds": seeds, "rounds": args.rounds, "seconds": round(seconds), "environment": environment()}
-        write(args.output_dir, every, found, told)
+        results = {"seeds": seeds, "rounds": args.rounds, "seconds": round(seconds), "environment": environment()}
+        write(args.output_dir, every, found, results)
     print(json.dumps(summary))
 
 

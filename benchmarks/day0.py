@@ -122,7 +122,9 @@ def run(arm: str, seed: int, requests: int, tuned: Mapping[str, float], *, probe
     draft = NewDraft().load(target, seed=seed)
     learner, every = learner_of(arm, draft, target.embedding, seed, tuned)
     engine = LocalEngine(target, draft, max_context=PROMPT + NEW)
-    loop = OnlineLoop(engine, workload, FixedPlan(PLAN), learner, [Phase(BATCH)], sync_every=every, seed=1000 + seed)
+    loop = OnlineLoop(
+        engine, workload, FixedPlan(PLAN), learner, [Phase(BATCH)], weight_sync_interval=every, seed=1000 + seed
+    )
     recent: deque[float] = deque(maxlen=WINDOW)
     reached: dict[str, dict[str, float]] = {}
     course: list[dict[str, float]] = []

@@ -71,8 +71,8 @@ def loop_on(engine: LocalEngine, learner: OnlineLearner, traffic: Workload, seed
 def trained(shift: str, seed: int, before: int, after: int, kept: Path) -> tuple[list[Draft], dict[str, Any]]:
     """The draft as it was at every probe, and the course of it; what is kept in the directory is not learnt again."""
     place, names = kept / name_of(shift, seed), [str(probe) for probe in PROBES if probe <= after]
-    told = place / "course.json"
-    if not told.exists():
+    path = place / "course.json"
+    if not path.exists():
         first, then = (name.strip() for name in shift.split(","))
         target = load_target(TARGET)
         draft = NewDraft().load(target, seed=seed)
@@ -95,18 +95,18 @@ def trained(shift: str, seed: int, before: int, after: int, kept: Path) -> tuple
             print(f"  {shift} seed {seed}: {due} requests after the shift", flush=True)
         loop.close()
         engine.close()
-        told.write_text(json.dumps({"before": before, "course": course, "probes": probes}))
-    return [load_draft(place / due) for due in names], json.loads(told.read_text())
+        path.write_text(json.dumps({"before": before, "course": course, "probes": probes}))
+    return [load_draft(place / due) for due in names], json.loads(path.read_text())
 
 
 def run(shift: str, seed: int, before: int, after: int, seconds: float, kept: Path) -> dict[str, Any]:
     """One shift: at every probe the draft as it was then against the first of them, which was frozen."""
-    drafts, told = trained(shift, seed, before, after, kept)
+    drafts, course = trained(shift, seed, before, after, kept)
     target, traffic = load_target(TARGET), shift.split(",")[1].strip()
-    for draft, probe in zip(drafts, told["probes"], strict=True):
+    for draft, probe in zip(drafts, course["probes"], strict=True):
         probe |= compare(target, drafts[0], draft, traffic, seconds)
         print(f"  {shift} seed {seed}, {probe['requests']} requests after: {probe['ratio']}", flush=True)
-    return {"shift": shift, "seed": seed, **told, "environment": environment()}
+    return {"shift": shift, "seed": seed, **course, "environment": environment()}
 
 
 def name_of(shift: str, seed: int) -> str:

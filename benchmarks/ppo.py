@@ -58,17 +58,17 @@ class Measure(BaseCallback):
     def take(self) -> None:
         """Measure now."""
         spent = self.spent()
-        told = self._measure()
-        self.rows.append({"seconds": spent, "timesteps": self.num_timesteps, "share": told.share})
-        worst = min(told.by_batch_size, key=told.by_batch_size.__getitem__)
+        results = self._measure()
+        self.rows.append({"seconds": spent, "timesteps": self.num_timesteps, "share": results.share})
+        worst = min(results.by_batch_size, key=results.by_batch_size.__getitem__)
         rate = self.num_timesteps / spent
         print(
-            f"  {spent:6.1f} s  {self.num_timesteps:9,} rounds ({rate:,.0f}/s)  share {told.share:.3f}, "
-            f"least {told.by_batch_size[worst]:.3f} at {worst}  "
-            + " ".join(f"{b}:{told.distilled.table.best(b)}" for b in told.by_batch_size)
+            f"  {spent:6.1f} s  {self.num_timesteps:9,} rounds ({rate:,.0f}/s)  share {results.share:.3f}, "
+            f"least {results.by_batch_size[worst]:.3f} at {worst}  "
+            + " ".join(f"{b}:{results.distilled.table.best(b)}" for b in results.by_batch_size)
         )
-        self.rows[-1] |= {"least": told.by_batch_size[worst], "agreement": told.distilled.agreement}
-        self.rows[-1]["table_share"] = told.table_share
+        self.rows[-1] |= {"least": results.by_batch_size[worst], "agreement": results.distilled.agreement}
+        self.rows[-1]["table_share"] = results.table_share
         self._began += self.spent() - spent
 
 

@@ -72,15 +72,15 @@ def main() -> None:
             f"{Interval(*row['live'])!s:>23}{f'[{wide_low:.3f}, {wide_high:.3f}]':>17}{predicted:8.3f}"
             f"{predicted / row['live'][0] - 1.0:12.1%}{outside}"
         )
-    told = {"seed": args.seed, "passes": len(blocks) // (2 * len(rows)), "draft": str(args.draft), "rows": rows}
+    results = {"seed": args.seed, "passes": len(blocks) // (2 * len(rows)), "draft": str(args.draft), "rows": rows}
     if output:
         output.write_text("profile.json", profile.to_json())
-        output.write_text("replay.json", json.dumps(told | {"environment": environment()}, indent=1) + "\n")
+        output.write_text("replay.json", json.dumps(results | {"environment": environment()}, indent=1) + "\n")
         arrays = {"seconds": [b.seconds for b in blocks], "batch_size": [b.kind[0] for b in blocks]}
         plans = [str(b.kind[1] or "plain") for b in blocks]
         tokens = [[int(r.tokens.sum()) if isinstance(r, Round) else 1 for r in b.rounds] for b in blocks]
         np.savez_compressed(output.path / "blocks.npz", plan=plans, tokens=tokens, **arrays)
-    print(json.dumps(told))
+    print(json.dumps(results))
 
 
 def compare(live: Sequence[Block], replayed: Sequence[Block], batch: int, plan: Plan) -> dict[str, object]:

@@ -1,8 +1,8 @@
 # %%
 """PPO chooses the plan: Stable-Baselines3 on `SpecRL/Simulated-v0`, hundreds of environments at once.
 
-It learns which plan pays at which batch size, where costs and accept lengths are published ones; then we look at what
-it chose. Run it: python examples/train_ppo.py, or cell by cell in an editor that knows '# %%'.
+It learns which plan pays at which batch size, where costs and accept lengths are published ones; then it prints the
+plans that it chose. Run it: python examples/train_ppo.py, or cell by cell in an editor that knows '# %%'.
 """
 
 # %% The environment: a load of 1 to 32 requests, another one in each episode
@@ -42,14 +42,16 @@ agent.model.learn(1_500_000)
 
 # %% What it chose, beside the plan that is best by the profile
 profile = load_profile(PROFILE)
-told = report(agent.chooser(), profile, SIZES)
+results = report(agent.chooser(), profile, SIZES)
 for size in SIZES:
-    chosen, best = told.distilled.table.best(size), told.best.best(size)
+    chosen, best = results.distilled.table.best(size), results.best.best(size)
     speedup = profile.speedup(size, chosen)
     print(
         f"batch {size:2}: chose {chosen!s:6} speedup {speedup:.2f}; best {best!s:6} {profile.speedup(size, best):.2f}"
     )
-print(f"{told.share:.1%} of what the best plans earn; {told.distilled.agreement:.1%} of its choices are this table's")
+print(
+    f"{results.share:.1%} of what the best plans earn; {results.distilled.agreement:.1%} of its choices are this table's"
+)
 
 # %% Save it, and let it choose without torch, as inside a serving engine
 agent.save("runs/example-ppo")

@@ -189,7 +189,9 @@ class RecordsCosts(OnlineLearner):
 def test_a_loss_in_seconds_gets_the_costs_of_plans(loss: str) -> None:
     learner = RecordsCosts(tiny_draft(), tiny_target().embedding, LearnerConfig(**{**QUICK, "loss": loss}))
     chooser = AdaptiveChooser([Plan(0), Plan(1), Plan(3)], seed=0)
-    loop = OnlineLoop(make_engine(tiny_draft()), Drawn(), chooser, learner, parse_traffic("8x12,2x6"), sync_every=16)
+    loop = OnlineLoop(
+        make_engine(tiny_draft()), Drawn(), chooser, learner, parse_traffic("8x12,2x6"), weight_sync_interval=16
+    )
     for _ in range(144):
         loop.step()
     costs, speedup = learner.costs
@@ -213,7 +215,7 @@ def test_a_loss_in_seconds_gets_the_costs_of_plans(loss: str) -> None:
 def test_a_request_that_opted_out_is_served_and_not_learned_from() -> None:
     learner = OnlineLearner(tiny_draft(), tiny_target().embedding, LearnerConfig(**QUICK))
     engine = make_engine(tiny_draft())
-    loop = OnlineLoop(engine, Drawn(never=4), FixedPlan(PLAN), learner, [Phase(8)], sync_every=8)
+    loop = OnlineLoop(engine, Drawn(never=4), FixedPlan(PLAN), learner, [Phase(8)], weight_sync_interval=8)
     while loop.requests < 64:
         loop.step()
     opted_out = learner.counts()["opted_out"]

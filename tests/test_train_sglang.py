@@ -74,7 +74,7 @@ def test_it_learns_swaps_and_goes_on(
 ) -> None:
     arguments: Any = (tiny.tiny_target(), draft, CONFIG, server.url, short / "t")
     lines: list[str] = []
-    learner = ServerLearner(*arguments, sync_every=2)
+    learner = ServerLearner(*arguments, weight_sync_interval=2)
     learn_from_server(learner, OutputDir(tmp_path), requests=4, checkpoint_every=2, print_line=lines.append)
     versions = swapped_versions(server)
     assert versions[0] == 0 and versions == sorted(set(versions)) and learner.version == versions[-1] > 0
@@ -84,7 +84,7 @@ def test_it_learns_swaps_and_goes_on(
     assert not torch.equal(learned.tensors["fc.weight"], draft.tensors["fc.weight"])
     # A resumed run first swaps its weights in, and goes on counting.
     server.calls.clear()
-    resumed = ServerLearner(*arguments, sync_every=2, resume=tmp_path / "checkpoint")
+    resumed = ServerLearner(*arguments, weight_sync_interval=2, resume=tmp_path / "checkpoint")
     assert swapped_versions(server) == [learner.version] and resumed.requests == learner.requests
     assert all(torch.equal(t, learned.tensors[n]) for n, t in resumed.learner.weights()[1].items())
     resumed.close()
@@ -93,7 +93,7 @@ def test_it_learns_swaps_and_goes_on(
 def test_a_server_that_goes_leaves_a_checkpoint_and_one_error(
     draft: Draft, server: SwapServer, traffic: Traffic, short: Path, tmp_path: Path
 ) -> None:
-    learner = ServerLearner(tiny.tiny_target(), draft, CONFIG, server.url, short / "t", sync_every=2)
+    learner = ServerLearner(tiny.tiny_target(), draft, CONFIG, server.url, short / "t", weight_sync_interval=2)
 
     def die(line: str) -> None:
         if learner.requests and not server.dead:

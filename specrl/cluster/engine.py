@@ -85,7 +85,7 @@ class EngineActor:
             self._chooser,
             self._learner,
             parse_traffic(serving.batch_schedule),
-            sync_every=serving.weight_sync_interval,
+            weight_sync_interval=serving.weight_sync_interval,
             seed=seed,
         )
 

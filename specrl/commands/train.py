@@ -168,7 +168,7 @@ def train_server(
         learner,
         server,
         traces,
-        sync_every=weight_sync_interval,
+        weight_sync_interval=weight_sync_interval,
         seed=seed,
         resume=directory.path / "checkpoint" if resume else None,
     )

@@ -53,7 +53,7 @@ class OnlineLoop:
     Args:
         learner: learns the draft; None: the draft does not change.
         traffic: batch sizes over rounds, repeated.
-        sync_every: finished requests between two calls of the learner.
+        weight_sync_interval: finished requests between two calls of the learner.
         seed: of requests and sampling.
         baseline: measured plain costs to continue with.
         deploy: decides when learned weights serve; None: the newest always serve.
@@ -75,7 +75,7 @@ class OnlineLoop:
         learner: DraftLearner | None,
         traffic: Sequence[Phase],
         *,
-        sync_every: int = 16,
+        weight_sync_interval: int = 16,
         seed: int = 0,
         baseline: PlainCost | None = None,
         deploy: DeployIfBetter | None = None,
@@ -89,7 +89,7 @@ class OnlineLoop:
         self.learn_s = self.serve_s = 0.0
         self.on_step: list[Callable[[Step], None]] = []
         self.stream = ResumableRequests(workload, seed)
-        self._sync_every, self._unlearned = sync_every, 0
+        self._weight_sync_interval, self._unlearned = weight_sync_interval, 0
         self._traffic, self._seed = tuple(traffic), seed
         if state is not None:
             self._load_state_dict(state)
@@ -154,7 +154,7 @@ class OnlineLoop:
             listener(step)
 
     def _is_learning_due(self) -> bool:
-        return self.learner is not None and self._unlearned >= self._sync_every
+        return self.learner is not None and self._unlearned >= self._weight_sync_interval
 
     def _learn(self) -> Trial | None:
         """Let the learner learn, and let the policy deploy its weights, perhaps after a trial."""

@@ -94,7 +94,7 @@ class Run:
             chooser,
             online_learner,
             parse_traffic(serving.batch_schedule),
-            sync_every=serving.weight_sync_interval,
+            weight_sync_interval=serving.weight_sync_interval,
             seed=seed,
             baseline=baseline,
             deploy=deploy,

@@ -45,7 +45,7 @@ class ServerLearner:
         config, seed: of the learner.
         url: of the server. Its API key, if it needs one, is read from SPECRL_API_KEY.
         traces: socket of the server's plugin (SPECRL_TRACES=unix:PATH), on this machine.
-        sync_every: finished requests between two updates.
+        weight_sync_interval: finished requests between two updates.
         resume: checkpoint of an earlier run to continue.
 
     Attributes:
@@ -65,14 +65,14 @@ class ServerLearner:
         url: str,
         traces: Path,
         *,
-        sync_every: int = 16,
+        weight_sync_interval: int = 16,
         seed: int = 0,
         resume: Path | None = None,
     ) -> None:
         self.clock, self.draft = WallClock(), draft
         self.learner = OnlineLearner(draft, target.embedding, config, seed=seed, clock=self.clock)
         self.requests, self.version = 0, -1
-        self._url, self._sync_every, self._api_key = url, sync_every, os.environ.get(API_KEY)
+        self._url, self._weight_sync_interval, self._api_key = url, weight_sync_interval, os.environ.get(API_KEY)
         self._metrics: Mapping[str, float] = {}
         self._pauses_s: deque[float] = deque(maxlen=_RECENT)
         self._accept_lengths: deque[int] = deque(maxlen=_RECENT)
@@ -92,7 +92,7 @@ class ServerLearner:
         return float(np.mean(self._accept_lengths)) if self._accept_lengths else math.nan
 
     def step(self) -> None:
-        """Read the traces that have arrived; learn and swap every `sync_every` requests.
+        """Read the traces that have arrived; learn and swap every `weight_sync_interval` requests.
 
         An OSError: the server has gone or does not answer, or another client reads its traces.
         """
@@ -100,7 +100,7 @@ class ServerLearner:
         self._accept_lengths += [int((t.path >= 0).sum()) for t in traces if t.plan is not None and t.plan.num_steps]
         self._unlearned += traces
         self.requests += sum(len(trace.finished) for trace in traces)
-        if sum(len(trace.finished) for trace in self._unlearned) >= self._sync_every:
+        if sum(len(trace.finished) for trace in self._unlearned) >= self._weight_sync_interval:
             self._metrics = self.learner.learn(self._unlearned)
             self._unlearned = []
             self._swap()

@@ -30,7 +30,7 @@ class Text:
     content: str
     whole: bool = False
     learn: bool = True
-    chat: ClassVar[None] = None  # see `Line`
+    chat: ClassVar[None] = None  # see `PromptRecord`
 
     @property
     def size(self) -> int:
@@ -39,7 +39,7 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class PromptRecord:
     """One line of a .jsonl file, which is read from the file each time its content is needed.
 
     Args:
@@ -77,7 +77,7 @@ class Line:
             raise ValueError(f"a conversation must fit the target's chat template, but {where}: {error}") from error
 
 
-def read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Line]:
+def read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[PromptRecord]:
     """Check every line of a .jsonl file and yield those that hold a prompt, without their text.
 
     Raises:
@@ -94,7 +94,7 @@ def read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Line]:
             content, key = _plain_text(record, where), _key(record)
             if content.strip():
                 chat = None if key in ("prompt", "text") else template
-                yield Line(path, number, offset, len(content), key != "text", record.get("learn", True), chat)
+                yield PromptRecord(path, number, offset, len(content), key != "text", record.get("learn", True), chat)
 
 
 def read_conversation(record: Mapping[str, Any], where: str) -> list[Message]:

@@ -17,7 +17,7 @@ import numpy as np
 from specrl.core.interfaces import Request
 from specrl.models.embedded import embedded_directory
 from specrl.models.tokenizer import Tokenizer
-from specrl.workloads.jsonl import Line, Text, read_lines
+from specrl.workloads.jsonl import PromptRecord, Text, read_lines
 from specrl.workloads.stdlib import SHIFTED, library_files, library_root, shifted_texts
 
 Split = Literal["train", "held_out", "all"]
@@ -42,7 +42,7 @@ class TextWorkload:
         ValueError: an argument out of range, or no text that is long enough and no conversation that is short enough.
     """
 
-    texts: tuple[Text | Line, ...]
+    texts: tuple[Text | PromptRecord, ...]
     tokenizer: Tokenizer
     prompt_tokens: tuple[int, int] = (64, 64)
     max_new_tokens: int = 128
@@ -177,17 +177,17 @@ def load_workload(
     )
 
 
-def _stdlib_texts(split: Split) -> list[Text | Line]:
+def _stdlib_texts(split: Split) -> list[Text | PromptRecord]:
     root = library_root()
     held_out = set(_read(embedded_directory() / "held_out.txt").split())
-    texts: list[Text | Line] = []
+    texts: list[Text | PromptRecord] = []
     for path in library_files(root):
         if split in ("all", "held_out" if path.relative_to(root).as_posix() in held_out else "train"):
             texts.append(Text(path.read_text(encoding="utf-8", errors="replace")))
     return [text for text in texts if text.size]
 
 
-def _part(texts: list[Text | Line], split: Split) -> list[Text | Line]:
+def _part(texts: list[Text | PromptRecord], split: Split) -> list[Text | PromptRecord]:
     if split == "all":
         return texts
     if len(texts) == 1 and not texts[0].whole:
@@ -197,7 +197,7 @@ def _part(texts: list[Text | Line], split: Split) -> list[Text | Line]:
     return [text for i, text in enumerate(texts) if (i in held_out) == (split == "held_out")]
 
 
-def _texts(path: Path, tokenizer: Tokenizer) -> list[Text | Line]:
+def _texts(path: Path, tokenizer: Tokenizer) -> list[Text | PromptRecord]:
     if path.is_dir():
         candidates = (p for p in sorted(path.rglob("*")) if p.suffix in _SUFFIXES and p.is_file())
         files = [p for p in candidates if not any(part.startswith(".") for part in p.relative_to(path).parts)]
@@ -209,7 +209,7 @@ def _texts(path: Path, tokenizer: Tokenizer) -> list[Text | Line]:
         raise ValueError(
             f"a workload is 'stdlib', a .jsonl or .txt file, or a directory, but {str(path)!r} {has}{lines}"
         )
-    texts: list[Text | Line] = []
+    texts: list[Text | PromptRecord] = []
     for file in files:
         if file.suffix == ".jsonl":
             texts += read_lines(file, tokenizer)

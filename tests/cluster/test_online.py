@@ -113,8 +113,8 @@ def test_engines_on_both_nodes_feed_a_learner_that_is_killed_and_restarts(tmp_pa
         return bool(restored == 1.0 and max(int(str(row["draft_version"])) for row in trainer.rows) > before)
 
     before, kept = -1, 0
-    while (said := ray.get(trainer.learner.newest.remote()).version) != before:  # it may still learn what it was sent
-        before, kept = said, load_checkpoint(out.path / CHECKPOINT, "cluster").state["learner"]["updates"]
+    while (answer := ray.get(trainer.learner.newest.remote()).version) != before:  # it may still learn what it was sent
+        before, kept = answer, load_checkpoint(out.path / CHECKPOINT, "cluster").state["learner"]["updates"]
     assert kept == before > 0
     ray.kill(trainer.learner, no_restart=False)
     requests = 160
@@ -163,11 +163,11 @@ def test_a_learner_continues_from_its_checkpoint(tmp_path: Path) -> None:
         for _ in range(16)
     ]
     one = make()
-    said = ray.get(one.learn.remote(0, SentTraces.pack(sequences)))
+    answer = ray.get(one.learn.remote(0, SentTraces.pack(sequences)))
     ray.kill(one)
     two = make()
     again = ray.get(two.newest.remote())
-    assert (again.version, again.metrics["restored"]) == (said.version, 1.0) and said.version == 8
+    assert (again.version, again.metrics["restored"]) == (answer.version, 1.0) and answer.version == 8
     assert ray.get(two.taken.remote()) == {0: 16}
     own = OnlineLearner(first, load_target(target).embedding, LEARNER, seed=0)
     own.take_sequences(SentTraces.pack(sequences).unpack())
