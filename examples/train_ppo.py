@@ -49,8 +49,9 @@ for size in SIZES:
     print(
         f"batch {size:2}: chose {chosen!s:6} speedup {speedup:.2f}; best {best!s:6} {profile.speedup(size, best):.2f}"
     )
+agreement = results.distilled.agreement
 print(
-    f"{results.share:.1%} of what the best plans earn; {results.distilled.agreement:.1%} of its choices are this table's"
+    f"{results.share:.1%} of the speed of the best plans; a table of plans agrees with {agreement:.1%} of its choices"
 )
 
 # %% Save it, and let it choose without torch, as inside a serving engine
