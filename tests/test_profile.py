@@ -187,7 +187,7 @@ def one_cost(**changes: object) -> dict[str, list[object]]:
         ({"costs": one_cost()["costs"] * 2}, "costs must be unique"),
         (one_cost(seconds=0.0), "seconds of plain .* must be finite and above 0"),
         (one_cost(batch_size=0), "batch_size .* a whole number"),
-        (one_cost(plan="3/1/9"), "num_draft_tokens=9"),
+        (one_cost(plan="3/1/9"), "num_draft_tokens must be .* got 9"),
         ({"costs": [{"batch_size": 1, "plan": "plain"}]}, "a cost must hold .* seconds is missing"),
         (
             {"costs": [{"batch_size": b, "plan": p, "seconds": 1.0} for b, p in ((2, "plain"), (1, "0"))]},

@@ -194,7 +194,7 @@ class Options:
         value = re.search(r"(?:Given value|Got value): (.*)", message)
         if not names or value is None:
             return f"{' '.join(message.split())}; {self._see}"
-        return f"--{names[-1]} must be {_form(self.types[names[-1]])}, but got {value[1]}; {self._see}"
+        return f"--{names[-1]} must be {_rule(self.types[names[-1]])}, but got {value[1]}; {self._see}"
 
     @property
     def _see(self) -> str:
@@ -241,6 +241,17 @@ def _form(kind: Any) -> str:
         return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
     item = _item_type(kind)
     return getattr(kind, "__name__", "value").upper() if item is None else f"{_form(item)},..."
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _rule(kind: Any) -> str:
+    """Return what a value must be, in words: 'a whole number' or 'one of local, sglang'."""
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    item = _item_type(kind)
+    return _WORDS.get(kind, _form(kind)) if item is None else f"{_rule(item)}, or several separated by commas"
 
 
 def _as_list(value: str, kind: Any) -> str:
