@@ -249,10 +249,13 @@ class SpecDecodeEnv(TimedEnv[NDArray[np.float32], Session]):
         return info
 
     def _plan(self, action: Any) -> Plan:
-        if self._discrete:
-            with suppress(TypeError):  # for integers that are not NumPy's
+        if self._discrete:  # faster than `contains`, and takes any integer
+            with suppress(TypeError):
                 action = operator.index(action)
-        if not self.action_space.contains(action):
+            valid = isinstance(action, int) and 0 <= action < len(self.plans)
+        else:
+            valid = self.action_space.contains(action)
+        if not valid:
             raise ValueError(f"an action must be in {self.action_space}, but got {action!r}")
         if self._discrete:
             index = int(action)
@@ -260,7 +263,8 @@ class SpecDecodeEnv(TimedEnv[NDArray[np.float32], Session]):
             steps, topk = (axis[int(i)] for axis, i in zip(self._axes, action, strict=True))
             index = min((abs(p.topk - topk), i) for i, p in enumerate(self.plans) if p.num_steps == steps)[1]
         plan = self.plans[index]
-        require(bool(self._mask[index]), "an action", "allowed by the mask (a plan that the engine can run)", str(plan))
+        if not self._mask[index]:
+            raise ValueError(f"an action must be allowed by the mask (a plan that the engine can run), but got {plan}")
         return plan
 
 
