@@ -19,6 +19,7 @@ def test_the_values_of_a_round_agree_with_its_correct_drafts() -> None:
     assert done.batch_size == 4 and done.seconds == 0.5
     assert done.accept_length == pytest.approx(1 + 5 / 4)
     assert done.histogram().tolist() == [1, 2, 0, 1]
+    assert done.reached() == [4, 3, 1, 1]
     with pytest.raises(AssertionError, match="more drafts accepted than proposed"):
         made_up_round(Plan(2), 1, [3])
 

@@ -127,10 +127,7 @@ class ThroughputRule(PlanChooser):
         return list(accumulate(survival, initial=1.0))
 
     def learn(self, done: Round) -> None:
-        correct, batch = done.correct_drafts.tolist(), done.batch_size
-        reached = batch
-        for k in range(min(done.plan.num_steps, len(self._windows))):
-            reached -= correct.count(k)
-            self._windows[k].append(reached / batch)
+        for window, reached in zip(self._windows, done.reached()[1:], strict=False):
+            window.append(reached / done.batch_size)
         self._since += 1
         self._idle = 0 if done.plan.num_steps else self._idle + 1

@@ -66,7 +66,7 @@ class Survival:
         self._version = done.draft_version
         if steps == 0:
             return
-        reached = done.histogram()[::-1].cumsum()[::-1].astype(np.float64)  # [k]: requests with k or more correct
+        reached = np.array(done.reached(), dtype=np.float64)
         evidence = np.stack([reached[1:], reached[:-1]])  # [2, steps]: accepted, tried
         family = self.family(done.plan)
         counts = self._of(family, steps)

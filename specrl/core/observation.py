@@ -136,9 +136,7 @@ class Observer:
         share = 1.0 / len(correct)
         self._correct = self._correct * keep + sum(correct) * share
         self._weight = self._weight * keep + 1.0
-        reached = len(correct)
-        for k in range(done.plan.num_steps):
-            reached -= correct.count(k)
+        for k, reached in enumerate(done.reached()[1:]):
             self._survived[k] = self._survived[k] * keep + reached * share
             self._proposed[k] = self._proposed[k] * keep + 1.0
         ratio = min(max(math.log2(max(done.seconds, 1e-9) / plain_s), -COST_OCTAVES), COST_OCTAVES)

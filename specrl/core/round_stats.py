@@ -39,8 +39,7 @@ class RoundStats:
 
     def add(self, done: Round, plain_s: float = 0.0, thinking_s: float = 0.0) -> None:
         """Add a round; `plain_s` is the seconds of a plain decoding step at its batch size and context."""
-        correct, tokens = done.correct_drafts.tolist(), sum(done.tokens.tolist())
-        batch = len(correct)
+        batch, tokens = done.batch_size, sum(done.tokens.tolist())
         self.rounds += 1
         self.requests += batch
         self.tokens += tokens
@@ -53,9 +52,7 @@ class RoundStats:
         self.prefill_s += done.prefill_s
         for counts in (self.proposed, self.accepted):
             counts += [0] * (done.plan.num_steps - len(counts))
-        reached = batch  # requests whose first `position` drafts were accepted
-        for position in range(done.plan.num_steps):
-            reached -= correct.count(position)
+        for position, reached in enumerate(done.reached()[1:]):
             self.proposed[position] += batch
             self.accepted[position] += reached
 
