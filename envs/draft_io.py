@@ -12,7 +12,7 @@ from gymnasium.spaces.utils import flatten_space
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specrl.core.checks import require
+from specrl.core.checks import refuse
 from specrl.core.interfaces import ProposalSession
 from specrl.core.round import Ints, Trace
 
@@ -100,22 +100,20 @@ class ActionDecoder:
     """Turns actions into drafts."""
 
     def __init__(self, sizes: Sizes) -> None:
-        self._shape, self._vocab, self._lowest = (
-            (sizes.rows, sizes.num_steps),
-            sizes.vocab_size,
-            0 if sizes.flat else -1,
-        )
+        self._shape, self._vocab = (sizes.rows, sizes.num_steps), sizes.vocab_size
+        self._lowest = 0 if sizes.flat else -1
         shape = (sizes.rows * sizes.num_steps,) if sizes.flat else self._shape
         self.space = spaces.MultiDiscrete(np.full(shape, sizes.vocab_size + 1), start=np.full(shape, self._lowest))
 
     def read(self, action: Any, live: int) -> Tensor:
         """Return the drafts of the live requests: [live, s] int64, s the length of the longest draft."""
         tokens, shape = np.asarray(action), self.space.shape
-        valid = tokens.shape == shape and tokens.dtype.kind in "iu"
-        require(valid, "an action", f"integers {list(shape)}", f"{tokens.dtype} {list(tokens.shape)}")
+        if tokens.shape != shape or tokens.dtype.kind not in "iu":
+            refuse("an action", f"integers {list(shape)}", f"{tokens.dtype} {list(tokens.shape)}")
         lowest, highest = self._lowest, self._lowest + self._vocab
-        valid = lowest <= tokens.min() <= tokens.max() <= highest
-        require(valid, "drafted tokens", f"in [{lowest}, {highest}]", (int(tokens.min()), int(tokens.max())))
+        low, high = int(tokens.min()), int(tokens.max())
+        if not lowest <= low <= high <= highest:
+            refuse("drafted tokens", f"in [{lowest}, {highest}]", (low, high))
         tokens = tokens.astype(np.int64).reshape(self._shape)[:live]
         ended = np.logical_or.accumulate((tokens < 0) | (tokens == self._vocab), 1)
         steps = int((~ended).sum(1).max())
@@ -147,13 +145,16 @@ class SampledDrafts:
     def draw(self, q: Any, live: int) -> Ints:
         """Draw one more draft for each of the `live` requests (see `DraftTokensEnv.draw`)."""
         probabilities = torch.as_tensor(q)
-        shape, dtype = list(probabilities.shape), str(probabilities.dtype).removeprefix("torch.")
-        valid = shape == [live, self._vocab] and dtype == "float32"
-        require(valid, "q", f"float32 {[live, self._vocab]}, a row for each live request", f"{dtype} {shape}")
-        require(len(self._tokens) < self._num_steps, "draws", f"at most num_steps={self._num_steps}", "one more")
+        shape, dtype = list(probabilities.shape), probabilities.dtype
+        if shape != [live, self._vocab] or dtype != torch.float32:
+            got = f"{str(dtype).removeprefix('torch.')} {shape}"
+            refuse("q", f"float32 {[live, self._vocab]}, a row for each live request", got)
+        if len(self._tokens) >= self._num_steps:
+            refuse("draws", f"at most num_steps={self._num_steps}", "one more")
         sums = probabilities.sum(1)
-        valid = bool((probabilities >= 0).all() and (((sums - 1.0).abs() < 1e-3) | (sums == 0.0)).all())
-        require(valid, "rows of q", "finite, at least 0 and of sum 1 (or 0, to end a draft)", f"sums {sums.tolist()}")
+        if not ((probabilities >= 0).all() and (((sums - 1.0).abs() < 1e-3) | (sums == 0.0)).all()):
+            rule = "finite, at least 0 and of sum 1 (or 0, to end a draft)"
+            refuse("rows of q", rule, f"sums {sums.tolist()}")
         ended = sums == 0.0
         if self._tokens:
             ended |= self._tokens[-1] < 0
@@ -172,8 +173,9 @@ class SampledDrafts:
             return None
         drawn = torch.stack(self._tokens, 1)
         steps = int((drawn >= 0).sum(1).max())
-        rule = f"the drafts that were drawn, {drawn[:, :steps].tolist()} (draw a row of zeros to end a draft early)"
-        require(torch.equal(drawn[:, :steps], drafted), "an action", rule, drafted.tolist())
+        if not torch.equal(drawn[:, :steps], drafted):
+            rule = f"the drafts that were drawn, {drawn[:, :steps].tolist()} (draw a row of zeros to end a draft early)"
+            refuse("an action", rule, drafted.tolist())
         return torch.stack(self._q, 1)[:, :steps]
 
     def clear(self) -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 def require(condition: bool, name: str, rule: str, value: object) -> None:
-    """Raise a ValueError 'NAME must be RULE, but got VALUE' unless a condition holds."""
+    """Raise a ValueError 'NAME must be RULE, but got VALUE' unless a condition holds.
+
+    The texts are made in any case. Code that runs in every round tests the condition itself and calls `refuse`.
+    """
     if not condition:
-        raise ValueError(f"{name} must be {rule}, but got {value!r}")
+        refuse(name, rule, value)
+
+
+def refuse(name: str, rule: str, value: object) -> NoReturn:
+    """Raise a ValueError 'NAME must be RULE, but got VALUE'."""
+    raise ValueError(f"{name} must be {rule}, but got {value!r}")
 
 
 def require_known(name: str, value: object, known: Iterable[object], others: str = "") -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specrl.core.checks import require
+from specrl.core.checks import refuse, require
 from specrl.core.plan import Plan
 from specrl.decoding.sampling import Source, Temperatures, argmax, distribution, sample
 from specrl.models.attention import KVCache, TokenSlots
@@ -56,9 +56,9 @@ class ExternalDraft:
             ValueError: a shape, dtype, token or distribution is wrong, or a token follows the end of its chain.
         """
         drafted, q = self.drafted, self.distributions
-        valid = drafted.dtype == torch.int64 and drafted.ndim == 2 and len(drafted) == batch_size
-        rule = f"int64 [{batch_size}, num_steps], a row per live request"
-        require(valid, "drafted", rule, f"{drafted.dtype} {list(drafted.shape)}")
+        if drafted.dtype != torch.int64 or drafted.ndim != 2 or len(drafted) != batch_size:
+            rule = f"int64 [{batch_size}, num_steps], a row per live request"
+            refuse("drafted", rule, f"{drafted.dtype} {list(drafted.shape)}")
         steps = drafted.shape[1]
         require(steps < MAX_DRAFT_TOKENS, "num_steps of drafted", f"below {MAX_DRAFT_TOKENS}", steps)
         if steps == 0:
@@ -70,8 +70,8 @@ class ExternalDraft:
         if q is None or ids[1] < 0:
             return
         shape = [*drafted.shape, vocab_size]
-        valid = q.dtype == torch.float32 and list(q.shape) == shape
-        require(valid, "distributions", f"float32 {shape}", f"{q.dtype} {list(q.shape)}")
+        if q.dtype != torch.float32 or list(q.shape) != shape:
+            refuse("distributions", f"float32 {shape}", f"{q.dtype} {list(q.shape)}")
         rows, tokens = q[drafted >= 0], drafted[drafted >= 0]
         low, off = float(rows.min()), float((rows.sum(-1) - 1.0).abs().max())  # NaN if an entry is NaN
         require(0 <= low and off <= _SUM_TOLERANCE, "distributions", "at least 0 and of sum 1", (low, 1.0 + off))

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from specrl.core.checks import require
+from specrl.core.checks import refuse, require
 from specrl.core.interfaces import Session, Workload
 from specrl.core.plan import Plan
 from specrl.core.round import Completion, PlainSample, Round, Trace
@@ -73,8 +73,9 @@ class ServerSession(Session):
     def round(self, plan: Plan) -> Round:
         """Run one round by this plan; a ValueError if the server cannot run it, or the session is closed."""
         self._check_open()
-        offered = ", ".join(map(str, self._offered))
-        require(plan in self._offered, "plan", f"one that the server was launched for ({offered})", str(plan))
+        if plan not in self._offered:
+            offered = ", ".join(map(str, self._offered))
+            refuse("plan", f"one that the server was launched for ({offered})", str(plan))
         return self._round(plan)
 
     def measure_plain(self) -> PlainSample | None:
