@@ -92,7 +92,7 @@ class PlainCost:
     def state_dict(self) -> dict[str, Any]:
         """Return the samples, JSON-able."""
         cells = {str(b): {"contexts": list(s.contexts), "seconds": list(s.seconds)} for b, s in self._samples.items()}
-        return {"window": WINDOW, "every": INTERVAL, "cells": cells}
+        return {"cells": cells}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`."""
