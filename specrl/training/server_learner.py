@@ -30,10 +30,8 @@ from specrl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpo
 API_KEY = "SPECRL_API_KEY"  # in the environment, because other users can read command lines
 _KIND = "server"
 _RECENT = 400  # rounds of the mean accept length, and swaps of the longest pause
-_POLL_S, _SILENCE_S = (
-    0.5,
-    10.0,
-)  # between polls; without traces, until the server is polled
+_POLL_S = 0.5  # between polls
+_SILENCE_S = 10.0  # without traces, until the server is polled
 _METRICS = ("alpha_1", "loss", "staleness", "skipped", "held")
 
 
